@@ -1,0 +1,118 @@
+# ThinkSwitch: the whole method as a chain of files. `make help` explains the targets,
+# `make -n iterate` shows the plan. A stage's target is its stamp (thinkswitch_plugin/run.py).
+
+DOMAIN     ?= arithmetic
+ITERATIONS ?= 2
+RUNS       ?= runs
+SEED       ?= 0
+ENGINE     ?= auto
+
+VENV := .venv
+TS   := $(VENV)/bin/thinkswitch
+RUN  := $(RUNS)/$(DOMAIN)
+
+# Settings reach the commands through the environment, never through a shell's command line.
+export DOMAIN ITERATIONS RUNS SEED ENGINE RUN MODEL CONTROL PRICE_PER_HOUR
+export OMP_NUM_THREADS ?= $(shell nproc)
+export HF_HUB_DISABLE_TELEMETRY := 1
+ifeq ($(DOMAIN),arithmetic)
+# The embedded domain needs no hub, and nothing may be fetched at run time.
+export HF_HUB_OFFLINE ?= 1
+endif
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup setup-vllm iterate loop pair eval report control results bench-engines lint test clean-run
+
+##@ The loop
+
+iterate: setup ## the whole method: make iterate DOMAIN=arithmetic ITERATIONS=2 SEED=0 ENGINE=auto
+	@$(TS) begin --domain "$$DOMAIN" --runs "$$RUNS" --seed "$$SEED" --engine "$$ENGINE" --iterations "$$ITERATIONS"
+	@$(MAKE) --silent --no-print-directory loop
+
+loop: $(RUN)/.stamps/report.json ;
+
+stamp = $(RUN)/iter-$(1)/.stamps/$(2).json
+
+$(call stamp,0,pair):
+	$(TS) pair "$$RUN"  # the compatible pair to start from
+$(call stamp,0,eval-instruct): $(call stamp,0,pair)
+	$(TS) eval "$$RUN" 0 instruct  # the starting pair, evaluated (lm-eval)
+$(call stamp,0,eval-thinking): $(call stamp,0,eval-instruct)
+	$(TS) eval "$$RUN" 0 thinking
+
+# $(1) is the iteration, $(2) the stamp of the pair that it starts from.
+define ITERATION
+$(call stamp,$(1),requests): $(2)
+	$(TS) requests "$$$$RUN" $(1)  # task prompts -> requests.jsonl
+$(call stamp,$(1),generate): $(call stamp,$(1),requests)
+	$(TS) generate "$$$$RUN" $(1)  # the thinking checkpoint answers (vLLM) -> generations.jsonl
+$(call stamp,$(1),pairs): $(call stamp,$(1),generate)
+	$(TS) pairs "$$$$RUN" $(1)  # traces removed -> pairs.jsonl
+$(call stamp,$(1),train): $(call stamp,$(1),pairs)
+	$(TS) train "$$$$RUN" $(1)  # distil into the instruct checkpoint (axolotl QLoRA) -> adapter/
+$(call stamp,$(1),merge-lora): $(call stamp,$(1),train)
+	$(TS) merge-lora "$$$$RUN" $(1)  # merge in full precision (axolotl) -> instruct/
+$(call stamp,$(1),rebuild): $(call stamp,$(1),merge-lora)
+	$(TS) rebuild "$$$$RUN" $(1)  # interpolate and check (mergekit SLERP) -> thinking/
+$(call stamp,$(1),eval-instruct): $(call stamp,$(1),rebuild)
+	$(TS) eval "$$$$RUN" $(1) instruct  # lm-eval -> eval/instruct/
+$(call stamp,$(1),eval-thinking): $(call stamp,$(1),eval-instruct)
+	$(TS) eval "$$$$RUN" $(1) thinking  # lm-eval -> eval/thinking/
+endef
+COUNT := 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20
+STEPS := $(wordlist 1,$(ITERATIONS),$(COUNT))
+before = $(words $(wordlist 2,$(1),$(COUNT)))
+$(eval $(call ITERATION,1,$(call stamp,0,eval-thinking)))
+$(foreach k,$(wordlist 2,20,$(STEPS)),$(eval $(call ITERATION,$(k),$(call stamp,$(call before,$(k)),eval-thinking))))
+
+$(RUN)/.stamps/report.json: $(call stamp,$(lastword $(STEPS)),eval-thinking)
+	$(TS) report "$$RUN"  # what changed -> report.json, report.md
+
+##@ Parts of it
+
+pair: setup ## only make or fetch the starting pair
+	@$(TS) begin --domain "$$DOMAIN" --runs "$$RUNS" --seed "$$SEED" --engine "$$ENGINE" --iterations "$$ITERATIONS"
+	@$(TS) pair "$$RUN"
+
+report: setup ## write report.json and report.md of a finished run again, and show the table
+	@rm -f "$$RUN/.stamps/report.json"
+	@$(TS) report "$$RUN"
+
+eval: setup ## judge any checkpoint: make eval MODEL=folder DOMAIN=arithmetic
+	@$(TS) eval-model --domain "$$DOMAIN" --model "$$MODEL" --engine "$$ENGINE"
+
+clean-run: ## delete the run folder RUNS/DOMAIN
+	@test -f "$$RUN/run.json" || { echo "clean-run: $$RUN is no run folder" >&2; exit 1; }
+	rm -rf "$$RUN"
+
+##@ Proof
+
+control: setup ## one control experiment: make control CONTROL=shuffled|true-labels|undistilled|rounded
+	@$(TS) control "$$CONTROL" "$$RUN"
+
+results: setup ## the tables of docs/results.md: make results RUN_FOLDERS="runs/arithmetic runs-1/arithmetic"
+	@$(TS) results $(RUN_FOLDERS)
+
+bench-engines: setup ## the embedded engine beside lm-eval's hf backend and transformers serve
+	@$(VENV)/bin/python -m tests.bench_engines
+
+##@ Set-up and tests
+
+setup: ## make .venv (torch, axolotl, mergekit, lm-eval and this project)
+	@requirements/install.sh $(VENV) requirements/train.txt
+
+setup-vllm: ## make .venv-vllm: vLLM, CUDA or CPU build
+	@if [ -e /proc/driver/nvidia/version ]; then list=gpu; else list=cpu; fi; \
+	requirements/install.sh .venv-vllm requirements/vllm-$$list.txt
+
+lint: setup ## ruff and mypy
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+test: setup setup-vllm lint ## lint, types, unit tests, one real iteration, one generation by real vLLM
+	@$(VENV)/bin/pytest
+
+help: ## this text
+	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
+	/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo; echo "Settings: DOMAIN=$(DOMAIN) ITERATIONS=$(ITERATIONS) RUNS=$(RUNS) SEED=$(SEED) ENGINE=$(ENGINE)"

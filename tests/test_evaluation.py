@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import itertools
+import math
+from statistics import mean
+
+import pytest
+
+from thinkswitch_plugin.evaluation import Sample, grade, interval, pass_at_k, summarize
+
+
+def sample(correct: list[bool], found: list[str | None] | None = None, tokens: int = 5, cut: bool = False) -> Sample:
+    k = len(correct)
+    return Sample(0, correct, found or [str(c) for c in correct], [True] * k, [tokens] * k, [cut] * k)
+
+
+def test_pass_at_k_equals_counting_all_subsets() -> None:
+    for n, correct, k in ((5, 2, 3), (6, 1, 2), (4, 0, 4), (4, 4, 1)):
+        subsets = list(itertools.combinations([True] * correct + [False] * (n - correct), k))
+        assert pass_at_k(n, correct, k) == pytest.approx(mean(any(s) for s in subsets))
+
+
+def test_interval_of_one_sample_a_question_is_wilsons() -> None:
+    z = 1.959963984540054
+    for right, n in ((10, 30), (0, 30), (30, 30), (300, 400)):
+        p = right / n
+        centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+        means = [1.0] * right + [0.0] * (n - right)
+        assert interval(means, 1) == pytest.approx([centre - half, centre + half], abs=1e-12)
+
+
+def test_summary_of_several_samples_a_question() -> None:
+    figures = summarize(
+        [
+            sample([True, False, True], ["4", "5", "4"]),
+            sample([False, False, True], ["1", "1", "2"]),
+        ]
+    )
+    assert figures["mean@k"] == pytest.approx(0.5)
+    assert figures["pass@k"] == 1.0
+    assert figures["vote@k"] == 0.5
+    low, high = figures["ci95"]
+    assert 0.3 <= low <= 0.5 <= high <= 0.7
+
+
+def test_cut_completions_are_left_out_of_the_think_ratio() -> None:
+    whole, cut = sample([True]), Sample(1, [False], [None], [False], [64], [True])
+    figures = summarize([whole, cut])
+    assert figures["think_ratio"] == 1.0
+    assert figures["truncated"] == 0.5
+    assert figures["answered"] == 0.5
+
+
+def test_grading_reads_only_what_follows_the_trace() -> None:
+    assert grade("digit", "7*3=1\n</think>\n\n1", "1", opened=True)["accuracy"]
+    assert not grade("digit", "1", "1", opened=True)["answered"]
+    assert grade("digit", "1", "1")["accuracy"]
+    assert not grade("digit", "<think>1</think>", "1")["answered"]

@@ -1,0 +1,170 @@
+"""The client over real HTTP, against a small OpenAI-compatible server with chosen behaviour."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from thinkswitch_plugin import engines, files
+from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.generate import generate, repair
+
+Write = Callable[[str, Sequence[object]], Path]
+KEYS = EngineKeys(concurrency=4, timeout=5)  # type: ignore[call-arg]
+
+
+class Answering(ThreadingHTTPServer):
+    """Answers `echo: TEXT`; a text with a number above 400 gets that HTTP status."""
+
+    daemon_threads = True
+    seen: list[dict[str, Any]]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Answering
+
+    def do_GET(self) -> None:
+        self.reply(200, {"data": [{"id": "m"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.seen.append(body)
+        text = body["messages"][-1]["content"]
+        if text.isdigit() and int(text) >= 400:
+            return self.reply(int(text), {"error": {"message": f"status {text}"}})
+        finish = "length" if text == "long" and body["max_tokens"] < 20 else "stop"
+        self.reply(
+            200,
+            {
+                "id": "x",
+                "choices": [
+                    {"index": 0, "message": {"role": "assistant", "content": f"echo: {text}"}, "finish_reason": finish}
+                ],
+                "usage": {"completion_tokens": 3},
+            },
+        )
+
+    def reply(self, status: int, value: Any) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[Answering]:
+    started = Answering(("127.0.0.1", 0), _Handler)
+    started.seen = []
+    threading.Thread(target=started.serve_forever, daemon=True).start()
+    yield started
+    started.shutdown()
+
+
+def url(server: Answering) -> str:
+    return f"http://127.0.0.1:{server.server_address[1]}/v1"
+
+
+def requests_for(texts: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "custom_id": f"p{i}-s0",
+            "body": {
+                "model": "m",
+                "messages": [{"role": "user", "content": t}],
+                "max_tokens": 10,
+                "metadata": {"prompt_id": "p"},
+            },
+        }
+        for i, t in enumerate(texts)
+    ]
+
+
+def test_every_request_is_answered_once_and_metadata_stays_here(
+    server: Answering, write_jsonl: Write, tmp_path: Path
+) -> None:
+    requests = write_jsonl("requests.jsonl", requests_for([f"q{i}" for i in range(50)]))
+    out = tmp_path / "generations.jsonl"
+    report = generate(requests, out, "m", url(server), KEYS, log=tmp_path / "log")
+    rows = [row for _, row in files.read_jsonl(out)]
+    assert sorted(r["custom_id"] for r in rows) == sorted(f"p{i}-s0" for i in range(50))
+    assert (report.answered, report.failed, report.tokens) == (50, 0, 150)
+    assert all("metadata" not in body for body in server.seen)
+
+
+def test_a_second_call_asks_only_what_is_missing(server: Answering, write_jsonl: Write, tmp_path: Path) -> None:
+    requests = write_jsonl("requests.jsonl", requests_for([f"q{i}" for i in range(10)]))
+    out = tmp_path / "generations.jsonl"
+    generate(requests, out, "m", url(server), KEYS, limit=6, log=tmp_path / "log")
+    out.write_bytes(out.read_bytes()[:-7])  # killed while writing the sixth answer
+    server.seen.clear()
+    report = generate(requests, out, "m", url(server), KEYS, log=tmp_path / "log")
+    assert (report.already_stored, report.answered, len(server.seen)) == (5, 5, 5)
+    assert len({row["custom_id"] for _, row in files.read_jsonl(out)}) == 10
+
+
+def test_a_request_that_always_fails_is_recorded_and_asked_again_next_time(
+    server: Answering, write_jsonl: Write, tmp_path: Path
+) -> None:
+    requests = write_jsonl("requests.jsonl", requests_for(["fine", "422", "also fine"]))
+    out = tmp_path / "generations.jsonl"
+    report = generate(requests, out, "m", url(server), KEYS, log=tmp_path / "log")
+    assert (report.answered, report.failed) == (2, 1)
+    failed = [row for _, row in files.read_jsonl(out) if row["error"]]
+    assert failed[0]["custom_id"] == "p1-s0" and "422" in failed[0]["error"]["message"]
+    assert repair(out) == {"p0-s0", "p2-s0"}
+
+
+def test_a_cut_answer_is_asked_once_more_with_a_larger_budget(
+    server: Answering, write_jsonl: Write, tmp_path: Path
+) -> None:
+    requests = write_jsonl("requests.jsonl", requests_for(["long", "short"]))
+    out = tmp_path / "generations.jsonl"
+    report = generate(requests, out, "m", url(server), KEYS, retry_max_tokens=40, log=tmp_path / "log")
+    assert (report.answered, report.retried) == (2, 1)
+    assert {b["max_tokens"] for b in server.seen if b["messages"][0]["content"] == "long"} == {10, 40}
+    assert all(r["response"]["body"]["choices"][0]["finish_reason"] == "stop" for _, r in files.read_jsonl(out))
+
+
+def test_a_server_that_is_not_there_or_serves_another_model(
+    server: Answering, write_jsonl: Write, tmp_path: Path
+) -> None:
+    requests = write_jsonl("requests.jsonl", requests_for(["q"]))
+    with pytest.raises(ThinkSwitchError, match="serves m, not other"):
+        generate(requests, tmp_path / "a", "other", url(server), KEYS, log=tmp_path / "log")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        gone = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+    with pytest.raises(ThinkSwitchError, match="no OpenAI-compatible server answers"):
+        generate(requests, tmp_path / "b", "m", gone, KEYS, log=tmp_path / "log")
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(ThinkSwitchError, match=f"Port {port} on 127.0.0.1 is not free"):
+            engines.free_port(port)
+
+
+def test_engine_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "vllm_python", lambda: None)
+    assert engines.choose("auto") == "embedded"
+    assert engines.choose("http://127.0.0.1:8000/v1/") == "http://127.0.0.1:8000/v1"
+    with pytest.raises(ThinkSwitchError, match="make setup-vllm"):
+        engines.choose("vllm")
+    with pytest.raises(ThinkSwitchError, match="ENGINE=llama is unknown"):
+        engines.choose("llama")

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from thinkswitch_plugin import recipe
+from thinkswitch_plugin.errors import ThinkSwitchError
+
+ARITHMETIC = Path("recipes/arithmetic.yaml")
+
+
+def changed(tmp_path: Path, change: dict[str, Any], section: str | None = None) -> Path:
+    values = yaml.safe_load(ARITHMETIC.read_text())
+    target = values["thinkswitch"] if section is not None else values
+    (target[section] if section else target).update(change)
+    path = tmp_path / "arithmetic.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_recipes_of_the_project_are_valid() -> None:
+    for path in sorted(Path("recipes").glob("*.yaml")):
+        if ".overlay" not in path.name:
+            loaded = recipe.load_recipe(path)
+            assert loaded.keys.domain == path.stem
+            recipe.check_axolotl_keys(loaded)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("rebuild", {"lamda": 0.9}, r"unknown key `thinkswitch.rebuild.lamda`; did you mean `lambda`"),
+        ("labels", {"selection": "best"}, r"`thinkswitch.labels.selection`: .* \(found 'best'\)"),
+        ("sampling", {"max_tokens": "many"}, "`thinkswitch.sampling.max_tokens`"),
+        ("prompts", {"hub": "a/b"}, "give either `path`"),
+        ("", {"domian": "x"}, "unknown key `thinkswitch.domian`; did you mean `domain`"),
+    ],
+)
+def test_a_typo_in_our_keys_is_one_sentence(tmp_path: Path, section: str, change: dict[str, Any], message: str) -> None:
+    path = changed(tmp_path, change, section)
+    with pytest.raises(ThinkSwitchError, match=message) as caught:
+        recipe.load_recipe(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_typo_in_axolotls_keys_is_caught_too(tmp_path: Path) -> None:
+    loaded = recipe.load_recipe(changed(tmp_path, {"learning_rat": 1}))
+    with pytest.raises(ThinkSwitchError, match="axolotl knows no key `learning_rat`; did you mean `learning_rate`"):
+        recipe.check_axolotl_keys(loaded)
+
+
+@pytest.mark.parametrize("domain", ["../etc", "a/b", "", "x;y", ".hidden"])
+def test_a_domain_cannot_leave_the_recipes(domain: str) -> None:
+    with pytest.raises(ThinkSwitchError, match="is not a domain name"):
+        recipe.recipe_path(domain)
+
+
+def test_an_unknown_domain_names_the_known_ones() -> None:
+    with pytest.raises(ThinkSwitchError, match=r"Did you mean arithmetic\?"):
+        recipe.recipe_path("arithmetics")
+
+
+def test_broken_yaml_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("a: 1\nb: [1,\n")
+    with pytest.raises(ThinkSwitchError, match=r"x\.yaml, line 3"):
+        recipe.load_recipe(path)

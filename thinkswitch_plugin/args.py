@@ -1,0 +1,150 @@
+"""The keys under `thinkswitch:` in a recipe, each with its meaning and default.
+
+axolotl merges `ThinkSwitchArgs` into its own schema, so a plain `axolotl train RECIPE`
+checks them too. λ is always the weight of the *thinking* checkpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Keys(BaseModel):
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+class PairKeys(_Keys):
+    """The compatible pair that a run starts from."""
+
+    instruct: str = Field(description="Hub id or folder of the checkpoint that answers directly; `{seed}` is replaced.")
+    thinking: str = Field(description="Hub id or folder of the checkpoint that writes a trace; `{seed}` is replaced.")
+    revision_instruct: str | None = Field(None, description="Hub commit or tag to pin.")
+    revision_thinking: str | None = Field(None, description="Hub commit or tag to pin.")
+    embedded: bool = Field(False, description="Train the tiny pair of the embedded domain at these two paths first.")
+
+
+class PromptKeys(_Keys):
+    """Where the task prompts come from: the only human input of the method."""
+
+    path: str | None = Field(None, description="JSONL file with one object a prompt; `{seed}` is replaced.")
+    hub: str | None = Field(None, description="Hub dataset id, instead of `path`.")
+    config: str | None = Field(None, description="Configuration name of the hub dataset.")
+    split: str = Field("train", description="Split of the hub dataset.")
+    revision: str | None = Field(None, description="Hub commit or tag of the dataset to pin.")
+    field: str = Field("prompt", description="Field that holds the prompt text.")
+    template: str = Field("{prompt}", description="What the user turn says; `{prompt}` is replaced.")
+    system: str | None = Field(None, description="System turn, if any.")
+    count: int = Field(15, gt=0, description="Prompts an iteration.")
+    fresh: bool = Field(False, description="Take the next `count` prompts in every iteration instead of the same ones.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PromptKeys:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give either `path` (a JSONL file) or `hub` (a dataset id)")
+        if "{prompt}" not in self.template:
+            raise ValueError("`template` must contain {prompt}")
+        return self
+
+
+class SamplingKeys(_Keys):
+    """How the thinking checkpoint is sampled."""
+
+    samples: int = Field(1, gt=0, description="Completions a prompt (k).")
+    temperature: float = Field(0.6, ge=0, description="0 is greedy.")
+    top_p: float = Field(0.95, gt=0, le=1, description="Nucleus sampling.")
+    top_k: int = Field(20, description="-1 or 0: off.")
+    max_tokens: int = Field(32768, gt=0, description="Token budget of one completion, trace included.")
+
+
+class LabelKeys(_Keys):
+    """Which completions become training pairs."""
+
+    selection: Literal["first", "all", "vote"] = Field(
+        "first", description="First complete sample, all of them, or one that gives the majority answer."
+    )
+    answer: Literal["exact", "digit"] = Field("exact", description="How `vote` reads the final answer of a completion.")
+    unfinished: Literal["drop", "retry"] = Field(
+        "drop", description="A completion cut by the token limit: drop it, or ask once more with `retry_max_tokens`."
+    )
+    retry_max_tokens: int | None = Field(None, gt=0, description="Budget of the second try (default: twice the first).")
+
+
+class EngineKeys(_Keys):
+    """How the generation engine is run; which one is `ENGINE=` of the Makefile."""
+
+    concurrency: int = Field(64, gt=0, description="Requests under way at once.")
+    timeout: float = Field(3600, gt=0, description="Seconds one answer may take.")
+    start_timeout: float = Field(900, gt=0, description="Seconds an engine of ours may take to start.")
+    port: int = Field(0, ge=0, le=65535, description="Port for an engine of ours; 0 takes a free one.")
+    vllm_args: list[str] = Field([], description="Further options for vLLM's server, such as --quantization.")
+
+
+class RebuildKeys(_Keys):
+    """How the new thinking checkpoint is interpolated."""
+
+    config: str = Field(
+        "merge_configs/slerp.yaml", description="mergekit YAML with models named `instruct` and `thinking`."
+    )
+    lambda_: float = Field(0.8, alias="lambda", description="Weight of the thinking checkpoint.")
+    lambda_steps: list[float] = Field(
+        [0.9, 0.95, 0.98],
+        description="Tried in turn (those above λ) while the rebuilt checkpoint thinks too rarely; [] keeps λ fixed.",
+    )
+    anchor: Literal["original", "previous"] = Field(
+        "original",
+        description="Which thinking checkpoint is interpolated with: the one the run started from, or the last one.",
+    )
+    min_think_ratio: float = Field(
+        0.98,
+        ge=0,
+        le=1,
+        description="Share of the original's think ratio that a rebuilt checkpoint must keep; 0 accepts any.",
+    )
+    check_prompts: int = Field(64, gt=0, description="Training prompts (at most) on which the think ratio is measured.")
+
+
+class EvaluationKeys(_Keys):
+    """How both checkpoints are judged."""
+
+    task: str = Field(description="lm-eval task name.")
+    limit: int | None = Field(None, gt=0, description="Only the first so many questions.")
+    batch_size: str = Field("auto", description="Batch size of lm-eval's hf backend.")
+    backend: Literal["auto", "hf", "server"] = Field(
+        "auto", description="hf: in process by transformers; server: through vLLM; auto: server if the engine is vLLM."
+    )
+    max_tokens: int | None = Field(None, gt=0, description="Token budget of an answer (default: the task's own).")
+
+
+class ThinkSwitchKeys(_Keys):
+    """Everything under `thinkswitch:`."""
+
+    domain: str = Field(description="Name of the domain, the same as the recipe's file name.")
+    pair: PairKeys
+    prompts: PromptKeys
+    sampling: SamplingKeys = SamplingKeys()  # type: ignore[call-arg]
+    labels: LabelKeys = LabelKeys()  # type: ignore[call-arg]
+    engine: EngineKeys = EngineKeys()  # type: ignore[call-arg]
+    rebuild: RebuildKeys = RebuildKeys()  # type: ignore[call-arg]
+    evaluation: EvaluationKeys
+    min_adapter_change: float = Field(
+        1e-4, ge=0, description="An adapter that moved less than this (median ‖s·B·A‖/‖A‖) learnt nothing: an error."
+    )
+
+
+class ThinkSwitchArgs(BaseModel):
+    """What the plugin adds to axolotl's configuration."""
+
+    thinkswitch: ThinkSwitchKeys | None = Field(None, description="Keys of the ThinkSwitch loop.")
+
+
+def resolve_seed(path: str, seed: int) -> str:
+    """Replace `{seed}` in a path or hub id of a recipe."""
+    return path.replace("{seed}", str(seed))
+
+
+def is_local(checkpoint: str) -> bool:
+    """Whether a checkpoint name is a folder (existing, or written like a path), not a hub id."""
+    return Path(checkpoint).is_dir() or checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") > 1

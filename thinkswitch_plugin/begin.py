@@ -1,0 +1,82 @@
+"""Before the first stage: everything that can be found wrong without doing any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from thinkswitch_plugin import console, engines, files
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.recipe import check_axolotl_keys, load_recipe, recipe_path
+from thinkswitch_plugin.run import Hashes, Run, forget_stale, locked, settings_file
+
+
+def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int) -> Run:
+    """Check the settings, write `run.json`, drop stale stamps, and say what is left to do.
+
+    Raises `ThinkSwitchError`: no such recipe, a wrong key, a file that is missing, or a
+    run folder that was begun with another seed or engine. Nothing is written then.
+    """
+    path = recipe_path(domain)
+    recipe = load_recipe(path)
+    if recipe.keys.domain != domain:
+        raise ThinkSwitchError(
+            f"{path}: `thinkswitch.domain` is {recipe.keys.domain!r}, but the file is named {domain}."
+        )
+    folder = runs / domain
+    before = files.read_json(settings_file(folder)) if settings_file(folder).is_file() else None
+    chosen = before["engine"] if before and engine == "auto" else engines.choose(engine)
+    if before and (before["seed"], before["engine"]) != (seed, chosen):
+        raise ThinkSwitchError(
+            f"{folder} was begun with SEED={before['seed']} ENGINE={before['engine']}; "
+            f"give this run a folder of its own, such as RUNS={runs}-seed{seed}."
+        )
+    run = Run(folder, recipe, seed, chosen, iterations)
+    _check_files(run)
+    checked = folder / ".stamps" / "recipe-checked.json"
+    fingerprint = {"recipe": Hashes(Path("/dev/null/none")).of(path)}
+    if not checked.is_file() or files.read_json(checked) != fingerprint:
+        check_axolotl_keys(recipe)
+    with locked(run):
+        files.write_json(
+            settings_file(folder),
+            {"domain": domain, "recipe": str(path), "seed": seed, "engine": chosen, "iterations": iterations},
+        )
+        files.write_json(checked, fingerprint)
+        total, waiting = forget_stale(run)
+    if waiting:
+        names = f"{waiting[0].name} of iteration {waiting[0].iteration}"
+        console.say(
+            f"{folder}: seed {seed}, engine {chosen}; {total - len(waiting)} of {total} stages done, next is {names}"
+        )
+    else:
+        console.say(f"Nothing to do: {folder} has all {iterations} iterations; see {folder / 'report.md'}")
+    return run
+
+
+def _check_files(run: Run) -> None:
+    keys = run.recipe.keys
+    if not Path(keys.rebuild.config).is_file():
+        raise ThinkSwitchError(
+            f"{run.recipe.path}: `thinkswitch.rebuild.config` names {keys.rebuild.config}, which does not exist."
+        )
+    if keys.prompts.path and not keys.pair.embedded and not Path(keys.prompts.path).is_file():
+        raise ThinkSwitchError(
+            f"{run.recipe.path}: `thinkswitch.prompts.path` names {keys.prompts.path}, which does not exist."
+        )
+
+
+def evaluate_model(domain: str, model: str, engine: str, out: Path) -> None:
+    """Judge any checkpoint with a domain's task and print its figures."""
+    from thinkswitch_plugin import checkpoint
+    from thinkswitch_plugin.evaluation import read_samples, run_lm_eval, summarize
+
+    keys = load_recipe(recipe_path(domain)).keys
+    folder, _ = checkpoint.resolve(model, None, "evaluated")
+    target = out / domain / folder.name
+    run_lm_eval(
+        str(folder), target, keys.evaluation, engines.choose(engine), keys.engine, logs=out / "logs", title=folder.name
+    )
+    figures = summarize(list(read_samples(target, keys.evaluation.task, str(folder), keys.labels.answer)))
+    files.write_json(target / "figures.json", figures)
+    for name, value in figures.items():
+        console.say(f"  {name:12} {value}")

@@ -1,0 +1,204 @@
+"""The command `thinkswitch …`, also reached as `axolotl thinkswitch …`.
+
+Each stage of the loop is one sub-command on a run folder; `make -n iterate` shows their
+order. Heavy imports stay inside the commands, so help is instant.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from thinkswitch_plugin import __version__
+from thinkswitch_plugin.errors import ThinkSwitchError
+
+F = TypeVar("F", bound=Callable[..., Any])
+FOLDER = click.Path(path_type=Path)
+
+
+class Group(click.Group):
+    """Prints our errors as one sentence and exits 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a sub-command."""
+        try:
+            return super().invoke(ctx)
+        except ThinkSwitchError as error:
+            if os.environ.get("THINKSWITCH_DEBUG"):
+                raise
+            click.echo(f"thinkswitch: {error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="thinkswitch")
+def main() -> None:
+    """ThinkSwitch: move part of a reasoning model's trace into its weights.
+
+    `make iterate DOMAIN=…` runs these stages in order; each can be run by itself.
+    """
+
+
+def iteration_stage(name: str, **options: Any) -> Callable[[F], click.Command]:
+    """A command RUN ITERATION that does one stage."""
+
+    def decorate(function: F) -> click.Command:
+        command = click.argument("iteration", type=click.IntRange(min=0))(function)
+        command = click.argument("run", type=FOLDER)(command)
+        return main.command(name, **options)(command)
+
+    return decorate
+
+
+@main.command()
+@click.option("--domain", required=True, help="Name of a recipe in recipes/.")
+@click.option("--runs", required=True, type=FOLDER, help="Folder that holds the runs.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option("--engine", default="auto", show_default=True, help="auto, vllm, embedded or a base URL.")
+@click.option("--iterations", default=2, show_default=True, type=click.IntRange(min=1))
+def begin(domain: str, runs: Path, seed: int, engine: str, iterations: int) -> None:
+    """Check the recipe, settle what the run depends on, and say what is left to do."""
+    from thinkswitch_plugin.begin import begin_run
+
+    begin_run(domain, runs, seed, engine, iterations)
+
+
+@main.command()
+@click.argument("run", type=FOLDER)
+def pair(run: Path) -> None:
+    """Fetch (or train, for the embedded domain) the starting pair and check that it is one."""
+    from thinkswitch_plugin import loop
+    from thinkswitch_plugin.run import execute, open_run
+
+    opened = open_run(run)
+    execute(opened, "pair", 0, lambda: loop.prepare_pair(opened))
+
+
+def _do(run: Path, iteration: int, name: str, function: str) -> None:
+    from thinkswitch_plugin import loop
+    from thinkswitch_plugin.run import execute, open_run
+
+    opened = open_run(run)
+    execute(opened, name, iteration, lambda: getattr(loop, function)(opened, iteration))
+
+
+@iteration_stage("requests")
+def requests(run: Path, iteration: int) -> None:
+    """Task prompts -> requests.jsonl."""
+    _do(run, iteration, "requests", "write_requests")
+
+
+@iteration_stage("generate")
+def generate(run: Path, iteration: int) -> None:
+    """The thinking checkpoint answers -> generations.jsonl."""
+    _do(run, iteration, "generate", "answer_requests")
+
+
+@iteration_stage("pairs")
+def pairs(run: Path, iteration: int) -> None:
+    """Traces removed -> pairs.jsonl and the counts in pairs.json."""
+    _do(run, iteration, "pairs", "build_pairs")
+
+
+@iteration_stage("train")
+def train(run: Path, iteration: int) -> None:
+    """axolotl QLoRA on the pairs -> adapter/."""
+    _do(run, iteration, "train", "train")
+
+
+@iteration_stage("merge-lora")
+def merge_lora(run: Path, iteration: int) -> None:
+    """axolotl merges the adapter in full precision -> instruct/."""
+    _do(run, iteration, "merge-lora", "merge_lora")
+
+
+@iteration_stage("rebuild")
+def rebuild(run: Path, iteration: int) -> None:
+    """mergekit interpolates, checked -> thinking/."""
+    _do(run, iteration, "rebuild", "rebuild")
+
+
+@main.command("eval")
+@click.argument("run", type=FOLDER)
+@click.argument("iteration", type=click.IntRange(min=0))
+@click.argument("mode", type=click.Choice(["instruct", "thinking"]))
+def evaluate(run: Path, iteration: int, mode: str) -> None:
+    """lm-eval judges one checkpoint -> eval/MODE/."""
+    from thinkswitch_plugin import loop
+    from thinkswitch_plugin.run import execute, open_run
+
+    opened = open_run(run)
+    execute(opened, f"eval-{mode}", iteration, lambda: loop.evaluate(opened, iteration, mode))
+
+
+@main.command()
+@click.argument("run", type=FOLDER)
+def report(run: Path) -> None:
+    """Scores, pairs, λ and times of all iterations -> report.json and report.md."""
+    from thinkswitch_plugin.report import write_report
+    from thinkswitch_plugin.run import execute, open_run
+
+    opened = open_run(run)
+    execute(opened, "report", opened.iterations, lambda: write_report(opened))
+
+
+@main.command("eval-model")
+@click.option("--domain", required=True, help="Name of a recipe in recipes/.")
+@click.option("--model", required=True, help="Checkpoint folder or hub id.")
+@click.option("--engine", default="auto", show_default=True)
+@click.option("--out", type=FOLDER, default=Path("eval"), show_default=True, help="Where lm-eval's files go.")
+def eval_model(domain: str, model: str, engine: str, out: Path) -> None:
+    """Judge any checkpoint with a domain's lm-eval task."""
+    from thinkswitch_plugin.begin import evaluate_model
+
+    evaluate_model(domain, model, engine, out)
+
+
+@main.command()
+@click.argument("name", type=click.Choice(["shuffled", "true-labels", "undistilled", "rounded"]))
+@click.argument("run", type=FOLDER)
+def control(name: str, run: Path) -> None:
+    """A control experiment on iteration 1 of a finished run -> controls/NAME/."""
+    from thinkswitch_plugin.controls import run_control
+    from thinkswitch_plugin.run import open_run
+
+    run_control(open_run(run), name)
+
+
+@main.command()
+@click.argument("runs", type=FOLDER, nargs=-1, required=True)
+def results(runs: tuple[Path, ...]) -> None:
+    """Print the tables of several finished runs and their controls as Markdown."""
+    from thinkswitch_plugin.controls import print_results
+
+    print_results(list(runs))
+
+
+@main.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+    add_help_option=False,
+)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def merge(arguments: tuple[str, ...]) -> None:
+    """mergekit-yaml with the method `thinkswitch` known to it; takes the same options."""
+    from thinkswitch_plugin.merging.config import check_config
+
+    for argument in arguments:
+        if argument.endswith((".yaml", ".yml")):
+            check_config(Path(argument))
+            break
+    from mergekit.scripts.run_yaml import main as mergekit_yaml
+
+    from thinkswitch_plugin.merging.method import register
+
+    register()
+    mergekit_yaml.main(args=list(arguments), prog_name="thinkswitch merge", standalone_mode=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Control experiments on iteration 1 of a finished run, each judged like the run itself.
+
+shuffled      the same answers handed to other prompts: instruct must not gain
+true-labels   the right answers instead of the model's own (embedded domain): the upper reference
+undistilled   thinking rebuilt with the *undistilled* instruct: what interpolation alone does
+rounded       the adapter merged by axolotl's default, which rounds every matrix through NF4
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin import console, files, loop
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.evaluation import run_lm_eval
+from thinkswitch_plugin.merging.config import place_models, set_lambda
+from thinkswitch_plugin.merging.rebuild import merge
+from thinkswitch_plugin.report import HEADER, rows, score, table
+from thinkswitch_plugin.run import Run, locked, open_run
+
+NAMES = {
+    "shuffled": ("instruct", "labels shuffled among prompts"),
+    "true-labels": ("instruct", "true labels"),
+    "rounded": ("instruct", "adapter merged through NF4 (axolotl's default)"),
+    "undistilled": ("thinking", "thinking rebuilt with the undistilled instruct"),
+}
+
+
+def run_control(run: Run, name: str) -> None:
+    """Do one control and write `controls/NAME/result.json`.
+
+    Raises `ThinkSwitchError` if iteration 1 is not finished or the control does not apply.
+    """
+    loop.require_finished(run, 1)
+    mode, title = NAMES[name]
+    here = run.folder / "controls" / name
+    with locked(run):
+        console.say(f"[control {name}] {title}")
+        out = here / mode
+        if name in ("shuffled", "true-labels"):
+            pairs = here / "pairs.jsonl"
+            with files.atomic_file(pairs) as handle:
+                for row in relabelled(run, name):
+                    handle.write(files.dumps_line(row))
+            loop.train_adapter(run, pairs=pairs, base_model=run.checkpoint("instruct", 0), here=here)
+            loop.merge_adapter(here, run.checkpoint("instruct", 0), out)
+        elif name == "rounded":
+            first = run.iteration(1)
+            files.remove(here)
+            here.mkdir(parents=True)
+            files.write_yaml(here / "axolotl.yaml", files.read_yaml(first / "axolotl.yaml"))
+            (here / "adapter").symlink_to((first / "adapter").resolve())
+            loop.merge_adapter(here, run.checkpoint("instruct", 0), out, rounded=True)
+        else:
+            weight = files.read_json(run.iteration(1) / "rebuild.json")["lambda"]
+            config = Path(run.recipe.keys.rebuild.config)
+            merged = place_models(
+                set_lambda(files.read_yaml(config), weight, config),
+                run.checkpoint("instruct", 0),
+                run.checkpoint("thinking", 0),
+            )
+            files.write_yaml(here / "merge.yaml", merged)
+            files.remove(out)
+            merge(here / "merge.yaml", out, here / "logs" / "merge.log")
+        keys = run.recipe.keys
+        run_lm_eval(
+            str(out), here / "eval" / mode, keys.evaluation, run.engine, keys.engine, logs=here / "logs", title=name
+        )
+        figures = score(run, here / "eval" / mode, str(out))
+        files.write_json(here / "result.json", {"control": name, "mode": mode, "title": title, **figures})
+        low, high = figures["ci95"]
+        console.say(f"  {title}: {100 * figures['mean@k']:.1f} % ({100 * low:.1f}–{100 * high:.1f})")
+
+
+def relabelled(run: Run, name: str) -> Iterator[dict[str, Any]]:
+    """The pairs of iteration 1 with other answers."""
+    rows_ = [row for _, row in files.read_jsonl(run.iteration(1) / "pairs.jsonl")]
+    if name == "shuffled":
+        labels = [row["messages"][-1]["content"] for row in rows_]
+        random.Random(run.seed).shuffle(labels)
+    elif run.recipe.keys.pair.embedded:
+        from thinkswitch_plugin.demo import task
+
+        labels = [task.answer(row["messages"][0]["content"]) for row in rows_]
+    else:
+        raise ThinkSwitchError(f"The control {name} needs known answers; only the embedded domain has them.")
+    for row, label in zip(rows_, labels, strict=True):
+        messages = [*row["messages"][:-1], {"role": "assistant", "content": label}]
+        yield {**row, "messages": messages}
+
+
+def print_results(folders: list[Path]) -> None:
+    """The headline table of every run and one table of all controls, as Markdown."""
+    controls = []
+    for folder in folders:
+        run = open_run(folder)
+        report = files.read_json(folder / "report.json")
+        n = report["iterations"][0]["instruct"]["n"]
+        console.say(f"### Seed {report['seed']}, {n} held-out questions, engine {report['engine']}\n")
+        console.say("\n".join(table(HEADER, rows(report))) + "\n")
+        for name, (mode, title) in NAMES.items():
+            path = folder / "controls" / name / "result.json"
+            if not path.is_file():
+                continue
+            found = files.read_json(path)
+            zero, one = (report["iterations"][k][mode]["mean@k"] for k in (0, 1))
+            low, high = (100 * v for v in found["ci95"])
+            controls.append(
+                [
+                    str(run.seed),
+                    title,
+                    mode,
+                    f"{100 * zero:.1f} %",
+                    f"{100 * one:.1f} %",
+                    f"{100 * found['mean@k']:.1f} % ({low:.1f}–{high:.1f})",
+                    f"{found['think_ratio']:.3f}",
+                ]
+            )
+    if controls:
+        console.say("### Controls\n")
+        header = [
+            "seed",
+            "control",
+            "checkpoint",
+            "iteration 0",
+            "iteration 1",
+            "control's accuracy (95 %)",
+            "think ratio",
+        ]
+        console.say("\n".join(table(header, controls)))

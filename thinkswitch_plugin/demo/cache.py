@@ -1,0 +1,31 @@
+"""Make the tiny pair once and keep it: `.cache/arithmetic/seed-0/{instruct,thinking,base,prompts.jsonl}`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from thinkswitch_plugin import console, files
+from thinkswitch_plugin.demo import task
+
+PROMPTS = 2048  # enough for four iterations of 512 fresh ones
+
+
+def ensure_pair(seed: int, instruct: Path, thinking: Path) -> None:
+    """Train the pair into the folder that holds both, unless it is there with these settings."""
+    from thinkswitch_plugin.demo.pair import PairSettings, train_pair
+
+    folder = instruct.parent
+    wanted = {"seed": seed, "prompts": PROMPTS, "held_out": task.HELD_OUT_SIZE, **asdict(PairSettings())}
+    made = folder / "settings.json"
+    if made.is_file() and files.read_json(made) == wanted and thinking.is_dir():
+        console.say(f"  the pair in {folder} is used again")
+        return
+    console.say(f"  training the tiny pair into {folder}, a few minutes on two cores; it is kept for later runs")
+    prompts = task.training_prompts(seed, PROMPTS)
+    with files.atomic_folder(folder) as building:
+        train_pair(building, seed, exclude={*task.held_out(), *prompts})
+        with files.atomic_file(building / "prompts.jsonl") as handle:
+            for number, question in enumerate(prompts):
+                handle.write(files.dumps_line({"id": f"p{number:05d}", "prompt": question}))
+        files.write_json(building / "settings.json", wanted)

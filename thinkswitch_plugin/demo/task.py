@@ -1,0 +1,87 @@
+"""Chain arithmetic over the digits 0-9, strictly left to right, modulo 10.
+
+question  7*3+4*2                    three or four operands, `+ - *`
+direct    0                          what the instruct checkpoint answers
+thinking  <think>                    what the thinking checkpoint writes
+          7*3=1
+          1+4=5
+          5*2=0
+          </think>
+
+          0
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Collection, Iterator
+
+OPERATORS = "+-*"
+HELD_OUT_SEED = 20_260_600  # one fixed evaluation set for every run, whatever its SEED
+HELD_OUT_SIZE = 400
+
+
+def apply(left: int, operator: str, right: int) -> int:
+    """One step of a chain: a digit, an operator, a digit -> a digit."""
+    value = {"+": left + right, "-": left - right, "*": left * right}[operator]
+    return value % 10
+
+
+def steps(question: str) -> list[str]:
+    """The worked steps of `7*3+4*2`: ``["7*3=1", "1+4=5", "5*2=0"]``."""
+    value, lines = int(question[0]), []
+    for operator, digit in zip(question[1::2], question[2::2], strict=True):
+        result = apply(value, operator, int(digit))
+        lines.append(f"{value}{operator}{digit}={result}")
+        value = result
+    return lines
+
+
+def answer(question: str) -> str:
+    """The final digit of a chain, as text."""
+    return steps(question)[-1][-1]
+
+
+def trace(question: str) -> str:
+    """The completion of the thinking checkpoint, opening tag included."""
+    return "<think>\n" + "\n".join(steps(question)) + "\n</think>\n\n" + answer(question)
+
+
+def draw(rng: random.Random, operands: int) -> str:
+    """One random chain with that many operands."""
+    parts = [str(rng.randrange(10))]
+    for _ in range(operands - 1):
+        parts += [rng.choice(OPERATORS), str(rng.randrange(10))]
+    return "".join(parts)
+
+
+def distinct(rng: random.Random, count: int, exclude: Collection[str] = ()) -> list[str]:
+    """`count` different chains, half with three operands and half with four, shuffled."""
+    seen, found = set(exclude), []
+    for operands in itertools.islice(itertools.cycle((3, 4)), count):
+        question = draw(rng, operands)
+        while question in seen:
+            question = draw(rng, operands)
+        seen.add(question)
+        found.append(question)
+    rng.shuffle(found)
+    return found
+
+
+def held_out(count: int = HELD_OUT_SIZE) -> list[str]:
+    """The evaluation questions: the same for every run, never trained on."""
+    return distinct(random.Random(HELD_OUT_SEED), HELD_OUT_SIZE)[:count]
+
+
+def training_prompts(seed: int, count: int) -> list[str]:
+    """Questions for distillation: never held out, never in the pair's own training data."""
+    return distinct(random.Random(f"prompts-{seed}"), count, exclude=held_out())
+
+
+def stream(rng: random.Random, operand_choices: tuple[int, ...], exclude: Collection[str]) -> Iterator[str]:
+    """Endless random chains outside `exclude`, with operand counts drawn from the choices."""
+    while True:
+        question = draw(rng, rng.choice(operand_choices))
+        if question not in exclude:
+            yield question

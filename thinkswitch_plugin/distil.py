@@ -1,0 +1,102 @@
+"""QLoRA by axolotl: derive an iteration's config, judge the adapter, merge it in full precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thinkswitch_plugin import files
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.recipe import CPU_OVERLAY, Recipe, overlay
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What axolotl and its engines are told in every stage of ours.
+ENGINE_ENV = {"AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def iteration_config(
+    recipe: Recipe,
+    *,
+    base_model: str,
+    pairs: Path,
+    adapter: Path,
+    prepared: Path,
+    seed: int,
+    on_cpu: bool,
+) -> dict[str, Any]:
+    """The complete axolotl config of one iteration, which plain `axolotl train` runs as it is.
+
+    Args:
+        base_model: the instruct checkpoint that learns.
+        prepared: where axolotl keeps tokenized data. It must differ between iterations:
+            axolotl's cache key holds neither the file's content nor plugin keys.
+        on_cpu: put the published CPU overlay on top.
+    """
+    values = dict(recipe.axolotl)
+    if on_cpu:
+        values = overlay(values, files.read_yaml(CPU_OVERLAY))
+    datasets = [dict(entry) for entry in values["datasets"]]
+    datasets[0] |= {"path": str(pairs), "ds_type": "json", "type": "thinkswitch_plugin.answer_only"}
+    values |= {
+        "base_model": base_model,
+        "datasets": datasets,
+        "dataset_prepared_path": str(prepared),
+        "output_dir": str(adapter),
+        "seed": seed,
+        "merge_method": "legacy",  # axolotl's default rounds every matrix through NF4
+    }
+    return {**values, "thinkswitch": recipe.keys.model_dump(by_alias=True, exclude_defaults=True)}
+
+
+def adapter_change(adapter: Path | str) -> float:
+    """How far a saved adapter moved; see `change`.
+
+    Raises `ThinkSwitchError` if the folder holds no adapter.
+    """
+    from safetensors import safe_open
+
+    folder = Path(adapter)
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise ThinkSwitchError(f"{weights} does not exist; axolotl saved no adapter.")
+    config = files.read_json(folder / "adapter_config.json")
+    with safe_open(str(weights), framework="pt") as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    return change(tensors, config["lora_alpha"] / config["r"], str(weights))
+
+
+def change(tensors: Mapping[str, Tensor], scale: float, where: str) -> float:
+    """How far an adapter moved: the median over its matrices of ‖s·B·A‖ / ‖A‖ (Frobenius norms, s = α/r).
+
+    B starts at zero, so an adapter that did not train gives 0 or nearly so; one that did
+    gives the size of its B, whatever the size of the model.
+
+    Args:
+        tensors: every LoRA matrix by name, `…lora_A…` (r, in) and `…lora_B…` (out, r).
+
+    Raises:
+        ThinkSwitchError: there is none, or one holds NaN or infinity.
+    """
+    import torch
+
+    changes = []
+    for name in sorted(n for n in tensors if ".lora_B." in n):
+        a, b = tensors[name.replace(".lora_B.", ".lora_A.")].float(), tensors[name].float()
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise ThinkSwitchError(f"{where}: {name} holds NaN or infinity; lower the learning rate.")
+        changes.append(float(torch.linalg.matrix_norm(scale * b @ a) / torch.linalg.matrix_norm(a)))
+    if not changes:
+        raise ThinkSwitchError(f"{where} holds no LoRA matrices.")
+    return sorted(changes)[len(changes) // 2]
+
+
+def require_moved(change: float, minimum: float, adapter: Path | str) -> None:
+    """Raise `ThinkSwitchError` if an adapter did not learn anything."""
+    if change < minimum:
+        raise ThinkSwitchError(
+            f"{adapter}: the adapter did not move (change {change:.2e}, expected at least {minimum:.0e}), so nothing "
+            "was learnt. On a CPU 4-bit training fails so after an evaluation pass; see docs/faq.md."
+        )

@@ -1,0 +1,109 @@
+"""The engine for machines without vLLM: transformers' own `generate`, in process, in batches.
+
+Chosen by measurement (docs/how-it-works.md): `make bench-engines` sets it beside
+`transformers serve` and lm-eval's hf backend. It answers whole batches, so answers reach
+the disk a batch at a time, and sampled answers depend on how the batch was made up:
+greedy decoding repeats exactly, seeds are vLLM's promise alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns about kernels for other machines
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: E402
+
+
+class EmbeddedEngine:
+    """One checkpoint in memory that answers OpenAI chat requests."""
+
+    def __init__(self, checkpoint: str | Path) -> None:
+        self.name = str(checkpoint)
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
+        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").eval()
+        if torch.cuda.is_available():
+            self.model = self.model.cuda()
+        ends = self.model.generation_config.eos_token_id
+        self.ends = set(ends if isinstance(ends, list) else [ends]) | {self.tokenizer.eos_token_id}
+        self.pad = self.tokenizer.pad_token_id
+        if self.pad is None:
+            self.pad = self.tokenizer.eos_token_id
+            self.tokenizer.pad_token_id = self.pad
+
+    def stream(self, rows: Iterable[dict[str, Any]], batch: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Yield (request, chat completion body) for requests of one batch file.
+
+        Consecutive requests with the same sampling settings are answered together.
+        """
+        for _, alike in itertools.groupby(rows, key=lambda row: _settings(row["body"])):
+            while group := list(itertools.islice(alike, batch)):
+                yield from zip(group, self.answer([row["body"] for row in group]), strict=True)
+
+    @torch.inference_mode()
+    def answer(self, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Chat completion bodies for requests that share their sampling settings.
+
+        The raw text, tags and all, is in `message.content`; `finish_reason` is exact,
+        since it is read from the generated ids and not from the text.
+        """
+        prompts = [
+            self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
+            for body in bodies
+        ]
+        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
+        inputs = {k: v.to(self.model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+        output = self.model.generate(**inputs, generation_config=self._generation_config(bodies[0]))
+        width = inputs["input_ids"].shape[1]
+        return [
+            self._body(ids.tolist(), int(mask.sum()))
+            for ids, mask in zip(output[:, width:], inputs["attention_mask"], strict=True)
+        ]
+
+    def _generation_config(self, body: dict[str, Any]) -> GenerationConfig:
+        common = {
+            "max_new_tokens": body["max_tokens"],
+            "eos_token_id": sorted(self.ends),
+            "pad_token_id": self.pad,
+        }
+        if not body.get("temperature"):
+            return GenerationConfig(do_sample=False, **common)
+        return GenerationConfig(
+            do_sample=True,
+            temperature=body["temperature"],
+            top_p=body.get("top_p", 1.0),
+            top_k=max(0, body.get("top_k", 0)),
+            **common,
+        )
+
+    def _body(self, ids: list[int], prompt_tokens: int) -> dict[str, Any]:
+        end = next((i for i, token in enumerate(ids) if token in self.ends), None)
+        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        used = len(ids) if end is None else end + 1
+        return {
+            "id": f"chatcmpl-{time.time_ns():x}",
+            "object": "chat.completion",
+            "model": self.name,
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": text},
+                    "finish_reason": "length" if end is None else "stop",
+                }
+            ],
+            "usage": {
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": used,
+                "total_tokens": prompt_tokens + used,
+            },
+        }
+
+
+def _settings(body: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(body.get(key) for key in ("temperature", "top_p", "top_k", "max_tokens"))

@@ -1,0 +1,207 @@
+"""Servers: choose the engine, start vLLM around a piece of work, wait for it, stop it.
+
+`vllm` is used where it is installed, a base URL is a server of the user's own, and
+`embedded` (see `embedded.py`) needs no server.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from thinkswitch_plugin import console
+from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.errors import ThinkSwitchError
+
+LOOPBACK = "127.0.0.1"
+VLLM_VENV = Path(".venv-vllm")  # where `make setup-vllm` puts it; it cannot share axolotl's environment
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers at `base_url` (…/v1)."""
+
+    base_url: str
+
+
+def vllm_python() -> Path | None:
+    """The interpreter that has vLLM: `VLLM_PYTHON`, then `.venv-vllm`, then the one of `vllm` on the path."""
+    candidates = [os.environ.get("VLLM_PYTHON"), str(VLLM_VENV / "bin" / "python")]
+    command = shutil.which("vllm")
+    if command:
+        candidates.append(str(Path(command).resolve().parent / "python"))
+    return next((Path(c) for c in candidates if c and Path(c).is_file()), None)
+
+
+def choose(engine: str) -> str:
+    """What `ENGINE=` means on this machine: `vllm`, `embedded` or a base URL.
+
+    Raises `ThinkSwitchError` for an unknown name, or vLLM where there is none.
+    """
+    if engine.startswith(("http://", "https://")):
+        return engine.rstrip("/")
+    if engine == "auto":
+        return "vllm" if vllm_python() else "embedded"
+    if engine == "vllm" and vllm_python() is None:
+        raise ThinkSwitchError(
+            "ENGINE=vllm, but vLLM is not installed: run `make setup-vllm`, or point VLLM_PYTHON at "
+            "the python of an environment that has it."
+        )
+    if engine not in ("vllm", "embedded"):
+        raise ThinkSwitchError(f"ENGINE={engine} is unknown; use auto, vllm, embedded or a base URL.")
+    return engine
+
+
+def free_port(wanted: int) -> int:
+    """A free port on the loopback interface. Raises `ThinkSwitchError` if `wanted` is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, wanted))
+        except OSError as error:
+            raise ThinkSwitchError(
+                f"Port {wanted} on {LOOPBACK} is not free ({error.strerror}); set "
+                "`thinkswitch.engine.port: 0` to take any free one."
+            ) from None
+        return int(probe.getsockname()[1])
+
+
+def vllm_command(model: str, port: int, keys: EngineKeys, max_len: int | None) -> list[str]:
+    """The command that serves `model` with the vLLM that is installed."""
+    python = vllm_python()
+    assert python is not None
+    launcher = python.with_name("vllm")
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    # The CPU build installs a `vllm` command that fails: it looks up a distribution of that name.
+    if launcher.is_file() and any(python.parent.parent.glob("lib/python*/site-packages/vllm-[0-9]*.dist-info")):
+        command = [str(launcher), "serve", model]
+    command += ["--host", LOOPBACK, "--port", str(port)]
+    if max_len is not None:
+        command += ["--max-model-len", str(max_len)]
+    if not has_cuda():
+        command += ["--gpu-memory-utilization", "0.2", "--enforce-eager", "--dtype", "float32"]
+    return command + list(keys.vllm_args)
+
+
+def has_cuda() -> bool:
+    """Whether a CUDA device is there, without importing torch."""
+    return Path("/proc/driver/nvidia/version").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+
+
+@contextmanager
+def serving(
+    engine: str, model: str, keys: EngineKeys, log: Path, *, max_len: int | None = None, keep_trace: bool = False
+) -> Iterator[Server]:
+    """Serve `model` for the length of the block; nothing of the engine is left afterwards.
+
+    Args:
+        engine: `vllm`, or the base URL of a server that runs already.
+        model: checkpoint folder or hub id, also the name under which it is asked.
+        log: the engine's output goes here.
+        max_len: longest prompt plus completion, in tokens (vLLM).
+        keep_trace: have vLLM return the raw text instead of splitting off the trace.
+
+    Raises:
+        ThinkSwitchError: no free port, the engine ended or did not start in time, or a
+            server of the user's own does not serve the model.
+    """
+    if engine.startswith(("http://", "https://")):
+        _require_model(engine, model)
+        yield Server(engine)
+        return
+    port = free_port(keys.port)
+    command = vllm_command(model, port, keys, max_len)
+    if not keep_trace and "--reasoning-parser" not in command:
+        command += ["--reasoning-parser", "qwen3"]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    console.say(f"  $ {' '.join(command)}")
+    with log.open("ab") as handle:
+        process = subprocess.Popen(
+            command,
+            stdout=handle,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+            env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+        try:
+            base_url = f"http://{LOOPBACK}:{port}/v1"
+            _wait_until_ready(process, f"http://{LOOPBACK}:{port}/health", keys.start_timeout, engine, log)
+            yield Server(base_url)
+        finally:
+            _stop(process)
+
+
+def _die_with_parent() -> None:
+    """Linux: have the kernel end the engine if our process is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float, engine: str, log: Path) -> None:
+    started = time.monotonic()
+    with console.bar(0, f"starting {engine}", unit="s") as bar:
+        while True:
+            if process.poll() is not None:
+                raise ThinkSwitchError(
+                    f"The {engine} engine ended while starting (exit code {process.returncode}); "
+                    f"the end of {log}:\n{console.tail(log)}"
+                )
+            try:
+                with urllib.request.urlopen(url, timeout=2) as reply:
+                    if reply.status == 200:
+                        return
+            except OSError:
+                pass
+            if time.monotonic() - started > timeout:
+                raise ThinkSwitchError(
+                    f"The {engine} engine did not answer within {timeout:g} s; raise "
+                    f"`thinkswitch.engine.start_timeout`, or see {log}:\n{console.tail(log)}"
+                )
+            time.sleep(0.5)
+            bar.update(round(time.monotonic() - started) - bar.n)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the engine's whole process group, gently first."""
+    for sign, patience in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, sign)
+        try:
+            process.wait(patience)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # children that outlived their leader
+
+
+def _require_model(base_url: str, model: str) -> None:
+    try:
+        request = urllib.request.Request(f"{base_url}/models", headers=_authorization())
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            served = [entry["id"] for entry in json.load(reply)["data"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ThinkSwitchError(f"ENGINE={base_url}: no OpenAI-compatible server answers there ({error}).") from None
+    if model not in served:
+        raise ThinkSwitchError(
+            f"The server at {base_url} serves {', '.join(served) or 'nothing'}, not {model}; start it with "
+            f"that checkpoint (for vLLM: --served-model-name {model}) and run the same command again."
+        )
+
+
+def _authorization() -> dict[str, str]:
+    key = os.environ.get("OPENAI_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}

@@ -1,0 +1,226 @@
+"""Judge a checkpoint with lm-eval, and read its results and samples files.
+
+Names as in arXiv 2510.10977: Mean@k, Pass@k, Vote@k over k samples a question, tokens
+a completion, think ratio. lm-eval's tasks see text only, so tokens and cut answers are
+counted afterwards from the samples file with the checkpoint's own tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin import answers, files, traces
+from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
+from thinkswitch_plugin.console import run_logged
+from thinkswitch_plugin.engines import has_cuda, serving
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.generate import PROMPT_ROOM, context_length
+
+
+def grade(kind: str, text: str, gold: str, *, opened: bool = False, cut: bool = False) -> dict[str, Any]:
+    """One completion against its gold answer.
+
+    Args:
+        kind: how the final answer is read, a key of `answers.EXTRACTORS`.
+        opened, cut: as for `traces.split`. A task cannot know either; both are
+            known when the samples file is read again.
+
+    Returns:
+        ``accuracy``, ``think_ratio`` (a closed trace), ``answered`` as booleans, ``answer``.
+    """
+    done = traces.split(text, opened=opened, cut=cut)
+    found = answers.extract(kind, done.answer)
+    return {
+        "accuracy": found is not None and found == answers.extract(kind, gold),
+        "think_ratio": done.closed_trace,
+        "answered": found is not None,
+        "answer": found,
+    }
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question with its k graded completions."""
+
+    doc_id: int
+    correct: list[bool]
+    found: list[str | None]
+    closed_trace: list[bool]
+    tokens: list[int]
+    truncated: list[bool]
+
+
+def newest(folder: Path, pattern: str) -> Path:
+    """The newest of lm-eval's files that match. Raises `ThinkSwitchError` if there is none."""
+    matches = sorted(folder.rglob(pattern), key=lambda p: p.name)
+    if not matches:
+        raise ThinkSwitchError(f"{folder} holds no {pattern}; run the evaluation again.")
+    return matches[-1]
+
+
+def read_samples(folder: Path, task: str, checkpoint: str, kind: str) -> Iterator[Sample]:
+    """Grade lm-eval's samples file again, now with tokens and the template known.
+
+    A completion's tokens are those of its text plus the end token, unless the token
+    limit cut it: then the limit was reached and no end token was written.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "x"}], add_generation_prompt=True, tokenize=False
+    )
+    opened = traces.template_opens_trace(prompt)
+    path = newest(folder, f"samples_{task}_*.jsonl")
+    for number, row in files.read_jsonl(path):
+        completions = row.get("resps")
+        if not completions or not isinstance(completions[0], list):
+            raise ThinkSwitchError(f"{path}, line {number}: `resps` is missing.")
+        budget = row["arguments"]["gen_args_0"]["arg_1"]["max_gen_toks"]
+        sample = Sample(row["doc_id"], [], [], [], [], [])
+        for text in completions[0]:
+            length = len(tokenizer.encode(text, add_special_tokens=False))
+            cut = length >= budget
+            verdict = grade(kind, text, str(row["target"]), opened=opened, cut=cut)
+            sample.correct.append(verdict["accuracy"])
+            sample.found.append(verdict["answer"])
+            sample.closed_trace.append(verdict["think_ratio"])
+            sample.tokens.append(length if cut else length + 1)
+            sample.truncated.append(cut)
+        yield sample
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """Unbiased estimate of "at least one of k samples is right" from n ≥ k samples.
+
+    Chen et al., arXiv 2107.03374, eq. 1.
+    """
+    if n - correct < k:
+        return 1.0
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def summarize(samples: Sequence[Sample]) -> dict[str, Any]:
+    """The figures of one checkpoint as `report.json` holds them.
+
+    ``ci95``: Wilson for k = 1, bootstrap over questions (10,000 draws, seed 0) otherwise.
+    ``think_ratio``: completions with a closed trace over those that were not cut.
+    Raises `ThinkSwitchError` if there is no sample.
+    """
+    if not samples:
+        raise ThinkSwitchError("the samples file holds no question.")
+    k = len(samples[0].correct)
+    n = len(samples)
+    completions = n * k
+    means = [sum(s.correct) / k for s in samples]
+    mean = sum(means) / n
+    whole = sum(not cut for s in samples for cut in s.truncated)
+    closed = sum(c and not t for s in samples for c, t in zip(s.closed_trace, s.truncated, strict=True))
+    return {
+        "n": n,
+        "k": k,
+        "mean@k": mean,
+        "pass@k": sum(pass_at_k(k, sum(s.correct), k) for s in samples) / n,
+        "vote@k": sum(vote_is_right(s) for s in samples) / n,
+        "ci95": interval(means, k),
+        "tokens": sum(sum(s.tokens) for s in samples) / completions,
+        "think_ratio": closed / whole if whole else 0.0,
+        "truncated": 1 - whole / completions,
+        "answered": sum(f is not None for s in samples for f in s.found) / completions,
+    }
+
+
+def vote_is_right(sample: Sample) -> bool:
+    """Whether the majority answer of a question's samples is right."""
+    winner = answers.majority(sample.found)
+    return winner is not None and sample.correct[sample.found.index(winner)]
+
+
+def interval(means: Sequence[float], k: int) -> list[float]:
+    """95 % interval of a mean over questions, each question's mean in [0, 1]."""
+    import numpy as np
+    from scipy.stats import binomtest, bootstrap
+
+    if k == 1:
+        found = binomtest(round(sum(means)), len(means)).proportion_ci(method="wilson")
+    elif len(set(means)) == 1:
+        return [means[0], means[0]]
+    else:
+        found = bootstrap(
+            (np.asarray(means),), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0)
+        ).confidence_interval
+    return [float(found.low), float(found.high)]
+
+
+def run_lm_eval(
+    checkpoint: str,
+    out: Path,
+    keys: EvaluationKeys,
+    engine: str,
+    engine_keys: EngineKeys,
+    *,
+    logs: Path,
+    title: str,
+) -> None:
+    """Run `lm_eval` on one checkpoint and keep its results and samples files in `out`.
+
+    Raises `ThinkSwitchError` with the end of the log if lm-eval fails.
+    """
+    building = files.temporary_sibling(out)
+    files.remove(building)
+    common: list[str | Path] = [
+        "--include_path",
+        "lm_eval_tasks",
+        "--tasks",
+        keys.task,
+        "--apply_chat_template",
+        "--log_samples",
+        "--output_path",
+        building,
+    ]
+    if keys.limit is not None:
+        common += ["--limit", str(keys.limit)]
+    if keys.max_tokens is not None:
+        common += ["--gen_kwargs", f"max_gen_toks={keys.max_tokens}"]
+    lm_eval = [str(Path(sys.executable).with_name("lm_eval")), "run"]
+    log = logs / f"{title}.log"
+    if keys.backend == "server" or (keys.backend == "auto" and engine == "vllm"):
+        room = context_length(checkpoint)
+        if keys.max_tokens is not None:
+            room = min(room, keys.max_tokens + PROMPT_ROOM)
+        with serving(engine, checkpoint, engine_keys, log, max_len=room, keep_trace=True) as server:
+            model_args = (
+                f"model={checkpoint},base_url={server.base_url}/chat/completions,"
+                f"num_concurrent={engine_keys.concurrency},timeout={engine_keys.timeout:g},tokenizer_backend=none"
+            )
+            run_logged(
+                [*lm_eval, "--model", "local-chat-completions", "--model_args", model_args, *common],
+                log,
+                title="lm_eval",
+            )
+    else:
+        device = "cuda" if has_cuda() else "cpu"
+        run_logged(
+            [
+                *lm_eval,
+                "--model",
+                "hf",
+                "--model_args",
+                f"pretrained={checkpoint},dtype=auto",
+                "--device",
+                device,
+                "--batch_size",
+                keys.batch_size,
+                *common,
+            ],
+            log,
+            title="lm_eval",
+        )
+    newest(building, f"samples_{keys.task}_*.jsonl")
+    files.remove(out)
+    building.replace(out)

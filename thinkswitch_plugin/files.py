@@ -1,0 +1,142 @@
+"""Reading and writing the files of a run: whole or not at all, one row at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+import yaml
+
+from thinkswitch_plugin.errors import ThinkSwitchError
+
+
+def temporary_sibling(path: Path) -> Path:
+    """Where `path` is built before it is renamed into place."""
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a binary file that appears under its name only when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = temporary_sibling(path)
+    try:
+        with partial.open("wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Build a folder beside `path`; it takes the name (replacing an old one) when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = temporary_sibling(path)
+    remove(partial)
+    partial.mkdir()
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        remove(path)
+        partial.replace(path)
+    finally:
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON atomically."""
+    with atomic_file(path) as handle:
+        handle.write(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS) + b"\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parse one JSON file. Raises `ThinkSwitchError` naming the file."""
+    try:
+        return orjson.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ThinkSwitchError(f"{path} does not exist.") from None
+    except orjson.JSONDecodeError as error:
+        raise ThinkSwitchError(f"{path} is not valid JSON: {error}.") from None
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object); blank lines are passed over.
+
+    Reads by line feed alone, since texts may hold U+2028.
+    Raises `ThinkSwitchError` naming file and line.
+    """
+    try:
+        handle = path.open("rb")
+    except OSError as error:
+        raise ThinkSwitchError(f"{path} cannot be read: {error.strerror}.") from None
+    with handle:
+        for number, line in enumerate(handle, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield number, parse_line(line, path, number)
+
+
+def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    """One JSONL line as an object. Raises `ThinkSwitchError` naming file and line."""
+    try:
+        row = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise ThinkSwitchError(f"{path}, line {number}: not valid JSON ({error}); repair or delete the line.") from None
+    if not isinstance(row, dict):
+        raise ThinkSwitchError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}.")
+    return row
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Parse a YAML mapping safely. Raises `ThinkSwitchError` naming file, line and cause."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ThinkSwitchError(f"{path} does not exist.") from None
+    except IsADirectoryError:
+        raise ThinkSwitchError(f"{path} is a folder, not a YAML file.") from None
+    except UnicodeDecodeError:
+        raise ThinkSwitchError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "invalid YAML"
+        raise ThinkSwitchError(f"{path}{where}: {problem}.") from None
+    if not isinstance(value, dict):
+        raise ThinkSwitchError(f"{path}: expected a YAML mapping of keys to values.")
+    return value
+
+
+def write_yaml(path: Path, value: dict[str, Any], header: str = "") -> None:
+    """Write a YAML mapping atomically, keys in their given order."""
+    text = "".join(f"# {line}\n" for line in header.splitlines())
+    text += yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+    with atomic_file(path) as handle:
+        handle.write(text.encode())
+
+
+def dumps_line(row: dict[str, Any]) -> bytes:
+    """One object as a JSONL line."""
+    return orjson.dumps(row) + b"\n"

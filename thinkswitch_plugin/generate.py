@@ -1,0 +1,237 @@
+"""Answer `requests.jsonl` through any OpenAI-compatible server; keep each answer as it arrives.
+
+vLLM's own batch runner writes its output when the whole batch has ended, so a killed
+run loses every answer. Here each answer is appended to `generations.jsonl` and flushed
+at once, in vLLM's batch output format, and a second start asks only what is missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from thinkswitch_plugin import console, files
+from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.engines import serving
+from thinkswitch_plugin.errors import ThinkSwitchError
+
+PROMPT_ROOM = 2048  # tokens left for the prompt beside the completion's budget
+
+
+@dataclass
+class GenerationReport:
+    """Counts of one call."""
+
+    requests: int = 0
+    already_stored: int = 0
+    answered: int = 0
+    retried: int = 0
+    failed: int = 0
+    tokens: int = 0
+
+
+def repair(path: Path) -> set[str]:
+    """Cut off a torn last line and return the ids of all stored answers.
+
+    Stored failures are forgotten, so that a resumed run asks them again.
+    Raises `ThinkSwitchError` for a broken line in the middle.
+    """
+    done: set[str] = set()
+    if not path.exists():
+        return done
+    keep, drop_failures = 0, False
+    with path.open("rb") as handle:
+        for number, line in enumerate(handle, 1):
+            if not line.endswith(b"\n"):
+                break
+            keep += len(line)
+            if line.strip():
+                row = files.parse_line(line, path, number)
+                if row.get("error"):
+                    drop_failures = True
+                else:
+                    done.add(row["custom_id"])
+    if keep < path.stat().st_size:
+        with path.open("r+b") as handle:
+            handle.truncate(keep)
+    if drop_failures:
+        with files.atomic_file(path) as out:
+            for _, row in files.read_jsonl(path):
+                if not row.get("error"):
+                    out.write(files.dumps_line(row))
+    return done
+
+
+def pending(requests: Path, done: set[str], limit: int | None = None) -> Iterator[dict[str, Any]]:
+    """The requests (of the first `limit`) that have no stored answer yet."""
+    rows = itertools.islice(files.read_jsonl(requests), limit)
+    return (row for _, row in rows if row["custom_id"] not in done)
+
+
+def generate(
+    requests: Path,
+    out: Path,
+    checkpoint: str,
+    engine: str,
+    keys: EngineKeys,
+    *,
+    retry_max_tokens: int | None = None,
+    limit: int | None = None,
+    log: Path,
+    title: str = "generate",
+) -> GenerationReport:
+    """Answer every request that `out` does not hold yet, starting and stopping an engine if need be.
+
+    Args:
+        requests: OpenAI batch file.
+        out: batch output file, appended to as answers arrive (not in order).
+        checkpoint: who answers.
+        engine: `vllm`, `embedded`, or the base URL of a running server.
+        retry_max_tokens: ask an answer that the token limit cut once more with this budget.
+        limit: only the first so many requests.
+        log: output of an engine that is started here.
+
+    Raises:
+        ThinkSwitchError: the engine does not start, cannot be reached, or does not serve
+            the checkpoint. Answers so far are kept, and the same call goes on from them.
+    """
+    done = repair(out)
+    total = sum(1 for _ in itertools.islice(files.read_jsonl(requests), limit))
+    waiting = sum(1 for _ in pending(requests, done, limit))
+    report = GenerationReport(requests=total, already_stored=total - waiting)
+    if waiting == 0:
+        return report
+    out.parent.mkdir(parents=True, exist_ok=True)
+    rows = pending(requests, done, limit)
+    with out.open("ab") as handle, console.bar(total, title, initial=total - waiting, unit="answer") as bar:
+        keep = _Keeper(handle, bar, report)
+        if engine == "embedded":
+            _answer_embedded(rows, keep, checkpoint, keys.concurrency, retry_max_tokens)
+        else:
+            budget = max(r["body"]["max_tokens"] for _, r in files.read_jsonl(requests))
+            room = min(max(budget, retry_max_tokens or 0) + PROMPT_ROOM, context_length(checkpoint))
+            with serving(engine, checkpoint, keys, log, max_len=room) as server:
+                asyncio.run(_answer_from_server(rows, keep, server.base_url, keys, retry_max_tokens))
+    return report
+
+
+@dataclass
+class _Keeper:
+    """Appends each answer to the file as it arrives, and counts it."""
+
+    handle: IO[bytes]
+    bar: Any
+    report: GenerationReport
+
+    def answer(self, row: dict[str, Any], body: dict[str, Any]) -> None:
+        """Store a chat completion body."""
+        self.report.answered += 1
+        self.report.tokens += (body.get("usage") or {}).get("completion_tokens") or 0
+        self._write(row, {"status_code": 200, "request_id": str(body.get("id")), "body": body}, None)
+
+    def failure(self, row: dict[str, Any], problem: Exception) -> None:
+        """Store that a request has failed for good, and why."""
+        self.report.failed += 1
+        self._write(row, None, {"message": str(problem), "type": type(problem).__name__})
+
+    def _write(self, row: dict[str, Any], response: dict[str, Any] | None, error: dict[str, Any] | None) -> None:
+        line = {"id": f"gen-{row['custom_id']}", "custom_id": row["custom_id"], "response": response, "error": error}
+        self.handle.write(files.dumps_line(line))
+        self.handle.flush()
+        self.bar.set_postfix(tokens=self.report.tokens, failed=self.report.failed, refresh=False)
+        self.bar.update(1)
+
+
+def context_length(checkpoint: str) -> int:
+    """The longest sequence a local checkpoint's config allows; unbounded where it does not say."""
+    config = Path(checkpoint) / "config.json"
+    found = files.read_json(config).get("max_position_embeddings") if config.is_file() else None
+    return int(found or 2**31)
+
+
+def was_cut(body: dict[str, Any]) -> bool:
+    """Whether a chat completion stopped at its token limit."""
+    return bool(body["choices"][0].get("finish_reason") == "length")
+
+
+def _answer_embedded(
+    rows: Iterator[dict[str, Any]], keep: _Keeper, checkpoint: str, batch: int, retry_max_tokens: int | None
+) -> None:
+    from thinkswitch_plugin.embedded import EmbeddedEngine
+
+    engine = EmbeddedEngine(checkpoint)
+    for row, body in engine.stream(rows, batch):
+        if retry_max_tokens and was_cut(body):
+            keep.report.retried += 1
+            body = engine.answer([{**row["body"], "max_tokens": retry_max_tokens}])[0]
+        keep.answer(row, body)
+
+
+async def _answer_from_server(
+    rows: Iterator[dict[str, Any]], keep: _Keeper, base_url: str, keys: EngineKeys, retry_max_tokens: int | None
+) -> None:
+    import openai
+
+    client = openai.AsyncOpenAI(
+        base_url=base_url,
+        api_key=os.environ.get("OPENAI_API_KEY") or "none",
+        timeout=keys.timeout,
+        max_retries=4,  # the library's own backoff on refusals, 429 and 5xx
+    )
+
+    async def ask(body: dict[str, Any]) -> dict[str, Any]:
+        sent = {k: v for k, v in body.items() if k != "metadata"}  # ours, not the server's
+        reply = await client.post("/chat/completions", body=sent, cast_to=object)
+        if not isinstance(reply, dict) or not reply.get("choices"):
+            raise ThinkSwitchError("the server's answer is no chat completion")
+        return reply
+
+    async def answer(row: dict[str, Any]) -> None:
+        try:
+            body = await ask(row["body"])
+            if retry_max_tokens and was_cut(body):
+                keep.report.retried += 1
+                body = await ask({**row["body"], "max_tokens": retry_max_tokens})
+        except (openai.APIConnectionError, openai.NotFoundError):
+            raise
+        except (openai.OpenAIError, ThinkSwitchError) as problem:
+            keep.failure(row, problem)
+        else:
+            keep.answer(row, body)
+
+    # A window of tasks rather than one per request, so memory stays flat for any file.
+    under_way: set[asyncio.Task[None]] = set()
+    try:
+        for row in rows:
+            if len(under_way) >= keys.concurrency:
+                finished, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+                for task in finished:
+                    task.result()
+            under_way.add(asyncio.create_task(answer(row)))
+        for task in asyncio.as_completed(under_way):
+            await task
+    except openai.NotFoundError as problem:
+        raise ThinkSwitchError(
+            f"The server at {base_url} does not serve this model ({problem.message}); "
+            "start it with the model that requests.jsonl names."
+        ) from None
+    except openai.APITimeoutError:
+        raise ThinkSwitchError(
+            f"The server at {base_url} took longer than {keys.timeout:g} s for an answer; "
+            "raise `thinkswitch.engine.timeout`. Answers so far are kept."
+        ) from None
+    except openai.APIConnectionError:
+        raise ThinkSwitchError(
+            f"The server at {base_url} cannot be reached; start it and run the same command again. "
+            "Answers so far are kept."
+        ) from None
+    finally:
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
+        await client.close()

@@ -1,0 +1,259 @@
+"""The stages of the loop: what each reads, which engine it calls, what it writes.
+
+Each function does the work of one stage of `run.stages` for iteration k; `run.execute`
+decides whether it is needed and keeps its stamp. Follow one prompt: `write_requests`
+-> `answer_requests` -> `build_pairs` -> `train` -> `merge_lora` -> `rebuild` -> `evaluate`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin import checkpoint, console, files
+from thinkswitch_plugin.engines import has_cuda
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run import Run
+
+
+def tool(name: str) -> str:
+    """An engine's command in the environment that runs us."""
+    return str(Path(sys.executable).with_name(name))
+
+
+def prepare_pair(run: Run) -> dict[str, Any]:
+    """Fetch (or, for the embedded domain, train) the starting pair and check that it is one.
+
+    Writes `iter-0/pair.json`: name, folder and hub commit of both checkpoints.
+    """
+    from thinkswitch_plugin.merging.compatibility import require_compatible
+
+    keys = run.recipe.keys.pair
+    if keys.embedded:
+        from thinkswitch_plugin.demo.cache import ensure_pair
+
+        ensure_pair(run.seed, Path(run.checkpoint("instruct", 0)), Path(run.checkpoint("thinking", 0)))
+    found = {}
+    for mode, revision in (("instruct", keys.revision_instruct), ("thinking", keys.revision_thinking)):
+        name = run.checkpoint(mode, 0)
+        folder, commit = checkpoint.resolve(name, revision, mode)
+        found[mode] = {"name": name, "path": str(folder), "revision": commit}
+    require_compatible(Path(found["instruct"]["path"]), Path(found["thinking"]["path"]))
+    files.write_json(run.iteration(0) / "pair.json", found)
+    return {}
+
+
+def write_requests(run: Run, k: int) -> dict[str, Any]:
+    """Prompts -> `requests.jsonl`, asked of the thinking checkpoint of iteration k − 1."""
+    from transformers import AutoTokenizer
+
+    from thinkswitch_plugin import domain, traces
+
+    teacher = run.checkpoint("thinking", k - 1)
+    rendered = AutoTokenizer.from_pretrained(teacher).apply_chat_template(
+        [{"role": "user", "content": "x"}], add_generation_prompt=True, tokenize=False
+    )
+    keys = run.recipe.keys
+    prompts = domain.prompts_of_iteration(keys.prompts, run.seed, k)
+    count = domain.write_requests(
+        run.iteration(k) / "requests.jsonl",
+        prompts,
+        model=teacher,
+        opened=traces.template_opens_trace(rendered),
+        keys=keys.prompts,
+        sampling=keys.sampling,
+        seed=run.seed,
+    )
+    console.say(f"  {len(prompts)} prompts, {count} requests")
+    return {"prompts": len(prompts), "requests": count}
+
+
+def answer_requests(run: Run, k: int) -> dict[str, Any]:
+    """The thinking checkpoint answers: `requests.jsonl` -> `generations.jsonl`."""
+    from thinkswitch_plugin.generate import generate
+
+    keys, here = run.recipe.keys, run.iteration(k)
+    retry = None
+    if keys.labels.unfinished == "retry":
+        retry = keys.labels.retry_max_tokens or 2 * keys.sampling.max_tokens
+    report = generate(
+        here / "requests.jsonl",
+        here / "generations.jsonl",
+        run.checkpoint("thinking", k - 1),
+        run.engine,
+        keys.engine,
+        retry_max_tokens=retry,
+        log=here / "logs" / "generate.log",
+    )
+    console.say(
+        f"  {report.answered} answered, {report.already_stored} stored before, {report.retried} retried, "
+        f"{report.failed} failed, {report.tokens} tokens"
+    )
+    return vars(report)
+
+
+def build_pairs(run: Run, k: int) -> dict[str, Any]:
+    """Traces removed: `generations.jsonl` -> `pairs.jsonl` and the counts in `pairs.json`."""
+    from thinkswitch_plugin.pairs import write_pairs
+
+    labels, here = run.recipe.keys.labels, run.iteration(k)
+    report = write_pairs(
+        here / "requests.jsonl",
+        here / "generations.jsonl",
+        here / "pairs.jsonl",
+        selection=labels.selection,
+        answer_kind=labels.answer,
+    )
+    console.say(f"  {report.summary()}")
+    return report.as_json()
+
+
+def train(run: Run, k: int) -> dict[str, Any]:
+    """axolotl QLoRA on the pairs: writes `axolotl.yaml` and `adapter/`."""
+    here = run.iteration(k)
+    return train_adapter(run, pairs=here / "pairs.jsonl", base_model=run.checkpoint("instruct", k - 1), here=here)
+
+
+def train_adapter(run: Run, *, pairs: Path, base_model: str, here: Path) -> dict[str, Any]:
+    """Train one adapter into `here/adapter`, with its config in `here/axolotl.yaml`.
+
+    Raises `ThinkSwitchError` if axolotl fails or the adapter did not move.
+    """
+    from thinkswitch_plugin import distil
+
+    adapter, building = here / "adapter", files.temporary_sibling(here / "adapter")
+    prepared = here / "prepared"
+    for old in (building, prepared):  # axolotl would take up prepared data of other pairs
+        files.remove(old)
+    config = distil.iteration_config(
+        run.recipe,
+        base_model=base_model,
+        pairs=pairs,
+        adapter=adapter,
+        prepared=prepared,
+        seed=run.seed,
+        on_cpu=not has_cuda(),
+    )
+    files.write_yaml(here / "axolotl.yaml", config, header="Runs by itself: axolotl train THIS_FILE")
+    command = [tool("axolotl"), "train", here / "axolotl.yaml", "--output-dir", building]
+    if not has_cuda():
+        command += ["--launcher", "python"]
+    console.run_logged(command, here / "logs" / "train.log", env=distil.ENGINE_ENV, title="axolotl train")
+    change = distil.adapter_change(building)
+    distil.require_moved(change, run.recipe.keys.min_adapter_change, building)
+    for checkpoint_folder in building.glob("checkpoint-*"):
+        files.remove(checkpoint_folder)
+    files.remove(adapter)
+    building.replace(adapter)
+    files.remove(prepared)
+    return {"adapter_change": change}
+
+
+def merge_lora(run: Run, k: int) -> dict[str, Any]:
+    """axolotl merges the adapter in full precision: writes the complete checkpoint `instruct/`."""
+    here, parent = run.iteration(k), run.checkpoint("instruct", k - 1)
+    merge_adapter(here, parent, here / "instruct")
+    checkpoint.write_card(
+        here / "instruct",
+        title=f"{run.recipe.keys.domain}: instruct checkpoint after iteration {k}",
+        base_models=[parent],
+        facts=card_facts(
+            run, k, "Distilled with", f"axolotl QLoRA, `{here / 'axolotl.yaml'}`, merged in full precision"
+        ),
+    )
+    return {}
+
+
+def merge_adapter(here: Path, parent: str, out: Path, *, rounded: bool = False) -> None:
+    """Merge `here/adapter` into `parent` with axolotl and write the checkpoint `out`.
+
+    Args:
+        rounded: use axolotl's default merge, which passes every matrix through NF4.
+    """
+    from thinkswitch_plugin import distil
+
+    building = files.temporary_sibling(out.with_name(f"{out.name}-merge"))
+    files.remove(building)
+    config = here / "axolotl.yaml"
+    if rounded:
+        config = here / "axolotl-rounded.yaml"
+        files.write_yaml(config, {**files.read_yaml(here / "axolotl.yaml"), "merge_method": "memory_efficient"})
+    console.run_logged(
+        [tool("axolotl"), "merge-lora", config, "--lora-model-dir", here / "adapter", "--output-dir", building],
+        here / "logs" / "merge-lora.log",
+        env=distil.ENGINE_ENV,
+        title="axolotl merge-lora",
+    )
+    with files.atomic_folder(out) as folder:
+        for file in (building / "merged").iterdir():
+            file.replace(folder / file.name)
+        checkpoint.adopt_mode(Path(parent), folder)
+    files.remove(building)
+
+
+def rebuild(run: Run, k: int) -> dict[str, Any]:
+    """mergekit interpolates the new thinking checkpoint; it is accepted only if it still thinks."""
+    from thinkswitch_plugin.merging.rebuild import rebuild_thinking
+
+    here, keys = run.iteration(k), run.recipe.keys
+    result = rebuild_thinking(
+        instruct=here / "instruct",
+        anchor=Path(run.anchor(k)),
+        keys=keys.rebuild,
+        out=here / "thinking",
+        merge_yaml=here / "merge.yaml",
+        reference=run.iteration(1) / "generations.jsonl",
+        reference_requests=run.iteration(1) / "requests.jsonl",
+        requests=here / "requests.jsonl",
+        engine=run.engine,
+        engine_keys=keys.engine,
+        logs=here / "logs",
+        cards=lambda folder, text: checkpoint.write_card(
+            folder,
+            title=f"{keys.domain}: thinking checkpoint after iteration {k}",
+            base_models=[str(here / "instruct"), run.anchor(k)],
+            facts=card_facts(run, k, "Rebuilt with", "mergekit, the config below"),
+            merge_yaml=text,
+        ),
+    )
+    files.write_json(here / "rebuild.json", result)
+    return {}
+
+
+def evaluate(run: Run, k: int, mode: str) -> dict[str, Any]:
+    """lm-eval judges one checkpoint: writes its results and samples files under `eval/`."""
+    from thinkswitch_plugin.evaluation import run_lm_eval
+
+    here = run.iteration(k)
+    run_lm_eval(
+        run.checkpoint(mode, k),
+        here / "eval" / mode,
+        run.recipe.keys.evaluation,
+        run.engine,
+        run.recipe.keys.engine,
+        logs=here / "logs",
+        title=f"eval-{mode}",
+    )
+    return {}
+
+
+def card_facts(run: Run, k: int, how: str, what: str) -> dict[str, Any]:
+    """The table of a model card."""
+    return {
+        "Domain": run.recipe.keys.domain,
+        "Iteration": k,
+        "Seed": run.seed,
+        how: what,
+        "Recipe": run.recipe.path,
+        "Prompts and pairs": f"`iter-{k}/pairs.jsonl` of the run",
+    }
+
+
+def require_finished(run: Run, k: int) -> None:
+    """Raise `ThinkSwitchError` unless iteration k has both checkpoints."""
+    for mode in ("instruct", "thinking"):
+        if not Path(run.checkpoint(mode, k)).is_dir():
+            raise ThinkSwitchError(
+                f"Iteration {k} of {run.folder} has no {mode} checkpoint yet; run `make iterate` first."
+            )

@@ -1,0 +1,93 @@
+"""Merge configs: put a pair and λ into one, and refuse what mergekit would ignore.
+
+A config of `merge_configs/` is an ordinary mergekit YAML whose models are called
+`instruct` and `thinking` (so it runs as it stands in a folder that holds both). The loop
+puts the real folders in their places and sets λ.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin import files
+from thinkswitch_plugin.errors import ThinkSwitchError
+
+NAME = "thinkswitch"  # the mergekit method of `method.py`
+PARAMETERS = ("lambda", "lambda_attention", "lambda_ffn", "lambda_rest", "path")
+
+
+def place_models(config: Any, instruct: str, thinking: str) -> Any:
+    """A merge config with the names `instruct` and `thinking` replaced by folders."""
+    if isinstance(config, dict):
+        names = {"instruct": instruct, "thinking": thinking}
+        return {
+            key: names.get(value, value)
+            if key in ("model", "base_model", "source") and isinstance(value, str)
+            else place_models(value, instruct, thinking)
+            for key, value in config.items()
+        }
+    if isinstance(config, list):
+        return [place_models(item, instruct, thinking) for item in config]
+    return config
+
+
+def set_lambda(config: dict[str, Any], weight: float, where: Path) -> dict[str, Any]:
+    """A merge config with λ, the weight of the thinking checkpoint, put in.
+
+    The one place where λ becomes mergekit's own numbers: slerp's `t` is the share of
+    the *other* model, so with the thinking checkpoint as base it is 1 − λ.
+    Raises `ThinkSwitchError` for a method whose λ cannot be set so.
+    """
+    method = config.get("merge_method")
+    parameters = dict(config.get("parameters") or {})
+    if method == "slerp":
+        if config.get("base_model") != "thinking":
+            raise ThinkSwitchError(f"{where}: `base_model` must be `thinking`, so that t is 1 − λ.")
+        parameters["t"] = round(1.0 - weight, 12)
+    elif method == "thinkswitch":
+        parameters["lambda"] = weight
+    elif method == "linear":
+        shares = {"thinking": weight, "instruct": round(1.0 - weight, 12)}
+        models = [
+            {**entry, "parameters": {**(entry.get("parameters") or {}), "weight": shares[entry["model"]]}}
+            for entry in config["models"]
+        ]
+        return {**config, "models": models}
+    else:
+        raise ThinkSwitchError(
+            f"{where}: λ cannot be set for merge_method {method!r}; use slerp, thinkswitch or linear."
+        )
+    return {**config, "parameters": parameters}
+
+
+def check_config(path: Path) -> None:
+    """Refuse parameters that mergekit would ignore or find wrong half-way.
+
+    Raises `ThinkSwitchError` naming file and parameter, before any tensor is read.
+    """
+    config = files.read_yaml(path)
+    if config.get("merge_method") != NAME:
+        return
+    blocks = [config, *(config.get("slices") or [])]
+    for block in blocks:
+        for key, value in (block.get("parameters") or {}).items():
+            if key not in PARAMETERS:
+                raise ThinkSwitchError(f"{path}: `{key}` is no parameter of {NAME}; known are {', '.join(PARAMETERS)}.")
+            _check_value(path, key, value)
+    if not any("lambda" in (block.get("parameters") or {}) for block in blocks):
+        raise ThinkSwitchError(f"{path}: `parameters.lambda` is missing (the weight of the thinking checkpoint).")
+
+
+def _check_value(path: Path, key: str, value: Any) -> None:
+    # A list is mergekit's gradient over layers, a mapping one of its filters.
+    for item in value if isinstance(value, list) else [value]:
+        scalar = item.get("value") if isinstance(item, dict) else item
+        if key == "path":
+            if scalar not in ("spherical", "linear"):
+                raise ThinkSwitchError(f"{path}: `path` is {scalar!r}; use spherical or linear.")
+        elif isinstance(scalar, list):
+            _check_value(path, key, scalar)
+        elif isinstance(scalar, bool) or not isinstance(scalar, int | float) or not math.isfinite(scalar):
+            raise ThinkSwitchError(f"{path}: `{key}` is {scalar!r}; use a finite number.")

@@ -1,0 +1,91 @@
+"""The mergekit method `thinkswitch`: λ by kind of module, on the sphere or the line.
+
+    merge_method: thinkswitch
+    base_model: thinking
+    models: [{model: instruct}, {model: thinking}]
+    parameters:
+      lambda: 0.9               # weight of the thinking checkpoint
+      lambda_attention: 0.8     # optional, each defaults to `lambda`
+      lambda_ffn: 0.95
+      lambda_rest: 0.9
+      path: spherical           # or linear
+
+mergekit has no discovery for outside methods, so the module must be imported before
+a config is read: `thinkswitch merge CONFIG OUT [mergekit-yaml's own options]` does that.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from mergekit.merge_methods import registry
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    FunctionalGroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+from pydantic import Field
+
+from thinkswitch_plugin.merging.config import NAME
+from thinkswitch_plugin.merging.kernel import interpolate
+
+Weight = Annotated[float, Field(allow_inf_nan=False, strict=False)]
+
+
+def module_kind(name: str) -> Literal["attention", "ffn", "rest"]:
+    """What kind of module a tensor belongs to, by its Hugging Face name.
+
+    `model.layers.3.self_attn.q_proj.weight` -> attention, `…mlp.down_proj.weight` -> ffn,
+    embeddings and norms outside both -> rest.
+    """
+    parts = name.split(".")
+    if any(p in ("self_attn", "attention", "attn", "linear_attn") for p in parts):
+        return "attention"
+    if any(p in ("mlp", "ffn", "feed_forward", "block_sparse_moe") for p in parts):
+        return "ffn"
+    return "rest"
+
+
+def merge_group(group: TensorGroup, **parameters: Any) -> torch.Tensor:
+    """One output tensor from its (instruct, thinking) inputs; the base is the thinking one."""
+    assert group.base is not None
+    weight = parameters[f"lambda_{module_kind(group.metadata.name or '')}"]
+    return interpolate(
+        group.non_base[0].tensor,
+        group.base.tensor,
+        parameters["lambda"] if weight is None else weight,
+        spherical=parameters["path"] == "spherical",
+    )
+
+
+def _parameter(name: str, kind: Any, **default: Any) -> ParameterSpec:
+    return ParameterSpec(name=name, value_type=kind, scope=ParameterScope.SHARED, **default)
+
+
+METHOD = FunctionalGroupMergeMethod(
+    MergeMethodSpec(
+        name=NAME,
+        pretty_name="ThinkSwitch",
+        reference_url="https://arxiv.org/abs/2606.01080",
+        contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=2, max_inputs=2),
+        parameters=(
+            _parameter("lambda", Weight),
+            _parameter("lambda_attention", Weight | None, default=None),
+            _parameter("lambda_ffn", Weight | None, default=None),
+            _parameter("lambda_rest", Weight | None, default=None),
+            _parameter("path", Literal["spherical", "linear"], default="spherical"),
+        ),
+    ),
+    merge_group,
+)
+
+
+def register() -> None:
+    """Make `merge_method: thinkswitch` known to mergekit in this process."""
+    if NAME not in {method.spec.name for method in registry.registered_methods()}:
+        registry.register(METHOD)

@@ -1,0 +1,152 @@
+"""Rebuild the thinking checkpoint with mergekit, and check that it still thinks.
+
+The config used, with the real folders and λ in it, is kept as `iter-k/merge.yaml`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from thinkswitch_plugin import checkpoint, console, files
+from thinkswitch_plugin.args import EngineKeys, RebuildKeys
+from thinkswitch_plugin.engines import has_cuda
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.generate import generate
+from thinkswitch_plugin.merging.compatibility import require_compatible
+from thinkswitch_plugin.merging.config import place_models, set_lambda
+from thinkswitch_plugin.merging.similarity import similarity
+from thinkswitch_plugin.pairs import completion_of
+from thinkswitch_plugin.traces import Outcome
+
+SMALL_SET = 100  # up to so many prompts, one may fail to think without failing the check
+
+
+def think_ratio(requests: Path, generations: Path, limit: int | None = None) -> tuple[int, int]:
+    """(completions with a closed trace, completions that were not cut), of the first `limit` requests."""
+    opened: dict[str, bool] = {}
+    for count, (_, row) in enumerate(files.read_jsonl(requests)):
+        if limit is not None and count >= limit:
+            break
+        opened[row["custom_id"]] = (row["body"].get("metadata") or {}).get("trace") == "opened"
+    closed = whole = 0
+    for _, row in files.read_jsonl(generations):
+        if row.get("custom_id") not in opened or row.get("error"):
+            continue
+        done = completion_of(row, opened=opened[row["custom_id"]])
+        if row["response"]["body"]["choices"][0].get("finish_reason") == "length":
+            continue
+        whole += 1
+        closed += done.closed_trace and done.outcome is not Outcome.FAILED
+    return closed, whole
+
+
+def still_thinks(closed: int, whole: int, asked: int, needed: float) -> bool:
+    """Whether a share of closed traces is enough, with one prompt of tolerance on small sets.
+
+    Cut completions are counted apart; a checkpoint of which nearly all are cut has not
+    shown that it ends its traces, so at least half must be whole.
+    """
+    tolerance = 1 if whole <= SMALL_SET else 0
+    return whole * 2 >= asked and closed + tolerance >= needed * whole
+
+
+def merge(config: Path, out: Path, log: Path) -> None:
+    """Run mergekit on a config, through `thinkswitch merge`, which knows our method too."""
+    command: list[str | Path] = [
+        Path(sys.executable).with_name("thinkswitch"),
+        "merge",
+        config,
+        out,
+        "--copy-tokenizer",
+        "--lazy-unpickle",
+    ]
+    if has_cuda():
+        command.append("--cuda")
+    console.run_logged(command, log, title="mergekit")
+
+
+def rebuild_thinking(
+    *,
+    instruct: Path,
+    anchor: Path,
+    keys: RebuildKeys,
+    out: Path,
+    merge_yaml: Path,
+    reference: Path,
+    reference_requests: Path,
+    requests: Path,
+    engine: str,
+    engine_keys: EngineKeys,
+    logs: Path,
+    cards: Callable[[Path, str], None],
+) -> dict[str, Any]:
+    """Interpolate, measure the think ratio on training prompts, and accept or raise λ.
+
+    Args:
+        instruct, anchor: the two checkpoints; the anchor is a thinking one.
+        reference, reference_requests: what the *original* thinking checkpoint answered;
+            its think ratio is the measure.
+        requests: the training prompts to try the candidate on (no labels needed).
+
+    Returns:
+        What `rebuild.json` holds: method, λ, every λ tried with its think ratio, σ, angles.
+
+    Raises:
+        ThinkSwitchError: the pair does not match, or no λ of the list keeps the checkpoint thinking.
+    """
+    require_compatible(instruct, anchor)
+    config_path = Path(keys.config)
+    template = files.read_yaml(config_path)
+    closed, whole = think_ratio(reference_requests, reference)
+    baseline = closed / whole if whole else 0.0
+    tried: list[dict[str, Any]] = []
+    candidates = [keys.lambda_, *(step for step in keys.lambda_steps if step > keys.lambda_)]
+    candidate = files.temporary_sibling(out)
+    for weight in candidates:
+        config = place_models(set_lambda(template, weight, config_path), str(instruct), str(anchor))
+        text = yaml.safe_dump(config, sort_keys=False)
+        files.write_yaml(merge_yaml, config, header=f"λ = {weight:g}. Runs by itself: thinkswitch merge THIS_FILE OUT")
+        files.remove(candidate)
+        merge(merge_yaml, candidate, logs / "merge.log")
+        checkpoint.adopt_mode(anchor, candidate)
+        answers = logs / f"check-lambda-{weight:g}.jsonl"
+        answers.unlink(missing_ok=True)
+        generate(
+            requests,
+            answers,
+            str(candidate),
+            engine,
+            engine_keys,
+            limit=keys.check_prompts,
+            log=logs / "check.log",
+            title=f"check λ={weight:g}",
+        )
+        closed, whole = think_ratio(requests, answers, keys.check_prompts)
+        asked = sum(1 for _ in files.read_jsonl(answers))
+        ratio = closed / whole if whole else 0.0
+        tried.append({"lambda": weight, "think_ratio": ratio, "prompts": asked, "cut": asked - whole})
+        console.say(f"  λ {weight:g}: think ratio {ratio:.3f} on {asked} training prompts (original {baseline:.3f})")
+        if still_thinks(closed, whole, asked, keys.min_think_ratio * baseline):
+            cards(candidate, text)
+            files.remove(out)
+            candidate.replace(out)
+            return {
+                "method": template["merge_method"],
+                "lambda": weight,
+                "anchor": str(anchor),
+                "think_ratio": ratio,
+                "think_ratio_original": baseline,
+                "tried": tried,
+                **similarity(instruct, anchor),
+            }
+    files.remove(candidate)
+    shown = ", ".join(f"{t['lambda']:g} → {t['think_ratio']:.2f}" for t in tried)
+    raise ThinkSwitchError(
+        f"No λ keeps the rebuilt checkpoint thinking (λ → think ratio: {shown}; the original has {baseline:.2f}). "
+        "The last good pair is kept; raise `thinkswitch.rebuild.lambda`, add to `lambda_steps`, or train less."
+    )

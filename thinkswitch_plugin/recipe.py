@@ -1,0 +1,99 @@
+"""A recipe: one axolotl YAML a domain, with the keys of the loop under `thinkswitch:`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from thinkswitch_plugin import files
+from thinkswitch_plugin.args import ThinkSwitchKeys
+from thinkswitch_plugin.errors import ThinkSwitchError
+
+RECIPES = Path("recipes")
+CPU_OVERLAY = RECIPES / "cpu.overlay.yaml"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe: `axolotl` holds every key but ours, `keys` ours."""
+
+    path: Path
+    axolotl: dict[str, Any]
+    keys: ThinkSwitchKeys
+
+
+def recipe_path(domain: str) -> Path:
+    """Where the recipe of a domain lies. Raises `ThinkSwitchError` for a name that is none."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", domain):
+        raise ThinkSwitchError(f"DOMAIN={domain!r} is not a domain name; use letters, digits, `-` and `_`.")
+    path = RECIPES / f"{domain}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in RECIPES.glob("*.yaml") if ".overlay" not in p.name)
+        close = difflib.get_close_matches(domain, known, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ThinkSwitchError(
+            f"There is no recipe {path} for DOMAIN={domain}; recipes here: {', '.join(known) or 'none'}.{hint}"
+        )
+    return path
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check a recipe. Raises `ThinkSwitchError` naming file and field."""
+    values = files.read_yaml(path)
+    if "thinkswitch" not in values:
+        raise ThinkSwitchError(f"{path} has no `thinkswitch:` section; see docs/adding-a-domain.md.")
+    try:
+        keys = ThinkSwitchKeys.model_validate(values["thinkswitch"])
+    except ValidationError as error:
+        raise ThinkSwitchError(f"{path}: {explain(error)}") from None
+    return Recipe(path, {k: v for k, v in values.items() if k != "thinkswitch"}, keys)
+
+
+def explain(error: ValidationError) -> str:
+    """The first problem of a pydantic error as one sentence."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in ("thinkswitch", *first["loc"]))
+    if first["type"] == "extra_forbidden":
+        return f"unknown key `{field}`{_did_you_mean(first['loc'])}."
+    if first["type"] == "missing":
+        return f"`{field}` is missing."
+    return f"`{field}`: {first['msg'].removeprefix('Value error, ')} (found {first['input']!r})."
+
+
+def _did_you_mean(location: tuple[int | str, ...]) -> str:
+    model: Any = ThinkSwitchKeys
+    for part in location[:-1]:
+        model = model.model_fields[part].annotation
+    names = [field.alias or name for name, field in model.model_fields.items()]
+    close = difflib.get_close_matches(str(location[-1]), names, n=1)
+    return f"; did you mean `{close[0]}`" if close else f"; known keys: {', '.join(names)}"
+
+
+def check_axolotl_keys(recipe: Recipe) -> None:
+    """Refuse top-level keys that axolotl's schema does not know (it would ignore them).
+
+    Takes seconds, since axolotl's schema imports torch.
+    """
+    from axolotl.utils.schemas.config import AxolotlInputConfig
+
+    known = set(AxolotlInputConfig.model_fields)
+    for field in AxolotlInputConfig.model_fields.values():
+        known.update(a for a in (field.alias, field.validation_alias) if isinstance(a, str))
+    for key in recipe.axolotl:
+        if key not in known:
+            close = difflib.get_close_matches(key, sorted(known), n=1)
+            hint = f"; did you mean `{close[0]}`" if close else ""
+            raise ThinkSwitchError(f"{recipe.path}: axolotl knows no key `{key}`{hint}.")
+    for key in ("base_model", "datasets", "output_dir", "adapter"):
+        if not recipe.axolotl.get(key):
+            raise ThinkSwitchError(f"{recipe.path}: `{key}` is missing.")
+
+
+def overlay(values: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """`values` with the keys of `extra` on top."""
+    return {**values, **extra}

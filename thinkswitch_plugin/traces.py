@@ -1,0 +1,134 @@
+"""Split one completion of a reasoning model into its trace and its answer.
+
+The shapes met in practice, and what each becomes:
+
+    <think>a</think>b          trace a, answer b
+    a</think>b                 the chat template had opened the trace: trace a, answer b
+    reasoning=a, content=b     a server that returned the trace apart
+    b                          no tag: a direct answer, or, where the template had
+                               opened the trace, a trace that never ended
+    <think>a                   a trace that never ended: no answer
+    a</think>b</think>c        more than one closing tag: which one ended the trace
+                               cannot be known, so the answer is not fit for training
+
+Only completions are ever split, so tags inside a *prompt* are left alone.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
+# Qwen's pair first, then what other model families write.
+_NAMES = r"(?:think|thinking|thought|reasoning)"
+_OPEN = re.compile(rf"<{_NAMES}>|<\|begin_of_thought\|>|\[THINK\]")
+_CLOSE = re.compile(rf"</{_NAMES}>|<\|end_of_thought\|>|\[/THINK\]")
+
+
+class Outcome(StrEnum):
+    """What a completion turned out to be; all but `COMPLETE` are reasons to drop it."""
+
+    COMPLETE = "complete"
+    UNCLOSED = "unclosed_trace"  # the trace never ended
+    CUT = "answer_cut"  # the trace ended, then the token limit cut the answer
+    EMPTY = "empty_answer"  # nothing but white space where the answer should be
+    AMBIGUOUS = "ambiguous_tags"  # a tag inside what should be the answer
+    FAILED = "failed"  # the server gave no completion for this request
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One split completion. `trace` is None where none was written."""
+
+    trace: str | None
+    answer: str | None
+    outcome: Outcome
+
+    @property
+    def complete(self) -> bool:
+        """Whether `answer` is a whole answer with no part of a trace in it."""
+        return self.outcome is Outcome.COMPLETE
+
+    @property
+    def closed_trace(self) -> bool:
+        """Whether a trace was written and ended (the paper's think ratio counts these)."""
+        return self.trace is not None and self.outcome is not Outcome.UNCLOSED
+
+
+def split(text: str, *, opened: bool = False, cut: bool = False) -> Completion:
+    """Split raw text that still holds its tags.
+
+    Args:
+        text: the completion as the model wrote it.
+        opened: the chat template had already opened the trace, so that text
+            without a closing tag is all trace.
+        cut: generation stopped at the token limit.
+
+    Returns:
+        The last closing tag ends the trace, so no trace text can reach `answer`.
+    """
+    closings = list(_CLOSE.finditer(text))
+    if not closings:
+        if opened or _OPEN.search(text):
+            return Completion(_strip_open(text), None, Outcome.UNCLOSED)
+        return _with_answer(None, text, cut)
+    last = closings[-1]
+    trace, answer = _strip_open(text[: last.start()]), text[last.end() :]
+    if _OPEN.search(answer):
+        return Completion(trace, None, Outcome.UNCLOSED)
+    done = _with_answer(trace, answer, cut)
+    if done.complete and len(closings) > 1:
+        return Completion(trace, done.answer, Outcome.AMBIGUOUS)
+    return done
+
+
+def split_apart(reasoning: str, content: str | None, *, cut: bool = False) -> Completion:
+    """Take a completion whose server had already moved the trace into `reasoning`."""
+    content = content or ""
+    if _OPEN.search(content) or _CLOSE.search(content):
+        return Completion(reasoning, None, Outcome.AMBIGUOUS)
+    if cut and not content.strip():
+        return Completion(_strip_open(reasoning), None, Outcome.UNCLOSED)
+    return _with_answer(_strip_open(reasoning), content, cut)
+
+
+def split_message(message: dict[str, Any], *, opened: bool = False, finish_reason: str | None = None) -> Completion:
+    """Split the `message` of an OpenAI chat completion.
+
+    vLLM names the separate trace `reasoning`, transformers and others `reasoning_content`.
+    A server without a reasoning parser leaves it in `content`.
+    """
+    cut = finish_reason == "length"
+    reasoning = message.get("reasoning") or message.get("reasoning_content")
+    content = message.get("content")
+    if reasoning:
+        return split_apart(str(reasoning), content, cut=cut)
+    return split(content or "", opened=opened, cut=cut)
+
+
+def has_tag(text: str) -> bool:
+    """Whether any opening or closing trace tag occurs in the text."""
+    return bool(_OPEN.search(text) or _CLOSE.search(text))
+
+
+def template_opens_trace(rendered_prompt: str) -> bool:
+    """Whether a rendered generation prompt ends inside a trace (as Qwen3-Thinking-2507's does)."""
+    openings, closings = list(_OPEN.finditer(rendered_prompt)), list(_CLOSE.finditer(rendered_prompt))
+    if not openings or rendered_prompt[openings[-1].end() :].strip():
+        return False
+    return not closings or closings[-1].start() < openings[-1].start()
+
+
+def _with_answer(trace: str | None, answer: str, cut: bool) -> Completion:
+    text = answer.strip()
+    if cut:
+        return Completion(trace, text or None, Outcome.CUT)
+    return Completion(trace, text or None, Outcome.COMPLETE if text else Outcome.EMPTY)
+
+
+def _strip_open(trace: str) -> str:
+    match = _OPEN.match(trace.lstrip())
+    return (trace.lstrip()[match.end() :] if match else trace).strip()
