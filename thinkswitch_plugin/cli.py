@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from thinkswitch_plugin import __version__
+from thinkswitch_plugin.console import hush_engines
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -42,6 +43,7 @@ def main() -> None:
 
     `make iterate DOMAIN=…` runs these stages in order; each can be run by itself.
     """
+    hush_engines()
 
 
 def iteration_stage(name: str, **options: Any) -> Callable[[F], click.Command]:

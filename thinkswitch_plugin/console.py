@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +16,14 @@ from tqdm import tqdm
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 TAIL_LINES = 15
+
+
+def hush_engines() -> None:
+    """Keep the imports of torch and transformers from writing about other machines' kernels."""
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def say(text: str) -> None:

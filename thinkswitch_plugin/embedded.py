@@ -9,16 +9,13 @@ greedy decoding repeats exactly, seeds are vLLM's promise alone.
 from __future__ import annotations
 
 import itertools
-import logging
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-
-logging.getLogger("torchao").setLevel(logging.ERROR)  # it warns about kernels for other machines
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
 class EmbeddedEngine:

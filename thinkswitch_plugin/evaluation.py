@@ -72,10 +72,7 @@ def read_samples(folder: Path, task: str, checkpoint: str, kind: str) -> Iterato
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "x"}], add_generation_prompt=True, tokenize=False
-    )
-    opened = traces.template_opens_trace(prompt)
+    opened = traces.opens_trace(tokenizer)
     path = newest(folder, f"samples_{task}_*.jsonl")
     for number, row in files.read_jsonl(path):
         completions = row.get("resps")

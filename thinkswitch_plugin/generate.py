@@ -213,8 +213,7 @@ async def _answer_from_server(
                 for task in finished:
                     task.result()
             under_way.add(asyncio.create_task(answer(row)))
-        for task in asyncio.as_completed(under_way):
-            await task
+        await asyncio.gather(*under_way)
     except openai.NotFoundError as problem:
         raise ThinkSwitchError(
             f"The server at {base_url} does not serve this model ({problem.message}); "

@@ -34,7 +34,7 @@ def prepare_pair(run: Run) -> dict[str, Any]:
         from thinkswitch_plugin.demo.cache import ensure_pair
 
         ensure_pair(run.seed, Path(run.checkpoint("instruct", 0)), Path(run.checkpoint("thinking", 0)))
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for mode, revision in (("instruct", keys.revision_instruct), ("thinking", keys.revision_thinking)):
         name = run.checkpoint(mode, 0)
         folder, commit = checkpoint.resolve(name, revision, mode)
@@ -51,16 +51,13 @@ def write_requests(run: Run, k: int) -> dict[str, Any]:
     from thinkswitch_plugin import domain, traces
 
     teacher = run.checkpoint("thinking", k - 1)
-    rendered = AutoTokenizer.from_pretrained(teacher).apply_chat_template(
-        [{"role": "user", "content": "x"}], add_generation_prompt=True, tokenize=False
-    )
     keys = run.recipe.keys
     prompts = domain.prompts_of_iteration(keys.prompts, run.seed, k)
     count = domain.write_requests(
         run.iteration(k) / "requests.jsonl",
         prompts,
         model=teacher,
-        opened=traces.template_opens_trace(rendered),
+        opened=traces.opens_trace(AutoTokenizer.from_pretrained(teacher)),
         keys=keys.prompts,
         sampling=keys.sampling,
         seed=run.seed,
@@ -136,7 +133,7 @@ def train_adapter(run: Run, *, pairs: Path, base_model: str, here: Path) -> dict
         on_cpu=not has_cuda(),
     )
     files.write_yaml(here / "axolotl.yaml", config, header="Runs by itself: axolotl train THIS_FILE")
-    command = [tool("axolotl"), "train", here / "axolotl.yaml", "--output-dir", building]
+    command: list[str | Path] = [tool("axolotl"), "train", here / "axolotl.yaml", "--output-dir", building]
     if not has_cuda():
         command += ["--launcher", "python"]
     console.run_logged(command, here / "logs" / "train.log", env=distil.ENGINE_ENV, title="axolotl train")

@@ -114,6 +114,14 @@ def has_tag(text: str) -> bool:
     return bool(_OPEN.search(text) or _CLOSE.search(text))
 
 
+def opens_trace(tokenizer: Any) -> bool:
+    """Whether a tokenizer's chat template opens the trace in its generation prompt."""
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "x"}], add_generation_prompt=True, tokenize=False
+    )
+    return template_opens_trace(str(rendered))
+
+
 def template_opens_trace(rendered_prompt: str) -> bool:
     """Whether a rendered generation prompt ends inside a trace (as Qwen3-Thinking-2507's does)."""
     openings, closings = list(_OPEN.finditer(rendered_prompt)), list(_CLOSE.finditer(rendered_prompt))
