@@ -15,7 +15,7 @@ echo "setup: $venv from $list (a few minutes, once)"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip="$venv/bin/python -m pip --quiet --disable-pip-version-check --no-input"
 $pip install "$(grep '^torch==' "$list")" 2>&1 | grep -v WARNING: || true
-"$venv/bin/python" -c 'import torch' || { echo "setup: torch could not be installed; see the lines above." >&2; exit 1; }
+"$venv/bin/python" -W ignore -c 'import torch' || { echo "setup: torch could not be installed; see the lines above." >&2; exit 1; }
 
 rest=$(mktemp)
 trap 'rm -f "$rest"' EXIT

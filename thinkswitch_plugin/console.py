@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -45,6 +47,11 @@ def bar(total: int, title: str, *, initial: int = 0, unit: str = "it") -> tqdm[A
     )
 
 
+def die_with_parent() -> None:
+    """In a child of ours, on Linux: have the kernel end it if our process is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+
+
 def tail(log: Path, lines: int = TAIL_LINES) -> str:
     """The last lines of a log, indented."""
     if not log.exists():
@@ -70,6 +77,7 @@ def run_logged(command: Sequence[str | Path], log: Path, *, env: Mapping[str, st
             stdout=handle,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
+            preexec_fn=die_with_parent,
             env={**os.environ, **(env or {})},
         )
         try:

@@ -1,0 +1,79 @@
+"""The dataset type through real axolotl: what carries a loss, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axolotl.utils.dict import DictDefault
+from datasets import load_dataset
+
+from tests.test_pairs import answer, request
+from thinkswitch_plugin.answer_only import load
+from thinkswitch_plugin.demo.tokenizer import build_tokenizer
+from thinkswitch_plugin.errors import ThinkSwitchError
+
+Write = Callable[[str, Sequence[object]], Path]
+
+
+def tokenized(path: Path, **labels: Any) -> list[dict[str, Any]]:
+    tokenizer = build_tokenizer("instruct")
+    cfg = DictDefault(
+        {
+            "sequence_len": 128,
+            "train_on_inputs": False,
+            "chat_template": "tokenizer_default",
+            "thinkswitch": {"labels": labels} if labels else None,
+        }
+    )
+    ds_cfg = DictDefault({"path": str(path), "type": "thinkswitch_plugin.answer_only"})
+    dataset = load_dataset("json", data_files=str(path), split="train")
+    return list(load(tokenizer, cfg, ds_cfg).wrap_dataset(dataset, process_count=1))
+
+
+def pair(question: str, text: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": text}]}
+
+
+def test_only_the_answer_and_its_end_token_carry_a_loss(write_jsonl: Write) -> None:
+    (row,) = tokenized(write_jsonl("pairs.jsonl", [pair("7*3+4*2", "0")]))
+    tokenizer = build_tokenizer("instruct")
+    trained = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    assert tokenizer.convert_ids_to_tokens(trained) == ["0", "<|im_end|>"]
+    assert tokenizer.decode(row["input_ids"]).startswith(
+        "<|im_start|>user\n7*3+4*2<|im_end|>\n<|im_start|>assistant\n0"
+    )
+
+
+def test_generations_joined_with_their_requests_give_the_same_rows(write_jsonl: Write) -> None:
+    texts = ["2+3", "4+4"]
+    write_jsonl("requests.jsonl", [request(f"p{i}", text=t) for i, t in enumerate(texts)])
+    generations = write_jsonl(
+        "generations.jsonl", [answer("p1-s0", "4+4=8\n</think>\n\n8"), answer("p0-s0", "2+3=5\n</think>\n\n5")]
+    )
+    pairs = write_jsonl("pairs.jsonl", [pair("2+3", "5"), pair("4+4", "8")])
+    assert tokenized(generations) == tokenized(pairs)
+
+
+def test_selection_of_the_recipe_applies_to_generations(write_jsonl: Write) -> None:
+    write_jsonl("requests.jsonl", [request("p0", s) for s in range(3)])
+    generations = write_jsonl("generations.jsonl", [answer(f"p0-s{i}", f"t</think>{d}") for i, d in enumerate("344")])
+    assert len(tokenized(generations)) == 1
+    assert len(tokenized(generations, selection="all")) == 3
+    (voted,) = tokenized(generations, selection="vote", answer="digit")
+    assert "4" in build_tokenizer("instruct").decode([t for t in voted["labels"] if t != -100])
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (pair("2+3", "2+3=5</think>5"), "pair 1: a trace tag is left in the answer"),
+        ({"messages": [{"role": "user", "content": "2+3"}]}, "the last message must be an assistant's answer"),
+        ({"text": "2+3"}, "neither `messages`"),
+    ],
+)
+def test_a_row_that_is_no_clean_pair_is_refused(write_jsonl: Write, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ThinkSwitchError, match=message):
+        tokenized(write_jsonl("pairs.jsonl", [row]))

@@ -1,0 +1,31 @@
+"""Real vLLM on the CPU, from its own environment, answers one iteration's requests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from thinkswitch_plugin import engines, files
+from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.generate import generate
+from thinkswitch_plugin.pairs import write_pairs
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.vllm,
+    pytest.mark.skipif(engines.vllm_python() is None, reason="vLLM is not installed: make setup-vllm"),
+]
+
+
+def test_pairs_from_vllm_equal_those_of_the_embedded_engine(finished_run: Path, tmp_path: Path) -> None:
+    here = finished_run / "iter-1"
+    teacher = files.read_json(finished_run / "iter-0" / "pair.json")["thinking"]["path"]
+    out = tmp_path / "generations.jsonl"
+    keys = EngineKeys.model_validate({})
+    report = generate(here / "requests.jsonl", out, teacher, "vllm", keys, log=tmp_path / "log")
+    assert (report.answered, report.failed) == (512, 0)
+    message = next(files.read_jsonl(out))[1]["response"]["body"]["choices"][0]["message"]
+    assert message["reasoning"] and message["content"].strip().isdigit()  # vLLM had split the trace
+    write_pairs(here / "requests.jsonl", out, tmp_path / "pairs.jsonl", selection="first", answer_kind="digit")
+    assert (tmp_path / "pairs.jsonl").read_bytes() == (here / "pairs.jsonl").read_bytes()
