@@ -6,13 +6,14 @@ ITERATIONS ?= 2
 RUNS       ?= runs
 SEED       ?= 0
 ENGINE     ?= auto
+OVERLAY    ?=
 
 VENV := .venv
 TS   := $(VENV)/bin/thinkswitch
 RUN  := $(RUNS)/$(DOMAIN)
 
 # Settings reach the commands through the environment, never through a shell's command line.
-export DOMAIN ITERATIONS RUNS SEED ENGINE RUN MODEL CONTROL PRICE_PER_HOUR
+export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY RUN MODEL CONTROL PRICE_PER_HOUR
 export OMP_NUM_THREADS ?= $(shell nproc)
 export HF_HUB_DISABLE_TELEMETRY := 1
 ifeq ($(DOMAIN),arithmetic)
@@ -22,12 +23,12 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-vllm iterate loop pair eval report control results bench-engines lint test clean-run
+.PHONY: help setup setup-vllm iterate loop pair check eval report control results bench-engines lint test clean-run
 
 ##@ The loop
 
 iterate: setup ## the whole method: make iterate DOMAIN=arithmetic ITERATIONS=2 SEED=0 ENGINE=auto
-	@$(TS) begin --domain "$$DOMAIN" --runs "$$RUNS" --seed "$$SEED" --engine "$$ENGINE" --iterations "$$ITERATIONS"
+	@$(TS) begin --domain "$$DOMAIN" --runs "$$RUNS" --seed "$$SEED" --engine "$$ENGINE" --iterations "$$ITERATIONS" --overlay "$$OVERLAY"
 	@$(MAKE) --silent --no-print-directory loop
 
 loop: $(RUN)/.stamps/report.json ;
@@ -72,12 +73,15 @@ $(RUN)/.stamps/report.json: $(call stamp,$(lastword $(STEPS)),eval-thinking)
 ##@ Parts of it
 
 pair: setup ## only make or fetch the starting pair
-	@$(TS) begin --domain "$$DOMAIN" --runs "$$RUNS" --seed "$$SEED" --engine "$$ENGINE" --iterations "$$ITERATIONS"
+	@$(TS) begin --domain "$$DOMAIN" --runs "$$RUNS" --seed "$$SEED" --engine "$$ENGINE" --iterations "$$ITERATIONS" --overlay "$$OVERLAY"
 	@$(TS) pair "$$RUN"
 
 report: setup ## write report.json and report.md of a finished run again, and show the table
 	@rm -f "$$RUN/.stamps/report.json"
 	@$(TS) report "$$RUN"
+
+check: setup ## before a GPU hour is spent: make check DOMAIN=aime
+	@$(TS) check --domain "$$DOMAIN" --overlay "$$OVERLAY" --iterations "$$ITERATIONS"
 
 eval: setup ## judge any checkpoint: make eval MODEL=folder DOMAIN=arithmetic
 	@$(TS) eval-model --domain "$$DOMAIN" --model "$$MODEL" --engine "$$ENGINE"
@@ -115,4 +119,4 @@ test: setup setup-vllm lint ## lint, types, unit tests, one real iteration, one 
 help: ## this text
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
 	/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo; echo "Settings: DOMAIN=$(DOMAIN) ITERATIONS=$(ITERATIONS) RUNS=$(RUNS) SEED=$(SEED) ENGINE=$(ENGINE)"
+	@echo; echo "Settings: DOMAIN=$(DOMAIN) ITERATIONS=$(ITERATIONS) RUNS=$(RUNS) SEED=$(SEED) ENGINE=$(ENGINE) OVERLAY=$(OVERLAY)"

@@ -1,14 +1,18 @@
-"""The functions that the task files beside this one name. Importing them needs no axolotl."""
+"""The functions that the task files beside this one name. Importing them needs no axolotl.
+
+Off line, set THINKSWITCH_DATA to a folder that holds `aime_2026` and `pubmedqa` as
+.jsonl, .csv or .parquet, with the columns of the hub's datasets.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from thinkswitch_plugin.evaluation import grade
+from thinkswitch_plugin.evaluation import grade_repeats
 
 
 def arithmetic_dataset(**_: Any) -> dict[str, Any]:
-    """The held-out questions of the embedded domain as the split `test`."""
+    """The held-out questions of the embedded domain."""
     from datasets import Dataset
 
     from thinkswitch_plugin.demo import task
@@ -17,7 +21,37 @@ def arithmetic_dataset(**_: Any) -> dict[str, Any]:
     return {"test": Dataset.from_list(rows)}
 
 
-def grade_arithmetic(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """lm-eval hands over one completion; see `evaluation.grade`."""
-    verdict = grade("digit", results[0], doc["answer"])
-    return {name: float(verdict[name]) for name in ("accuracy", "think_ratio", "answered")}
+def aime_dataset(**_: Any) -> dict[str, Any]:
+    """AIME 2026: 30 problems from MathArena/aime_2026, or from THINKSWITCH_DATA."""
+    from thinkswitch_plugin.sources import evaluation_rows
+
+    return {"test": evaluation_rows("aime_2026", "MathArena/aime_2026", None)}
+
+
+def pubmedqa_dataset(**_: Any) -> dict[str, Any]:
+    """The fixed 30-question subset of PubMedQA's official test half."""
+    from thinkswitch_plugin.sources import pubmedqa_subset
+
+    return {"test": pubmedqa_subset()}
+
+
+def pubmedqa_full_dataset(**_: Any) -> dict[str, Any]:
+    """All 500 questions of PubMedQA's official test half."""
+    from thinkswitch_plugin.sources import pubmedqa_half
+
+    return {"test": pubmedqa_half("test")}
+
+
+def grade_arithmetic(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
+    """One digit."""
+    return grade_repeats("digit", results, doc["answer"])
+
+
+def grade_aime(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
+    """An integer."""
+    return grade_repeats("integer", results, str(doc["answer"]))
+
+
+def grade_pubmedqa(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
+    """Yes, no or maybe."""
+    return grade_repeats("decision", results, doc["final_decision"])

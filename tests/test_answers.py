@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import threading
+import time
+
+import pytest
+
 from thinkswitch_plugin import answers
 
 
@@ -9,6 +14,91 @@ def test_a_digit_is_the_whole_text_or_nothing() -> None:
     assert answers.extract("digit", "17") is None
     assert answers.extract("digit", "٧") is None
     assert answers.extract("digit", None) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"so \boxed{055}", "55"),
+        (r"\boxed{45.0}", "45"),
+        (r"\boxed{16 \text{ feet}}", "16"),
+        (r"\boxed{\text{016}}", "16"),
+        (r"\boxed{70^\circ}", "70"),
+        (r"\boxed{1,024}", "1024"),
+        (r"\boxed{m+n = 113}", "113"),
+        (r"\boxed{-5}", "-5"),
+        (r"first \boxed{12}, no: \boxed{220}.", "220"),
+        (r"\boxed{220} and then \boxed{}", "220"),
+        (r"\boxed{\frac{90}{2}}", "45"),
+        (r"\boxed{\sqrt{324^2 + (-432)^2}}", "540"),
+        (r"\boxed{2^{10}}", "1024"),
+        ("The answer is **220**.", "220"),
+        ("Answer: 220.", "220"),
+        ("**Final Answer**: 016", "16"),
+        ("**220**", "220"),
+        ("220", "220"),
+        ("016\n", "16"),
+        ("Therefore, the sum is\n$$1 + 9 + 31 = 41$$", "41"),
+        ("Therefore, there are 117 ordered pairs $(x,y)$.", "117"),
+        (r"\boxed{}" * 5000, None),
+        (r"\boxed{12.5}", None),
+        (r"\boxed{\frac{1}{3}}", None),
+        (r"\boxed{113 \text{ or } 371}", None),
+        (r"\boxed{x+1}", None),
+        ("It is either 3 or 4.", None),
+        ("I cannot solve this.", None),
+        ("", None),
+    ],
+)
+def test_integers(text: str, expected: str | None) -> None:
+    assert answers.extract("integer", text) == expected
+
+
+@pytest.mark.parametrize("box", ["9^{9^{9^{9}}}", "(10^9)!", "2^{99999999}", "9^9^9^9", "1" * 5000])
+def test_what_would_take_for_ever_is_no_answer_and_quick_in_any_thread(box: str) -> None:
+    found: list[str | None] = ["unset"]
+    started = time.monotonic()
+    thread = threading.Thread(target=lambda: found.__setitem__(0, answers.extract("integer", rf"\boxed{{{box}}}")))
+    thread.start()
+    thread.join(20)
+    assert found == [None] and time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize(("text", "expected"), [("016", "16"), ("45.0", "45"), ("204", "204"), (r"\boxed{7}", "7")])
+def test_published_answers(text: str, expected: str) -> None:
+    assert answers.gold("integer", text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("yes", "yes"),
+        ("**Maybe**, since the trials differ.", "maybe"),
+        ("B. no", "no"),
+        ("(C)", "maybe"),
+        ("A\n", "yes"),
+        ('{"step_by_step_thinking": "no, yes, maybe", "answer_choice": "B"}', "no"),
+        ('{"answer_choice": "C. maybe", "reason": "yes', "maybe"),
+        ("Some say yes, some no.\nFinal Answer: maybe", "maybe"),
+        ("Yes or no? The evidence is thin.\n**Final Answer:** **No**", "no"),
+        (r"Therefore \boxed{\text{yes}}", "yes"),
+        ('Therefore, the answer is "maybe".', "maybe"),
+        ("The data support it, so yes.", "yes"),
+        ("It could be yes, no or maybe.", None),
+        ("If the trial failed, the answer is no. If it did not", None),
+        ("The options are A, B and C for yes, no and maybe.", None),
+        ("A trial of 40 patients was held", None),
+        ("Final Answer: 8", None),
+        ("", None),
+    ],
+)
+def test_decisions(text: str, expected: str | None) -> None:
+    assert answers.extract("decision", text) == expected
+
+
+def test_letters_mean_what_the_options_say() -> None:
+    assert answers.extract("decision", "B", {"A": "yes", "B": "maybe", "C": "no"}) == "maybe"
+    assert answers.extract("decision", "C. no", {"A": "yes", "B": "maybe", "C": "no"}) == "no"
 
 
 def test_majority_takes_the_earliest_of_equals_and_ignores_what_cannot_be_read() -> None:

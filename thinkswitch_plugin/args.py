@@ -29,23 +29,26 @@ class PairKeys(_Keys):
 class PromptKeys(_Keys):
     """Where the task prompts come from: the only human input of the method."""
 
-    path: str | None = Field(None, description="JSONL file with one object a prompt; `{seed}` is replaced.")
+    path: str | None = Field(None, description="JSONL, CSV or Parquet file, a row a prompt; `{seed}` is replaced.")
     hub: str | None = Field(None, description="Hub dataset id, instead of `path`.")
     config: str | None = Field(None, description="Configuration name of the hub dataset.")
     split: str = Field("train", description="Split of the hub dataset.")
     revision: str | None = Field(None, description="Hub commit or tag of the dataset to pin.")
-    field: str = Field("prompt", description="Field that holds the prompt text.")
-    template: str = Field("{prompt}", description="What the user turn says; `{prompt}` is replaced.")
+    subset: Literal["all", "pubmedqa-train"] = Field(
+        "all", description="pubmedqa-train: only rows outside PubMedQA's official 500-question test half."
+    )
+    template: str = Field(
+        "{{prompt}}", description="What the user turn says: Jinja over the row's fields, as lm-eval's doc_to_text."
+    )
     system: str | None = Field(None, description="System turn, if any.")
     count: int = Field(15, gt=0, description="Prompts an iteration.")
+    shuffle: bool = Field(False, description="Draw the prompts in an order given by the run's seed.")
     fresh: bool = Field(False, description="Take the next `count` prompts in every iteration instead of the same ones.")
 
     @model_validator(mode="after")
     def _one_source(self) -> PromptKeys:
         if (self.path is None) == (self.hub is None):
-            raise ValueError("give either `path` (a JSONL file) or `hub` (a dataset id)")
-        if "{prompt}" not in self.template:
-            raise ValueError("`template` must contain {prompt}")
+            raise ValueError("give either `path` (a file) or `hub` (a dataset id)")
         return self
 
 
@@ -65,7 +68,9 @@ class LabelKeys(_Keys):
     selection: Literal["first", "all", "vote"] = Field(
         "first", description="First complete sample, all of them, or one that gives the majority answer."
     )
-    answer: Literal["exact", "digit"] = Field("exact", description="How `vote` reads the final answer of a completion.")
+    answer: Literal["exact", "digit", "integer", "decision"] = Field(
+        "exact", description="How a final answer is read, for `vote` and for grading; see docs/grading.md."
+    )
     unfinished: Literal["drop", "retry"] = Field(
         "drop", description="A completion cut by the token limit: drop it, or ask once more with `retry_max_tokens`."
     )
@@ -80,6 +85,14 @@ class EngineKeys(_Keys):
     start_timeout: float = Field(900, gt=0, description="Seconds an engine of ours may take to start.")
     port: int = Field(0, ge=0, le=65535, description="Port for an engine of ours; 0 takes a free one.")
     vllm_args: list[str] = Field([], description="Further options for vLLM's server, such as --quantization.")
+
+
+class NeedKeys(_Keys):
+    """What a run takes at least; checked before anything is downloaded."""
+
+    gpu_gb: float = Field(0, ge=0, description="Memory of one CUDA GPU; 0 runs on a CPU.")
+    disk_gb: float = Field(1, ge=0, description="Free disk for the pair and two iterations.")
+    ram_gb: float = Field(2, ge=0, description="Main memory, which a merge in full precision takes.")
 
 
 class RebuildKeys(_Keys):
@@ -116,12 +129,19 @@ class EvaluationKeys(_Keys):
         "auto", description="hf: in process by transformers; server: through vLLM; auto: server if the engine is vLLM."
     )
     max_tokens: int | None = Field(None, gt=0, description="Token budget of an answer (default: the task's own).")
+    contamination_ngram: int = Field(
+        13, gt=0, description="A training prompt must share no run of so many words with an evaluation question."
+    )
+    contamination_share: float = Field(
+        0.2, gt=0, le=1, description="…unless the shared runs are less than this share of the shorter text."
+    )
 
 
 class ThinkSwitchKeys(_Keys):
     """Everything under `thinkswitch:`."""
 
     domain: str = Field(description="Name of the domain, the same as the recipe's file name.")
+    needs: NeedKeys = NeedKeys()  # type: ignore[call-arg]
     pair: PairKeys
     prompts: PromptKeys
     sampling: SamplingKeys = SamplingKeys()  # type: ignore[call-arg]
@@ -129,6 +149,10 @@ class ThinkSwitchKeys(_Keys):
     engine: EngineKeys = EngineKeys()  # type: ignore[call-arg]
     rebuild: RebuildKeys = RebuildKeys()  # type: ignore[call-arg]
     evaluation: EvaluationKeys
+    axolotl_args: list[str] = Field([], description="Further options for `axolotl train`, such as its launcher's.")
+    merge_on: Literal["auto", "cpu"] = Field(
+        "auto", description="Where the adapter is merged in full precision; cpu where the GPU cannot hold the model."
+    )
     min_adapter_change: float = Field(
         1e-4, ge=0, description="An adapter that moved less than this (median ‖s·B·A‖/‖A‖) learnt nothing: an error."
     )

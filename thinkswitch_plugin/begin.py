@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from thinkswitch_plugin import console, engines, files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.recipe import check_axolotl_keys, load_recipe, recipe_path
+from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.run import Hashes, Run, forget_stale, locked, settings_file
 
 
-def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int) -> Run:
+def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int, overlays: Sequence[str] = ()) -> Run:
     """Check the settings, write `run.json`, drop stale stamps, and say what is left to do.
 
     Raises `ThinkSwitchError`: no such recipe, a wrong key, a file that is missing, or a
     run folder that was begun with another seed or engine. Nothing is written then.
     """
     path = recipe_path(domain)
-    recipe = load_recipe(path)
+    recipe = load_recipe(path, tuple(overlay_path(name) for name in overlays))
     if recipe.keys.domain != domain:
         raise ThinkSwitchError(
             f"{path}: `thinkswitch.domain` is {recipe.keys.domain!r}, but the file is named {domain}."
@@ -31,15 +32,24 @@ def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int) 
             f"give this run a folder of its own, such as RUNS={runs}-seed{seed}."
         )
     run = Run(folder, recipe, seed, chosen, iterations)
+    require_gpu(recipe)
     _check_files(run)
     checked = folder / ".stamps" / "recipe-checked.json"
-    fingerprint = {"recipe": Hashes(Path("/dev/null/none")).of(path)}
+    hashes = Hashes(folder / ".stamps" / "hashes.json")
+    fingerprint = {str(p): hashes.of(p) for p in (path, *recipe.overlays)}
     if not checked.is_file() or files.read_json(checked) != fingerprint:
         check_axolotl_keys(recipe)
     with locked(run):
         files.write_json(
             settings_file(folder),
-            {"domain": domain, "recipe": str(path), "seed": seed, "engine": chosen, "iterations": iterations},
+            {
+                "domain": domain,
+                "recipe": str(path),
+                "overlays": [str(p) for p in recipe.overlays],
+                "seed": seed,
+                "engine": chosen,
+                "iterations": iterations,
+            },
         )
         files.write_json(checked, fingerprint)
         total, waiting = forget_stale(run)
@@ -51,6 +61,15 @@ def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int) 
     else:
         console.say(f"Nothing to do: {folder} has all {iterations} iterations; see {folder / 'report.md'}")
     return run
+
+
+def require_gpu(recipe: Recipe) -> None:
+    """Raise `ThinkSwitchError` if the recipe needs a GPU and there is none."""
+    if recipe.keys.needs.gpu_gb and not engines.has_cuda():
+        raise ThinkSwitchError(
+            f"{recipe.path} needs a CUDA GPU with {recipe.keys.needs.gpu_gb:g} GB, and this machine has none; "
+            "`make iterate DOMAIN=arithmetic` runs the same loop on a CPU with a pair made on the spot."
+        )
 
 
 def _check_files(run: Run) -> None:

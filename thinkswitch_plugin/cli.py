@@ -20,6 +20,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 
 F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path)
+OVERLAY = click.option("--overlay", default="", help="Overlays put on the recipe: names or paths, by spaces.")
 
 
 class Group(click.Group):
@@ -63,11 +64,12 @@ def iteration_stage(name: str, **options: Any) -> Callable[[F], click.Command]:
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
 @click.option("--engine", default="auto", show_default=True, help="auto, vllm, embedded or a base URL.")
 @click.option("--iterations", default=2, show_default=True, type=click.IntRange(min=1))
-def begin(domain: str, runs: Path, seed: int, engine: str, iterations: int) -> None:
+@OVERLAY
+def begin(domain: str, runs: Path, seed: int, engine: str, iterations: int, overlay: str) -> None:
     """Check the recipe, settle what the run depends on, and say what is left to do."""
     from thinkswitch_plugin.begin import begin_run
 
-    begin_run(domain, runs, seed, engine, iterations)
+    begin_run(domain, runs, seed, engine, iterations, overlay.split())
 
 
 @main.command()
@@ -159,6 +161,36 @@ def eval_model(domain: str, model: str, engine: str, out: Path) -> None:
     from thinkswitch_plugin.begin import evaluate_model
 
     evaluate_model(domain, model, engine, out)
+
+
+@main.command()
+@click.option("--domain", required=True, help="Name of a recipe in recipes/.")
+@OVERLAY
+@click.option("--iterations", default=2, show_default=True, type=click.IntRange(min=1))
+@click.option("--tokens-per-second", type=click.FloatRange(min=0, min_open=True), help="What your GPU generates.")
+def check(domain: str, overlay: str, iterations: int, tokens_per_second: float | None) -> None:
+    """Before a GPU hour is spent: machine, engines, hub, recipe, pair, prompts, time and money."""
+    from thinkswitch_plugin.check import check_domain
+
+    check_domain(domain, overlay.split(), iterations, tokens_per_second)
+
+
+@main.command()
+@click.option("--task", required=True, type=click.Choice(["aime", "pubmedqa", "arithmetic"]))
+@click.option("--rows", type=FOLDER, help="Write one verdict a row, in the order of the input.")
+@click.option(
+    "--trace",
+    type=click.Choice(["inline", "opened"]),
+    default="inline",
+    show_default=True,
+    help="opened: the chat template had opened the trace, so text without a tag is an unfinished trace.",
+)
+@click.argument("file", type=FOLDER)
+def score(task: str, rows: Path | None, trace: str, file: Path) -> None:
+    """Grade saved outputs again: JSONL rows, lm-eval sample files, OpenAI or vLLM batch files."""
+    from thinkswitch_plugin.score import score_file
+
+    score_file(task, file, rows, opened=trace == "opened")
 
 
 @main.command()

@@ -8,62 +8,81 @@
 
 from __future__ import annotations
 
-import itertools
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import files
+from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import SandboxedEnvironment
+
+from thinkswitch_plugin import files, sources
 from thinkswitch_plugin.args import PromptKeys, SamplingKeys, resolve_seed
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 
-def read_prompts(keys: PromptKeys, seed: int) -> Iterator[tuple[str, str]]:
-    """Yield (id, prompt text) from the recipe's source, in its order.
+def read_prompts(keys: PromptKeys, seed: int) -> tuple[list[tuple[str, str]], str | None]:
+    """Every prompt of the recipe's source as (id, text), and the hub commit if it came from there.
 
-    A row may name its own `id`; else the row number serves.
-    Raises `ThinkSwitchError` naming the file, line and field of a bad row.
+    A row may name its own `id` (or `pubid`); else the row number serves.
+    Raises `ThinkSwitchError` naming the file, row and field of a bad row.
     """
+    rows, commit = _rows(keys, seed)
+    environment = SandboxedEnvironment(undefined=StrictUndefined)
+    try:
+        template = environment.from_string(keys.template)
+    except TemplateSyntaxError as error:
+        raise ThinkSwitchError(f"`thinkswitch.prompts.template`: {error}.") from None
     seen: set[str] = set()
-    for where, number, row in _rows(keys, seed):
-        text = row.get(keys.field)
-        if not isinstance(text, str) or not text.strip():
-            raise ThinkSwitchError(f"{where}: `{keys.field}` is missing, empty or not text.")
-        prompt_id = str(row.get("id", f"p{number - 1:05d}"))
+    found = []
+    for where, number, row in rows:
+        try:
+            text = template.render(row)
+        except (UndefinedError, TypeError, SecurityError) as error:
+            raise ThinkSwitchError(f"{where}: `thinkswitch.prompts.template` does not fit the row: {error}.") from None
+        if not text.strip() or not all(isinstance(row.get(n, ""), str) for n in ("prompt", "problem", "question")):
+            raise ThinkSwitchError(f"{where}: the prompt is empty or not text.")
+        prompt_id = str(row.get("id", row.get("pubid", f"p{number - 1:05d}")))
         if prompt_id in seen:
             raise ThinkSwitchError(f"{where}: the id {prompt_id!r} occurs twice.")
         seen.add(prompt_id)
-        yield prompt_id, text
+        found.append((prompt_id, text))
+    if keys.shuffle:
+        random.Random(f"prompts-{seed}").shuffle(found)
+    return found, commit
 
 
-def _rows(keys: PromptKeys, seed: int) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def _rows(keys: PromptKeys, seed: int) -> tuple[Iterator[tuple[str, int, dict[str, Any]]], str | None]:
+    commit = None
     if keys.path is not None:
         path = Path(resolve_seed(keys.path, seed))
-        for number, row in files.read_jsonl(path):
-            yield f"{path}, line {number}", number, row
-        return
-    from datasets import load_dataset
+        rows = ((f"{path}, line {number}", number, row) for number, row in sources.read_file(path))
+    else:
+        dataset, commit = sources.load_hub(str(keys.hub), keys.config, keys.split, keys.revision)
+        rows = ((f"{keys.hub}, row {number}", number, row) for number, row in enumerate(dataset, 1))
+    if keys.subset == "pubmedqa-train":
+        every = list(rows)
+        test = sources.pubmedqa_test_ids((str(row["pubid"]), row["final_decision"]) for _, _, row in every)
+        rows = (entry for entry in every if str(entry[2]["pubid"]) not in test)
+    return rows, commit
 
-    assert keys.hub is not None
-    dataset = load_dataset(keys.hub, keys.config, split=keys.split, revision=keys.revision)
-    for number, row in enumerate(dataset.shuffle(seed=seed), 1):
-        yield f"{keys.hub}, row {number}", number, row
 
-
-def prompts_of_iteration(keys: PromptKeys, seed: int, iteration: int) -> list[tuple[str, str]]:
-    """The prompts that iteration 1, 2, … asks: the first `count`, or the next ones if `fresh`.
+def prompts_of_iteration(keys: PromptKeys, seed: int, iteration: int) -> tuple[list[tuple[str, str]], str | None]:
+    """The prompts that iteration 1, 2, … asks (the first `count`, or the next ones if `fresh`), and the hub commit.
 
     Raises `ThinkSwitchError` if the source is too small.
     """
     start = (iteration - 1) * keys.count if keys.fresh else 0
-    chosen = list(itertools.islice(read_prompts(keys, seed), start, start + keys.count))
+    every, commit = read_prompts(keys, seed)
+    chosen = every[start : start + keys.count]
     if len(chosen) < keys.count:
         source = keys.hub or resolve_seed(keys.path or "", seed)
         raise ThinkSwitchError(
-            f"{source} has only {start + len(chosen)} prompts; iteration {iteration} needs {start + keys.count}: "
+            f"{source} has only {len(every)} prompts; iteration {iteration} needs {start + keys.count}: "
             "add prompts, lower `thinkswitch.prompts.count`, or set `fresh: false`."
         )
-    return chosen
+    return chosen, commit
 
 
 def write_requests(
@@ -88,7 +107,7 @@ def write_requests(
     with files.atomic_file(out) as handle:
         for prompt_id, text in prompts:
             messages = [{"role": "system", "content": keys.system}] if keys.system else []
-            messages.append({"role": "user", "content": keys.template.replace("{prompt}", text)})
+            messages.append({"role": "user", "content": text})
             for sample in range(sampling.samples):
                 body: dict[str, Any] = {
                     "model": model,

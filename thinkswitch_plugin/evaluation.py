@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,40 @@ def grade(kind: str, text: str, gold: str, *, opened: bool = False, cut: bool = 
         ``accuracy``, ``think_ratio`` (a closed trace), ``answered`` as booleans, ``answer``.
     """
     done = traces.split(text, opened=opened, cut=cut)
-    found = answers.extract(kind, done.answer)
+    found = final_answer(kind, done)
     return {
-        "accuracy": found is not None and found == answers.extract(kind, gold),
+        "accuracy": found is not None and found == answers.gold(kind, gold),
         "think_ratio": done.closed_trace,
         "answered": found is not None,
         "answer": found,
     }
+
+
+def grade_repeats(kind: str, results: Sequence[Any], gold: str) -> dict[str, float]:
+    """What a task reports of one question, from its k completions.
+
+    lm-eval hands over one text, or one list of k texts where a filter kept them all.
+    """
+    texts = [str(t) for t in (results[0] if results and isinstance(results[0], list) else results)]
+    graded = [grade(kind, text, gold) for text in texts]
+    k = len(graded)
+    right = sum(g["accuracy"] for g in graded)
+    found = [g["answer"] for g in graded]
+    winner = answers.majority(found)
+    return {
+        "mean@k": right / k,
+        "pass@k": pass_at_k(k, right, k),
+        "vote@k": float(winner is not None and graded[found.index(winner)]["accuracy"]),
+        "think_ratio": sum(g["think_ratio"] for g in graded) / k,
+        "answered": sum(f is not None for f in found) / k,
+    }
+
+
+def final_answer(kind: str, done: traces.Completion, letters: Mapping[str, str] | None = None) -> str | None:
+    """The final answer of a split completion; of an answer that the limit cut, only a whole box counts."""
+    if done.outcome is traces.Outcome.CUT and not any(answers.boxed(done.answer or "")):
+        return None
+    return answers.extract(kind, done.answer, letters)
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,12 @@ def write_requests(run: Run, k: int) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from thinkswitch_plugin import domain, traces
+    from thinkswitch_plugin.contamination import require_uncontaminated
 
     teacher = run.checkpoint("thinking", k - 1)
     keys = run.recipe.keys
-    prompts = domain.prompts_of_iteration(keys.prompts, run.seed, k)
+    prompts, commit = domain.prompts_of_iteration(keys.prompts, run.seed, k)
+    require_uncontaminated(prompts, keys.evaluation)
     count = domain.write_requests(
         run.iteration(k) / "requests.jsonl",
         prompts,
@@ -63,7 +65,7 @@ def write_requests(run: Run, k: int) -> dict[str, Any]:
         seed=run.seed,
     )
     console.say(f"  {len(prompts)} prompts, {count} requests")
-    return {"prompts": len(prompts), "requests": count}
+    return {"prompts": len(prompts), "requests": count, "prompts_revision": commit}
 
 
 def answer_requests(run: Run, k: int) -> dict[str, Any]:
@@ -136,6 +138,7 @@ def train_adapter(run: Run, *, pairs: Path, base_model: str, here: Path) -> dict
     command: list[str | Path] = [tool("axolotl"), "train", here / "axolotl.yaml", "--output-dir", building]
     if not has_cuda():
         command += ["--launcher", "python"]
+    command += run.recipe.keys.axolotl_args
     console.run_logged(command, here / "logs" / "train.log", env=distil.ENGINE_ENV, title="axolotl train")
     change = distil.adapter_change(building)
     distil.require_moved(change, run.recipe.keys.min_adapter_change, building)
@@ -150,7 +153,7 @@ def train_adapter(run: Run, *, pairs: Path, base_model: str, here: Path) -> dict
 def merge_lora(run: Run, k: int) -> dict[str, Any]:
     """axolotl merges the adapter in full precision: writes the complete checkpoint `instruct/`."""
     here, parent = run.iteration(k), run.checkpoint("instruct", k - 1)
-    merge_adapter(here, parent, here / "instruct")
+    merge_adapter(here, parent, here / "instruct", on_cpu=run.recipe.keys.merge_on == "cpu")
     checkpoint.write_card(
         here / "instruct",
         title=f"{run.recipe.keys.domain}: instruct checkpoint after iteration {k}",
@@ -162,10 +165,11 @@ def merge_lora(run: Run, k: int) -> dict[str, Any]:
     return {}
 
 
-def merge_adapter(here: Path, parent: str, out: Path, *, rounded: bool = False) -> None:
+def merge_adapter(here: Path, parent: str, out: Path, *, on_cpu: bool = False, rounded: bool = False) -> None:
     """Merge `here/adapter` into `parent` with axolotl and write the checkpoint `out`.
 
     Args:
+        on_cpu: keep the GPU out of it, where its memory cannot hold the model.
         rounded: use axolotl's default merge, which passes every matrix through NF4.
     """
     from thinkswitch_plugin import distil
@@ -179,7 +183,7 @@ def merge_adapter(here: Path, parent: str, out: Path, *, rounded: bool = False) 
     console.run_logged(
         [tool("axolotl"), "merge-lora", config, "--lora-model-dir", here / "adapter", "--output-dir", building],
         here / "logs" / "merge-lora.log",
-        env=distil.ENGINE_ENV,
+        env=distil.ENGINE_ENV | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}),
         title="axolotl merge-lora",
     )
     with files.atomic_folder(out) as folder:

@@ -20,11 +20,12 @@ CPU_OVERLAY = RECIPES / "cpu.overlay.yaml"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe: `axolotl` holds every key but ours, `keys` ours."""
+    """A checked recipe with its overlays: `axolotl` holds every key but ours, `keys` ours."""
 
     path: Path
     axolotl: dict[str, Any]
     keys: ThinkSwitchKeys
+    overlays: tuple[Path, ...] = ()
 
 
 def recipe_path(domain: str) -> Path:
@@ -42,16 +43,28 @@ def recipe_path(domain: str) -> Path:
     return path
 
 
-def load_recipe(path: Path) -> Recipe:
-    """Read and check a recipe. Raises `ThinkSwitchError` naming file and field."""
+def overlay_path(name: str) -> Path:
+    """The file of `OVERLAY=name`: `recipes/name.overlay.yaml`, or a YAML file given by its path."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.overlay.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.name.split(".")[0] for p in RECIPES.glob("*.overlay.yaml")))
+        raise ThinkSwitchError(f"OVERLAY={name}: {path} does not exist; overlays here: {known}.")
+    return path
+
+
+def load_recipe(path: Path, overlays: tuple[Path, ...] = ()) -> Recipe:
+    """Read and check a recipe with overlays put on top. Raises `ThinkSwitchError` naming file and field."""
     values = files.read_yaml(path)
+    for extra in overlays:
+        values = overlay(values, files.read_yaml(extra))
     if "thinkswitch" not in values:
         raise ThinkSwitchError(f"{path} has no `thinkswitch:` section; see docs/adding-a-domain.md.")
     try:
         keys = ThinkSwitchKeys.model_validate(values["thinkswitch"])
     except ValidationError as error:
-        raise ThinkSwitchError(f"{path}: {explain(error)}") from None
-    return Recipe(path, {k: v for k, v in values.items() if k != "thinkswitch"}, keys)
+        where = " + ".join(str(p) for p in (path, *overlays))
+        raise ThinkSwitchError(f"{where}: {explain(error)}") from None
+    return Recipe(path, {k: v for k, v in values.items() if k != "thinkswitch"}, keys, overlays)
 
 
 def explain(error: ValidationError) -> str:
@@ -95,5 +108,13 @@ def check_axolotl_keys(recipe: Recipe) -> None:
 
 
 def overlay(values: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """`values` with the keys of `extra` on top."""
-    return {**values, **extra}
+    """`values` with the keys of `extra` on top, mappings merged; a key set to null is taken away."""
+    merged = dict(values)
+    for key, value in extra.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = overlay(merged[key], value)
+        else:
+            merged[key] = value
+    return merged

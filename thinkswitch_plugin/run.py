@@ -70,7 +70,8 @@ def open_run(folder: Path) -> Run:
     if not path.is_file():
         raise ThinkSwitchError(f"{folder} is not a run folder (no run.json); begin one with `make iterate DOMAIN=…`.")
     values = files.read_json(path)
-    return Run(folder, load_recipe(Path(values["recipe"])), values["seed"], values["engine"], values["iterations"])
+    recipe = load_recipe(Path(values["recipe"]), tuple(Path(p) for p in values["overlays"]))
+    return Run(folder, recipe, values["seed"], values["engine"], values["iterations"])
 
 
 @dataclass(frozen=True)

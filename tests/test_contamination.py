@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+
+from thinkswitch_plugin import contamination
+from thinkswitch_plugin.args import EvaluationKeys
+from thinkswitch_plugin.demo import task
+from thinkswitch_plugin.errors import ThinkSwitchError
+
+TEXT = "A committee of five is chosen from seven men and six women so that at least two women sit on it"
+END = " Please reason step by step, and put your final answer within the box at the end of it."
+
+
+def ids(prompts: list[str], questions: list[str]) -> list[str]:
+    named = [(str(i), text) for i, text in enumerate(prompts)]
+    return [o.prompt_id for o in contamination.overlaps(named, questions, n=8, share=0.2)]
+
+
+def test_equal_texts_are_found_whatever_their_case_and_spacing() -> None:
+    assert ids([TEXT.upper().replace(" ", "  ")], [TEXT]) == ["0"]
+    assert ids(["7*3+4"], ["7+3*4"]) == []
+
+
+def test_a_question_inside_another_text_is_found() -> None:
+    assert ids([f"Consider this: {TEXT}. In how many ways?", "Something else altogether"], [TEXT]) == ["0"]
+
+
+def test_the_tasks_own_wording_does_not_count() -> None:
+    questions = [f"Question number {i} is about the {w} of things.{END}" for i, w in enumerate("abcdef")]
+    assert ids([f"Another matter.{END}"], questions) == []
+
+
+def test_a_training_prompt_from_the_evaluation_set_stops_the_run_and_is_shown() -> None:
+    keys = EvaluationKeys.model_validate({"task": "thinkswitch_arithmetic"})
+    clean = [(f"p{i}", q) for i, q in enumerate(task.training_prompts(0, 20))]
+    contamination.require_uncontaminated(clean, keys)
+    leaked = task.held_out()[3]
+    with pytest.raises(ThinkSwitchError, match=r"1 training prompt\(s\) overlap") as caught:
+        contamination.require_uncontaminated([*clean, ("leak", leaked)], keys)
+    assert f"prompt leak and question 3 (100 % shared): '{leaked}'" in str(caught.value)
+
+
+def test_an_unknown_task_is_named() -> None:
+    with pytest.raises(ThinkSwitchError, match="lm-eval knows no task 'thinkswitch_nothing'"):
+        contamination.evaluation_questions("thinkswitch_nothing")

@@ -1,0 +1,197 @@
+"""AIME and PubMedQA at tiny scale: their recipes and tasks, with the model and the data replaced."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import BIN, ROOT
+from thinkswitch_plugin import engines, files
+from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.demo import task
+from thinkswitch_plugin.evaluation import newest
+
+pytestmark = pytest.mark.slow
+GREEDY = "temperature=0,do_sample=False,max_gen_toks=40"
+SAMPLED = "temperature=1.5,max_gen_toks=40"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Local evaluation sets in the columns of the hub's, made here."""
+    folder = tmp_path_factory.mktemp("data")
+    questions = task.held_out(30)
+    with files.atomic_file(folder / "aime_2026.jsonl") as out:
+        for number, question in enumerate(questions):
+            row = {"problem_idx": number, "problem": question, "answer": int(task.answer(question))}
+            out.write(files.dumps_line(row))
+    with files.atomic_file(folder / "pubmedqa.jsonl") as out:
+        for number, question in enumerate(questions[:12]):
+            decision = ("yes", "no", "maybe")[number % 3]
+            row = {
+                "pubid": number,
+                "question": f"is {question} even?",
+                "final_decision": decision,
+                "context": {"contexts": [f"{question} was found.", "it was added up."]},
+            }
+            out.write(files.dumps_line(row))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An overlay that replaces the model and the training data, and nothing of the method."""
+    folder = tmp_path_factory.mktemp("overlay")
+    pair = files.read_json(finished_run / "iter-0" / "pair.json")
+    with files.atomic_file(folder / "prompts.jsonl") as out:
+        for question in task.training_prompts(0, 40):
+            out.write(files.dumps_line({"problem": question}))
+    overlay = folder / "tiny.yaml"
+    overlay.write_text(
+        yaml.safe_dump(
+            {
+                "thinkswitch": {
+                    "needs": {"gpu_gb": 0, "ram_gb": 1, "disk_gb": 1},
+                    "pair": {mode: pair[mode]["path"] for mode in ("instruct", "thinking")},
+                    "prompts": {"hub": None, "path": str(folder / "prompts.jsonl"), "template": "{{problem}}"},
+                    "sampling": {"max_tokens": 64},
+                    "engine": {"vllm_args": []},
+                    "evaluation": {"backend": "hf", "batch_size": "30", "max_tokens": 40},
+                }
+            }
+        )
+    )
+    return overlay
+
+
+def lm_eval(command: Any, out: Path, data: Path, name: str, gen_kwargs: str, *model: str) -> dict[int, list[str]]:
+    """Run plain lm_eval; the completions by question."""
+    done = command(
+        BIN / "lm_eval",
+        *model,
+        "--tasks",
+        name,
+        "--apply_chat_template",
+        "--gen_kwargs",
+        gen_kwargs,
+        "--output_path",
+        out,
+        "--log_samples",
+        THINKSWITCH_DATA=str(data),
+        OPENAI_API_KEY="none",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {row["doc_id"]: row["resps"][0] for _, row in files.read_jsonl(newest(out, f"samples_{name}_*.jsonl"))}
+
+
+def scores(out: Path, name: str) -> dict[str, float]:
+    results = files.read_json(newest(out, "results_*.json"))["results"][name]
+    return {metric: value for metric, value in results.items() if isinstance(value, float) and "stderr" not in metric}
+
+
+def test_the_aime_recipe_runs_whole_at_tiny_scale(tiny: Path, data: Path, command: Any, tmp_path: Path) -> None:
+    done = command(
+        "make",
+        "iterate",
+        "DOMAIN=aime",
+        f"OVERLAY={tiny}",
+        "ITERATIONS=1",
+        f"RUNS={tmp_path}",
+        "ENGINE=embedded",
+        THINKSWITCH_DATA=str(data),
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    run = tmp_path / "aime"
+    trained = files.read_yaml(run / "iter-1" / "axolotl.yaml")
+    recipe = files.read_yaml(ROOT / "recipes" / "aime.yaml")
+    for key in ("lora_r", "num_epochs", "learning_rate", "gradient_accumulation_steps", "chunked_cross_entropy"):
+        assert trained[key] == recipe[key]
+    counts = files.read_json(run / "iter-1" / "pairs.json")
+    assert (counts["prompts"], counts["samples"], counts["selection"]) == (15, 60, "vote")
+    assert counts["kept"] + sum(counts["dropped"].values()) == 60
+    report = files.read_json(run / "report.json")
+    assert report["iterations"][1]["instruct"]["n"] == 30
+    assert report["iterations"][1]["merge"]["lambda"] >= 0.8
+
+
+def test_an_evaluation_question_among_the_prompts_stops_the_run(
+    tiny: Path, data: Path, command: Any, tmp_path: Path
+) -> None:
+    planted = tmp_path / "planted.jsonl"
+    question = task.held_out(30)[4]
+    text = f"{question}\n\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+    rows = [{"problem": text}, *({"problem": q} for q in task.training_prompts(0, 14))]
+    planted.write_bytes(b"".join(files.dumps_line(row) for row in rows))
+    overlay = tmp_path / "planted.yaml"
+    overlay.write_text(yaml.safe_dump({"thinkswitch": {"prompts": {"path": str(planted)}}}))
+    words = ["DOMAIN=aime", f"OVERLAY={tiny} {overlay}", "ITERATIONS=1", f"RUNS={tmp_path}", "ENGINE=embedded"]
+    done = command("make", "iterate", *words, THINKSWITCH_DATA=str(data))
+    assert done.returncode != 0 and "1 training prompt(s) overlap with the evaluation set" in done.stderr
+    assert f"{question}" in done.stderr and not (tmp_path / "aime" / "iter-1" / "requests.jsonl").exists()
+
+
+def test_k_samples_are_different_samples_with_hf(tiny: Path, data: Path, command: Any, tmp_path: Path) -> None:
+    thinking = yaml.safe_load(tiny.read_text())["thinkswitch"]["pair"]["thinking"]
+    model = ["--model", "hf", "--model_args", f"pretrained={thinking}", "--batch_size", "64"]
+    texts = lm_eval(command, tmp_path, data, "thinkswitch_aime_k8", SAMPLED, *model)
+    assert {len(samples) for samples in texts.values()} == {8}
+    assert sum(len(set(samples)) > 1 for samples in texts.values()) > 15
+    found = scores(tmp_path, "thinkswitch_aime_k8")
+    assert found["pass@k,samples"] >= found["mean@k,samples"]
+
+
+@pytest.fixture(scope="module")
+def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """One real vLLM on the CPU, as lm-eval's model arguments."""
+    thinking = yaml.safe_load(tiny.read_text())["thinkswitch"]["pair"]["thinking"]
+    log = tmp_path_factory.mktemp("vllm") / "log"
+    keys = EngineKeys.model_validate({})
+    with engines.serving("vllm", thinking, keys, log, max_len=512, keep_trace=True) as started:
+        url = f"{started.base_url}/chat/completions"
+        yield [
+            "--model",
+            "local-chat-completions",
+            "--model_args",
+            f"model={thinking},base_url={url},num_concurrent=16,timeout=600,tokenizer_backend=none",
+        ]
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(engines.vllm_python() is None, reason="vLLM is not installed: make setup-vllm")
+@pytest.mark.parametrize("name", ["thinkswitch_aime", "thinkswitch_pubmedqa", "thinkswitch_arithmetic"])
+def test_hf_and_a_vllm_server_give_the_same_scores(
+    name: str, server: list[str], tiny: Path, data: Path, command: Any, tmp_path: Path
+) -> None:
+    thinking = yaml.safe_load(tiny.read_text())["thinkswitch"]["pair"]["thinking"]
+    hf = ["--model", "hf", "--model_args", f"pretrained={thinking}", "--batch_size", "64"]
+    texts = [
+        lm_eval(command, tmp_path / "hf", data, name, GREEDY, *hf),
+        lm_eval(command, tmp_path / "vllm", data, name, GREEDY, *server),
+    ]
+    assert texts[0] == texts[1]
+    assert scores(tmp_path / "hf", name) == scores(tmp_path / "vllm", name)
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(engines.vllm_python() is None, reason="vLLM is not installed: make setup-vllm")
+def test_k_samples_are_different_samples_with_vllm(server: list[str], data: Path, command: Any, tmp_path: Path) -> None:
+    texts = lm_eval(command, tmp_path, data, "thinkswitch_pubmedqa_k8", SAMPLED, *server)
+    assert {len(samples) for samples in texts.values()} == {8}
+    assert sum(len(set(samples)) > 1 for samples in texts.values()) > 6
+
+
+def test_the_tasks_are_found_outside_the_project_by_include_path(data: Path, command: Any, tmp_path: Path) -> None:
+    code = (
+        "from lm_eval.tasks import TaskManager;"
+        f"m = TaskManager(include_path={str(ROOT / 'lm_eval_tasks')!r}, include_defaults=False);"
+        "print(sorted(m.all_tasks))"
+    )
+    done = command(BIN / "python", "-c", code, cwd=tmp_path, THINKSWITCH_DATA=str(data))
+    for name in ("thinkswitch", "thinkswitch_aime", "thinkswitch_pubmedqa_full", "thinkswitch_aime_k64"):
+        assert f"'{name}'" in done.stdout, done.stderr[-2000:]
+    assert "axolotl" not in os.environ.get("PYTHONPATH", "")

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import BIN
+from thinkswitch_plugin import files, score, traces
+from thinkswitch_plugin.errors import ThinkSwitchError
+
+Write = Callable[[str, Sequence[object]], Path]
+OUTPUTS = Path("../shared/data/outputs")
+
+
+def judged(path: Path, task: str = "aime", opened: bool = False) -> list[dict[str, Any]]:
+    return [one for group in score.verdicts(task, path, opened=opened) for one in group]
+
+
+def test_rows_of_every_format_are_judged_in_order(write_jsonl: Write, tmp_path: Path, command: Any) -> None:
+    rows = [
+        {"raw": "<think>1+1</think>\\boxed{055}", "gold": "55"},
+        {"raw": None, "reasoning": "r", "content": "The answer is 16.", "gold": "016"},
+        {"raw": "\\boxed{7}", "gold": 8.0},
+        {"raw": "<think>\\boxed{9}", "gold": "9"},
+        {"raw": "t</think>no idea", "gold": "9"},
+        {"raw": None, "reasoning": "r", "content": None, "finish_reason": "length", "gold": "1"},
+        {"raw": "t</think>\\boxed{3}"},
+        {"custom_id": "a", "response": {"body": {"choices": [{"message": {"content": "\\boxed{4}"}}]}}, "gold": 4},
+        {"custom_id": "b", "response": None, "error": {"message": "x"}, "gold": 4},
+        {"resps": [["t</think>5", "6"]], "target": "5"},
+    ]
+    path = write_jsonl("outputs.jsonl", rows)
+    out = tmp_path / "verdicts.jsonl"
+    done = command(BIN / "thinkswitch", "score", "--task", "aime", path, "--rows", out)
+    assert done.returncode == 0, done.stderr
+    assert "| correct | 4 |" in done.stdout
+    found = [row for _, row in files.read_jsonl(out)]
+    assert [(v["correct"], v["answer"], v["reason"]) for v in found[:9]] == [
+        (True, "55", "complete"),
+        (True, "16", "complete"),
+        (False, "7", "complete"),
+        (False, None, "unclosed_trace"),
+        (False, None, "no_readable_answer"),
+        (False, None, "unclosed_trace"),
+        (None, "3", "complete"),
+        (True, "4", "complete"),
+        (False, None, "failed"),
+    ]
+    assert [v["correct"] for v in found[9]["samples"]] == [True, False]
+    assert [(v["complete"], v["has_trace"]) for v in found[:4]] == [
+        (True, True),
+        (True, True),
+        (True, False),
+        (False, True),
+    ]
+
+
+def test_text_without_a_tag_is_an_answer_unless_the_template_opened_the_trace(write_jsonl: Write) -> None:
+    path = write_jsonl("o.jsonl", [{"raw": "\\boxed{5}", "gold": "5"}])
+    assert judged(path)[0]["correct"] is True
+    assert judged(path, opened=True)[0] == {
+        "correct": False,
+        "answer": None,
+        "complete": False,
+        "has_trace": True,
+        "reason": "unclosed_trace",
+    }
+
+
+def test_of_an_answer_that_was_cut_only_a_whole_box_counts(write_jsonl: Write) -> None:
+    rows = [
+        {"raw": "t</think>so \\boxed{12} is", "finish_reason": "length", "gold": "12"},
+        {"raw": "t</think>the answer is 12", "finish_reason": "length", "gold": "12"},
+    ]
+    assert [v["correct"] for v in judged(write_jsonl("o.jsonl", rows))] == [True, False]
+
+
+def test_letters_follow_the_options_of_the_row(write_jsonl: Write) -> None:
+    rows = [
+        {"raw": "B", "gold": "maybe", "options": {"A": "yes", "B": "maybe", "C": "no"}},
+        {"raw": "B", "gold": "no"},
+        {"raw": "B", "gold": "maybe", "note": 'options={"A": "yes", "B": "maybe", "C": "no"} x'},
+    ]
+    assert all(v["correct"] for v in judged(write_jsonl("o.jsonl", rows), "pubmedqa"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [({"text": "5"}, "line 1: the row has none of `raw`"), ({"raw": 5}, "line 1: `raw` must be text, found int")],
+)
+def test_a_row_of_no_known_format_is_named(write_jsonl: Write, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ThinkSwitchError, match=message):
+        judged(write_jsonl("o.jsonl", [row]))
+
+
+@pytest.mark.skipif(not OUTPUTS.is_dir(), reason="the real outputs are not here")
+@pytest.mark.parametrize("name", ["skythought_aime24", "lrm_token_economy_aime"])
+def test_real_outputs_agree_with_their_publishers(name: str) -> None:
+    path = OUTPUTS / f"{name}.jsonl"
+    published = [row["publisher_correct"] for _, row in files.read_jsonl(path)]
+    pairs = [(p, v["correct"]) for p, v in zip(published, judged(path), strict=True) if p is not None]
+    assert len(pairs) >= 200
+    assert sum(p == v for p, v in pairs) / len(pairs) >= 0.99
+
+
+@pytest.mark.skipif(not OUTPUTS.is_dir(), reason="the real outputs are not here")
+@pytest.mark.parametrize("path", sorted(OUTPUTS.glob("*.jsonl")), ids=lambda p: p.stem)
+def test_no_trace_text_is_in_any_answer_of_real_outputs(path: Path) -> None:
+    seen = 0
+    for number, row in files.read_jsonl(path):
+        for done in score.completions_of(row, f"line {number}", opened=False):
+            if done.complete and done.answer:
+                seen += 1
+                assert not traces.has_tag(done.answer)
+                if done.trace and len(done.trace) > 200:
+                    assert done.trace[-200:] not in done.answer
+    assert seen > 20

@@ -1,0 +1,183 @@
+"""`make check`: everything that can be found wrong before a GPU hour is spent.
+
+Every finding is a line; the exit code is 1 if one of them would stop the run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin import console, distil, domain, engines, files
+from thinkswitch_plugin.args import ThinkSwitchKeys, is_local, resolve_seed
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path
+from thinkswitch_plugin.run import versions
+
+# What one card generated in a batch, where nobody measured: a cautious guess, said as such.
+GUESSED_TOKENS_PER_SECOND = 300.0
+
+
+def check_domain(name: str, overlays: Sequence[str], iterations: int, tokens_per_second: float | None) -> None:
+    """Print the findings for a domain.
+
+    Raises `ThinkSwitchError` if something would stop the run.
+    """
+    recipe = load_recipe(recipe_path(name), tuple(overlay_path(o) for o in overlays))
+    keys = recipe.keys
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("GPU", lambda: gpu(keys)),
+        ("memory", lambda: memory(keys)),
+        ("disk", lambda: disk(keys)),
+        ("engine", engine),
+        ("recipe", lambda: schema(recipe)),
+        ("pair", lambda: pair(keys)),
+        ("prompts", lambda: prompts(keys)),
+        ("budget", lambda: budget(keys, iterations, tokens_per_second)),
+    ]
+    failed = 0
+    for title, find in checks:
+        try:
+            console.say(f"  ok    {title}: {find()}")
+        except ThinkSwitchError as problem:
+            failed += 1
+            console.say(f"  STOP  {title}: {problem}")
+    if failed:
+        raise ThinkSwitchError(f"{failed} of {len(checks)} checks would stop `make iterate DOMAIN={name}`.")
+    console.say(f"Ready: make iterate DOMAIN={name}" + (f" OVERLAY='{' '.join(overlays)}'" if overlays else ""))
+
+
+def gpu(keys: ThinkSwitchKeys) -> str:
+    """GPU and its memory against what the recipe needs."""
+    if not keys.needs.gpu_gb:
+        return "none needed"
+    if not engines.has_cuda():
+        raise ThinkSwitchError(f"none found; the recipe needs one with {keys.needs.gpu_gb:g} GB")
+    listed = subprocess.run(
+        ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"],
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    largest = max((float(line.rsplit(",", 1)[1]) for line in listed.splitlines()), default=0.0)
+    if largest < keys.needs.gpu_gb * 1000:  # an "8 GB" card shows a little less than 8192 MiB
+        raise ThinkSwitchError(f"{listed or 'nvidia-smi lists none'} MiB; the recipe needs {keys.needs.gpu_gb:g} GB")
+    return listed.replace("\n", "; ") + " MiB"
+
+
+def memory(keys: ThinkSwitchKeys) -> str:
+    """Main memory that is free now."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024 / 1e9
+    if free < keys.needs.ram_gb:
+        raise ThinkSwitchError(f"{free:.0f} GB available; the recipe needs {keys.needs.ram_gb:g} GB")
+    return f"{free:.0f} GB available, {keys.needs.ram_gb:g} GB needed"
+
+
+def disk(keys: ThinkSwitchKeys) -> str:
+    """Free disk where the run and the hub's cache lie."""
+    free = shutil.disk_usage(".").free / 1e9
+    if free < keys.needs.disk_gb:
+        raise ThinkSwitchError(f"{free:.0f} GB free; two iterations need {keys.needs.disk_gb:g} GB")
+    return f"{free:.0f} GB free, {keys.needs.disk_gb:g} GB needed"
+
+
+def engine() -> str:
+    """Which engine `ENGINE=auto` would take, and the versions installed."""
+    chosen = engines.choose("auto")
+    note = "" if chosen == "vllm" else " (much slower than vLLM on real models: make setup-vllm)"
+    return f"{chosen}{note}; " + ", ".join(f"{n} {v}" for n, v in versions().items())
+
+
+def schema(recipe: Recipe) -> str:
+    """The recipe through axolotl's own validation."""
+    check_axolotl_keys(recipe)
+    validate(
+        distil.iteration_config(
+            recipe,
+            base_model=recipe.keys.pair.instruct,
+            pairs=Path("pairs.jsonl"),
+            adapter=Path("adapter"),
+            prepared=Path("prepared"),
+            seed=0,
+            on_cpu=not engines.has_cuda(),
+        ),
+        str(recipe.path),
+    )
+    return f"{recipe.path} passes axolotl's schema"
+
+
+def validate(config: dict[str, Any], where: str) -> None:
+    """Run axolotl's own validation. Raises `ThinkSwitchError` with its first complaint."""
+    from axolotl.integrations.base import PluginManager
+    from axolotl.utils.config import validate_config
+    from axolotl.utils.dict import DictDefault
+    from pydantic import ValidationError
+
+    for plugin in config.get("plugins") or []:
+        PluginManager.get_instance().register(plugin)
+    try:
+        validate_config(DictDefault(config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise ThinkSwitchError(f"{where}: axolotl refuses `{field}`: {first['msg']}") from None
+    except ValueError as error:
+        raise ThinkSwitchError(f"{where}: axolotl refuses it: {error}") from None
+
+
+def pair(keys: ThinkSwitchKeys) -> str:
+    """Hub access, and the two checkpoints' compatibility from their configs."""
+    if keys.pair.embedded:
+        return "trained on the spot"
+    configs = []
+    for name, revision in (
+        (keys.pair.instruct, keys.pair.revision_instruct),
+        (keys.pair.thinking, keys.pair.revision_thinking),
+    ):
+        if is_local(name):
+            configs.append(files.read_json(Path(resolve_seed(name, 0)) / "config.json"))
+            continue
+        from huggingface_hub import hf_hub_download
+
+        try:
+            configs.append(files.read_json(Path(hf_hub_download(name, "config.json", revision=revision))))
+        except Exception as error:  # the hub's client raises many types; all mean no access
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ThinkSwitchError(f"{name} cannot be reached on the hub: {reason}") from None
+    for field in ("architectures", "hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings"):
+        values = [config.get(field) for config in configs]
+        if values[0] != values[1]:
+            raise ThinkSwitchError(f"no compatible pair: `{field}` is {values[0]} and {values[1]}")
+    return f"{keys.pair.instruct} and {keys.pair.thinking} have one architecture, size and vocabulary"
+
+
+def prompts(keys: ThinkSwitchKeys) -> str:
+    """Two rendered prompts."""
+    if keys.pair.embedded:
+        return "made with the pair"
+    chosen, commit = domain.prompts_of_iteration(keys.prompts, 0, 1)
+    shown = "\n".join(f"          {prompt_id}: {text[:300]!r}" for prompt_id, text in chosen[:2])
+    return f"{len(chosen)}, of commit {commit or '(a local file)'}\n{shown}"
+
+
+def budget(keys: ThinkSwitchKeys, iterations: int, tokens_per_second: float | None) -> str:
+    """Tokens at most, and the time and money that would take, with the basis of the estimate."""
+    asked = keys.prompts.count * keys.sampling.samples * keys.sampling.max_tokens * iterations
+    rate = tokens_per_second or GUESSED_TOKENS_PER_SECOND
+    basis = "as you gave it" if tokens_per_second else "a guess, nobody measured this card"
+    hours = asked / rate / 3600
+    price = float(os.environ.get("PRICE_PER_HOUR") or 0)
+    money = f", {price * hours:.2f} at {price:g} an hour" if price else "; set PRICE_PER_HOUR for the money"
+    return (
+        f"at most {asked:,} tokens for the pairs of {iterations} iterations "
+        f"({keys.prompts.count} prompts × {keys.sampling.samples} samples × {keys.sampling.max_tokens}); "
+        f"{hours:.1f} h at {rate:g} tokens/s ({basis}){money}. Evaluation, training and merging come on top."
+    )

@@ -1,0 +1,147 @@
+"""Grade saved outputs again, without generating: `thinkswitch score --task aime FILE`.
+
+A row of the input is one of
+
+    {"raw": "…</think>…", "gold": "055", "finish_reason": "stop"}          tags still in the text
+    {"reasoning": "…", "content": "…", "gold": "55"}                       trace returned apart
+    {"custom_id": "…", "response": {"body": {"choices": […]}}, "gold": …}  OpenAI or vLLM batch output
+    {"resps": [["…", "…"]], "target": "55", "doc": {…}}                    lm-eval samples, k a row
+
+and a verdict is {"correct", "answer", "complete", "has_trace", "reason"}; `correct` is null
+where the row has no gold. `finish_reason` and `options` (what letters stand for) are optional.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from thinkswitch_plugin import answers, console, files
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.evaluation import final_answer
+from thinkswitch_plugin.report import table
+from thinkswitch_plugin.traces import Completion, Outcome, split_message
+
+KINDS = {"aime": "integer", "pubmedqa": "decision", "arithmetic": "digit"}
+NO_ANSWER = "no_readable_answer"
+
+
+def completions_of(row: dict[str, Any], where: str, *, opened: bool) -> list[Completion]:
+    """The completions that one row of any known format holds.
+
+    Raises `ThinkSwitchError` naming the row if it is of none.
+    """
+    if isinstance(row.get("resps"), list):
+        texts = row["resps"][0] if row["resps"] and isinstance(row["resps"][0], list) else row["resps"]
+        return [split_message({"content": str(text)}, opened=opened) for text in texts]
+    if "response" in row:
+        body = (row.get("response") or {}).get("body") or {}
+        choices = body.get("choices") or []
+        if row.get("error") or not choices:
+            return [Completion(None, None, Outcome.FAILED)]
+        return [
+            split_message(c.get("message") or {}, opened=opened, finish_reason=c.get("finish_reason")) for c in choices
+        ]
+    if not {"raw", "reasoning", "content"} & row.keys():
+        raise ThinkSwitchError(
+            f"{where}: the row has none of `raw`, `reasoning` and `content`, `response`, `resps`; "
+            "see `docs/grading.md` for the formats."
+        )
+    for name in ("raw", "reasoning", "content"):
+        if row.get(name) is not None and not isinstance(row[name], str):
+            raise ThinkSwitchError(f"{where}: `{name}` must be text, found {type(row[name]).__name__}.")
+    if row.get("raw") is not None:
+        message: dict[str, Any] = {"content": row["raw"]}
+    else:
+        message = {"reasoning": row.get("reasoning"), "content": row.get("content")}
+        opened = False
+    return [split_message(message, opened=opened, finish_reason=row.get("finish_reason"))]
+
+
+def gold_of(row: dict[str, Any]) -> str | None:
+    """The right answer that a row carries, if any."""
+    for name in ("gold", "target", "answer", "final_decision"):
+        value = row.get(name)
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            return str(value)
+    return None
+
+
+def letters_of(row: dict[str, Any]) -> dict[str, str] | None:
+    """What the letters of a row's options stand for: `options` as a mapping, or `options={…}` in its `note`."""
+    options = row.get("options")
+    if not isinstance(options, dict) and isinstance(row.get("note"), str):
+        match = re.search(r"options=(\{[^{}]*\})", row["note"])
+        try:
+            options = orjson.loads(match.group(1)) if match else None
+        except orjson.JSONDecodeError:
+            options = None
+    if not isinstance(options, dict):
+        return None
+    return {str(k).upper(): str(v).strip().lower() for k, v in options.items()}
+
+
+def verdict(kind: str, done: Completion, gold: str | None, letters: dict[str, str] | None = None) -> dict[str, Any]:
+    """One completion judged, in the form that `--rows` writes."""
+    found = final_answer(kind, done, letters)
+    right = None if gold is None else found is not None and found == answers.gold(kind, gold)
+    reason = done.outcome.value
+    if done.outcome in (Outcome.COMPLETE, Outcome.AMBIGUOUS) and found is None:
+        reason = NO_ANSWER
+    return {
+        "correct": right,
+        "answer": found,
+        "complete": done.outcome in (Outcome.COMPLETE, Outcome.AMBIGUOUS),
+        "has_trace": done.trace is not None,
+        "reason": reason,
+    }
+
+
+def verdicts(task: str, path: Path, *, opened: bool) -> Iterator[list[dict[str, Any]]]:
+    """The verdicts of every row, in order: one a row, or k where a row holds k samples."""
+    kind = KINDS[task]
+    for number, row in files.read_jsonl(path):
+        gold, letters = gold_of(row), letters_of(row)
+        done = completions_of(row, f"{path}, line {number}", opened=opened)
+        yield [verdict(kind, one, gold, letters) for one in done]
+
+
+def score_file(task: str, path: Path, rows: Path | None, *, opened: bool) -> None:
+    """Print a table for a file of outputs and, on request, write the verdicts.
+
+    Raises `ThinkSwitchError` if the file is missing, empty, or a row cannot be read.
+    """
+    counts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+
+    def judged() -> Iterator[bytes]:
+        for group in verdicts(task, path, opened=opened):
+            for one in group:
+                counts["completions"] += 1
+                counts["with a trace"] += one["has_trace"]
+                counts["complete"] += one["complete"]
+                counts["answered"] += one["answer"] is not None
+                counts["with a gold answer"] += one["correct"] is not None
+                counts["correct"] += one["correct"] is True
+                reasons[one["reason"]] += 1
+            yield files.dumps_line(group[0] if len(group) == 1 else {"samples": group})
+
+    if rows is not None:
+        with files.atomic_file(rows) as out:
+            for line in judged():
+                out.write(line)
+    else:
+        for _ in judged():
+            pass
+    if not counts["completions"]:
+        raise ThinkSwitchError(f"{path} holds no rows.")
+    graded = counts["with a gold answer"]
+    body = [[name, str(n), ""] for name, n in counts.items() if name != "correct"]
+    body.append(["correct", str(counts["correct"]), f"{100 * counts['correct'] / graded:.1f} %" if graded else ""])
+    body += [[f"reason: {reason}", str(n), ""] for reason, n in reasons.most_common()]
+    console.say("\n".join(table([path.name, "rows", "of graded"], body)))
