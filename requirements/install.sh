@@ -6,7 +6,7 @@
 set -eu
 venv=$1 list=$2
 stamp=$venv/.installed
-want=$(cat "$list" pyproject.toml | cksum)
+want=$({ cat "$list" pyproject.toml; ls lm_eval_tasks; } | cksum)
 [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && exit 0
 
 python=${PYTHON:-python3.11}

@@ -101,7 +101,7 @@ def test_every_request_is_answered_once_and_metadata_stays_here(
     rows = [row for _, row in files.read_jsonl(out)]
     assert sorted(r["custom_id"] for r in rows) == sorted(f"p{i}-s0" for i in range(50))
     assert (report.answered, report.failed, report.tokens) == (50, 0, 150)
-    assert all("metadata" not in body for body in server.seen)
+    assert all("metadata" not in body and body["model"] == "m" for body in server.seen)
 
 
 def test_a_second_call_asks_only_what_is_missing(server: Answering, write_jsonl: Write, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_nan_in_a_checkpoint_is_named(checkpoint: Write) -> None:
 
 def test_lambda_becomes_each_methods_own_numbers() -> None:
     where = Path("m.yaml")
-    assert set_lambda({"merge_method": "slerp", "base_model": "thinking"}, 0.9, where)["parameters"] == {"t": 0.1}
+    assert set_lambda({"merge_method": "slerp", "base_model": "./thinking"}, 0.9, where)["parameters"] == {"t": 0.1}
     assert set_lambda({"merge_method": "thinkswitch"}, 0.9, where)["parameters"] == {"lambda": 0.9}
     linear = {"merge_method": "linear", "models": [{"model": "thinking"}, {"model": "instruct"}]}
     shares = [m["parameters"]["weight"] for m in set_lambda(linear, 0.9, where)["models"]]
@@ -154,7 +154,7 @@ def test_lambda_becomes_each_methods_own_numbers() -> None:
 
 
 def test_only_model_names_are_replaced_by_folders() -> None:
-    config = {"base_model": "thinking", "models": [{"model": "instruct", "parameters": {"path": "thinking"}}]}
+    config = {"base_model": "./thinking", "models": [{"model": "./instruct", "parameters": {"path": "thinking"}}]}
     assert place_models(config, "I", "T") == {
         "base_model": "T",
         "models": [{"model": "I", "parameters": {"path": "thinking"}}],
@@ -177,7 +177,13 @@ def test_only_model_names_are_replaced_by_folders() -> None:
 def test_the_check_has_one_prompt_of_tolerance_on_small_sets_only(
     closed: int, whole: int, asked: int, accepted: bool
 ) -> None:
-    assert still_thinks(closed, whole, asked, 0.98) is accepted
+    assert still_thinks(closed, whole, asked, needed=0.98, whole_share=1.0) is accepted
+
+
+def test_a_candidate_may_be_cut_as_often_as_the_original_was() -> None:
+    assert still_thinks(5, 5, 15, needed=0.98, whole_share=0.5)
+    assert not still_thinks(2, 2, 15, needed=0.98, whole_share=0.5)
+    assert not still_thinks(0, 0, 15, needed=0.0, whole_share=0.0)
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ class RebuildKeys(_Keys):
     """How the new thinking checkpoint is interpolated."""
 
     config: str = Field(
-        "merge_configs/slerp.yaml", description="mergekit YAML with models named `instruct` and `thinking`."
+        "merge_configs/slerp.yaml", description="mergekit YAML with models named `./instruct` and `./thinking`."
     )
     lambda_: float = Field(0.8, alias="lambda", description="Weight of the thinking checkpoint.")
     lambda_steps: list[float] = Field(
@@ -116,7 +116,9 @@ class RebuildKeys(_Keys):
         le=1,
         description="Share of the original's think ratio that a rebuilt checkpoint must keep; 0 accepts any.",
     )
-    check_prompts: int = Field(64, gt=0, description="Training prompts (at most) on which the think ratio is measured.")
+    check_prompts: int = Field(
+        64, gt=0, description="Requests (at most) on which the rebuilt checkpoint's think ratio is measured."
+    )
 
 
 class EvaluationKeys(_Keys):

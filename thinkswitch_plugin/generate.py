@@ -90,7 +90,7 @@ def generate(
     Args:
         requests: OpenAI batch file.
         out: batch output file, appended to as answers arrive (not in order).
-        checkpoint: who answers.
+        checkpoint: who answers, whatever `body.model` of a request says.
         engine: `vllm`, `embedded`, or the base URL of a running server.
         retry_max_tokens: ask an answer that the token limit cut once more with this budget.
         limit: only the first so many requests.
@@ -116,7 +116,7 @@ def generate(
             budget = max(r["body"]["max_tokens"] for _, r in files.read_jsonl(requests))
             room = min(max(budget, retry_max_tokens or 0) + PROMPT_ROOM, context_length(checkpoint))
             with serving(engine, checkpoint, keys, log, max_len=room) as server:
-                asyncio.run(_answer_from_server(rows, keep, server.base_url, keys, retry_max_tokens))
+                asyncio.run(_answer_from_server(rows, keep, server.base_url, checkpoint, keys, retry_max_tokens))
     return report
 
 
@@ -173,7 +173,12 @@ def _answer_embedded(
 
 
 async def _answer_from_server(
-    rows: Iterator[dict[str, Any]], keep: _Keeper, base_url: str, keys: EngineKeys, retry_max_tokens: int | None
+    rows: Iterator[dict[str, Any]],
+    keep: _Keeper,
+    base_url: str,
+    checkpoint: str,
+    keys: EngineKeys,
+    retry_max_tokens: int | None,
 ) -> None:
     import openai
 
@@ -185,7 +190,8 @@ async def _answer_from_server(
     )
 
     async def ask(body: dict[str, Any]) -> dict[str, Any]:
-        sent = {k: v for k, v in body.items() if k != "metadata"}  # ours, not the server's
+        # `metadata` is ours; and whoever is served answers, also a candidate that the file does not name.
+        sent = {**{k: v for k, v in body.items() if k != "metadata"}, "model": checkpoint}
         reply = await client.post("/chat/completions", body=sent, cast_to=object)
         if not isinstance(reply, dict) or not reply.get("choices"):
             raise ThinkSwitchError("the server's answer is no chat completion")

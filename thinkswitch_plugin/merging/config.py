@@ -1,7 +1,7 @@
 """Merge configs: put a pair and λ into one, and refuse what mergekit would ignore.
 
 A config of `merge_configs/` is an ordinary mergekit YAML whose models are called
-`instruct` and `thinking` (so it runs as it stands in a folder that holds both). The loop
+`./instruct` and `./thinking` (so it runs as it stands in a folder that holds both). The loop
 puts the real folders in their places and sets λ.
 """
 
@@ -19,11 +19,11 @@ PARAMETERS = ("lambda", "lambda_attention", "lambda_ffn", "lambda_rest", "path")
 
 
 def place_models(config: Any, instruct: str, thinking: str) -> Any:
-    """A merge config with the names `instruct` and `thinking` replaced by folders."""
+    """A merge config with the names `./instruct` and `./thinking` replaced by folders."""
     if isinstance(config, dict):
         names = {"instruct": instruct, "thinking": thinking}
         return {
-            key: names.get(value, value)
+            key: names.get(role(value), value)
             if key in ("model", "base_model", "source") and isinstance(value, str)
             else place_models(value, instruct, thinking)
             for key, value in config.items()
@@ -31,6 +31,11 @@ def place_models(config: Any, instruct: str, thinking: str) -> Any:
     if isinstance(config, list):
         return [place_models(item, instruct, thinking) for item in config]
     return config
+
+
+def role(model: Any) -> str:
+    """`thinking` of `./thinking`; mergekit takes a name without a slash for a hub id."""
+    return str(model).removeprefix("./")
 
 
 def set_lambda(config: dict[str, Any], weight: float, where: Path) -> dict[str, Any]:
@@ -43,15 +48,15 @@ def set_lambda(config: dict[str, Any], weight: float, where: Path) -> dict[str, 
     method = config.get("merge_method")
     parameters = dict(config.get("parameters") or {})
     if method == "slerp":
-        if config.get("base_model") != "thinking":
-            raise ThinkSwitchError(f"{where}: `base_model` must be `thinking`, so that t is 1 − λ.")
+        if role(config.get("base_model")) != "thinking":
+            raise ThinkSwitchError(f"{where}: `base_model` must be `./thinking`, so that t is 1 − λ.")
         parameters["t"] = round(1.0 - weight, 12)
     elif method == "thinkswitch":
         parameters["lambda"] = weight
     elif method == "linear":
         shares = {"thinking": weight, "instruct": round(1.0 - weight, 12)}
         models = [
-            {**entry, "parameters": {**(entry.get("parameters") or {}), "weight": shares[entry["model"]]}}
+            {**entry, "parameters": {**(entry.get("parameters") or {}), "weight": shares[role(entry["model"])]}}
             for entry in config["models"]
         ]
         return {**config, "models": models}

@@ -1,8 +1,8 @@
 """The mergekit method `thinkswitch`: λ by kind of module, on the sphere or the line.
 
     merge_method: thinkswitch
-    base_model: thinking
-    models: [{model: instruct}, {model: thinking}]
+    base_model: ./thinking
+    models: [{model: ./instruct}, {model: ./thinking}]
     parameters:
       lambda: 0.9               # weight of the thinking checkpoint
       lambda_attention: 0.8     # optional, each defaults to `lambda`

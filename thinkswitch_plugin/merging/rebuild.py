@@ -45,14 +45,19 @@ def think_ratio(requests: Path, generations: Path, limit: int | None = None) -> 
     return closed, whole
 
 
-def still_thinks(closed: int, whole: int, asked: int, needed: float) -> bool:
+def still_thinks(closed: int, whole: int, asked: int, *, needed: float, whole_share: float) -> bool:
     """Whether a share of closed traces is enough, with one prompt of tolerance on small sets.
 
-    Cut completions are counted apart; a checkpoint of which nearly all are cut has not
-    shown that it ends its traces, so at least half must be whole.
+    Cut completions are counted apart; a checkpoint that is cut far more often has not shown
+    that it ends its traces, so at least half of the original's share must be whole.
+
+    Args:
+        closed, whole, asked: completions with a closed trace, not cut, and all.
+        needed: share of closed traces among the whole ones.
+        whole_share: share of the original's completions that were whole.
     """
     tolerance = 1 if whole <= SMALL_SET else 0
-    return whole * 2 >= asked and closed + tolerance >= needed * whole
+    return whole > 0 and whole >= 0.5 * whole_share * asked and closed + tolerance >= needed * whole
 
 
 def merge(config: Path, out: Path, log: Path) -> None:
@@ -104,6 +109,7 @@ def rebuild_thinking(
     template = files.read_yaml(config_path)
     closed, whole = think_ratio(reference_requests, reference)
     baseline = closed / whole if whole else 0.0
+    whole_share = whole / sum(1 for _ in files.read_jsonl(reference_requests))
     tried: list[dict[str, Any]] = []
     candidates = [keys.lambda_, *(step for step in keys.lambda_steps if step > keys.lambda_)]
     candidate = files.temporary_sibling(out)
@@ -120,7 +126,8 @@ def rebuild_thinking(
             requests,
             answers,
             str(candidate),
-            engine,
+            # a server of the user's own does not serve a candidate
+            "embedded" if engine.startswith("http") else engine,
             engine_keys,
             limit=keys.check_prompts,
             log=logs / "check.log",
@@ -131,7 +138,7 @@ def rebuild_thinking(
         ratio = closed / whole if whole else 0.0
         tried.append({"lambda": weight, "think_ratio": ratio, "prompts": asked, "cut": asked - whole})
         console.say(f"  λ {weight:g}: think ratio {ratio:.3f} on {asked} training prompts (original {baseline:.3f})")
-        if still_thinks(closed, whole, asked, keys.min_think_ratio * baseline):
+        if still_thinks(closed, whole, asked, needed=keys.min_think_ratio * baseline, whole_share=whole_share):
             cards(candidate, text)
             files.remove(out)
             candidate.replace(out)
