@@ -84,7 +84,7 @@ check: setup ## before a GPU hour is spent: make check DOMAIN=aime
 	@$(TS) check --domain "$$DOMAIN" --overlay "$$OVERLAY" --iterations "$$ITERATIONS"
 
 eval: setup ## judge any checkpoint: make eval MODEL=folder DOMAIN=arithmetic
-	@$(TS) eval-model --domain "$$DOMAIN" --model "$$MODEL" --engine "$$ENGINE"
+	@$(TS) eval-model --domain "$$DOMAIN" --model "$$MODEL" --engine "$$ENGINE" --overlay "$$OVERLAY"
 
 clean-run: ## delete the run folder RUNS/DOMAIN
 	@test -f "$$RUN/run.json" || { echo "clean-run: $$RUN is no run folder" >&2; exit 1; }

@@ -25,6 +25,16 @@ def test_a_question_inside_another_text_is_found() -> None:
     assert ids([f"Consider this: {TEXT}. In how many ways?", "Something else altogether"], [TEXT]) == ["0"]
 
 
+def test_a_short_question_inside_a_prompt_is_found() -> None:
+    assert ids(["Hint first. What is the capital of France?"], ["What is the capital of France?"]) == ["0"]
+
+
+def test_a_question_contained_whole_counts_more_than_a_long_one_shared_in_part() -> None:
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+    long_one = " ".join([*words, *(f"w{i}" for i in range(200))])
+    assert ids([f"{' '.join(words[:9])} then other things entirely here now"], [long_one, " ".join(words[:9])]) == ["0"]
+
+
 def test_the_tasks_own_wording_does_not_count() -> None:
     questions = [f"Question number {i} is about the {w} of things.{END}" for i, w in enumerate("abcdef")]
     assert ids([f"Another matter.{END}"], questions) == []

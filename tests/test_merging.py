@@ -143,7 +143,9 @@ def test_nan_in_a_checkpoint_is_named(checkpoint: Write) -> None:
 def test_lambda_becomes_each_methods_own_numbers() -> None:
     where = Path("m.yaml")
     assert set_lambda({"merge_method": "slerp", "base_model": "./thinking"}, 0.9, where)["parameters"] == {"t": 0.1}
-    assert set_lambda({"merge_method": "thinkswitch"}, 0.9, where)["parameters"] == {"lambda": 0.9}
+    assert set_lambda({"merge_method": "thinkswitch", "base_model": "./thinking"}, 0.9, where)["parameters"] == {
+        "lambda": 0.9
+    }
     linear = {"merge_method": "linear", "models": [{"model": "thinking"}, {"model": "instruct"}]}
     shares = [m["parameters"]["weight"] for m in set_lambda(linear, 0.9, where)["models"]]
     assert shares == [0.9, 0.1]

@@ -151,7 +151,7 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[lis
     thinking = yaml.safe_load(tiny.read_text())["thinkswitch"]["pair"]["thinking"]
     log = tmp_path_factory.mktemp("vllm") / "log"
     keys = EngineKeys.model_validate({})
-    with engines.serving("vllm", thinking, keys, log, max_len=512, keep_trace=True) as started:
+    with engines.serving("vllm", thinking, keys, log, max_len=512) as started:
         url = f"{started.base_url}/chat/completions"
         yield [
             "--model",

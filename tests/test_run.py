@@ -33,8 +33,15 @@ def do(opened: run.Run, name: str = "pair", text: str = "x") -> list[str]:
 
 
 def test_a_stage_is_done_once(fresh: run.Run) -> None:
-    assert do(fresh, "pair", "{}") == ["pair"]
-    assert do(fresh, "pair", "{}") == []
+    pair = '{"instruct": {"path": "recipes"}, "thinking": {"path": "tests"}}'
+    assert do(fresh, "pair", pair) == ["pair"]
+    assert do(fresh, "pair", pair) == []
+
+
+def test_a_pair_whose_checkpoints_are_gone_is_made_again(fresh: run.Run) -> None:
+    pair = '{"instruct": {"path": "recipes"}, "thinking": {"path": "nowhere"}}'
+    assert do(fresh, "pair", pair) == ["pair"]
+    assert do(fresh, "pair", pair) == ["pair"]
 
 
 def test_touching_an_input_reruns_nothing_and_changing_it_reruns_the_stage(fresh: run.Run) -> None:
@@ -92,6 +99,14 @@ def test_another_seed_or_engine_for_the_same_folder_is_refused(fresh: run.Run) -
         with pytest.raises(ThinkSwitchError, match="RUNS="):
             begin.begin_run("arithmetic", runs, seed, engine, 1)
     assert begin.begin_run("arithmetic", runs, 0, "auto", 2).engine == "embedded"
+
+
+def test_another_overlay_for_the_same_folder_is_refused_and_none_means_the_same(fresh: run.Run) -> None:
+    runs = fresh.folder.parent
+    with pytest.raises(ThinkSwitchError, match="was begun with OVERLAY=''"):
+        begin.begin_run("arithmetic", runs, 0, "embedded", 1, ["cpu"])
+    other = begin.begin_run("arithmetic", runs / "b", 0, "embedded", 1, ["cpu"])
+    assert begin.begin_run("arithmetic", runs / "b", 0, "embedded", 1).recipe.overlays == other.recipe.overlays
 
 
 def test_nothing_is_written_for_a_domain_that_does_not_exist(tmp_path: Path) -> None:

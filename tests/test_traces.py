@@ -19,6 +19,7 @@ from thinkswitch_plugin.traces import Outcome, split, split_message, template_op
         ("a</think>b<think>c", False, "a", None, Outcome.UNCLOSED),
         ("a</think>  \n", True, "a", None, Outcome.EMPTY),
         ("a</think>b</think>c", True, "a</think>b", "c", Outcome.AMBIGUOUS),
+        ("<Think>a</think >b", False, "a", "b", Outcome.COMPLETE),
         ("<|begin_of_thought|>a<|end_of_thought|>b", False, "a", "b", Outcome.COMPLETE),
     ],
 )
@@ -40,6 +41,8 @@ def test_a_server_that_returned_the_trace_apart(field: str) -> None:
     assert (stray.trace, stray.answer) == ("2+3=5", "5")
     cut = split_message({"content": None, field: "2+3"}, opened=True, finish_reason="length")
     assert cut.outcome is Outcome.UNCLOSED
+    never_ended = split_message({"content": None, field: "The answer is 5"}, opened=True, finish_reason="stop")
+    assert never_ended.outcome is Outcome.UNCLOSED and not never_ended.closed_trace
     leaked = split_message({"content": "rest of it</think>5", field: "2+3"}, finish_reason="stop")
     assert leaked.outcome is Outcome.AMBIGUOUS and not leaked.complete
 

@@ -84,5 +84,5 @@ class AnswerOnly(DatasetWrappingStrategy):  # type: ignore[misc]
 def _check_pair(messages: list[dict[str, Any]], where: str) -> None:
     if not messages or messages[-1].get("role") != "assistant" or not messages[-1].get("content"):
         raise ThinkSwitchError(f"{where}: the last message must be an assistant's answer.")
-    if traces.has_tag(messages[-1]["content"]):
+    if any(m.get("role") == "assistant" and traces.has_tag(str(m.get("content"))) for m in messages):
         raise ThinkSwitchError(f"{where}: a trace tag is left in the answer; build the pairs again.")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from thinkswitch_plugin import console, engines, files
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.evaluation import uses_server
+from thinkswitch_plugin.merging.config import check_config, set_lambda
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.run import Hashes, Run, forget_stale, locked, settings_file
 
@@ -18,13 +20,18 @@ def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int, 
     run folder that was begun with another seed or engine. Nothing is written then.
     """
     path = recipe_path(domain)
-    recipe = load_recipe(path, tuple(overlay_path(name) for name in overlays))
+    folder = runs / domain
+    before = files.read_json(settings_file(folder)) if settings_file(folder).is_file() else None
+    extra = [str(overlay_path(name)) for name in overlays] or (before["overlays"] if before else [])
+    if before and before["overlays"] != extra:
+        raise ThinkSwitchError(
+            f"{folder} was begun with OVERLAY='{' '.join(before['overlays'])}'; give this run a folder of its own by RUNS=."
+        )
+    recipe = load_recipe(path, tuple(Path(name) for name in extra))
     if recipe.keys.domain != domain:
         raise ThinkSwitchError(
             f"{path}: `thinkswitch.domain` is {recipe.keys.domain!r}, but the file is named {domain}."
         )
-    folder = runs / domain
-    before = files.read_json(settings_file(folder)) if settings_file(folder).is_file() else None
     chosen = before["engine"] if before and engine == "auto" else engines.choose(engine)
     if before and (before["seed"], before["engine"]) != (seed, chosen):
         raise ThinkSwitchError(
@@ -34,6 +41,9 @@ def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int, 
     run = Run(folder, recipe, seed, chosen, iterations)
     require_gpu(recipe)
     _check_files(run)
+    _check_merge_config(run)
+    if keys_need_server(run) and engines.vllm_python() is None:
+        raise ThinkSwitchError(f"{path}: `thinkswitch.evaluation.backend` asks for a server. {engines.NO_VLLM}")
     checked = folder / ".stamps" / "recipe-checked.json"
     hashes = Hashes(folder / ".stamps" / "hashes.json")
     fingerprint = {str(p): hashes.of(p) for p in (path, *recipe.overlays)}
@@ -84,14 +94,27 @@ def _check_files(run: Run) -> None:
         )
 
 
-def evaluate_model(domain: str, model: str, engine: str, out: Path) -> None:
+def keys_need_server(run: Run) -> bool:
+    """Whether the evaluation runs through vLLM."""
+    return uses_server(run.recipe.keys.evaluation, run.engine)
+
+
+def _check_merge_config(run: Run) -> None:
+    keys = run.recipe.keys.rebuild
+    config = Path(keys.config)
+    check_config(config)
+    for weight in (keys.lambda_, *keys.lambda_steps):
+        set_lambda(files.read_yaml(config), weight, config)
+
+
+def evaluate_model(domain: str, model: str, engine: str, out: Path, overlays: Sequence[str] = ()) -> None:
     """Judge any checkpoint with a domain's task and print its figures."""
     from thinkswitch_plugin import checkpoint
     from thinkswitch_plugin.evaluation import read_samples, run_lm_eval, summarize
 
-    keys = load_recipe(recipe_path(domain)).keys
+    keys = load_recipe(recipe_path(domain), tuple(overlay_path(name) for name in overlays)).keys
     folder, _ = checkpoint.resolve(model, None, "evaluated")
-    target = out / domain / folder.name
+    target = out / domain / "-".join(Path(model).parts[-3:]).strip("/.")
     run_lm_eval(
         str(folder), target, keys.evaluation, engines.choose(engine), keys.engine, logs=out / "logs", title=folder.name
     )

@@ -14,8 +14,11 @@ from typing import Any
 
 from thinkswitch_plugin import console, distil, domain, engines, files
 from thinkswitch_plugin.args import ThinkSwitchKeys, is_local, resolve_seed
+from thinkswitch_plugin.contamination import require_uncontaminated
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.evaluation import uses_server
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path
+from thinkswitch_plugin.report import price_per_hour
 from thinkswitch_plugin.run import versions
 
 # What one card generated in a batch, where nobody measured: a cautious guess, said as such.
@@ -33,10 +36,11 @@ def check_domain(name: str, overlays: Sequence[str], iterations: int, tokens_per
         ("GPU", lambda: gpu(keys)),
         ("memory", lambda: memory(keys)),
         ("disk", lambda: disk(keys)),
-        ("engine", engine),
+        ("engine", lambda: engine(keys)),
         ("recipe", lambda: schema(recipe)),
         ("pair", lambda: pair(keys)),
         ("prompts", lambda: prompts(keys)),
+        ("questions", lambda: questions(keys)),
         ("budget", lambda: budget(keys, iterations, tokens_per_second)),
     ]
     failed = 0
@@ -57,15 +61,18 @@ def gpu(keys: ThinkSwitchKeys) -> str:
         return "none needed"
     if not engines.has_cuda():
         raise ThinkSwitchError(f"none found; the recipe needs one with {keys.needs.gpu_gb:g} GB")
-    listed = subprocess.run(
-        ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    largest = max((float(line.rsplit(",", 1)[1]) for line in listed.splitlines()), default=0.0)
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        largest = max(float(line.rsplit(",", 1)[1]) for line in listed.splitlines())
+    except (OSError, subprocess.CalledProcessError, ValueError, IndexError) as error:
+        raise ThinkSwitchError(f"a driver is there, but nvidia-smi does not say what the GPU is ({error})") from None
     if largest < keys.needs.gpu_gb * 1000:  # an "8 GB" card shows a little less than 8192 MiB
-        raise ThinkSwitchError(f"{listed or 'nvidia-smi lists none'} MiB; the recipe needs {keys.needs.gpu_gb:g} GB")
+        raise ThinkSwitchError(f"{listed} MiB; the recipe needs {keys.needs.gpu_gb:g} GB")
     return listed.replace("\n", "; ") + " MiB"
 
 
@@ -89,9 +96,11 @@ def disk(keys: ThinkSwitchKeys) -> str:
     return f"{free:.0f} GB free, {keys.needs.disk_gb:g} GB needed"
 
 
-def engine() -> str:
-    """Which engine `ENGINE=auto` would take, and the versions installed."""
-    chosen = engines.choose("auto")
+def engine(keys: ThinkSwitchKeys) -> str:
+    """Which engine `ENGINE=` means, and the versions installed."""
+    chosen = engines.choose(os.environ.get("ENGINE") or "auto")
+    if uses_server(keys.evaluation, chosen) and engines.vllm_python() is None:
+        raise ThinkSwitchError(f"the evaluation runs through a server. {engines.NO_VLLM}")
     note = "" if chosen == "vllm" else " (much slower than vLLM on real models: make setup-vllm)"
     return f"{chosen}{note}; " + ", ".join(f"{n} {v}" for n, v in versions().items())
 
@@ -168,13 +177,22 @@ def prompts(keys: ThinkSwitchKeys) -> str:
     return f"{len(chosen)}, of commit {commit or '(a local file)'}\n{shown}"
 
 
+def questions(keys: ThinkSwitchKeys) -> str:
+    """The evaluation set, and that no training prompt is in it."""
+    if keys.pair.embedded:
+        return "held out when the pair is made"
+    chosen, _ = domain.prompts_of_iteration(keys.prompts, 0, 1)
+    require_uncontaminated(chosen, keys.evaluation)
+    return f"{keys.evaluation.task} loads; no training prompt is in it"
+
+
 def budget(keys: ThinkSwitchKeys, iterations: int, tokens_per_second: float | None) -> str:
     """Tokens at most, and the time and money that would take, with the basis of the estimate."""
     asked = keys.prompts.count * keys.sampling.samples * keys.sampling.max_tokens * iterations
     rate = tokens_per_second or GUESSED_TOKENS_PER_SECOND
     basis = "as you gave it" if tokens_per_second else "a guess, nobody measured this card"
     hours = asked / rate / 3600
-    price = float(os.environ.get("PRICE_PER_HOUR") or 0)
+    price = price_per_hour()
     money = f", {price * hours:.2f} at {price:g} an hour" if price else "; set PRICE_PER_HOUR for the money"
     return (
         f"at most {asked:,} tokens for the pairs of {iterations} iterations "

@@ -63,7 +63,7 @@ def iteration_stage(name: str, **options: Any) -> Callable[[F], click.Command]:
 @click.option("--runs", required=True, type=FOLDER, help="Folder that holds the runs.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
 @click.option("--engine", default="auto", show_default=True, help="auto, vllm, embedded or a base URL.")
-@click.option("--iterations", default=2, show_default=True, type=click.IntRange(min=1))
+@click.option("--iterations", default=2, show_default=True, type=click.IntRange(min=1, max=20))
 @OVERLAY
 def begin(domain: str, runs: Path, seed: int, engine: str, iterations: int, overlay: str) -> None:
     """Check the recipe, settle what the run depends on, and say what is left to do."""
@@ -156,11 +156,12 @@ def report(run: Path) -> None:
 @click.option("--model", required=True, help="Checkpoint folder or hub id.")
 @click.option("--engine", default="auto", show_default=True)
 @click.option("--out", type=FOLDER, default=Path("eval"), show_default=True, help="Where lm-eval's files go.")
-def eval_model(domain: str, model: str, engine: str, out: Path) -> None:
+@OVERLAY
+def eval_model(domain: str, model: str, engine: str, out: Path, overlay: str) -> None:
     """Judge any checkpoint with a domain's lm-eval task."""
     from thinkswitch_plugin.begin import evaluate_model
 
-    evaluate_model(domain, model, engine, out)
+    evaluate_model(domain, model, engine, out, overlay.split())
 
 
 @main.command()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,20 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
 
 
+def stop_group(process: subprocess.Popen[bytes]) -> None:
+    """End a child's whole process group (it leads its own session), gently first."""
+    for sign, patience in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, sign)
+        try:
+            process.wait(patience)
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # children that outlived their leader
+
+
 def tail(log: Path, lines: int = TAIL_LINES) -> str:
     """The last lines of a log, indented."""
     if not log.exists():
@@ -78,6 +93,7 @@ def run_logged(command: Sequence[str | Path], log: Path, *, env: Mapping[str, st
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             preexec_fn=die_with_parent,
+            start_new_session=True,
             env={**os.environ, **(env or {})},
         )
         try:
@@ -88,8 +104,7 @@ def run_logged(command: Sequence[str | Path], log: Path, *, env: Mapping[str, st
                     sys.stderr.write(f"\r\x1b[K  {title} {time.monotonic() - started:.0f} s  {last}")
                     sys.stderr.flush()
         except BaseException:
-            process.terminate()
-            process.wait()
+            stop_group(process)
             raise
         finally:
             if sys.stderr.isatty():

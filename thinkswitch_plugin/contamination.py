@@ -18,6 +18,7 @@ from thinkswitch_plugin.args import EvaluationKeys
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 SHOWN = 5  # offending pairs in the message
+SHORTEST = 6  # words from which on a short question inside a prompt counts
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,13 @@ def overlaps(prompts: Iterable[tuple[str, str]], questions: Sequence[str], *, n:
         share: shared runs over the runs of the shorter text, from which on it counts.
     """
     exact: dict[tuple[str, ...], int] = {}
+    short_questions: dict[int, str] = {}  # those with no run of n words, to be looked for whole
     holders: dict[tuple[str, ...], list[int]] = {}
     for number, question in enumerate(questions):
         tokens = words(question)
         exact.setdefault(tuple(tokens), number)
+        if SHORTEST <= len(tokens) < n:
+            short_questions[number] = f" {' '.join(tokens)} "
         for run in runs_of(tokens, n):
             holders.setdefault(run, []).append(number)
     # What many questions share is the task's own wording ("Please reason step by step").
@@ -72,10 +76,12 @@ def overlaps(prompts: Iterable[tuple[str, str]], questions: Sequence[str], *, n:
         hits: Counter[int] = Counter()
         for run in runs:
             hits.update(holders.get(run, ()))
-        for number, count in hits.most_common(1):
-            of_shorter = count / min(len(runs), lengths[number])
-            if of_shorter >= share:
-                found.append(Overlap(prompt_id, number, of_shorter, text.strip()[:80]))
+        shares = {number: count / min(len(runs), lengths[number]) for number, count in hits.items()}
+        flat = f" {' '.join(tokens)} "
+        shares |= {number: 1.0 for number, short in short_questions.items() if short in flat}
+        worst = max(shares, key=shares.__getitem__, default=None)
+        if worst is not None and shares[worst] >= share:
+            found.append(Overlap(prompt_id, worst, shares[worst], text.strip()[:80]))
     return found
 
 
@@ -93,7 +99,9 @@ def evaluation_questions(task: str) -> list[str]:
     manager = ours if task in ours.all_tasks else TaskManager(include_path="lm_eval_tasks")
     if task not in manager.all_tasks:
         raise ThinkSwitchError(f"lm-eval knows no task {task!r}; put its YAML into lm_eval_tasks/.")
-    loaded = get_task_dict([task], manager)[task]
+    loaded = get_task_dict([task], manager).get(task)
+    if loaded is None:
+        raise ThinkSwitchError(f"{task} is a group of lm-eval tasks; name one task in `thinkswitch.evaluation.task`.")
     return [str(loaded.doc_to_text(doc)) for doc in loaded.eval_docs]
 
 

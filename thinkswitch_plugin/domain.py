@@ -63,6 +63,9 @@ def _rows(keys: PromptKeys, seed: int) -> tuple[Iterator[tuple[str, int, dict[st
         rows = ((f"{keys.hub}, row {number}", number, row) for number, row in enumerate(dataset, 1))
     if keys.subset == "pubmedqa-train":
         every = list(rows)
+        for where, _, row in every:
+            if not {"pubid", "final_decision"} <= row.keys():
+                raise ThinkSwitchError(f"{where}: `pubid` or `final_decision` is missing; this is no PubMedQA row.")
         test = sources.pubmedqa_test_ids((str(row["pubid"]), row["final_decision"]) for _, _, row in every)
         rows = (entry for entry in every if str(entry[2]["pubid"]) not in test)
     return rows, commit

@@ -81,7 +81,8 @@ class EmbeddedEngine:
 
     def _body(self, ids: list[int], prompt_tokens: int) -> dict[str, Any]:
         end = next((i for i, token in enumerate(ids) if token in self.ends), None)
-        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        # Special tokens stay: where a model's trace tags are special, skipping them would hide its trace.
+        text = self.tokenizer.decode([i for i in ids[:end] if i != self.pad], skip_special_tokens=False)
         used = len(ids) if end is None else end + 1
         return {
             "id": f"chatcmpl-{time.time_ns():x}",

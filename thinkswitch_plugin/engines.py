@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,11 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 
 LOOPBACK = "127.0.0.1"
 VLLM_VENV = Path(".venv-vllm")  # where `make setup-vllm` puts it; it cannot share axolotl's environment
+
+
+NO_VLLM = (
+    "vLLM is not installed; run `make setup-vllm`, or point VLLM_PYTHON at the python of an environment that has it."
+)
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,7 @@ def choose(engine: str) -> str:
     if engine == "auto":
         return "vllm" if vllm_python() else "embedded"
     if engine == "vllm" and vllm_python() is None:
-        raise ThinkSwitchError(
-            "ENGINE=vllm, but vLLM is not installed: run `make setup-vllm`, or point VLLM_PYTHON at "
-            "the python of an environment that has it."
-        )
+        raise ThinkSwitchError(f"ENGINE=vllm: {NO_VLLM}")
     if engine not in ("vllm", "embedded"):
         raise ThinkSwitchError(f"ENGINE={engine} is unknown; use auto, vllm, embedded or a base URL.")
     return engine
@@ -80,7 +81,8 @@ def free_port(wanted: int) -> int:
 def vllm_command(model: str, port: int, keys: EngineKeys, max_len: int | None) -> list[str]:
     """The command that serves `model` with the vLLM that is installed."""
     python = vllm_python()
-    assert python is not None
+    if python is None:
+        raise ThinkSwitchError(NO_VLLM)
     launcher = python.with_name("vllm")
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
     # The CPU build installs a `vllm` command that fails: it looks up a distribution of that name.
@@ -91,18 +93,18 @@ def vllm_command(model: str, port: int, keys: EngineKeys, max_len: int | None) -
         command += ["--max-model-len", str(max_len)]
     if not has_cuda():
         command += ["--gpu-memory-utilization", "0.2", "--enforce-eager", "--dtype", "float32"]
-    return command + list(keys.vllm_args)
+    # Text comes raw: a server's reasoning parser hides what a trace that never ended looks like.
+    return command + [arg for arg in keys.vllm_args if not arg.startswith("--reasoning-parser")]
 
 
 def has_cuda() -> bool:
     """Whether a CUDA device is there, without importing torch."""
-    return Path("/proc/driver/nvidia/version").exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    driver = Path("/proc/driver/nvidia/version").exists() or Path("/dev/dxg").exists()  # the latter on WSL 2
+    return driver and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 
 
 @contextmanager
-def serving(
-    engine: str, model: str, keys: EngineKeys, log: Path, *, max_len: int | None = None, keep_trace: bool = False
-) -> Iterator[Server]:
+def serving(engine: str, model: str, keys: EngineKeys, log: Path, *, max_len: int | None = None) -> Iterator[Server]:
     """Serve `model` for the length of the block; nothing of the engine is left afterwards.
 
     Args:
@@ -110,7 +112,6 @@ def serving(
         model: checkpoint folder or hub id, also the name under which it is asked.
         log: the engine's output goes here.
         max_len: longest prompt plus completion, in tokens (vLLM).
-        keep_trace: have vLLM return the raw text instead of splitting off the trace.
 
     Raises:
         ThinkSwitchError: no free port, the engine ended or did not start in time, or a
@@ -122,8 +123,6 @@ def serving(
         return
     port = free_port(keys.port)
     command = vllm_command(model, port, keys, max_len)
-    if not keep_trace and "--reasoning-parser" not in command:
-        command += ["--reasoning-parser", "qwen3"]
     log.parent.mkdir(parents=True, exist_ok=True)
     console.say(f"  $ {' '.join(command)}")
     with log.open("ab") as handle:
@@ -141,7 +140,7 @@ def serving(
             _wait_until_ready(process, f"http://{LOOPBACK}:{port}/health", keys.start_timeout, engine, log)
             yield Server(base_url)
         finally:
-            _stop(process)
+            console.stop_group(process)
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float, engine: str, log: Path) -> None:
@@ -166,20 +165,6 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float
                 )
             time.sleep(0.5)
             bar.update(round(time.monotonic() - started) - bar.n)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the engine's whole process group, gently first."""
-    for sign, patience in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, sign)
-        try:
-            process.wait(patience)
-            break
-        except subprocess.TimeoutExpired:
-            continue
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # children that outlived their leader
 
 
 def _require_model(base_url: str, model: str) -> None:

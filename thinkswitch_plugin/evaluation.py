@@ -21,6 +21,9 @@ from thinkswitch_plugin.engines import has_cuda, serving
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.generate import PROMPT_ROOM, context_length
 
+LM_EVAL_BUDGET = 256  # tokens, where a task names none
+LARGEST_BUDGET = 32_768  # tokens a server makes room for, where the recipe names none
+
 
 def grade(kind: str, text: str, gold: str, *, opened: bool = False, cut: bool = False) -> dict[str, Any]:
     """One completion against its gold answer.
@@ -105,11 +108,12 @@ def read_samples(folder: Path, task: str, checkpoint: str, kind: str) -> Iterato
         completions = row.get("resps")
         if not completions or not isinstance(completions[0], list):
             raise ThinkSwitchError(f"{path}, line {number}: `resps` is missing.")
-        budget = row["arguments"]["gen_args_0"]["arg_1"]["max_gen_toks"]
+        budget = row["arguments"]["gen_args_0"]["arg_1"].get("max_gen_toks", LM_EVAL_BUDGET)
         sample = Sample(row["doc_id"], [], [], [], [], [])
         for text in completions[0]:
             length = len(tokenizer.encode(text, add_special_tokens=False))
-            cut = length >= budget
+            # Text seldom encodes to exactly the ids it was decoded from, so an open end is given 1 %.
+            cut = length >= budget or (opened and not traces.has_tag(text) and length >= 0.99 * budget)
             verdict = grade(kind, text, str(row["target"]), opened=opened, cut=cut)
             sample.correct.append(verdict["accuracy"])
             sample.found.append(verdict["answer"])
@@ -181,6 +185,11 @@ def interval(means: Sequence[float], k: int) -> list[float]:
     return [float(found.low), float(found.high)]
 
 
+def uses_server(keys: EvaluationKeys, engine: str) -> bool:
+    """Whether lm-eval asks vLLM, started here for each checkpoint, rather than transformers in process."""
+    return keys.backend == "server" or (keys.backend == "auto" and engine == "vllm")
+
+
 def run_lm_eval(
     checkpoint: str,
     out: Path,
@@ -213,11 +222,9 @@ def run_lm_eval(
         common += ["--gen_kwargs", f"max_gen_toks={keys.max_tokens}"]
     lm_eval = [str(Path(sys.executable).with_name("lm_eval")), "run"]
     log = logs / f"{title}.log"
-    if keys.backend == "server" or (keys.backend == "auto" and engine == "vllm"):
-        room = context_length(checkpoint)
-        if keys.max_tokens is not None:
-            room = min(room, keys.max_tokens + PROMPT_ROOM)
-        with serving(engine, checkpoint, engine_keys, log, max_len=room, keep_trace=True) as server:
+    if uses_server(keys, engine):
+        room = min(context_length(checkpoint), (keys.max_tokens or LARGEST_BUDGET) + PROMPT_ROOM)
+        with serving("vllm", checkpoint, engine_keys, log, max_len=room) as server:
             model_args = (
                 f"model={checkpoint},base_url={server.base_url}/chat/completions,"
                 f"num_concurrent={engine_keys.concurrency},timeout={engine_keys.timeout:g},tokenizer_backend=none"

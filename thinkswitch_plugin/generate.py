@@ -54,8 +54,10 @@ def repair(path: Path) -> set[str]:
                 row = files.parse_line(line, path, number)
                 if row.get("error"):
                     drop_failures = True
-                else:
+                elif isinstance(row.get("custom_id"), str):
                     done.add(row["custom_id"])
+                else:
+                    raise ThinkSwitchError(f"{path}, line {number}: `custom_id` is missing or not text.")
     if keep < path.stat().st_size:
         with path.open("r+b") as handle:
             handle.truncate(keep)
@@ -117,6 +119,11 @@ def generate(
             room = min(max(budget, retry_max_tokens or 0) + PROMPT_ROOM, context_length(checkpoint))
             with serving(engine, checkpoint, keys, log, max_len=room) as server:
                 asyncio.run(_answer_from_server(rows, keep, server.base_url, checkpoint, keys, retry_max_tokens))
+    if report.failed * 2 > report.answered + report.failed:
+        raise ThinkSwitchError(
+            f"{report.failed} of {report.answered + report.failed} requests failed; the last: {keep.last_problem}. "
+            "Answers so far are kept; run the same command again to ask the others."
+        )
     return report
 
 
@@ -127,6 +134,7 @@ class _Keeper:
     handle: IO[bytes]
     bar: Any
     report: GenerationReport
+    last_problem: str = ""
 
     def answer(self, row: dict[str, Any], body: dict[str, Any]) -> None:
         """Store a chat completion body."""
@@ -137,6 +145,7 @@ class _Keeper:
     def failure(self, row: dict[str, Any], problem: Exception) -> None:
         """Store that a request has failed for good, and why."""
         self.report.failed += 1
+        self.last_problem = str(problem)
         self._write(row, None, {"message": str(problem), "type": type(problem).__name__})
 
     def _write(self, row: dict[str, Any], response: dict[str, Any] | None, error: dict[str, Any] | None) -> None:
@@ -203,7 +212,7 @@ async def _answer_from_server(
             if retry_max_tokens and was_cut(body):
                 keep.report.retried += 1
                 body = await ask({**row["body"], "max_tokens": retry_max_tokens})
-        except (openai.APIConnectionError, openai.NotFoundError):
+        except (openai.APIConnectionError, openai.NotFoundError, openai.AuthenticationError):
             raise
         except (openai.OpenAIError, ThinkSwitchError) as problem:
             keep.failure(row, problem)
@@ -225,6 +234,8 @@ async def _answer_from_server(
             f"The server at {base_url} does not serve this model ({problem.message}); "
             "start it with the model that requests.jsonl names."
         ) from None
+    except openai.AuthenticationError:
+        raise ThinkSwitchError(f"The server at {base_url} wants a key; set OPENAI_API_KEY.") from None
     except openai.APITimeoutError:
         raise ThinkSwitchError(
             f"The server at {base_url} took longer than {keys.timeout:g} s for an answer; "

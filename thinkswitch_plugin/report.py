@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import console, files
+from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import read_samples, summarize
 from thinkswitch_plugin.run import MODES, Run, stages, stamp_path, versions
 
@@ -40,7 +41,7 @@ def build_report(run: Run) -> dict[str, Any]:
         entry["seconds"] = seconds.get(k, {})
         iterations.append(entry)
     total = sum(sum(stage.values()) for stage in seconds.values())
-    price = float(os.environ.get("PRICE_PER_HOUR") or 0)
+    price = price_per_hour()
     return {
         "domain": run.recipe.keys.domain,
         "seed": run.seed,
@@ -50,6 +51,15 @@ def build_report(run: Run) -> dict[str, Any]:
         "hardware": hardware(),
         "cost": {"hours": total / 3600, "price_per_hour": price, "total": price * total / 3600},
     }
+
+
+def price_per_hour() -> float:
+    """PRICE_PER_HOUR of the environment. Raises `ThinkSwitchError` if it is no number."""
+    text = os.environ.get("PRICE_PER_HOUR") or "0"
+    try:
+        return float(text)
+    except ValueError:
+        raise ThinkSwitchError(f"PRICE_PER_HOUR={text} is no number; write it as 0.35.") from None
 
 
 def score(run: Run, folder: Path, checkpoint: str) -> dict[str, Any]:

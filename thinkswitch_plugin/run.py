@@ -26,8 +26,11 @@ from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import resolve_seed
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.recipe import Recipe, load_recipe
+from thinkswitch_plugin.sources import DATA_VARIABLE
 
 MODES = ("instruct", "thinking")
+TASKS = Path("lm_eval_tasks")
+TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,10 @@ def open_run(folder: Path) -> Run:
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage reads, depends on and writes. `resumable` outputs survive a failed attempt."""
+    """What one stage reads, depends on and writes.
+
+    `resumable` outputs survive a failed attempt whose inputs were the same.
+    """
 
     name: str
     iteration: int
@@ -84,24 +90,37 @@ class Stage:
     outputs: tuple[Path, ...]
     values: dict[str, Any] = field(default_factory=dict)
     resumable: bool = False
+    needs: tuple[Path, ...] = ()  # must be there for the stage to count as done, but are not its outputs
 
 
 def stages(run: Run) -> Iterator[Stage]:
     """Every stage of a run in order. The Makefile holds the same order as rules."""
     keys = run.recipe.keys
     evaluation = keys.evaluation.model_dump()
+    task_file = tuple(p for p in (TASKS / f"{keys.evaluation.task}.yaml",) if p.is_file())
 
     def evaluate(mode: str, k: int) -> Stage:
         return Stage(
             f"eval-{mode}",
             k,
-            (Path(run.checkpoint(mode, k)),),
+            (Path(run.checkpoint(mode, k)), *task_file),
             (run.iteration(k) / "eval" / mode,),
-            {"evaluation": evaluation, "engine": run.engine if evaluation["backend"] != "hf" else "hf"},
+            {
+                "evaluation": evaluation,
+                "backend": [run.engine, *keys.engine.vllm_args] if evaluation["backend"] != "hf" else "hf",
+                "data": os.environ.get(DATA_VARIABLE, ""),
+            },
         )
 
     zero = run.iteration(0)
-    yield Stage("pair", 0, (), (zero / "pair.json",), {"pair": keys.pair.model_dump(), "seed": run.seed})
+    yield Stage(
+        "pair",
+        0,
+        (),
+        (zero / "pair.json",),
+        {"pair": keys.pair.model_dump(), "seed": run.seed},
+        needs=tuple(Path(run.checkpoint(mode, 0)) for mode in MODES),
+    )
     yield from (evaluate(mode, 0) for mode in MODES)
     for k in range(1, run.iterations + 1):
         here = run.iteration(k)
@@ -112,9 +131,15 @@ def stages(run: Run) -> Iterator[Stage]:
         yield Stage(
             "requests",
             k,
-            (*prompts, teacher / "tokenizer_config.json"),
+            (*prompts, *(p for p in (teacher / n for n in TEMPLATE_FILES) if p.is_file()), *task_file),
             (requests,),
-            {"prompts": keys.prompts.model_dump(), "sampling": keys.sampling.model_dump(), "seed": run.seed},
+            {
+                "prompts": keys.prompts.model_dump(),
+                "sampling": keys.sampling.model_dump(),
+                "seed": run.seed,
+                "contamination": [evaluation[n] for n in ("task", "contamination_ngram", "contamination_share")],
+                "data": os.environ.get(DATA_VARIABLE, ""),
+            },
         )
         yield Stage(
             "generate",
@@ -123,7 +148,6 @@ def stages(run: Run) -> Iterator[Stage]:
             (generations,),
             {
                 "engine": run.engine,
-                "vllm_args": keys.engine.vllm_args,
                 "unfinished": keys.labels.unfinished,
                 "retry_max_tokens": keys.labels.retry_max_tokens,
             },
@@ -161,9 +185,16 @@ def stages(run: Run) -> Iterator[Stage]:
     yield Stage(
         "report",
         run.iterations,
-        tuple(run.iteration(k) / "eval" / mode for k in range(run.iterations + 1) for mode in MODES),
+        (
+            *(run.iteration(k) / "eval" / mode for k in range(run.iterations + 1) for mode in MODES),
+            *(run.iteration(k) / n for k in range(1, run.iterations + 1) for n in ("pairs.json", "rebuild.json")),
+        ),
         (run.folder / "report.json", run.folder / "report.md"),
-        {"iterations": run.iterations, "price": os.environ.get("PRICE_PER_HOUR", "")},
+        {
+            "iterations": run.iterations,
+            "price": os.environ.get("PRICE_PER_HOUR", ""),
+            "answer": keys.labels.answer,
+        },
     )
 
 
@@ -216,10 +247,15 @@ def fingerprint(stage: Stage, hashes: Hashes) -> dict[str, Any]:
 def is_done(run: Run, stage: Stage, hashes: Hashes) -> bool:
     """Whether a stage's outputs are there and its stamp still matches what it read."""
     path = stamp_path(run, stage)
-    if not path.is_file() or not all(output.exists() for output in stage.outputs):
+    if not path.is_file() or not all(needed.exists() for needed in (*stage.outputs, *stage.needs)):
         return False
     stamp = files.read_json(path)
     return {k: stamp.get(k) for k in ("values", "inputs")} == fingerprint(stage, hashes)
+
+
+def same_questions(begun: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether stored answers still count: the same requests to the same checkpoint by the same engine."""
+    return begun["inputs"] == now["inputs"] and begun["values"].get("engine") == now["values"].get("engine")
 
 
 @contextmanager
@@ -265,7 +301,7 @@ def execute(run: Run, name: str, iteration: int, work: Callable[[], dict[str, An
         console.say(f"[{name}{where}]")
         before = fingerprint(stage, hashes)
         begun = stamp.with_suffix(".begun")
-        if not (stage.resumable and begun.is_file() and files.read_json(begun) == before):
+        if not (stage.resumable and begun.is_file() and same_questions(files.read_json(begun), before)):
             for output in stage.outputs:
                 files.remove(output)
         stamp.unlink(missing_ok=True)

@@ -40,9 +40,10 @@ def completions_of(row: dict[str, Any], where: str, *, opened: bool) -> list[Com
         texts = row["resps"][0] if row["resps"] and isinstance(row["resps"][0], list) else row["resps"]
         return [split_message({"content": str(text)}, opened=opened) for text in texts]
     if "response" in row:
-        body = (row.get("response") or {}).get("body") or {}
-        choices = body.get("choices") or []
-        if row.get("error") or not choices:
+        response = row["response"]
+        body = response.get("body") if isinstance(response, dict) else None
+        choices = body.get("choices") if isinstance(body, dict) else None
+        if row.get("error") or not isinstance(choices, list) or not all(_is_choice(c) for c in choices) or not choices:
             return [Completion(None, None, Outcome.FAILED)]
         return [
             split_message(c.get("message") or {}, opened=opened, finish_reason=c.get("finish_reason")) for c in choices
@@ -63,9 +64,14 @@ def completions_of(row: dict[str, Any], where: str, *, opened: bool) -> list[Com
     return [split_message(message, opened=opened, finish_reason=row.get("finish_reason"))]
 
 
+def _is_choice(choice: Any) -> bool:
+    message = choice.get("message") if isinstance(choice, dict) else None
+    return isinstance(message, dict) and isinstance(message.get("content"), str | None)
+
+
 def gold_of(row: dict[str, Any]) -> str | None:
     """The right answer that a row carries, if any."""
-    for name in ("gold", "target", "answer", "final_decision"):
+    for name in ("gold", "target"):
         value = row.get(name)
         if isinstance(value, str | int | float) and not isinstance(value, bool):
             return str(value)
@@ -111,6 +117,11 @@ def verdicts(task: str, path: Path, *, opened: bool) -> Iterator[list[dict[str, 
         yield [verdict(kind, one, gold, letters) for one in done]
 
 
+def _require_rows(counts: Counter[str], path: Path) -> None:
+    if not counts["completions"]:
+        raise ThinkSwitchError(f"{path} holds no rows.")
+
+
 def score_file(task: str, path: Path, rows: Path | None, *, opened: bool) -> None:
     """Print a table for a file of outputs and, on request, write the verdicts.
 
@@ -135,11 +146,11 @@ def score_file(task: str, path: Path, rows: Path | None, *, opened: bool) -> Non
         with files.atomic_file(rows) as out:
             for line in judged():
                 out.write(line)
+            _require_rows(counts, path)
     else:
         for _ in judged():
             pass
-    if not counts["completions"]:
-        raise ThinkSwitchError(f"{path} holds no rows.")
+    _require_rows(counts, path)
     graded = counts["with a gold answer"]
     body = [[name, str(n), ""] for name, n in counts.items() if name != "correct"]
     body.append(["correct", str(counts["correct"]), f"{100 * counts['correct'] / graded:.1f} %" if graded else ""])

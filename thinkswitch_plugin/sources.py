@@ -94,6 +94,9 @@ def pubmedqa_half(half: str) -> Dataset:
     test set, and there is no training half.
     """
     rows = pubmedqa_rows()
+    for column in ("pubid", "question", "context", "final_decision"):
+        if column not in rows.column_names:
+            raise ThinkSwitchError(f"PubMedQA's rows have no column `{column}`; they have {rows.column_names}.")
     test = pubmedqa_test_ids(zip((str(i) for i in rows["pubid"]), rows["final_decision"], strict=True))
     chosen = [n for n, pubid in enumerate(rows["pubid"]) if (str(pubid) in test) == (half == "test")]
     return rows.select(chosen)
@@ -108,6 +111,8 @@ def pubmedqa_test_ids(labelled: Iterable[tuple[str, str]]) -> set[str]:
     """
     by_decision: dict[str, list[str]] = {"yes": [], "no": [], "maybe": []}
     for pubid, decision in labelled:
+        if decision not in by_decision:
+            raise ThinkSwitchError(f"PubMedQA row {pubid}: `final_decision` is {decision!r}; use yes, no or maybe.")
         by_decision[decision].append(pubid)
     total = sum(len(ids) for ids in by_decision.values())
     if total != PUBMEDQA_ROWS:

@@ -24,8 +24,8 @@ from typing import Any
 OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
 # Qwen's pair first, then what other model families write.
 _NAMES = r"(?:think|thinking|thought|reasoning)"
-_OPEN = re.compile(rf"<{_NAMES}>|<\|begin_of_thought\|>|\[THINK\]")
-_CLOSE = re.compile(rf"</{_NAMES}>|<\|end_of_thought\|>|\[/THINK\]")
+_OPEN = re.compile(rf"<\s*{_NAMES}\s*>|<\|begin_of_thought\|>|\[THINK\]", re.IGNORECASE)
+_CLOSE = re.compile(rf"<\s*/\s*{_NAMES}\s*>|<\|end_of_thought\|>|\[/THINK\]", re.IGNORECASE)
 
 
 class Outcome(StrEnum):
@@ -86,11 +86,15 @@ def split(text: str, *, opened: bool = False, cut: bool = False) -> Completion:
 
 
 def split_apart(reasoning: str, content: str | None, *, cut: bool = False) -> Completion:
-    """Take a completion whose server had already moved the trace into `reasoning`."""
+    """Take a completion whose server had already moved the trace into `reasoning`.
+
+    Without content nothing shows that the trace ended: a parser that expects a trace
+    takes a text without any tag for one, whatever the finish reason.
+    """
     content = content or ""
     if _OPEN.search(content) or _CLOSE.search(content):
         return Completion(reasoning, None, Outcome.AMBIGUOUS)
-    if cut and not content.strip():
+    if not content.strip():
         return Completion(_strip_open(reasoning), None, Outcome.UNCLOSED)
     return _with_answer(_strip_open(reasoning), content, cut)
 

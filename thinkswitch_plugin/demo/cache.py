@@ -7,6 +7,7 @@ from pathlib import Path
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.demo import task
+from thinkswitch_plugin.errors import ThinkSwitchError
 
 PROMPTS = 2048  # enough for four iterations of 512 fresh ones
 
@@ -21,6 +22,11 @@ def ensure_pair(seed: int, instruct: Path, thinking: Path) -> None:
     if made.is_file() and files.read_json(made) == wanted and thinking.is_dir():
         console.say(f"  the pair in {folder} is used again")
         return
+    if folder.exists() and any(folder.iterdir()) and not made.is_file():
+        raise ThinkSwitchError(
+            f"{folder} holds something that the embedded domain did not make; give the pair a folder of its own, "
+            "or remove `embedded: true` from the recipe to use the checkpoints that lie there."
+        )
     console.say(f"  training the tiny pair into {folder}, a few minutes on two cores; it is kept for later runs")
     prompts = task.training_prompts(seed, PROMPTS)
     with files.atomic_folder(folder) as building:

@@ -50,10 +50,17 @@ def set_lambda(config: dict[str, Any], weight: float, where: Path) -> dict[str, 
     if method == "slerp":
         if role(config.get("base_model")) != "thinking":
             raise ThinkSwitchError(f"{where}: `base_model` must be `./thinking`, so that t is 1 − λ.")
+        if not isinstance(parameters.get("t", 0.0), int | float) or "slices" in config:
+            raise ThinkSwitchError(f"{where}: `t` must be one number for the loop to set λ; see docs/how-it-works.md.")
         parameters["t"] = round(1.0 - weight, 12)
-    elif method == "thinkswitch":
+    elif method == NAME:
+        if role(config.get("base_model")) != "thinking":
+            raise ThinkSwitchError(f"{where}: `base_model` must be `./thinking`, whose weight λ is.")
         parameters["lambda"] = weight
     elif method == "linear":
+        named = [role(entry.get("model")) for entry in config.get("models") or [] if isinstance(entry, dict)]
+        if sorted(named) != ["instruct", "thinking"]:
+            raise ThinkSwitchError(f"{where}: `models` must be ./instruct and ./thinking, found {named}.")
         shares = {"thinking": weight, "instruct": round(1.0 - weight, 12)}
         models = [
             {**entry, "parameters": {**(entry.get("parameters") or {}), "weight": shares[role(entry["model"])]}}

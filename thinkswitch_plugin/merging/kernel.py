@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 # Below this angle (radians) the sphere is a straight line to float32 precision.
 SMALLEST_ANGLE = 1e-4
+CHUNK = 2**22  # elements worked on in float64 at once
 
 
 def angle(instruct: torch.Tensor, thinking: torch.Tensor) -> float:
@@ -13,14 +16,18 @@ def angle(instruct: torch.Tensor, thinking: torch.Tensor) -> float:
 
     Computed as ``2·atan2(‖u−v‖, ‖u+v‖)`` of the unit vectors, which stays exact for
     small angles where the arc cosine does not (Kahan, "How Futile are Mindless
-    Assessments of Roundoff", 2006, §12).
+    Assessments of Roundoff", 2006, §12). Works in float64, a chunk at a time.
     """
-    a, b = instruct.double().flatten(), thinking.double().flatten()
-    norm_a, norm_b = torch.linalg.vector_norm(a), torch.linalg.vector_norm(b)
-    if norm_a == 0 or norm_b == 0:
+    a, b = instruct.flatten(), thinking.flatten()
+    norms = [math.sqrt(sum(float(x.double().square().sum()) for x in tensor.split(CHUNK))) for tensor in (a, b)]
+    if 0.0 in norms:
         return 0.0
-    u, v = a / norm_a, b / norm_b
-    return float(2 * torch.atan2(torch.linalg.vector_norm(u - v), torch.linalg.vector_norm(u + v)))
+    apart = together = 0.0
+    for x, y in zip(a.split(CHUNK), b.split(CHUNK), strict=True):
+        u, v = x.double() / norms[0], y.double() / norms[1]
+        apart += float((u - v).square().sum())
+        together += float((u + v).square().sum())
+    return 2 * math.atan2(math.sqrt(apart), math.sqrt(together))
 
 
 def interpolate(

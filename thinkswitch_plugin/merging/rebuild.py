@@ -105,6 +105,7 @@ def rebuild_thinking(
         ThinkSwitchError: the pair does not match, or no λ of the list keeps the checkpoint thinking.
     """
     require_compatible(instruct, anchor)
+    nearness = similarity(instruct, anchor)
     config_path = Path(keys.config)
     template = files.read_yaml(config_path)
     closed, whole = think_ratio(reference_requests, reference)
@@ -149,7 +150,7 @@ def rebuild_thinking(
                 "think_ratio": ratio,
                 "think_ratio_original": baseline,
                 "tried": tried,
-                **similarity(instruct, anchor),
+                **nearness,
             }
     files.remove(candidate)
     shown = ", ".join(f"{t['lambda']:g} → {t['think_ratio']:.2f}" for t in tried)

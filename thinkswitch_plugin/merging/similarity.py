@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import list_tensors
-from thinkswitch_plugin.merging.kernel import angle
+from thinkswitch_plugin.merging.kernel import CHUNK, angle
 
 
 def similarity(first: Path, second: Path) -> dict[str, Any]:
@@ -32,8 +32,9 @@ def similarity(first: Path, second: Path) -> dict[str, Any]:
         for checkpoint, tensor in ((first, a), (second, b)):
             if not torch.isfinite(tensor).all():
                 raise ThinkSwitchError(f"{checkpoint}: the tensor {name} holds NaN or infinity.")
-        difference += float((a.double() - b.double()).abs().sum())
-        total += float(a.double().abs().sum() + b.double().abs().sum())
+        for x, y in zip(a.flatten().split(CHUNK), b.flatten().split(CHUNK), strict=True):
+            difference += float((x.double() - y.double()).abs().sum())
+            total += float(x.double().abs().sum() + y.double().abs().sum())
         angles.append(angle(a, b))
     return {
         "sigma": difference / total if total else 0.0,
