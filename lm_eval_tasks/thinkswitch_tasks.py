@@ -55,3 +55,8 @@ def grade_aime(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
 def grade_pubmedqa(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
     """Yes, no or maybe."""
     return grade_repeats("decision", results, doc["final_decision"])
+
+
+def grade_exact(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
+    """The whole answer, letter by letter."""
+    return grade_repeats("exact", results, str(doc["answer"]))

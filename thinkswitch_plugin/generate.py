@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -110,14 +111,15 @@ def generate(
         return report
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = pending(requests, done, limit)
-    with out.open("ab") as handle, console.bar(total, title, initial=total - waiting, unit="answer") as bar:
-        keep = _Keeper(handle, bar, report)
+    with out.open("ab") as handle:
+        keep = _Keeper(handle, report)
         if engine == "embedded":
-            _answer_embedded(rows, keep, checkpoint, keys.concurrency, retry_max_tokens)
+            with keep.progress(title):
+                _answer_embedded(rows, keep, checkpoint, keys.concurrency, retry_max_tokens)
         else:
             budget = max(r["body"]["max_tokens"] for _, r in files.read_jsonl(requests))
             room = min(max(budget, retry_max_tokens or 0) + PROMPT_ROOM, context_length(checkpoint))
-            with serving(engine, checkpoint, keys, log, max_len=room) as server:
+            with serving(engine, checkpoint, keys, log, max_len=room) as server, keep.progress(title):
                 asyncio.run(_answer_from_server(rows, keep, server.base_url, checkpoint, keys, retry_max_tokens))
     if report.failed * 2 > report.answered + report.failed:
         raise ThinkSwitchError(
@@ -132,9 +134,15 @@ class _Keeper:
     """Appends each answer to the file as it arrives, and counts it."""
 
     handle: IO[bytes]
-    bar: Any
     report: GenerationReport
     last_problem: str = ""
+    bar: Any = None
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[None]:
+        """Show a bar over all requests while the block answers the missing ones."""
+        with console.bar(self.report.requests, title, initial=self.report.already_stored, unit="answer") as self.bar:
+            yield
 
     def answer(self, row: dict[str, Any], body: dict[str, Any]) -> None:
         """Store a chat completion body."""
