@@ -96,18 +96,20 @@ def test_another_seed_in_the_same_folder_is_refused(finished_run: Path, command:
     assert done.returncode != 0 and "was begun with SEED=0" in done.stderr and "RUNS=" in done.stderr
 
 
-def test_plain_axolotl_trains_an_iterations_config(finished_run: Path, command: Any, tmp_path: Path) -> None:
+def test_plain_axolotl_trains_an_iterations_config_to_the_same_adapter(
+    finished_run: Path, command: Any, tmp_path: Path
+) -> None:
     config = files.read_yaml(finished_run / "iter-1" / "axolotl.yaml")
-    config |= {
-        "output_dir": str(tmp_path / "adapter"),
-        "dataset_prepared_path": str(tmp_path / "prepared"),
-        "num_epochs": 1,
-    }
+    config |= {"output_dir": str(tmp_path / "adapter"), "dataset_prepared_path": str(tmp_path / "prepared")}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(config))
     done = command(BIN / "axolotl", "train", path, "--launcher", "python", AXOLOTL_DO_NOT_TRACK="1")
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    first, again = (
+        load_file(str(folder / "adapter_model.safetensors"))
+        for folder in (finished_run / "iter-1" / "adapter", tmp_path / "adapter")
+    )
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
 
 
 def test_axolotl_stops_when_the_adapter_did_not_move(finished_run: Path, command: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The axolotl plugin: it adds the `thinkswitch:` keys and guards against a silent failure."""
+"""The axolotl plugin: it adds the `thinkswitch:` keys, seeds the adapter, and guards against a silent failure."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from axolotl.integrations.base import BasePlugin
+from transformers import set_seed
 
 from thinkswitch_plugin.distil import change, require_moved
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -19,8 +20,13 @@ class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]
         return "thinkswitch_plugin.args.ThinkSwitchArgs"
 
     def pre_model_load(self, cfg: Any) -> None:
-        """Refuse evaluation during 4-bit training on a CPU: one forward pass without gradients
-        repacks bitsandbytes' weights there, and the adapter then silently learns nothing."""
+        """Seed the adapter's initial weights, and refuse evaluation during 4-bit training on a CPU.
+
+        axolotl seeds only its trainer, which is built after the adapter. And one forward pass without
+        gradients repacks bitsandbytes' weights on a CPU: the adapter then silently learns nothing.
+        """
+        if cfg.seed is not None:
+            set_seed(int(cfg.seed))
         evaluates = cfg.val_set_size or cfg.test_datasets
         if cfg.load_in_4bit and evaluates and not torch.cuda.is_available():
             raise ThinkSwitchError(
