@@ -47,6 +47,8 @@ def test_a_digit_is_the_whole_text_or_nothing() -> None:
         (r"The answer is $2 \cdot 3^4 = 162$", "162"),
         ("My earlier answer 12 was wrong. The correct value is 204.", "204"),
         ("The number of pairs is 117 when n = 20.", "117"),
+        ("Then N = 2016.\n\nThe remainder when 2016 is divided by 1000 is 16.", "16"),
+        ("The greatest is 220.\n\nA check:\n- the sum is 990\n- the difference is 22", "220"),
         ("The answer to the problem is $\\boxed{}$ 33", "33"),
         (r"The answer is $25\pi$", None),
         (r"\boxed{2x}", None),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from thinkswitch_plugin import recipe
+from thinkswitch_plugin import check, files, recipe
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 ARITHMETIC = Path("recipes/arithmetic.yaml")
@@ -68,3 +68,21 @@ def test_broken_yaml_is_named_with_its_line(tmp_path: Path) -> None:
     path.write_text("a: 1\nb: [1,\n")
     with pytest.raises(ThinkSwitchError, match=r"x\.yaml, line 3"):
         recipe.load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "overlay"), [("aime", None), ("aime", "24gb"), ("pubmedqa", None), ("template", None)]
+)
+def test_recipes_pass_axolotls_own_schema_as_they_stand(name: str, overlay: str | None) -> None:
+    values = files.read_yaml(Path(f"recipes/{name}.yaml"))
+    if overlay:
+        values = recipe.overlay(values, files.read_yaml(recipe.overlay_path(overlay)))
+    check.validate(values, name)
+    with pytest.raises(ThinkSwitchError, match="axolotl refuses `micro_batch_size`"):
+        check.validate({**values, "micro_batch_size": "many"}, name)
+
+
+def test_an_overlay_merges_mappings_and_null_takes_a_key_away() -> None:
+    base = {"a": 1, "thinkswitch": {"prompts": {"hub": "x", "count": 15}}}
+    extra = {"thinkswitch": {"prompts": {"hub": None, "path": "p"}}}
+    assert recipe.overlay(base, extra) == {"a": 1, "thinkswitch": {"prompts": {"count": 15, "path": "p"}}}

@@ -47,6 +47,10 @@ def integer(text: str) -> str | None:
     if announced:
         return _number(announced[-1])
     lines = [line for line in text.splitlines() if re.search(r"\w", line)]
+    if lines and _BULLET.match(lines[-1]):  # a closing list checks or explains; the answer stands before it
+        stated = [m.group(1) for line in lines if not _BULLET.match(line) and (m := _STATED.search(line))]
+        if stated:
+            return _number(stated[-1])
     if lines and (found := _of_line(lines[-1])) is not None:
         return found
     bold = [_number(match.group(1)) for match in _BOLD.finditer(text)]
@@ -73,12 +77,16 @@ _ANNOUNCED = re.compile(
 # What shows that a number was only the beginning of an expression: 2^3, 25\pi, 2 \cdot 3, 3x, 1/2, 7 = …
 _GOES_ON = re.compile(r"\d| ?[\^/=+*-](?!\*)| ?\\(?:[a-zA-Z]+)|[A-Za-z]\b")
 _BOLD = re.compile(rf"\*\* ?\$?(?:[A-Za-z]\w* ?= ?)?({_NUMBER})\$? ?[.!]? ?\*\*")
+_STATED = re.compile(rf"\b(?:is|are|equals|be) (?:\*\*)?\$?({_NUMBER})\$?(?:\*\*)?[.!]?\s*$")
+_BULLET = re.compile(r"\s*[-*•] ")
 _CLAUSE = re.compile(r"\b(?:when|where|for|with|since|if|because|as)\b", re.IGNORECASE)
 
 
 def _of_line(line: str) -> str | None:
     """What a closing line states: the right side of its last equation, or the only number, of its last sentence."""
     sentence = [s for s in re.split(r"(?<=[^\d\s])\. |(?<=\d)\. (?=[A-Z])", line) if re.search(r"\w", s)][-1]
+    if stated := _STATED.search(sentence):
+        return _number(stated.group(1))
     clause = _CLAUSE.search(sentence)
     if clause and re.search(r"\d", sentence[: clause.start()]):
         sentence = sentence[: clause.start()]
