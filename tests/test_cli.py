@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import BIN
+from thinkswitch_plugin.engines import has_cuda
 
 TS = BIN / "thinkswitch"
 
@@ -61,3 +62,37 @@ def test_help_of_make_names_the_targets(command: Any) -> None:
     assert done.returncode == 0
     for target in ("iterate", "setup", "eval", "report", "control", "test"):
         assert f"make {target} " in done.stdout
+
+
+@pytest.mark.skipif(has_cuda(), reason="this machine has a GPU")
+def test_a_gpu_recipe_without_a_gpu_says_what_is_missing_and_what_would_run(command: Any, tmp_path: Path) -> None:
+    done = command("make", "iterate", "DOMAIN=aime", f"RUNS={tmp_path}")
+    assert done.returncode != 0 and list(tmp_path.iterdir()) == []
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("thinkswitch: ")]
+    assert "needs a CUDA GPU with 8 GB" in sentence and "make iterate DOMAIN=arithmetic" in sentence
+
+
+@pytest.mark.skipif(has_cuda(), reason="this machine has a GPU")
+def test_check_goes_through_everything_and_counts_what_would_stop_the_run(command: Any) -> None:
+    done = command(TS, "check", "--domain", "aime", "--tokens-per-second", "1000", PRICE_PER_HOUR="0.36")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith(("  ok", "  STOP"))] == [
+        "GPU:",
+        "memory:",
+        "disk:",
+        "engine:",
+        "recipe:",
+        "pair:",
+        "prompts:",
+        "questions:",
+        "budget:",
+    ]
+    assert "  ok    recipe: recipes/aime.yaml passes axolotl's schema" in lines
+    assert "at most 983,040 tokens" in done.stdout and "0.3 h at 1000 tokens/s (as you gave it), 0.10 at" in done.stdout
+    assert "checks would stop `make iterate DOMAIN=aime`" in done.stderr
+
+
+def test_check_finds_the_embedded_domain_ready(command: Any) -> None:
+    done = command(TS, "check", "--domain", "arithmetic", ENGINE="embedded")
+    assert done.returncode == 0 and "Ready: make iterate DOMAIN=arithmetic" in done.stdout

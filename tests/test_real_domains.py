@@ -119,6 +119,14 @@ def test_the_aime_recipe_runs_whole_at_tiny_scale(tiny: Path, data: Path, comman
     assert report["iterations"][1]["merge"]["lambda"] >= 0.8
 
 
+def test_the_template_domain_runs_at_once(finished_run: Path, command: Any, tmp_path: Path) -> None:
+    done = command("make", "iterate", "DOMAIN=template", "ITERATIONS=1", f"RUNS={tmp_path}", "ENGINE=embedded")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    zero, one = files.read_json(tmp_path / "template" / "report.json")["iterations"]
+    assert zero["instruct"]["n"] == 100
+    assert one["instruct"]["mean@k"] > zero["instruct"]["mean@k"]
+
+
 def test_an_evaluation_question_among_the_prompts_stops_the_run(
     tiny: Path, data: Path, command: Any, tmp_path: Path
 ) -> None:
