@@ -42,7 +42,7 @@ def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int, 
     require_gpu(recipe)
     _check_files(run)
     _check_merge_config(run)
-    if keys_need_server(run) and engines.vllm_python() is None:
+    if uses_server(recipe.keys.evaluation, chosen) and engines.vllm_python() is None:
         raise ThinkSwitchError(f"{path}: `thinkswitch.evaluation.backend` asks for a server. {engines.NO_VLLM}")
     checked = folder / ".stamps" / "recipe-checked.json"
     hashes = Hashes(folder / ".stamps" / "hashes.json")
@@ -92,11 +92,6 @@ def _check_files(run: Run) -> None:
         raise ThinkSwitchError(
             f"{run.recipe.path}: `thinkswitch.prompts.path` names {keys.prompts.path}, which does not exist."
         )
-
-
-def keys_need_server(run: Run) -> bool:
-    """Whether the evaluation runs through vLLM."""
-    return uses_server(run.recipe.keys.evaluation, run.engine)
 
 
 def _check_merge_config(run: Run) -> None:

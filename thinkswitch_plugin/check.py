@@ -17,6 +17,7 @@ from thinkswitch_plugin.args import ThinkSwitchKeys, is_local, resolve_seed
 from thinkswitch_plugin.contamination import require_uncontaminated
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import uses_server
+from thinkswitch_plugin.merging.compatibility import config_difference
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.report import price_per_hour
 from thinkswitch_plugin.run import versions
@@ -161,10 +162,8 @@ def pair(keys: ThinkSwitchKeys) -> str:
         except Exception as error:  # the hub's client raises many types; all mean no access
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ThinkSwitchError(f"{name} cannot be reached on the hub: {reason}") from None
-    for field in ("architectures", "hidden_size", "num_hidden_layers", "vocab_size", "tie_word_embeddings"):
-        values = [config.get(field) for config in configs]
-        if values[0] != values[1]:
-            raise ThinkSwitchError(f"no compatible pair: `{field}` is {values[0]} and {values[1]}")
+    if difference := config_difference(*configs):
+        raise ThinkSwitchError(f"no compatible pair: {difference}")
     return f"{keys.pair.instruct} and {keys.pair.thinking} have one architecture, size and vocabulary"
 
 

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-OPEN_TAG, CLOSE_TAG = "<think>", "</think>"
 # Qwen's pair first, then what other model families write.
 _NAMES = r"(?:think|thinking|thought|reasoning)"
 _OPEN = re.compile(rf"<\s*{_NAMES}\s*>|<\|begin_of_thought\|>|\[THINK\]", re.IGNORECASE)

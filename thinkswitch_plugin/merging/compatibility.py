@@ -65,6 +65,14 @@ def list_tensors(checkpoint: Path) -> dict[str, TensorInfo]:
     return found
 
 
+def config_difference(first: dict[str, Any], second: dict[str, Any]) -> str | None:
+    """The first setting of two `config.json` that keeps their checkpoints from being interpolated, in words."""
+    for field in ("architectures", "tie_word_embeddings", "vocab_size", "num_hidden_layers", "hidden_size"):
+        if first.get(field) != second.get(field):
+            return f"`{field}` is {first.get(field)} and {second.get(field)}"
+    return None
+
+
 def require_compatible(instruct: Path, thinking: Path) -> None:
     """Check that two checkpoint folders can be interpolated tensor by tensor.
 
@@ -72,11 +80,8 @@ def require_compatible(instruct: Path, thinking: Path) -> None:
     embeddings, vocabulary, a tensor that only one has, a shape or a dtype.
     """
     a, b = files.read_json(instruct / "config.json"), files.read_json(thinking / "config.json")
-    for field in ("architectures", "tie_word_embeddings", "vocab_size", "num_hidden_layers", "hidden_size"):
-        if a.get(field) != b.get(field):
-            raise ThinkSwitchError(
-                f"{instruct} and {thinking} are no compatible pair: `{field}` is {a.get(field)} and {b.get(field)}."
-            )
+    if difference := config_difference(a, b):
+        raise ThinkSwitchError(f"{instruct} and {thinking} are no compatible pair: {difference}.")
     left, right = list_tensors(instruct), list_tensors(thinking)
     for name in sorted(left.keys() ^ right.keys()):
         owner = instruct if name in left else thinking
