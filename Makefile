@@ -7,6 +7,8 @@ RUNS       ?= runs
 SEED       ?= 0
 ENGINE     ?= auto
 OVERLAY    ?=
+ITER       ?= 1
+LAMBDAS    ?= 0 0.1 … 1
 
 VENV := .venv
 TS   := $(VENV)/bin/thinkswitch
@@ -14,6 +16,7 @@ RUN  := $(RUNS)/$(DOMAIN)
 
 # Settings reach the commands through the environment, never through a shell's command line.
 export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY RUN MODEL CONTROL PRICE_PER_HOUR
+export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT
 export OMP_NUM_THREADS ?= $(shell nproc)
 export HF_HUB_DISABLE_TELEMETRY := 1
 ifeq ($(DOMAIN),arithmetic)
@@ -23,7 +26,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-vllm iterate loop pair check eval report control results bench-engines lint test clean-run
+.PHONY: help setup setup-vllm iterate loop pair check eval report sweep ablate baselines control results bench-engines lint test clean-run
 
 ##@ The loop
 
@@ -89,6 +92,22 @@ eval: setup ## judge any checkpoint: make eval MODEL=folder DOMAIN=arithmetic
 clean-run: ## delete the run folder RUNS/DOMAIN
 	@test -f "$$RUN/run.json" || { echo "clean-run: $$RUN is no run folder" >&2; exit 1; }
 	rm -rf "$$RUN"
+
+##@ Interpolation (λ is the weight of the thinking checkpoint)
+
+OF_PAIR = --domain "$$DOMAIN" --runs "$$RUNS" --iteration "$$ITER" --instruct "$$A" --thinking "$$B" --seed "$$SEED" \
+	--engine "$$ENGINE" --overlay "$$OVERLAY" --out "$$OUT" --samples "$$K" --sampling "$$SAMPLING" \
+	--template "$${TEMPLATE:-instruct}" --limit "$$LIMIT"
+
+sweep: setup ## score, tokens, think ratio over λ: make sweep ITER=1 LAMBDAS="0 0.1 … 1"; or A=folder B=folder
+	@$(TS) sweep $(OF_PAIR) --lambdas "$$LAMBDAS"
+
+ablate: setup ## which layers and modules carry thinking: make ablate ITER=1 LAMBDA=0.8
+	@$(TS) judge-merges $(OF_PAIR) --lambda "$$LAMBDA" --name layers merge_configs/layers
+	@$(TS) judge-merges $(OF_PAIR) --lambda "$$LAMBDA" --name modules merge_configs/modules
+
+baselines: setup ## task arithmetic, TIES, DARE, three at once, transplant: make baselines ITER=1
+	@$(TS) judge-merges $(OF_PAIR) --lambda "$$LAMBDA" --name baselines merge_configs/slerp.yaml merge_configs/linear.yaml merge_configs/baselines
 
 ##@ Proof
 

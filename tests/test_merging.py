@@ -157,7 +157,7 @@ def test_lambda_becomes_each_methods_own_numbers() -> None:
 
 def test_only_model_names_are_replaced_by_folders() -> None:
     config = {"base_model": "./thinking", "models": [{"model": "./instruct", "parameters": {"path": "thinking"}}]}
-    assert place_models(config, "I", "T") == {
+    assert place_models(config, {"instruct": "I", "thinking": "T"}) == {
         "base_model": "T",
         "models": [{"model": "I", "parameters": {"path": "thinking"}}],
     }

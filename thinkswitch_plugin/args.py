@@ -21,6 +21,9 @@ class PairKeys(_Keys):
 
     instruct: str = Field(description="Hub id or folder of the checkpoint that answers directly; `{seed}` is replaced.")
     thinking: str = Field(description="Hub id or folder of the checkpoint that writes a trace; `{seed}` is replaced.")
+    base: str | None = Field(
+        None, description="Their common ancestor: `./base` of merge configs; only baselines such as TIES need it."
+    )
     revision_instruct: str | None = Field(None, description="Hub commit or tag to pin.")
     revision_thinking: str | None = Field(None, description="Hub commit or tag to pin.")
     embedded: bool = Field(False, description="Train the tiny pair of the embedded domain at these two paths first.")

@@ -49,7 +49,7 @@ def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int, 
     fingerprint = {str(p): hashes.of(p) for p in (path, *recipe.overlays)}
     if not checked.is_file() or files.read_json(checked) != fingerprint:
         check_axolotl_keys(recipe)
-    with locked(run):
+    with locked(run.folder):
         files.write_json(
             settings_file(folder),
             {

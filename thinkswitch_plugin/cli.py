@@ -214,6 +214,81 @@ def results(runs: tuple[Path, ...]) -> None:
     print_results(list(runs))
 
 
+def pair_options(function: F) -> F:
+    """The options of commands that work on one pair: that of a run's iteration, or any two checkpoints."""
+    for option in (
+        click.option("--domain", required=True, help="Name of a recipe in recipes/; its task judges."),
+        click.option("--runs", default="runs", show_default=True, type=FOLDER, help="Folder that holds the runs."),
+        click.option("--iteration", default=1, show_default=True, type=click.IntRange(min=0, max=20)),
+        click.option("--instruct", default="", help="Another instruct checkpoint (folder or hub id)."),
+        click.option("--thinking", default="", help="Another thinking checkpoint (folder or hub id)."),
+        click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Where there is no run."),
+        click.option("--engine", default="auto", show_default=True, help="Where there is no run."),
+        OVERLAY,
+        click.option("--out", default="", help="Where the results go, instead of the run's iteration."),
+        click.option(
+            "--template",
+            type=click.Choice(["instruct", "thinking"]),
+            default="instruct",
+            show_default=True,
+            help="Whose tokenizer and chat template; the thinking one may open the trace and so hide the transition.",
+        ),
+        click.option("--sampling", default="", help='Temperature/top-p, such as "0.6/0.95 0.7/0.8".'),
+        click.option("--samples", default="", help="k samples a question (default: the task's own)."),
+        click.option("--limit", default="", help="Only the first so many questions."),
+    ):
+        function = option(function)
+    return function
+
+
+def _subject(options: dict[str, Any]) -> tuple[Any, list[Any], Any]:
+    from thinkswitch_plugin.subject import find_subject
+    from thinkswitch_plugin.sweep import parse_sampling
+
+    numbers = {}
+    for name in ("samples", "limit"):
+        text = options.pop(name)
+        if text and not (text.isdigit() and int(text) > 0):
+            raise click.UsageError(f"--{name} {text}: give a whole number above 0.")
+        numbers[name] = int(text) if text else None
+    sampling = parse_sampling(options.pop("sampling"), numbers["samples"])
+    template, out = options.pop("template"), options.pop("out")
+    subject = find_subject(
+        overlays=options.pop("overlay").split(), out=Path(out) if out else None, limit=numbers["limit"], **options
+    )
+    return subject, sampling, template
+
+
+@main.command()
+@pair_options
+@click.option("--lambdas", default="0 0.1 … 1", show_default=True, help="Weights of the thinking checkpoint.")
+def sweep(lambdas: str, **options: Any) -> None:
+    """Interpolate a pair at many λ, judge each point, find the stages and the sweet spot -> sweep/."""
+    from thinkswitch_plugin.sweep import parse_weights
+    from thinkswitch_plugin.sweep import sweep as run_sweep
+
+    weights = parse_weights(lambdas)
+    subject, sampling, template = _subject(options)
+    run_sweep(subject, weights, sampling, template)
+
+
+@main.command("judge-merges")
+@pair_options
+@click.option("--name", required=True, help="Folder under merges/ for the results.")
+@click.option("--lambda", "weight", default="", help="λ put into every config that has one.")
+@click.argument("configs", nargs=-1, required=True, type=FOLDER)
+def judge_merges(name: str, weight: str, configs: tuple[Path, ...], **options: Any) -> None:
+    """Judge merge configs (YAML files, or folders of them) on one pair -> merges/NAME/."""
+    from thinkswitch_plugin.ablation import judge_configs
+    from thinkswitch_plugin.sweep import parse_weights
+
+    chosen = parse_weights(weight)[0] if weight.strip() else None
+    subject, sampling, template = _subject(options)
+    if len(sampling) > 1:
+        raise click.UsageError("--sampling: give one setting here.")
+    judge_configs(subject, name, configs, chosen, sampling[0], template)
+
+
 @main.command(
     context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
     add_help_option=False,

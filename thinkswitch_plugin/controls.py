@@ -19,7 +19,7 @@ from thinkswitch_plugin.evaluation import run_lm_eval
 from thinkswitch_plugin.merging.config import place_models, set_lambda
 from thinkswitch_plugin.merging.rebuild import merge
 from thinkswitch_plugin.report import HEADER, rows, score, table
-from thinkswitch_plugin.run import Run, locked, open_run
+from thinkswitch_plugin.run import MODES, Run, locked, open_run
 
 NAMES = {
     "shuffled": ("instruct", "labels shuffled among prompts"),
@@ -37,7 +37,7 @@ def run_control(run: Run, name: str) -> None:
     loop.require_finished(run, 1)
     mode, title = NAMES[name]
     here = run.folder / "controls" / name
-    with locked(run):
+    with locked(run.folder):
         console.say(f"[control {name}] {title}")
         out = here / mode
         if name in ("shuffled", "true-labels"):
@@ -59,8 +59,7 @@ def run_control(run: Run, name: str) -> None:
             config = Path(run.recipe.keys.rebuild.config)
             merged = place_models(
                 set_lambda(files.read_yaml(config), weight, config),
-                run.checkpoint("instruct", 0),
-                run.checkpoint("thinking", 0),
+                {mode: run.checkpoint(mode, 0) for mode in MODES},
             )
             files.write_yaml(here / "merge.yaml", merged)
             files.remove(out)

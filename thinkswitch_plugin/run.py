@@ -118,7 +118,7 @@ def stages(run: Run) -> Iterator[Stage]:
         0,
         (),
         (zero / "pair.json",),
-        {"pair": keys.pair.model_dump(), "seed": run.seed},
+        {"pair": keys.pair.model_dump(exclude={"base"}), "seed": run.seed},
         needs=tuple(Path(run.checkpoint(mode, 0)) for mode in MODES),
     )
     yield from (evaluate(mode, 0) for mode in MODES)
@@ -259,15 +259,15 @@ def same_questions(begun: dict[str, Any], now: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def locked(run: Run) -> Iterator[None]:
-    """Keep a second command out of the run folder; the kernel frees the lock when its owner dies."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    with (run.folder / ".lock").open("a") as handle:
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second command out of a run folder; the kernel frees the lock when its owner dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ThinkSwitchError(
-                f"Another command is at work in {run.folder}; wait for it, or give this one its own RUNS=."
+                f"Another command is at work in {folder}; wait for it, or give this one its own RUNS=."
             ) from None
         yield
 
@@ -290,7 +290,7 @@ def execute(run: Run, name: str, iteration: int, work: Callable[[], dict[str, An
             is kept in the stamp under ``notes``.
     """
     stage = find_stage(run, name, iteration)
-    with locked(run):
+    with locked(run.folder):
         hashes = Hashes(run.folder / ".stamps" / "hashes.json")
         stamp = stamp_path(run, stage)
         where = "" if name == "report" else f" of iteration {iteration}"

@@ -8,6 +8,7 @@ puts the real folders in their places and sets λ.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,53 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 NAME = "thinkswitch"  # the mergekit method of `method.py`
+MODEL_KEYS = ("model", "base_model", "source")
 PARAMETERS = ("lambda", "lambda_attention", "lambda_ffn", "lambda_rest", "path")
 
 
-def place_models(config: Any, instruct: str, thinking: str) -> Any:
-    """A merge config with the names `./instruct` and `./thinking` replaced by folders."""
+def place_models(config: Any, roles: Mapping[str, str]) -> Any:
+    """A merge config with names such as `./instruct` replaced by the folders of `roles`."""
     if isinstance(config, dict):
-        names = {"instruct": instruct, "thinking": thinking}
         return {
-            key: names.get(role(value), value)
-            if key in ("model", "base_model", "source") and isinstance(value, str)
-            else place_models(value, instruct, thinking)
+            key: roles.get(role(value), value)
+            if key in MODEL_KEYS and isinstance(value, str)
+            else place_models(value, roles)
             for key, value in config.items()
         }
     if isinstance(config, list):
-        return [place_models(item, instruct, thinking) for item in config]
+        return [place_models(item, roles) for item in config]
     return config
+
+
+def named_models(config: Any) -> set[str]:
+    """Every model that a merge config names, `./` left off."""
+    if isinstance(config, dict):
+        own = {role(value) for key, value in config.items() if key in MODEL_KEYS and isinstance(value, str)}
+        return own.union(*(named_models(value) for value in config.values()))
+    if isinstance(config, list):
+        return set().union(*(named_models(item) for item in config))
+    return set()
+
+
+def fit_layers(config: dict[str, Any], layers: int) -> dict[str, Any]:
+    """A config's `layer_range`s, scaled where they were written for a model of another depth.
+
+    Thirds of 36 layers become thirds (to the nearest layer) of `layers`; a slice that is
+    left without a layer is dropped. A config without slices is returned as it is.
+    """
+    slices = config.get("slices")
+    if not slices:
+        return config
+    depth = max(source["layer_range"][1] for piece in slices for source in piece["sources"])
+    if depth == layers:
+        return config
+
+    def scale(source: dict[str, Any]) -> dict[str, Any]:
+        return {**source, "layer_range": [round(edge * layers / depth) for edge in source["layer_range"]]}
+
+    scaled = [{**piece, "sources": [scale(source) for source in piece["sources"]]} for piece in slices]
+    kept = [p for p in scaled if p["sources"][0]["layer_range"][0] < p["sources"][0]["layer_range"][1]]
+    return {**config, "slices": kept}
 
 
 def role(model: Any) -> str:

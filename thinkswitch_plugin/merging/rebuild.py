@@ -108,6 +108,7 @@ def rebuild_thinking(
     nearness = similarity(instruct, anchor)
     config_path = Path(keys.config)
     template = files.read_yaml(config_path)
+    roles = {"instruct": str(instruct), "thinking": str(anchor)}
     closed, whole = think_ratio(reference_requests, reference)
     baseline = closed / whole if whole else 0.0
     whole_share = whole / sum(1 for _ in files.read_jsonl(reference_requests))
@@ -115,7 +116,7 @@ def rebuild_thinking(
     candidates = [keys.lambda_, *(step for step in keys.lambda_steps if step > keys.lambda_)]
     candidate = files.temporary_sibling(out)
     for weight in candidates:
-        config = place_models(set_lambda(template, weight, config_path), str(instruct), str(anchor))
+        config = place_models(set_lambda(template, weight, config_path), roles)
         text = yaml.safe_dump(config, sort_keys=False)
         files.write_yaml(merge_yaml, config, header=f"λ = {weight:g}. Runs by itself: thinkswitch merge THIS_FILE OUT")
         files.remove(candidate)

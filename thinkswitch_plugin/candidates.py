@@ -1,0 +1,337 @@
+"""Judge merge configs one after the other with lm-eval: what a sweep and an ablation share.
+
+A candidate is a merge config that is never published. Where transformers answers, it lives
+only in memory: one model is loaded once and every candidate is merged into it in place.
+Where vLLM answers, it has to be a checkpoint, and one is on disk at a time. Either way its
+folder holds lm-eval's own samples file and
+
+    candidate.json   {"settings": {…}, "seconds": 1.6, "figures": {"mean@k": …}, "questions": {…}}
+
+which is written last, so a candidate is done or it is not.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin import checkpoint, console, files
+from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
+from thinkswitch_plugin.engines import has_cuda, serving
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.evaluation import (
+    LARGEST_BUDGET,
+    Sample,
+    interval,
+    pass_at_k,
+    read_samples,
+    summarize,
+    uses_server,
+    vote_is_right,
+)
+from thinkswitch_plugin.generate import PROMPT_ROOM, context_length
+
+TASKS = "lm_eval_tasks"
+SEEDS = {"random": 0, "numpy": 1234, "torch": 1234}  # lm_eval's own defaults
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a candidate's answers are drawn; None leaves a setting as the task has it."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    samples: int | None = None  # k
+
+    def __str__(self) -> str:
+        parts = [f"T {self.temperature:g}" if self.temperature is not None else ""]
+        parts += [f"top-p {self.top_p:g}" if self.top_p is not None else ""]
+        return ", ".join(p for p in parts if p) or "the task's own"
+
+    @property
+    def slug(self) -> str:
+        """For a folder's name: `-t0.6-p0.95-k8`; empty for the task's own settings."""
+        named = (("t", self.temperature), ("p", self.top_p), ("k", self.samples))
+        return "".join(f"-{letter}{value:g}" for letter, value in named if value is not None)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One merge config with real folders in it, and how it is sampled.
+
+    Args:
+        name: its folder under the work folder.
+        config: what mergekit is given.
+        identity: the same config with roles for folders, so that moving a run changes nothing.
+    """
+
+    name: str
+    config: dict[str, Any]
+    identity: dict[str, Any]
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all candidates of one job share.
+
+    Args:
+        work: the folder of the job; candidates' folders lie in it.
+        skeleton: a checkpoint of the architecture; its generation config is every candidate's.
+        template: the checkpoint whose tokenizer and chat template all candidates get.
+        template_name: its role.
+        answer: how a final answer is read, a key of `answers.EXTRACTORS`.
+        inputs: role → hash of every checkpoint that is merged.
+    """
+
+    work: Path
+    skeleton: Path
+    template: Path
+    template_name: str
+    evaluation: EvaluationKeys
+    engine: str
+    engine_keys: EngineKeys
+    answer: str
+    inputs: dict[str, str]
+    seed: int = 0
+    data: str = ""
+
+    def settings(self, candidate: Candidate) -> dict[str, Any]:
+        """Everything a candidate's figures depend on; a change of one judges it anew."""
+        task_file = Path(TASKS) / f"{self.evaluation.task}.yaml"
+        return {
+            "config": candidate.identity,
+            "inputs": self.inputs,
+            "sampling": asdict(candidate.sampling),
+            "template": self.template_name,
+            "evaluation": self.evaluation.model_dump(exclude={"contamination_ngram", "contamination_share"}),
+            "task": task_file.read_text(encoding="utf-8") if task_file.is_file() else "",
+            "answer": self.answer,
+            "server": uses_server(self.evaluation, self.engine),
+            "seed": self.seed,
+            "data": self.data,
+        }
+
+
+def finished(bench: Bench, candidate: Candidate) -> dict[str, Any] | None:
+    """What is stored of a candidate, if it was judged with these very settings."""
+    path = bench.work / candidate.name / "candidate.json"
+    if not path.is_file():
+        return None
+    stored = files.read_json(path)
+    return stored if stored.get("settings") == bench.settings(candidate) else None
+
+
+def judge_all(bench: Bench, candidates: Sequence[Candidate], title: str) -> list[dict[str, Any]]:
+    """Judge every candidate that is not judged yet; return what is stored of each, in order.
+
+    Raises `ThinkSwitchError` if a merge or an evaluation fails; what is done stays done.
+    """
+    found = [finished(bench, candidate) for candidate in candidates]
+    waiting = [c for c, stored in zip(candidates, found, strict=True) if stored is None]
+    if waiting:
+        judge: InMemoryJudge | CheckpointJudge
+        judge = CheckpointJudge(bench) if uses_server(bench.evaluation, bench.engine) else InMemoryJudge(bench)
+        bar = console.bar(len(candidates), title, initial=len(candidates) - len(waiting), unit="candidate")
+        for candidate in waiting:
+            folder = bench.work / candidate.name
+            started = time.monotonic()
+            with files.atomic_folder(folder) as building:
+                judge.judge(candidate, building)
+                samples = list(
+                    read_samples(building, bench.evaluation.task, str(bench.template), bench.answer),
+                )
+                files.write_json(
+                    building / "candidate.json",
+                    {
+                        "settings": bench.settings(candidate),
+                        "seconds": round(time.monotonic() - started, 2),
+                        "figures": figures(samples),
+                        "questions": by_question(samples),
+                    },
+                )
+            bar.update(1)
+        bar.close()
+    return [files.read_json(bench.work / c.name / "candidate.json") for c in candidates]
+
+
+def figures(samples: Sequence[Sample]) -> dict[str, Any]:
+    """`evaluation.summarize`, with Pass@k at the paper's k and intervals for Pass@k and Vote@k.
+
+    Pass@k and Vote@k are right or wrong a question, so their intervals are Wilson's;
+    Pass at a k below the number of samples is an estimate, bootstrapped over questions.
+    """
+    found = summarize(samples)
+    k = found["k"]
+    passed = {
+        str(j): [pass_at_k(k, sum(s.correct), j) for s in samples] for j in sorted({1, 8, 32, 64, k}) if 1 < j <= k
+    }
+    return {
+        **found,
+        "pass_ci95": interval([float(any(s.correct)) for s in samples], 1),
+        "vote_ci95": interval([float(vote_is_right(s)) for s in samples], 1),
+        "pass": {j: sum(values) / len(values) for j, values in passed.items()},
+        "pass_at_ci95": {j: interval(values, k) for j, values in passed.items()},
+    }
+
+
+def by_question(samples: Sequence[Sample]) -> dict[str, list[float]]:
+    """Per question: mean score, mean tokens, closed traces and whole completions (for paired statistics)."""
+    k = len(samples[0].correct)
+    return {
+        "doc_id": [s.doc_id for s in samples],
+        "score": [sum(s.correct) / k for s in samples],
+        "tokens": [sum(s.tokens) / k for s in samples],
+        "closed": [sum(c and not t for c, t in zip(s.closed_trace, s.truncated, strict=True)) for s in samples],
+        "whole": [sum(not t for t in s.truncated) for s in samples],
+    }
+
+
+class InMemoryJudge:
+    """One model in this process, merged into in place and judged by lm-eval's hf backend."""
+
+    def __init__(self, bench: Bench) -> None:
+        from lm_eval.models.huggingface import HFLM
+
+        self.bench = bench
+        self.log = bench.work / "logs" / "lm_eval.log"
+        with _quiet(self.log):
+            self.model = HFLM(
+                pretrained=str(bench.skeleton),
+                tokenizer=str(bench.template),
+                dtype="auto",
+                device="cuda" if has_cuda() else "cpu",
+                batch_size=bench.evaluation.batch_size,
+            )
+
+    def judge(self, candidate: Candidate, out: Path) -> None:
+        """Merge, answer and grade one candidate; lm-eval's files go to `out`."""
+        from thinkswitch_plugin.merging.in_memory import merge_into
+
+        merge_into(self.model.model, candidate.config, seed=self.bench.seed)
+        with _quiet(self.log):
+            evaluate(self.model, self.bench, candidate, out)
+
+
+class CheckpointJudge:
+    """One candidate checkpoint on disk at a time, served by vLLM and judged through lm-eval's API backend."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.log = bench.work / "logs" / "vllm.log"
+
+    def judge(self, candidate: Candidate, out: Path) -> None:
+        """Write the candidate, serve it, grade its answers, delete it."""
+        from lm_eval.models.openai_completions import LocalChatCompletion
+
+        from thinkswitch_plugin.merging.rebuild import merge
+
+        keys, engine = self.bench.evaluation, self.bench.engine_keys
+        config, merged = out / "merge.yaml", self.bench.work / ".candidate"
+        files.write_yaml(config, candidate.config)
+        files.remove(merged)
+        try:
+            merge(config, merged, self.bench.work / "logs" / "merge.log")
+            checkpoint.adopt_mode(self.bench.template, merged)
+            room = min(context_length(str(merged)), (keys.max_tokens or LARGEST_BUDGET) + PROMPT_ROOM)
+            with serving("vllm", str(merged), engine, self.log, max_len=room) as server, _quiet(self.log):
+                model = LocalChatCompletion(
+                    base_url=f"{server.base_url}/chat/completions",
+                    model=str(merged),
+                    num_concurrent=engine.concurrency,
+                    timeout=int(engine.timeout),
+                    tokenizer_backend="none",
+                )
+                evaluate(model, self.bench, candidate, out)
+        finally:
+            files.remove(merged)
+
+
+def evaluate(model: Any, bench: Bench, candidate: Candidate, out: Path) -> None:
+    """lm-eval on a model object, with the seeds and the files of its command line.
+
+    `lm_eval.evaluate` is called and not `simple_evaluate`, which asks pip for the list of
+    installed packages again for every candidate.
+    """
+    import numpy as np
+    import torch
+    from lm_eval.evaluator import evaluate as lm_evaluate
+    from lm_eval.loggers import EvaluationTracker
+
+    random.seed(SEEDS["random"])
+    np.random.seed(SEEDS["numpy"])
+    torch.manual_seed(SEEDS["torch"])
+    tracker = EvaluationTracker(output_path=str(out))
+    tracker.general_config_tracker.log_experiment_args(
+        model_source="candidate",
+        model_args={"pretrained": Path(candidate.name).name},
+        system_instruction=None,
+        chat_template=model.chat_template(True) if hasattr(model, "chat_template") else None,
+        fewshot_as_multiturn=True,
+    )
+    results = lm_evaluate(
+        lm=model,
+        task_dict=load_task(bench.evaluation, candidate.sampling),
+        limit=bench.evaluation.limit,
+        apply_chat_template=True,
+        fewshot_as_multiturn=True,
+        log_samples=True,
+    )
+    samples = results.pop("samples")
+    tracker.save_results_aggregated(results=results, samples=samples)
+    for name, rows in samples.items():
+        tracker.save_results_samples(task_name=name, samples=rows)
+
+
+def load_task(keys: EvaluationKeys, sampling: Sampling) -> dict[str, Any]:
+    """A task as lm-eval loads it, with k and the sampling settings put in.
+
+    Raises `ThinkSwitchError` if there is no such task.
+    """
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    ours = (Path(TASKS) / f"{keys.task}.yaml").is_file()
+    manager = TaskManager(include_path=TASKS, include_defaults=not ours)
+    if keys.task not in manager.all_tasks:
+        raise ThinkSwitchError(f"lm-eval knows no task {keys.task}; `lm_eval ls tasks` lists them.")
+    changes: dict[str, Any] = {"task": keys.task}
+    if sampling.samples is not None:
+        keep_all = {"function": "take_first_k", "k": sampling.samples}
+        changes |= {"repeats": sampling.samples, "filter_list": [{"name": "samples", "filter": [keep_all]}]}
+    loaded = get_task_dict([changes], manager)
+    task = loaded[keys.task]
+    generation = dict(task.config.generation_kwargs or {})
+    if sampling.temperature is not None:
+        for key in ("temperature", "top_p", "top_k", "do_sample"):
+            if sampling.temperature == 0:
+                generation.pop(key, None)
+        generation |= (
+            {"do_sample": False}
+            if sampling.temperature == 0
+            else {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+            }
+        )
+    if sampling.top_p is not None and sampling.temperature != 0:
+        generation["top_p"] = sampling.top_p
+    if keys.max_tokens is not None:
+        generation["max_gen_toks"] = keys.max_tokens
+    task.set_config(key="generation_kwargs", value=generation)
+    task.set_config(key="num_fewshot", value=task.config.num_fewshot or 0)
+    return dict(loaded)
+
+
+@contextmanager
+def _quiet(log: Path) -> Iterator[None]:
+    """Keep lm-eval's own output in a log file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with log.open("a", encoding="utf-8") as handle, redirect_stdout(handle), redirect_stderr(handle):
+        yield

@@ -1,0 +1,136 @@
+"""Every picture of the project, drawn with matplotlib and saved as PNG and SVG by the same code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thinkswitch_plugin import files
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+STAGES = (("no thinking", "#f1f1f1"), ("transition", "#fdf0d5"), ("thinking", "#e3f0e3"))
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure in inches, without a window system."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", dpi=150)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write `path`.png and `path`.svg, each whole or not at all; equal data give equal files."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.hashsalt": "thinkswitch", "svg.fonttype": "none"}):
+        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+            with files.atomic_file(path.with_suffix(f".{kind}")) as handle:
+                figure.savefig(handle, format=kind, metadata=metadata)
+
+
+def sweep_picture(result: dict[str, Any]) -> Figure:
+    """Score, tokens and think ratio over λ, a line a sampling setting, the stages shaded, λ* marked.
+
+    Args:
+        result: what `sweep.json` holds.
+    """
+    from thinkswitch_plugin.sweep import points_of, title_of
+
+    figure = new_figure(7, 8)
+    panels = figure.subplots(3, 1, sharex=True)
+    first = result["curves"][0]
+    edges = [p["lambda"] for p in points_of(result, first)]
+    for axes in panels:
+        _shade(axes, first["stages"], edges[0], edges[-1])
+        axes.spines[["top", "right"]].set_visible(False)
+    for curve, colour in zip(result["curves"], COLOURS * len(result["curves"]), strict=False):
+        points = points_of(result, curve)
+        at = [p["lambda"] for p in points]
+        many = points[0]["k"] > 1
+        style = {"color": colour, "marker": "o", "markersize": 4}
+        name = curve["sampling"] if len(result["curves"]) > 1 else None
+        panels[0].plot(at, [100 * p["mean@k"] for p in points], **style, label=name or (many and "Mean@k") or None)
+        panels[0].fill_between(
+            at, [100 * p["ci95"][0] for p in points], [100 * p["ci95"][1] for p in points], color=colour, alpha=0.15
+        )
+        if many:
+            panels[0].plot(at, [100 * p["pass@k"] for p in points], color=colour, linestyle="--", label="Pass@k")
+            panels[0].plot(at, [100 * p["vote@k"] for p in points], color=colour, linestyle=":", label="Vote@k")
+        panels[1].plot(at, [p["tokens"] for p in points], **style)
+        panels[2].plot(at, [p["think_ratio"] for p in points], **style)
+        spot = curve["sweet_spot"]
+        for axes, value in ((panels[0], 100 * spot["mean@k"]), (panels[1], spot["tokens"])):
+            axes.plot([spot["lambda"]], [value], "*", color=colour, markersize=15, markeredgecolor="black", zorder=5)
+    panels[0].set_ylabel("score, % (band: 95 %)")
+    panels[1].set_ylabel("tokens an answer")
+    panels[1].set_ylim(bottom=0)
+    panels[2].set_ylabel("think ratio")
+    panels[2].set_ylim(-0.03, 1.03)
+    panels[2].set_xlabel("λ, the weight of the thinking checkpoint")
+    if panels[0].get_legend_handles_labels()[0]:
+        panels[0].legend(frameon=False)
+    low, high = first["sweet_spot"]["interval"]
+    panels[0].set_title(
+        f"{title_of(result)}\n★ λ* = {first['sweet_spot']['lambda']:g} (95 % {low:g} to {high:g})", fontsize=10
+    )
+    return figure
+
+
+def _shade(axes: Axes, stages: dict[str, Any], start: float, end: float) -> None:
+    lower, upper = stages["lower"], stages["upper"]
+    if stages["middle"] is None:
+        return
+    borders = (start, start if lower is None else lower, end if upper is None else upper, end)
+    for (name, colour), left, right in zip(STAGES, borders[:-1], borders[1:], strict=True):
+        if right > left:
+            axes.axvspan(left, right, color=colour, zorder=0)
+            if axes.get_subplotspec().is_first_row():  # type: ignore[union-attr]
+                axes.annotate(
+                    name,
+                    ((left + right) / 2, 0.02),
+                    xycoords=("data", "axes fraction"),
+                    ha="center",
+                    fontsize=8,
+                    color="#555555",
+                )
+
+
+def modules_picture(grid: dict[tuple[str, str], dict[str, Any]], title: str) -> Figure:
+    """Which module decides what: think ratio, score and tokens with attention and FFN from each side.
+
+    Args:
+        grid: a row of `merges.json` for every (attention, FFN) of instruct, mixed, thinking.
+    """
+    import numpy as np
+
+    sides = ("instruct", "mixed", "thinking")
+    figure = new_figure(11, 3.8)
+    panels = figure.subplots(1, 3)
+    for axes, (name, key, scale, form) in zip(
+        panels,
+        (
+            ("think ratio", "think_ratio", 1, "{:.2f}"),
+            ("score, %", "mean@k", 100, "{:.1f}"),
+            ("tokens", "tokens", 1, "{:.1f}"),
+        ),
+        strict=True,
+    ):
+        values = np.array([[scale * grid[(a, f)][key] for f in sides] for a in sides])
+        top = {"think_ratio": 1.0, "mean@k": 100.0}.get(key, float(values.max()))
+        axes.imshow(values, cmap="cividis", vmin=0, vmax=top)
+        for (i, j), value in np.ndenumerate(values):
+            axes.text(
+                j, i, form.format(value), ha="center", va="center", color="white" if value < 0.6 * top else "black"
+            )
+        axes.set_xticks(range(3), sides)
+        axes.set_yticks(range(3), sides)
+        axes.set_xlabel("FFN from")
+        axes.set_ylabel("attention from")
+        axes.set_title(name, fontsize=10)
+    figure.suptitle(title, fontsize=10)
+    return figure

@@ -1,0 +1,181 @@
+"""Where the three stages of interpolation lie, and the sweet spot λ*, each by a stated rule.
+
+Stages (arXiv 2510.10977): below the lower border the think ratio is under .05, above
+the upper border it is at least .95, between them lies the transition. λ* is the cheapest of
+the points that are as good as the best: see `sweet_spot`. All uncertainty is a bootstrap
+over questions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+LOW, HALF, HIGH = 0.05, 0.5, 0.95
+DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One sweep at one sampling setting, by point (rows, λ ascending) and question (columns).
+
+    Attributes:
+        weights: λ of each point, (points,).
+        score, tokens: per question means over its samples, (points, questions).
+        closed, whole: how many of a question's completions closed a trace, and were not cut.
+    """
+
+    weights: Array
+    score: Array
+    tokens: Array
+    closed: Array
+    whole: Array
+
+    @classmethod
+    def of(cls, points: list[dict[str, Any]]) -> Curve:
+        """From stored candidates (`candidates.judge_all`), each with its λ under ``lambda``."""
+        ordered = sorted(points, key=lambda p: p["lambda"])
+
+        def rows(key: str) -> Array:
+            return np.array([p["questions"][key] for p in ordered], dtype=np.float64)
+
+        return cls(
+            np.array([p["lambda"] for p in ordered], dtype=np.float64),
+            rows("score"),
+            rows("tokens"),
+            rows("closed"),
+            rows("whole"),
+        )
+
+    def take(self, questions: NDArray[np.int64]) -> Curve:
+        """The same curve over a draw of questions."""
+        return Curve(
+            self.weights,
+            self.score[:, questions],
+            self.tokens[:, questions],
+            self.closed[:, questions],
+            self.whole[:, questions],
+        )
+
+    @property
+    def think_ratio(self) -> Array:
+        """Closed traces over completions that were not cut, a point; 0 where all were cut."""
+        whole = self.whole.sum(axis=1)
+        return np.divide(self.closed.sum(axis=1), whole, out=np.zeros(len(whole)), where=whole > 0)
+
+
+def crossing(weights: Array, values: Array, level: float, *, last: bool = False) -> float | None:
+    """The λ at which `values` rise through `level`, linearly between two neighbouring points.
+
+    Args:
+        last: take the last upward crossing instead of the first.
+
+    Returns:
+        None if the values never rise through the level between two points.
+    """
+    found = [
+        float(a + (b - a) * (level - u) / (v - u))
+        for a, b, u, v in zip(weights[:-1], weights[1:], values[:-1], values[1:], strict=True)
+        if u < level <= v
+    ]
+    return (found[-1] if last else found[0]) if found else None
+
+
+def borders(curve: Curve) -> dict[str, float | None]:
+    """Both borders and the middle of the transition, as λ.
+
+    ``lower``: first crossing of .05; ``middle``: first of .5; ``upper``: last of .95,
+    so that above it no point falls back.
+    """
+    ratio = curve.think_ratio
+    return {
+        "lower": crossing(curve.weights, ratio, LOW),
+        "middle": crossing(curve.weights, ratio, HALF),
+        "upper": crossing(curve.weights, ratio, HIGH, last=True),
+    }
+
+
+def pick(curve: Curve) -> int:
+    """The index of λ*; see `sweet_spot`."""
+    score, tokens = curve.score.mean(axis=1), curve.tokens.mean(axis=1)
+    thinking = np.flatnonzero(curve.weights == 1.0)
+    limit = tokens[thinking[0]] if len(thinking) else np.inf
+    affordable = np.flatnonzero(tokens <= limit + 1e-9)
+    best = affordable[np.argmax(score[affordable])]
+    n = curve.score.shape[1]
+    lost = curve.score[best] - curve.score[affordable]
+    error = lost.std(axis=1, ddof=1) / np.sqrt(n) if n > 1 else np.zeros(len(affordable))
+    as_good = affordable[lost.mean(axis=1) <= error + 1e-12]
+    return int(min(as_good, key=lambda p: (tokens[p], -score[p])))
+
+
+def sweet_spot(curve: Curve, *, draws: int = DRAWS, seed: int = 0) -> dict[str, Any]:
+    """λ*: of the points that cost no more tokens than the thinking checkpoint (λ = 1, where it
+    was swept), and whose Mean@k is within one paired standard error of the best of these, the
+    one with the fewest tokens (the one-standard-error rule of Breiman et al. 1984, §3.4.3).
+
+    Returns:
+        ``lambda``, its ``mean@k`` and ``tokens``; ``thinking``: the same at λ = 1, with the
+        paired difference in Mean@k and its 95 % bootstrap interval; ``interval``: 2.5 and
+        97.5 % of λ* over the draws; ``share``: how often each λ was picked.
+    """
+    index = pick(curve)
+    rng = np.random.default_rng(seed)
+    n = curve.score.shape[1]
+    questions = rng.integers(0, n, (draws, n))
+    picked = curve.weights[[pick(curve.take(q)) for q in questions]]
+    values, counts = np.unique(picked, return_counts=True)
+    found: dict[str, Any] = {
+        "lambda": float(curve.weights[index]),
+        "mean@k": float(curve.score[index].mean()),
+        "tokens": float(curve.tokens[index].mean()),
+        "interval": [float(v) for v in np.quantile(picked, [0.025, 0.975], method="nearest")],
+        "share": {f"{v:g}": float(c) / draws for v, c in zip(values, counts, strict=True)},
+        "thinking": None,
+    }
+    thinking = np.flatnonzero(curve.weights == 1.0)
+    if len(thinking):
+        difference = curve.score[index] - curve.score[thinking[0]]
+        means = [difference[q].mean() for q in questions]
+        found["thinking"] = {
+            "mean@k": float(curve.score[thinking[0]].mean()),
+            "tokens": float(curve.tokens[thinking[0]].mean()),
+            "difference": float(difference.mean()),
+            "difference_ci95": [float(v) for v in np.quantile(means, [0.025, 0.975])],
+        }
+    return found
+
+
+def stages(curve: Curve, *, draws: int = DRAWS, seed: int = 0) -> dict[str, Any]:
+    """`borders`, each with its 95 % bootstrap interval over questions (of the draws that had one)."""
+    found = borders(curve)
+    rng = np.random.default_rng(seed)
+    n = curve.score.shape[1]
+    drawn = [borders(curve.take(questions)) for questions in rng.integers(0, n, (draws, n))]
+    result: dict[str, Any] = {}
+    for name, value in found.items():
+        values = [d[name] for d in drawn if d[name] is not None]
+        result[name] = value
+        result[f"{name}_ci95"] = (
+            [float(v) for v in np.quantile(np.array(values, dtype=np.float64), [0.025, 0.975])] if values else None
+        )
+    return result
+
+
+def describe(found: dict[str, Any], curve: Curve) -> str:
+    """The stages in one sentence."""
+    ratio = curve.think_ratio
+    if found["lower"] is None and ratio.min() >= HIGH:
+        return (
+            "It thinks at every λ of this sweep, so there is no transition to find (does the template open the trace?)."
+        )
+    if found["middle"] is None:
+        return f"The think ratio never rises through .5 here (from {ratio.min():.2f} to {ratio.max():.2f})."
+    lower = "under the first point" if found["lower"] is None else f"at λ = {found['lower']:.2f}"
+    upper = "beyond the last point" if found["upper"] is None else f"at λ = {found['upper']:.2f}"
+    return f"Thinking sets in {lower}, is even at λ = {found['middle']:.2f} and is complete {upper}."

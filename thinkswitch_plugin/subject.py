@@ -1,0 +1,173 @@
+"""What a sweep or an ablation is about: a pair of checkpoints, and the domain that judges it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from thinkswitch_plugin import checkpoint, engines, files
+from thinkswitch_plugin.args import ThinkSwitchKeys, resolve_seed
+from thinkswitch_plugin.candidates import Bench
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.merging.compatibility import require_compatible
+from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
+from thinkswitch_plugin.run import Hashes, locked, open_run, settings_file
+from thinkswitch_plugin.sources import DATA_VARIABLE
+
+Template = Literal["instruct", "thinking"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Checkpoints by the names that merge configs give them, and what judges them.
+
+    Attributes:
+        roles: `instruct` and `thinking`; `instruct-0` (before distillation) and `base`
+            (the common ancestor) where they are known.
+        of_run: the pair is the one that an iteration of a run rebuilds from.
+    """
+
+    keys: ThinkSwitchKeys
+    roles: dict[str, Path]
+    seed: int
+    engine: str
+    out: Path
+    memory: Path
+    lock: Path
+    iteration: int | None
+    of_run: bool
+
+    @contextmanager
+    def bench(self, work: Path, template: Template, used: Sequence[str]) -> Iterator[Bench]:
+        """The settings that all candidates of one job share, with the folder locked.
+
+        Args:
+            used: the roles whose checkpoints the candidates are made of.
+        """
+        with locked(self.lock):
+            hashes = Hashes(self.memory)
+            inputs = {name: str(hashes.of(self.roles[name])) for name in sorted(set(used))}
+            hashes.save()
+            yield Bench(
+                work=work,
+                skeleton=self.roles["thinking"],
+                template=self.roles[template],
+                template_name=template,
+                evaluation=self.keys.evaluation,
+                engine=self.engine,
+                engine_keys=self.keys.engine,
+                answer=self.keys.labels.answer,
+                inputs=inputs,
+                seed=self.seed,
+                data=os.environ.get(DATA_VARIABLE, ""),
+            )
+
+    def described(self) -> dict[str, Any]:
+        """What result files say of the pair."""
+        return {
+            "domain": self.keys.domain,
+            "iteration": self.iteration,
+            "seed": self.seed,
+            "engine": self.engine,
+            "pair": {name: str(self.roles[name]) for name in ("instruct", "thinking")},
+        }
+
+
+def find_subject(
+    domain: str,
+    runs: Path,
+    *,
+    seed: int,
+    engine: str,
+    overlays: Sequence[str],
+    iteration: int,
+    instruct: str,
+    thinking: str,
+    out: Path | None,
+    limit: int | None = None,
+) -> Subject:
+    """The pair to work on: any two checkpoints (both given), or that of an iteration of a run.
+
+    The pair of iteration k is the one its thinking checkpoint is rebuilt from: the instruct
+    checkpoint of iteration k and the recipe's anchor, so λ here is the recipe's λ. Giving one
+    of the two replaces that one.
+
+    Raises:
+        ThinkSwitchError: no such run or iteration, or the two checkpoints do not match.
+    """
+    folder = runs / domain
+    begun = settings_file(folder).is_file()
+    if not begun and not (instruct and thinking):
+        raise ThinkSwitchError(
+            f"{folder} is not a run folder; run `make iterate DOMAIN={domain}` first (`make pair` for ITER=0), "
+            "or give any two checkpoints: A=<instruct> B=<thinking>."
+        )
+    roles: dict[str, Path] = {}
+    if begun:
+        run = open_run(folder)
+        keys, seed, engine = run.recipe.keys, run.seed, run.engine
+        if not (run.iteration(0) / "pair.json").is_file():
+            raise ThinkSwitchError(f"{folder} has no starting pair yet; run `make pair DOMAIN={domain}` first.")
+        roles["instruct-0"] = Path(run.checkpoint("instruct", 0))
+        if not (instruct and thinking):
+            roles["instruct"] = Path(run.checkpoint("instruct", iteration))
+            roles["thinking"] = Path(run.anchor(max(iteration, 1)))
+            if not (roles["instruct"] / "config.json").is_file():
+                raise ThinkSwitchError(
+                    f"{folder} has no instruct checkpoint of iteration {iteration}; "
+                    f"run `make iterate DOMAIN={domain} ITERATIONS={max(iteration, 1)}` first."
+                )
+    else:
+        recipe = load_recipe(recipe_path(domain), tuple(overlay_path(name) for name in overlays))
+        keys, engine = recipe.keys, engines.choose(engine)
+    if limit:
+        keys = keys.model_copy(update={"evaluation": keys.evaluation.model_copy(update={"limit": limit})})
+    if keys.pair.base:
+        roles["base"] = Path(resolve_seed(keys.pair.base, seed))
+    for name, given in (("instruct", instruct), ("thinking", thinking)):
+        if given:
+            roles[name], _ = checkpoint.resolve(given, None, name)
+    require_compatible(roles["instruct"], roles["thinking"])
+    of_run = not (instruct or thinking)
+    where = out or (folder / f"iter-{iteration}" if of_run else Path("sweeps") / domain)
+    home = folder if of_run else where
+    return Subject(
+        keys=keys,
+        roles=roles,
+        seed=seed,
+        engine=engine,
+        out=where,
+        memory=home / ".stamps" / "hashes.json",
+        lock=home,
+        iteration=iteration if of_run else None,
+        of_run=of_run,
+    )
+
+
+def fetch_roles(subject: Subject, used: Sequence[str], where: Path) -> dict[str, Path]:
+    """The folders of the roles that a merge config names; the common ancestor may come from the hub.
+
+    Raises `ThinkSwitchError` naming the config and the role that this pair does not have.
+    """
+    found = dict(subject.roles)
+    for name in used:
+        if name not in found:
+            hint = {
+                "base": "name the common ancestor as `thinkswitch.pair.base` in the recipe",
+                "instruct-0": "it is the instruct checkpoint that a run started from: use ITER= of a run",
+            }.get(name, "models of these configs are called ./instruct, ./thinking, ./instruct-0 and ./base")
+            raise ThinkSwitchError(f"{where} needs a checkpoint `./{name}`; {hint}.")
+        if name == "base":
+            found[name], _ = checkpoint.resolve(str(found[name]), None, "common ancestor")
+    return found
+
+
+def write_results(path: Path, value: dict[str, Any]) -> None:
+    """Write a job's results with the versions that made them."""
+    from thinkswitch_plugin.run import versions
+
+    files.write_json(path, {**value, "versions": versions()})
