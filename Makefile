@@ -26,7 +26,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-vllm iterate loop pair check eval report sweep ablate baselines control results bench-engines lint test clean-run
+.PHONY: help setup setup-vllm iterate loop pair check eval report sweep ablate baselines control results bench-engines bench-sweep lint test clean-run
 
 ##@ The loop
 
@@ -119,6 +119,9 @@ results: setup ## the tables of docs/results.md: make results RUN_FOLDERS="runs/
 
 bench-engines: setup ## the embedded engine beside lm-eval's hf backend and transformers serve
 	@$(VENV)/bin/python -m tests.bench_engines
+
+bench-sweep: setup ## an 11-point sweep in memory beside mergekit-yaml + lm_eval per point
+	@$(VENV)/bin/python -m tests.bench_sweep
 
 ##@ Set-up and tests
 
