@@ -16,7 +16,7 @@ RUN  := $(RUNS)/$(DOMAIN)
 
 # Settings reach the commands through the environment, never through a shell's command line.
 export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY RUN MODEL CONTROL PRICE_PER_HOUR
-export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT
+export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT PART
 export OMP_NUM_THREADS ?= $(shell nproc)
 export HF_HUB_DISABLE_TELEMETRY := 1
 ifeq ($(DOMAIN),arithmetic)
@@ -114,8 +114,8 @@ baselines: setup ## task arithmetic, TIES, DARE, three at once, transplant: make
 control: setup ## one control experiment: make control CONTROL=shuffled|true-labels|undistilled|rounded
 	@$(TS) control "$$CONTROL" "$$RUN"
 
-results: setup ## the tables of docs/results.md: make results RUN_FOLDERS="runs/arithmetic runs-1/arithmetic"
-	@$(TS) results $(RUN_FOLDERS)
+results: setup ## tables of docs/results.md, with PART=interpolation of docs/interpolation.md: make results RUN_FOLDERS="runs/arithmetic runs-1/arithmetic"
+	@$(TS) results --part "$${PART:-loop}" $(RUN_FOLDERS)
 
 bench-engines: setup ## the embedded engine beside lm-eval's hf backend and transformers serve
 	@$(VENV)/bin/python -m tests.bench_engines

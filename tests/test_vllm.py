@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.conftest import BIN
 from thinkswitch_plugin import engines, files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.generate import generate
@@ -29,3 +31,20 @@ def test_pairs_from_vllm_equal_those_of_the_embedded_engine(finished_run: Path, 
     assert "</think>" in message["content"]  # raw text, the trace in it
     write_pairs(here / "requests.jsonl", out, tmp_path / "pairs.jsonl", selection="first", answer_kind="digit")
     assert (tmp_path / "pairs.jsonl").read_bytes() == (here / "pairs.jsonl").read_bytes()
+
+
+def test_a_sweep_through_vllm_scores_as_the_sweep_in_memory(finished_run: Path, tmp_path: Path, command: Any) -> None:
+    overlay = tmp_path / "server.overlay.yaml"
+    files.write_yaml(overlay, {"thinkswitch": {"evaluation": {"backend": "server"}}})
+    pair = files.read_json(finished_run / "iter-0" / "pair.json")
+    words = ["sweep", "--domain", "arithmetic", "--runs", tmp_path, "--lambdas", "0.2 0.9", "--limit", "60"]
+    words += ["--instruct", pair["instruct"]["path"], "--thinking", pair["thinking"]["path"]]
+    found = {}
+    for engine, extra in (("embedded", []), ("vllm", ["--overlay", overlay])):
+        out = tmp_path / engine
+        done = command(BIN / "thinkswitch", *words, "--engine", engine, "--out", out, *extra)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        points = files.read_json(out / "sweep" / "sweep.json")["points"]
+        found[engine] = [(p["lambda"], p["mean@k"], p["tokens"], p["think_ratio"]) for p in points]
+        assert not list(out.rglob("*.safetensors"))  # one candidate at a time, and none is left
+    assert found["vllm"] == found["embedded"]

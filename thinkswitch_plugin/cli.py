@@ -206,12 +206,18 @@ def control(name: str, run: Path) -> None:
 
 
 @main.command()
+@click.option("--part", type=click.Choice(["loop", "interpolation"]), default="loop", show_default=True)
 @click.argument("runs", type=FOLDER, nargs=-1, required=True)
-def results(runs: tuple[Path, ...]) -> None:
-    """Print the tables of several finished runs and their controls as Markdown."""
-    from thinkswitch_plugin.controls import print_results
+def results(part: str, runs: tuple[Path, ...]) -> None:
+    """Print tables of several finished runs as Markdown: iterations and controls, or sweeps and merges."""
+    if part == "loop":
+        from thinkswitch_plugin.controls import print_results
 
-    print_results(list(runs))
+        print_results(list(runs))
+    else:
+        from thinkswitch_plugin.interpolation.results import print_interpolation
+
+        print_interpolation(list(runs))
 
 
 def pair_options(function: F) -> F:
@@ -242,8 +248,8 @@ def pair_options(function: F) -> F:
 
 
 def _subject(options: dict[str, Any]) -> tuple[Any, list[Any], Any]:
-    from thinkswitch_plugin.subject import find_subject
-    from thinkswitch_plugin.sweep import parse_sampling
+    from thinkswitch_plugin.interpolation.subject import find_subject
+    from thinkswitch_plugin.interpolation.sweep import parse_sampling
 
     numbers = {}
     for name in ("samples", "limit"):
@@ -264,8 +270,8 @@ def _subject(options: dict[str, Any]) -> tuple[Any, list[Any], Any]:
 @click.option("--lambdas", default="0 0.1 … 1", show_default=True, help="Weights of the thinking checkpoint.")
 def sweep(lambdas: str, **options: Any) -> None:
     """Interpolate a pair at many λ, judge each point, find the stages and the sweet spot -> sweep/."""
-    from thinkswitch_plugin.sweep import parse_weights
-    from thinkswitch_plugin.sweep import sweep as run_sweep
+    from thinkswitch_plugin.interpolation.sweep import parse_weights
+    from thinkswitch_plugin.interpolation.sweep import sweep as run_sweep
 
     weights = parse_weights(lambdas)
     subject, sampling, template = _subject(options)
@@ -279,8 +285,8 @@ def sweep(lambdas: str, **options: Any) -> None:
 @click.argument("configs", nargs=-1, required=True, type=FOLDER)
 def judge_merges(name: str, weight: str, configs: tuple[Path, ...], **options: Any) -> None:
     """Judge merge configs (YAML files, or folders of them) on one pair -> merges/NAME/."""
-    from thinkswitch_plugin.ablation import judge_configs
-    from thinkswitch_plugin.sweep import parse_weights
+    from thinkswitch_plugin.interpolation.ablation import judge_configs
+    from thinkswitch_plugin.interpolation.sweep import parse_weights
 
     chosen = parse_weights(weight)[0] if weight.strip() else None
     subject, sampling, template = _subject(options)

@@ -39,7 +39,7 @@ def sweep_picture(result: dict[str, Any]) -> Figure:
     Args:
         result: what `sweep.json` holds.
     """
-    from thinkswitch_plugin.sweep import points_of, title_of
+    from thinkswitch_plugin.interpolation.sweep import points_of, title_of
 
     figure = new_figure(7, 8)
     panels = figure.subplots(3, 1, sharex=True)

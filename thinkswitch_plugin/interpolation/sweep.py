@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import console, files, stages
-from thinkswitch_plugin.candidates import Bench, Candidate, Sampling, finished, judge_all
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.interpolation import stages
+from thinkswitch_plugin.interpolation.candidates import Bench, Candidate, Sampling, finished, judge_all
+from thinkswitch_plugin.interpolation.subject import Subject, Template, write_results
 from thinkswitch_plugin.merging.config import check_config, place_models, set_lambda
-from thinkswitch_plugin.subject import Subject, Template, write_results
 
 ELLIPSIS = ("…", "...")
 PAIR = ("instruct", "thinking")

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import console, files
-from thinkswitch_plugin.candidates import Candidate, Sampling, judge_all
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.interpolation.candidates import Candidate, Sampling, judge_all
+from thinkswitch_plugin.interpolation.subject import Subject, Template, fetch_roles, write_results
 from thinkswitch_plugin.merging.config import NAME, check_config, fit_layers, named_models, place_models, set_lambda
-from thinkswitch_plugin.subject import Subject, Template, fetch_roles, write_results
 
 SETTABLE = (NAME, "slerp", "linear")  # methods that have a λ
 
