@@ -292,7 +292,7 @@ def evaluate(model: Any, bench: Bench, candidate: Candidate, out: Path) -> None:
 def load_task(keys: EvaluationKeys, sampling: Sampling) -> dict[str, Any]:
     """A task as lm-eval loads it, with k and the sampling settings put in.
 
-    Raises `ThinkSwitchError` if there is no such task.
+    Raises `ThinkSwitchError` if there is no such task, or k samples would all be the same.
     """
     from lm_eval.tasks import TaskManager, get_task_dict
 
@@ -323,6 +323,11 @@ def load_task(keys: EvaluationKeys, sampling: Sampling) -> dict[str, Any]:
         generation["top_p"] = sampling.top_p
     if keys.max_tokens is not None:
         generation["max_gen_toks"] = keys.max_tokens
+    if (sampling.samples or 1) > 1 and not generation.get("do_sample"):
+        raise ThinkSwitchError(
+            f"{keys.task} decodes greedily, so K={sampling.samples} samples would be {sampling.samples} times the same "
+            "answer; give a temperature too, such as SAMPLING=0.6/0.95."
+        )
     task.set_config(key="generation_kwargs", value=generation)
     task.set_config(key="num_fewshot", value=task.config.num_fewshot or 0)
     return dict(loaded)
