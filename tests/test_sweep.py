@@ -48,8 +48,6 @@ def test_sampling_settings() -> None:
     for text in ("hot", "0.6/2", "0.6/0", "-1", "0.6/0.9/0.1"):
         with pytest.raises(ThinkSwitchError, match="SAMPLING"):
             parse_sampling(text, None)
-    with pytest.raises(ThinkSwitchError, match="same answer"):
-        parse_sampling("0", 4)
 
 
 def test_a_points_folder_says_its_settings(tmp_path: Path) -> None:
@@ -69,6 +67,9 @@ def test_k_and_sampling_reach_the_task() -> None:
     assert settings["until"] == ["<|im_end|>"]
     greedy = load_task(keys, Sampling(0))["thinkswitch_arithmetic"].config.generation_kwargs
     assert greedy["do_sample"] is False and "temperature" not in greedy
+    for sampling in (Sampling(0, None, 4), Sampling(samples=4)):
+        with pytest.raises(ThinkSwitchError, match="same answer"):
+            load_task(keys, sampling)
 
 
 SLICES = {

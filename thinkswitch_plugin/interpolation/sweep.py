@@ -72,10 +72,6 @@ def parse_sampling(text: str, samples: int | None) -> list[Sampling]:
         if not match or (match[2] and not 0 < float(match[2]) <= 1):
             raise ThinkSwitchError(f'SAMPLING="{text}": {word!r} is not temperature/top-p, such as 0.6/0.95.')
         found.append(Sampling(float(match[1]), float(match[2]) if match[2] else None, samples))
-    if samples and samples > 1 and any(s.temperature == 0 for s in found):
-        raise ThinkSwitchError(
-            f"K={samples} samples at temperature 0 are {samples} times the same answer; leave K out."
-        )
     return found or [Sampling(samples=samples)]
 
 
