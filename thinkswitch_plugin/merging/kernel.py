@@ -139,21 +139,21 @@ def workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
 
 
-def _by_chunks(
-    work: Callable[[Scratch, slice], T], count: int, dtype: torch.dtype, device: torch.device
-) -> list[list[T]]:
+def _by_chunks(work: Callable[[Scratch, slice], T], count: int, dtype: torch.dtype, device: torch.device) -> list[T]:
     """Run `work` on every chunk of `count` elements, long tensors on several cores."""
     length = CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK
 
-    def span(start: int, stop: int) -> list[T]:
-        scratch = Scratch(min(length, stop - start), dtype, device)
-        return [work(scratch, slice(i, min(i + length, stop))) for i in range(start, stop, length)]
+    parts = [slice(start, min(start + length, count)) for start in range(0, count, length)]
+
+    def each(mine: list[slice]) -> list[T]:
+        scratch = Scratch(min(length, count), dtype, device)
+        return [work(scratch, part) for part in mine]
 
     if device.type != "cpu" or count <= ALONE:
-        return [span(0, count)]
-    share = max(CHUNK, -(-count // WORKERS))
-    borders = [(start, min(start + share, count)) for start in range(0, count, share)]
-    return list(workers().map(lambda border: span(*border), borders))
+        return each(parts)
+    # Every thread takes each n-th chunk, so that all follow the disk from front to back.
+    shares = [parts[start::WORKERS] for start in range(min(WORKERS, len(parts)))]
+    return [found for mine in workers().map(each, shares) for found in mine]
 
 
 def _working_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -175,7 +175,7 @@ def measure(first: torch.Tensor, second: torch.Tensor) -> Sums:
 
     def total(dtype: torch.dtype) -> Sums:
         parts = _by_chunks(lambda scratch, part: chunk_sums(a[part], b[part], scratch), a.numel(), dtype, a.device)
-        return sum((s for part in parts for s in part), Sums())
+        return sum(parts, Sums())
 
     found = total(_working_dtype(a, b))
     if not found.trusted:

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mergekit.io.tasks import LoaderCache, LoadTensor, SaveTensor
 
 from thinkswitch_plugin.merging.compatibility import TensorInfo, list_file
 
+PIECE = 2**24  # bytes
 WINDOW = 2**30  # bytes asked for ahead of the task at work
 
 
@@ -35,6 +37,7 @@ class ReadAheadExecutor(Executor):  # type: ignore[misc]
     def _reads(self) -> tuple[list[TensorInfo], dict[Task[Any], int]]:
         """The tensors in the order in which they are read, and how many bytes each save comes after."""
         reads: list[TensorInfo] = []
+        together: list[TensorInfo] = []
         needed: dict[Task[Any], int] = {}
         files: dict[Path, dict[str, TensorInfo]] = {}
         total = 0
@@ -42,6 +45,8 @@ class ReadAheadExecutor(Executor):  # type: ignore[misc]
             task = handle.task()
             if isinstance(task, SaveTensor):
                 needed[task] = total
+                reads += _interleave(together)
+                together = []
             name = task.group_label() if isinstance(task, LoadTensor) else None
             if name is None:
                 continue
@@ -50,9 +55,19 @@ class ReadAheadExecutor(Executor):  # type: ignore[misc]
                 path = Path(index.base_path) / index.tensor_paths[name]
                 if path not in files:
                     files[path] = list_file(path)
-                reads.append(files[path][name])
+                together.append(files[path][name])
                 total += files[path][name].length
-        return reads, needed
+        return reads + _interleave(together), needed
+
+
+def _interleave(together: list[TensorInfo]) -> list[TensorInfo]:
+    """Tensors that are worked on at once, in pieces, by turns."""
+    pieces = [
+        (start, replace(info, start=info.start + start, length=min(PIECE, info.length - start)))
+        for info in together
+        for start in range(0, info.length, PIECE)
+    ]
+    return [piece for _, piece in sorted(pieces, key=lambda pair: pair[0])]
 
 
 class ReadAhead:

@@ -7,9 +7,10 @@ while it is merged, from the sums of our method or in what is about to be writte
 
 from __future__ import annotations
 
+import ctypes
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from thinkswitch_plugin.merging.kernel import all_finite, non_finite
 from thinkswitch_plugin.merging.method import register
 from thinkswitch_plugin.merging.readahead import ReadAheadExecutor
 from thinkswitch_plugin.merging.writer import NonFiniteOutputError, writer
+
+MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of <malloc.h>
 
 
 @click.command("thinkswitch merge", cls=PrettyPrintHelp)
@@ -61,6 +64,7 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
     checkpoints = _local_checkpoints(config)
     _check(config, checkpoints, options)
     partial = files.temporary_sibling(out)
+    _return_big_blocks()
     with _terminated_as_interrupt():
         try:
             files.remove(partial)
@@ -95,6 +99,13 @@ def streaming() -> Iterator[None]:
         yield
     finally:
         mergekit.io.tasks.TensorWriter, mergekit.merge.Executor = names
+
+
+def _return_big_blocks() -> None:
+    # glibc raises its threshold as blocks are freed; mergekit's slerp then leaves a small tensor
+    # in every hole of its heap, which grows to several GB. A fixed threshold stops both.
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**20)
 
 
 @contextmanager
