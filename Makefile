@@ -13,7 +13,7 @@ TS   := $(VENV)/bin/thinkswitch
 RUN  := $(RUNS)/$(DOMAIN)
 
 # Settings reach the commands through the environment, never through a shell's command line.
-export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY RUN MODEL CONTROL PRICE_PER_HOUR
+export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY RUN MODEL CONTROL PRICE_PER_HOUR A B OUT
 export OMP_NUM_THREADS ?= $(shell nproc)
 export HF_HUB_DISABLE_TELEMETRY := 1
 ifeq ($(DOMAIN),arithmetic)
@@ -23,7 +23,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-vllm iterate loop pair check eval report control results bench-engines lint test clean-run
+.PHONY: help setup setup-vllm iterate loop pair check eval report control results similarity bench-engines bench-merge lint test clean-run
 
 ##@ The loop
 
@@ -98,8 +98,14 @@ control: setup ## one control experiment: make control CONTROL=shuffled|true-lab
 results: setup ## the tables of docs/results.md: make results RUN_FOLDERS="runs/arithmetic runs-1/arithmetic"
 	@$(TS) results $(RUN_FOLDERS)
 
+similarity: setup ## how near two checkpoints are: make similarity A=folder B=folder OUT=similarity
+	@$(TS) similarity "$$A" "$$B" --out "$${OUT:-similarity}"
+
 bench-engines: setup ## the embedded engine beside lm-eval's hf backend and transformers serve
 	@$(VENV)/bin/python -m tests.bench_engines
+
+bench-merge: setup ## time and memory of a merge at 4 B parameters beside mergekit's own (50 GB of disk)
+	@$(VENV)/bin/python -m tests.bench_merge $(BENCH)
 
 ##@ Set-up and tests
 
