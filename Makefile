@@ -26,7 +26,8 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-vllm iterate loop pair check eval report sweep ablate baselines control results bench-engines bench-sweep lint test clean-run
+.PHONY: help setup setup-vllm iterate loop pair check eval report clean-run sweep ablate baselines similarity \
+	control results bench-engines bench-sweep bench-merge lint test
 
 ##@ The loop
 
@@ -109,6 +110,9 @@ ablate: setup ## which layers and modules carry thinking: make ablate ITER=1 LAM
 baselines: setup ## task arithmetic, TIES, DARE, three at once, transplant: make baselines ITER=1
 	@$(TS) judge-merges $(OF_PAIR) --lambda "$$LAMBDA" --name baselines merge_configs/slerp.yaml merge_configs/linear.yaml merge_configs/baselines
 
+similarity: setup ## how near two checkpoints are: make similarity A=folder B=folder OUT=similarity
+	@$(TS) similarity "$$A" "$$B" --out "$${OUT:-similarity}"
+
 ##@ Proof
 
 control: setup ## one control experiment: make control CONTROL=shuffled|true-labels|undistilled|rounded
@@ -122,6 +126,9 @@ bench-engines: setup ## the embedded engine beside lm-eval's hf backend and tran
 
 bench-sweep: setup ## an 11-point sweep in memory beside mergekit-yaml + lm_eval per point
 	@$(VENV)/bin/python -m tests.bench_sweep
+
+bench-merge: setup ## time and memory of a merge at 4 B parameters beside mergekit's own (50 GB of disk)
+	@$(VENV)/bin/python -m tests.bench_merge $(BENCH)
 
 ##@ Set-up and tests
 

@@ -1,232 +1,309 @@
+"""`thinkswitch merge`, in this process: what it writes, and what it refuses before OUT appears."""
+
 from __future__ import annotations
 
-import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from mergekit.merge_methods.slerp import slerp as mergekit_slerp
-from safetensors.torch import load_file, save_file
+from click.testing import CliRunner, Result
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+from safetensors import safe_open
 
-from tests.conftest import BIN
-from thinkswitch_plugin import files
-from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.merging.compatibility import require_compatible
-from thinkswitch_plugin.merging.config import check_config, place_models, set_lambda
-from thinkswitch_plugin.merging.kernel import angle, interpolate
+from tests.checkpoints import equal, qwen3, read, write
+from thinkswitch_plugin import cli, files
+from thinkswitch_plugin.merging import run, writer
+from thinkswitch_plugin.merging.kernel import interpolate
 from thinkswitch_plugin.merging.method import module_kind
-from thinkswitch_plugin.merging.rebuild import still_thinks
-from thinkswitch_plugin.merging.similarity import similarity
 
-weights = st.floats(-0.5, 1.5, allow_nan=False)
-
-
-def pair_of_tensors(seed: int, far: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    a = torch.randn(8, 16, generator=generator)
-    return a, a + far * torch.randn(8, 16, generator=generator)
+Tensors = dict[str, torch.Tensor]
+BAD = "model.layers.1.mlp.up_proj.weight"
 
 
-def test_lambda_0_and_1_return_the_inputs() -> None:
-    a, b = pair_of_tensors(0)
-    for spherical in (True, False):
-        assert torch.equal(interpolate(a, b, 0.0, spherical=spherical), a)
-        assert torch.equal(interpolate(a, b, 1.0, spherical=spherical), b)
-
-
-@given(st.integers(0, 50), weights)
-def test_spherical_agrees_with_mergekits_slerp_and_is_symmetric(seed: int, weight: float) -> None:
-    a, b = pair_of_tensors(seed)
-    ours = interpolate(a, b, weight)
-    theirs = mergekit_slerp(torch.tensor([1 - weight]), b[None], a[None])[0]
-    assert torch.allclose(ours, theirs, atol=2e-5)
-    assert torch.allclose(ours, interpolate(b, a, 1 - weight), atol=2e-5)
-
-
-@given(st.integers(0, 50), st.floats(0, 1))
-def test_spherical_keeps_the_norm_of_equal_norm_inputs(seed: int, weight: float) -> None:
-    a, b = pair_of_tensors(seed)
-    b = b * (a.norm() / b.norm())
-    assert interpolate(a, b, weight).norm().item() == pytest.approx(a.norm().item(), rel=1e-5)
-
-
-def test_spherical_meets_linear_as_the_angle_goes_to_zero() -> None:
-    for far in (1e-2, 1e-4, 1e-6):
-        a, b = pair_of_tensors(3, far)
-        difference = (interpolate(a, b, 0.4) - interpolate(a, b, 0.4, spherical=False)).norm() / a.norm()
-        assert difference.item() < max(far**2, 1e-6)
-
-
-def test_angle_is_exact_where_the_arc_cosine_is_not() -> None:
-    for theta in (1e-6, 0.05, 1.0, 3.0):
-        a = torch.tensor([1.0, 0.0], dtype=torch.float64)
-        b = torch.tensor([math.cos(theta), math.sin(theta)], dtype=torch.float64)
-        assert angle(a, b) == pytest.approx(theta, rel=1e-9)
-    assert angle(torch.zeros(3), torch.ones(3)) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("model.layers.3.self_attn.q_proj.weight", "attention"),
-        ("model.layers.3.mlp.down_proj.weight", "ffn"),
-        ("model.layers.3.input_layernorm.weight", "rest"),
-        ("model.embed_tokens.weight", "rest"),
-    ],
-)
-def test_kind_of_module(name: str, kind: str) -> None:
-    assert module_kind(name) == kind
-
-
-Write = Callable[[str, dict[str, torch.Tensor], dict[str, Any]], Path]
-
-
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Write:
-    def write(name: str, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        save_file(tensors, str(folder / "model.safetensors"))
-        files.write_json(folder / "config.json", {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 8, **config})
-        return folder
-
-    return write
-
-
-@pytest.mark.parametrize(
-    ("tensors", "config", "message"),
-    [
-        ({"w": torch.zeros(2, 3)}, {}, r"w has shape \[2, 2\] and \[2, 3\]"),
-        ({"w": torch.zeros(2, 2), "x": torch.zeros(1)}, {}, "only .*b holds the tensor x"),
-        ({"w": torch.zeros(2, 2).half()}, {}, "w is stored as F32 and F16"),
-        ({"w": torch.zeros(2, 2)}, {"vocab_size": 9}, "`vocab_size` is 8 and 9"),
-        ({"w": torch.zeros(2, 2)}, {"tie_word_embeddings": True}, "`tie_word_embeddings` is None and True"),
-    ],
-)
-def test_a_pair_that_does_not_match_is_named(
-    checkpoint: Write, tensors: dict[str, torch.Tensor], config: dict[str, Any], message: str
-) -> None:
-    a = checkpoint("a", {"w": torch.zeros(2, 2)}, {})
-    with pytest.raises(ThinkSwitchError, match=message):
-        require_compatible(a, checkpoint("b", tensors, config))
-
-
-def test_a_truncated_file_is_named(checkpoint: Write) -> None:
-    a, b = (checkpoint(n, {"w": torch.zeros(64, 64)}, {}) for n in "ab")
-    weights_file = b / "model.safetensors"
-    weights_file.write_bytes(weights_file.read_bytes()[:-10])
-    with pytest.raises(ThinkSwitchError, match=r"b/model\.safetensors is \d+ bytes long where its header promises"):
-        require_compatible(a, b)
-
-
-def test_sigma_and_angles_of_a_pair(checkpoint: Write) -> None:
-    a = checkpoint("a", {"w": torch.tensor([1.0, 0.0]), "x": torch.tensor([2.0])}, {})
-    b = checkpoint("b", {"w": torch.tensor([0.0, 1.0]), "x": torch.tensor([2.0])}, {})
-    found = similarity(a, b)
-    assert found["sigma"] == pytest.approx(2 / 6)
-    assert found["angle"]["max"] == pytest.approx(math.pi / 2)
-    assert found["angle"]["min"] == 0.0
-
-
-def test_nan_in_a_checkpoint_is_named(checkpoint: Write) -> None:
-    a = checkpoint("a", {"w": torch.tensor([1.0])}, {})
-    b = checkpoint("b", {"w": torch.tensor([float("nan")])}, {})
-    with pytest.raises(ThinkSwitchError, match="b: the tensor w holds NaN"):
-        similarity(a, b)
-
-
-def test_lambda_becomes_each_methods_own_numbers() -> None:
-    where = Path("m.yaml")
-    assert set_lambda({"merge_method": "slerp", "base_model": "./thinking"}, 0.9, where)["parameters"] == {"t": 0.1}
-    assert set_lambda({"merge_method": "thinkswitch", "base_model": "./thinking"}, 0.9, where)["parameters"] == {
-        "lambda": 0.9
-    }
-    linear = {"merge_method": "linear", "models": [{"model": "thinking"}, {"model": "instruct"}]}
-    shares = [m["parameters"]["weight"] for m in set_lambda(linear, 0.9, where)["models"]]
-    assert shares == [0.9, 0.1]
-    with pytest.raises(ThinkSwitchError, match="λ cannot be set"):
-        set_lambda({"merge_method": "ties"}, 0.9, where)
-    with pytest.raises(ThinkSwitchError, match="base_model"):
-        set_lambda({"merge_method": "slerp", "base_model": "instruct"}, 0.9, where)
-
-
-def test_only_model_names_are_replaced_by_folders() -> None:
-    config = {"base_model": "./thinking", "models": [{"model": "./instruct", "parameters": {"path": "thinking"}}]}
-    assert place_models(config, {"instruct": "I", "thinking": "T"}) == {
-        "base_model": "T",
-        "models": [{"model": "I", "parameters": {"path": "thinking"}}],
+def recipe(method: str, *folders: Path, **parameters: Any) -> dict[str, Any]:
+    """A merge config; the last folder is the base."""
+    return {
+        "merge_method": method,
+        "base_model": str(folders[-1]),
+        "models": [{"model": str(folder)} for folder in folders],
+        "parameters": parameters,
     }
 
 
+def merge(folder: Path, config: dict[str, Any], *options: str) -> Result:
+    """`thinkswitch merge` of a config into FOLDER/out."""
+    files.write_yaml(folder / "merge.yaml", config)
+    words = ["merge", str(folder / "merge.yaml"), str(folder / "out"), "--no-copy-tokenizer", "--quiet", *options]
+    return CliRunner().invoke(cli.main, words)
+
+
+def pair(folder: Path, shards: tuple[int, int] = (1, 1)) -> tuple[Path, Path]:
+    a, b = (write(folder / n, qwen3(seed), k) for n, seed, k in zip(("a", "b"), (1, 2), shards, strict=True))
+    return a, b
+
+
+def test_lambda_goes_by_kind_of_module(tmp_path: Path) -> None:
+    a, b = pair(tmp_path)
+    each = {"lambda": 0.5, "lambda_ffn": 1.0, "lambda_attention": 0.0, "path": "linear"}
+    done = merge(tmp_path, recipe("thinkswitch", a, b, **each))
+    assert done.exit_code == 0, done.output
+    left, right = read(a), read(b)
+    for name, tensor in read(tmp_path / "out").items():
+        middle = 0.5 * left[name] + 0.5 * right[name]
+        expected = {"ffn": right[name], "attention": left[name]}.get(module_kind(name), middle)
+        assert torch.allclose(tensor, expected, atol=1e-6), name
+    assert files.read_json(tmp_path / "out" / "config.json")["architectures"] == ["Qwen3ForCausalLM"]
+    assert "# out" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("method", ["thinkswitch", "slerp", "linear"])
+def test_sharding_of_inputs_and_output_changes_nothing(tmp_path: Path, method: str) -> None:
+    parameters = {"thinkswitch": {"lambda": 0.3}, "slerp": {"t": 0.7}, "linear": {"weight": 0.5}}[method]
+    results = []
+    for name, shards, options in (("x", (1, 1), ()), ("y", (2, 5), ("--out-shard-size", "30k"))):
+        a, b = pair(tmp_path / name, shards)
+        done = merge(tmp_path / name, recipe(method, a, b, **parameters), *options)
+        assert done.exit_code == 0, done.output
+        results.append(read(tmp_path / name / "out"))
+    assert len(list((tmp_path / "y" / "out").glob("*.safetensors"))) > 2
+    assert equal(*results)
+
+
 @pytest.mark.parametrize(
-    ("closed", "whole", "asked", "accepted"),
+    ("method", "parameters"),
     [
-        (64, 64, 64, True),
-        (62, 64, 64, True),
-        (61, 64, 64, False),
-        (14, 15, 15, True),
-        (13, 15, 15, False),
-        (3, 3, 15, False),
-        (490, 500, 500, True),
-        (489, 500, 500, False),
+        ("slerp", {"t": 0.4}),
+        ("task_arithmetic", {"weight": 0.5}),
+        ("ties", {"weight": 0.5, "density": 0.5}),
+        ("dare_ties", {"weight": 0.5, "density": 0.5}),
     ],
 )
-def test_the_check_has_one_prompt_of_tolerance_on_small_sets_only(
-    closed: int, whole: int, asked: int, accepted: bool
+def test_mergekits_own_methods_write_what_mergekit_writes(
+    tmp_path: Path, method: str, parameters: dict[str, Any]
 ) -> None:
-    assert still_thinks(closed, whole, asked, needed=0.98, whole_share=1.0) is accepted
+    folders = [write(tmp_path / str(seed), qwen3(seed), seed) for seed in (1, 2, 3)][: 2 if method == "slerp" else 3]
+    config = recipe(method, *folders, **parameters)
+    done = merge(tmp_path, config, "--random-seed", "7")
+    assert done.exit_code == 0, done.output
+    options = MergeOptions(copy_tokenizer=False, quiet=True, random_seed=7, device="cpu")
+    run_merge(MergeConfiguration.model_validate(config), str(tmp_path / "plain"), options)
+    assert equal(read(tmp_path / "out"), read(tmp_path / "plain"))
 
 
-def test_a_candidate_may_be_cut_as_often_as_the_original_was() -> None:
-    assert still_thinks(5, 5, 15, needed=0.98, whole_share=0.5)
-    assert not still_thinks(2, 2, 15, needed=0.98, whole_share=0.5)
-    assert not still_thinks(0, 0, 15, needed=0.0, whole_share=0.0)
+def test_layers_stacked_from_unlike_models_are_left_to_mergekit(tmp_path: Path) -> None:
+    llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    a = write(tmp_path / "a", qwen3(1), **llama)
+    b = write(tmp_path / "b", qwen3(2, layers=2), num_hidden_layers=2, **llama)
+    slices = [{"sources": [{"model": str(m), "layer_range": [0, 2]}]} for m in (a, b)]
+    done = merge(tmp_path, {"merge_method": "passthrough", "slices": slices})
+    assert done.exit_code == 0, done.output
+    assert files.read_json(tmp_path / "out" / "config.json")["num_hidden_layers"] == 4
+    assert torch.equal(read(tmp_path / "out")["model.layers.3." + BAD[15:]], read(b)[BAD])
+
+
+def test_a_config_that_casts_may_mix_dtypes(tmp_path: Path) -> None:
+    a = write(tmp_path / "a", {n: t.half() for n, t in qwen3(1).items()})
+    b = write(tmp_path / "b", qwen3(2))
+    done = merge(tmp_path, {**recipe("thinkswitch", a, b, **{"lambda": 0.5}), "dtype": "bfloat16"})
+    assert done.exit_code == 0, done.output
+    assert {t.dtype for t in read(tmp_path / "out").values()} == {torch.bfloat16}
+
+
+def poisoned(value: float) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = read(folder)
+        tensors[BAD][5, 5] = value
+        files.remove(folder)
+        write(folder, tensors)
+
+    return damage
+
+
+def rewritten(change: Callable[[Tensors], Tensors], **config: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = change(read(folder))
+        files.remove(folder)
+        write(folder, tensors, **config)
+
+    return damage
+
+
+def truncated(folder: Path) -> None:
+    shard = next(folder.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def without_a_shard(folder: Path) -> None:
+    (folder / "model-00002-of-00002.safetensors").unlink()
+
+
+def with_a_wrong_index(folder: Path) -> None:
+    index = files.read_json(folder / "model.safetensors.index.json")
+    index["weight_map"][BAD] = {"1": "model-00002-of-00002", "2": "model-00001-of-00002"}[
+        index["weight_map"][BAD][10]
+    ] + ".safetensors"
+    files.write_json(folder / "model.safetensors.index.json", index)
+
+
+def without_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
+    ("nan", poisoned(math.nan), f"b: the tensor {BAD} holds NaN or infinity"),
+    ("inf", poisoned(-math.inf), f"b: the tensor {BAD} holds NaN or infinity"),
+    ("shard", without_a_shard, "b/model-00002-of-00002.safetensors is missing"),
+    ("truncated", truncated, "bytes long where its header promises"),
+    ("index", with_a_wrong_index, f"places the tensor {BAD} in"),
+    ("dtype", rewritten(lambda t: {n: x.half() for n, x in t.items()}), "is stored as F"),
+    ("tied", rewritten(lambda t: t, tie_word_embeddings=False), "`tie_word_embeddings`"),
+    ("vocabulary", rewritten(lambda t: t, vocab_size=97), "`vocab_size` is 9"),
+    ("shape", rewritten(lambda t: {**t, BAD: t[BAD][:-1].clone()}), f"{BAD} has shape"),
+    ("tensors", rewritten(lambda t: {n: x for n, x in t.items() if n != BAD}), f"holds the tensor {BAD}"),
+    ("config", without_config, "b/config.json does not exist"),
+    ("folder", files.remove, "b does not exist"),
+]
+
+
+@pytest.mark.parametrize("method", ["thinkswitch", "slerp"])
+@pytest.mark.parametrize(("damage", "message"), [d[1:] for d in DAMAGES], ids=[d[0] for d in DAMAGES])
+def test_a_refusal_names_what_is_wrong_and_leaves_nothing(
+    tmp_path: Path, method: str, damage: Callable[[Path], None], message: str
+) -> None:
+    a, b = pair(tmp_path, (1, 2))
+    damage(b)
+    done = merge(tmp_path, recipe(method, a, b, **({"t": 0.3} if method == "slerp" else {"lambda": 0.3})))
+    refused(tmp_path, done, message)
+
+
+def refused(folder: Path, done: Result, message: str) -> None:
+    assert done.exit_code == 1, done.output
+    assert message in done.output and len(done.output.strip().splitlines()) == 1
+    assert not (folder / "out").exists() and not (folder / ".out.partial").exists()
+
+
+@pytest.mark.parametrize("parameters", [{"lambda": 1.0}, {"lambda": 0.0}, {"lambda": 0.5, "path": "linear"}])
+def test_nan_is_found_where_no_angle_is_measured(tmp_path: Path, parameters: dict[str, Any]) -> None:
+    a, b = pair(tmp_path)
+    poisoned(math.nan)(b if parameters["lambda"] else a)
+    done = merge(tmp_path, recipe("thinkswitch", a, b, **parameters))
+    refused(tmp_path, done, f"{'b' if parameters['lambda'] else 'a'}: the tensor {BAD} holds NaN")
+
+
+def test_an_overflow_of_finite_inputs_is_told_apart(tmp_path: Path) -> None:
+    a, b = (write(tmp_path / n, {k: t * 4e4 for k, t in qwen3(s).items()}) for n, s in (("a", 1), ("b", 2)))
+    done = merge(tmp_path, {**recipe("thinkswitch", a, b, **{"lambda": 0.5, "path": "linear"}), "out_dtype": "float16"})
+    refused(tmp_path, done, "though every input is finite")
 
 
 @pytest.mark.parametrize(
-    ("parameters", "message"),
+    ("change", "message"),
     [
-        ({"lambda": 0.9, "lamda_ffn": 1}, "`lamda_ffn` is no parameter"),
-        ({"lambda": "high"}, "`lambda` is 'high'; use a finite number"),
-        ({"lambda": float("nan")}, "use a finite number"),
-        ({"lambda": 0.9, "path": "curved"}, "`path` is 'curved'"),
-        ({"path": "linear"}, "`parameters.lambda` is missing"),
+        ({"merge_method": "slurp"}, "mergekit stopped: "),
+        ({"models": "all of them"}, "merge.yaml: `models`"),
+        ({"models": None}, "merge.yaml: Exactly one of 'models'"),
     ],
 )
-def test_bad_parameters_are_refused_before_any_model_is_looked_at(
-    tmp_path: Path, parameters: dict[str, Any], message: str
+def test_a_config_that_mergekit_refuses_is_one_sentence(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    config = {**recipe("slerp", *pair(tmp_path), t=0.5), **change}
+    done = merge(tmp_path, config)
+    refused(tmp_path, done, message)
+
+
+def test_out_is_not_written_over(tmp_path: Path) -> None:
+    config = recipe("thinkswitch", *pair(tmp_path), **{"lambda": 0.5})
+    (tmp_path / "out").mkdir()
+    assert merge(tmp_path, config).exit_code == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    done = merge(tmp_path, config)
+    assert done.exit_code == 1 and "out exists already; delete it" in done.output
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
+
+
+def test_an_interrupted_merge_leaves_out_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.mergekit.merge, "run_merge", interrupted)
+    done = merge(tmp_path, recipe("thinkswitch", *pair(tmp_path), **{"lambda": 0.5}))
+    assert done.exit_code == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "merge.yaml"]
+
+
+@pytest.mark.parametrize("limit", [{}, {"HEADER": 2**12}, {"BUFFER": 2**13, "HEADER": 2**13}, {"PIECE": 100}])
+def test_the_writer_keeps_every_bit_and_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: dict[str, int]
 ) -> None:
-    config = tmp_path / "merge.yaml"
-    files.write_yaml(config, {"merge_method": "thinkswitch", "base_model": "nowhere", "parameters": parameters})
-    with pytest.raises(ThinkSwitchError, match=message):
-        check_config(config)
+    for name, value in limit.items():
+        monkeypatch.setattr(writer, name, value)
+    tensors = qwen3(1) | {
+        "half": torch.randn(3).half(),
+        "brain": torch.randn(5001).bfloat16(),
+        "single": torch.randn(7),
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 4),
+        "transposed": torch.randn(6, 9).T,
+        "ids": torch.arange(11),
+        "mask": torch.tensor([True, False, True]),
+        "double": torch.randn(9, dtype=torch.float64),
+    }
+    out = writer.writer(str(tmp_path / "out"), max_shard_size=0)
+    for name, tensor in tensors.items():
+        out.save_tensor(name, tensor)
+    out.finalize()
+    assert equal(read(tmp_path / "out"), tensors)
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(str(shard), "pt") as handle:
+            assert handle.metadata() == {"format": "pt"}
+
+
+def test_the_writer_does_without_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = writer.os.open
+
+    def open_without_direct(path: Any, flags: int, mode: int = 0o777) -> int:
+        if flags & writer.os.O_DIRECT:
+            raise OSError(writer.errno.EINVAL, "no direct writes here")
+        return plain(path, flags, mode)
+
+    monkeypatch.setattr(writer.os, "open", open_without_direct)
+    monkeypatch.setattr(writer, "SYNC", 1)
+    out = writer.writer(str(tmp_path / "out"))
+    out.save_tensor("w", torch.arange(10.0))
+    out.finalize()
+    assert torch.equal(read(tmp_path / "out")["w"], torch.arange(10.0))
+
+
+def test_pickles_are_left_to_mergekits_own_writer(tmp_path: Path) -> None:
+    a, b = pair(tmp_path)
+    done = merge(tmp_path, recipe("thinkswitch", a, b, **{"lambda": 0.5}), "--no-safe-serialization")
+    assert done.exit_code == 0, done.output
+    loaded = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
+    assert torch.equal(loaded[BAD], interpolate(read(a)[BAD], read(b)[BAD], 0.5))
+
+
+def test_wrong_usage_is_exit_code_2(tmp_path: Path) -> None:
+    assert CliRunner().invoke(cli.main, ["merge", "one-word"]).exit_code == 2
+    assert isinstance(run.command, click.Command)
 
 
 @pytest.mark.slow
-def test_our_method_through_mergekit_uses_lambda_by_module(finished_run: Path, tmp_path: Path, command: Any) -> None:
-    pair = files.read_json(finished_run / "iter-0" / "pair.json")
-    a, b = (Path(pair[m]["path"]) for m in ("instruct", "thinking"))
-    config = tmp_path / "merge.yaml"
-    files.write_yaml(
-        config,
-        {
-            "merge_method": "thinkswitch",
-            "base_model": str(b),
-            "models": [{"model": str(b)}, {"model": str(a)}],
-            "parameters": {"lambda": 0.5, "lambda_ffn": 1.0, "lambda_attention": 0.0, "path": "linear"},
-        },
-    )
-    done = command(BIN / "thinkswitch", "merge", config, tmp_path / "out", "--copy-tokenizer")
+def test_the_bench_runs_at_a_small_shape_and_leaves_nothing(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "tests.bench_merge", "--layers", "0", "--rounds", "1", "--folder", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
-    merged, left, right = (load_file(str(f / "model.safetensors")) for f in (tmp_path / "out", a, b))
-    for name, tensor in merged.items():
-        expected = {"ffn": right[name], "attention": left[name]}.get(
-            module_kind(name), 0.5 * left[name] + 0.5 * right[name]
-        )
-        assert torch.allclose(tensor, expected, atol=1e-6), name
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+    assert '"candidates"' in done.stdout.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bench_says_when_the_disk_is_too_small(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "tests.bench_merge", "--layers", "100000", "--folder", str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "of free disk and" in done.stderr and "Traceback" not in done.stderr

@@ -302,18 +302,26 @@ def judge_merges(name: str, weight: str, configs: tuple[Path, ...], **options: A
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def merge(arguments: tuple[str, ...]) -> None:
     """mergekit-yaml with the method `thinkswitch` known to it; takes the same options."""
-    from thinkswitch_plugin.merging.config import check_config
-
     for argument in arguments:
         if argument.endswith((".yaml", ".yml")):
-            check_config(Path(argument))
+            from thinkswitch_plugin.merging.config import check_config
+
+            check_config(Path(argument))  # before the seconds that mergekit takes to import
             break
-    from mergekit.scripts.run_yaml import main as mergekit_yaml
+    from thinkswitch_plugin.merging.run import command
 
-    from thinkswitch_plugin.merging.method import register
+    command.main(args=list(arguments), prog_name="thinkswitch merge", standalone_mode=False)
 
-    register()
-    mergekit_yaml.main(args=list(arguments), prog_name="thinkswitch merge", standalone_mode=False)
+
+@main.command()
+@click.argument("first", type=FOLDER)
+@click.argument("second", type=FOLDER)
+@click.option("--out", type=FOLDER, default=Path("similarity"), show_default=True, help="Where the files go.")
+def similarity(first: Path, second: Path, out: Path) -> None:
+    """How near two checkpoints are: angles, distances and σ -> similarity.json, .png, .svg."""
+    from thinkswitch_plugin.merging.similarity import report_similarity
+
+    report_similarity(first, second, out)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Are two checkpoints a compatible pair? Decided from configs and safetensors headers alone."""
+"""Can checkpoints be merged tensor by tensor? Decided from configs and safetensors headers alone."""
 
 from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,40 @@ from typing import Any
 from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
 
+CONFIG_FIELDS = ("architectures", "tie_word_embeddings", "vocab_size", "num_hidden_layers", "hidden_size")
+
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies and what it is."""
+    """Where one tensor lies (bytes from the file's start) and what it is."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    start: int
+    length: int
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file, checked against the file's length.
+@dataclass(frozen=True)
+class Allowances:
+    """Differences between checkpoints that a merge config copes with.
 
-    Raises `ThinkSwitchError` naming the file if it is damaged or cut short.
+    Attributes:
+        architecture: other architectures, depths and widths, and tensors that only one has
+            (`--allow-crimes`, slices of unlike models).
+        vocabulary: other vocabularies (mergekit aligns the tokenizers, or cuts the embeddings).
+        dtype: other dtypes (the config casts all inputs to one).
+    """
+
+    architecture: bool = False
+    vocabulary: bool = False
+    dtype: bool = False
+
+
+def list_file(path: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, its header checked against the file's length.
+
+    Raises `ThinkSwitchError` naming the file if it is missing, damaged or cut short.
     """
     try:
         size = path.stat().st_size
@@ -33,77 +54,112 @@ def read_header(path: Path) -> dict[str, Any]:
             if length > size:
                 raise ValueError("header longer than the file")
             header: dict[str, Any] = json.loads(handle.read(length))
+        header.pop("__metadata__", None)
+        found = {
+            name: TensorInfo(
+                path,
+                tuple(entry["shape"]),
+                entry["dtype"],
+                8 + length + entry["data_offsets"][0],
+                entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
+            for name, entry in header.items()
+        }
     except FileNotFoundError:
-        raise ThinkSwitchError(f"{path} is missing.") from None
-    except (struct.error, ValueError) as error:
+        raise ThinkSwitchError(f"{path} is missing; copy or download it again.") from None
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ThinkSwitchError(f"{path} is no whole safetensors file ({error}); copy or download it again.") from None
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size != 8 + length + end:
+    end = max((info.start + info.length for info in found.values()), default=8 + length)
+    if size != end:
         raise ThinkSwitchError(
-            f"{path} is {size} bytes long where its header promises {8 + length + end}; copy or download it again."
+            f"{path} is {size} bytes long where its header promises {end}; copy or download it again."
         )
-    return header
-
-
-def list_tensors(checkpoint: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a checkpoint folder by name.
-
-    Raises `ThinkSwitchError`: no safetensors, a shard missing or damaged.
-    """
-    index = checkpoint / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted({checkpoint / name for name in files.read_json(index)["weight_map"].values()})
-    else:
-        shards = sorted(checkpoint.glob("*.safetensors"))
-    if not shards:
-        raise ThinkSwitchError(f"{checkpoint} holds no safetensors file; ThinkSwitch reads no other weights.")
-    found: dict[str, TensorInfo] = {}
-    for shard in shards:
-        for name, entry in read_header(shard).items():
-            found[name] = TensorInfo(shard, tuple(entry["shape"]), entry["dtype"])
     return found
 
 
-def config_difference(first: dict[str, Any], second: dict[str, Any]) -> str | None:
+def list_tensors(checkpoint: Path) -> dict[str, TensorInfo]:
+    """Every tensor of a checkpoint folder by name: those of its index, or of its one file.
+
+    Raises `ThinkSwitchError`: no safetensors, a shard missing or damaged, a tensor that
+    the index places in a shard that does not hold it.
+    """
+    index = checkpoint / "model.safetensors.index.json"
+    if not index.is_file():
+        single = checkpoint / "model.safetensors"
+        shards = [single] if single.is_file() else sorted(checkpoint.glob("*.safetensors"))
+        if not shards:
+            raise ThinkSwitchError(f"{checkpoint} holds no safetensors file; ThinkSwitch reads no other weights.")
+        return {name: info for shard in shards for name, info in list_file(shard).items()}
+    places = files.read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ThinkSwitchError(f"{index} has no `weight_map`; copy or download it again.")
+    held = {shard: list_file(checkpoint / shard) for shard in sorted(set(places.values()))}
+    for name, shard in places.items():
+        if name not in held[shard]:
+            raise ThinkSwitchError(
+                f"{index} places the tensor {name} in {shard}, which does not hold it; copy or download both again."
+            )
+    return {name: held[shard][name] for name, shard in places.items()}
+
+
+def config_difference(first: dict[str, Any], second: dict[str, Any], allowed: Allowances | None = None) -> str | None:
     """The first setting of two `config.json` that keeps their checkpoints from being interpolated, in words."""
-    for field in ("architectures", "tie_word_embeddings", "vocab_size", "num_hidden_layers", "hidden_size"):
+    allowed = allowed or Allowances()
+    for field in CONFIG_FIELDS:
+        if (allowed.architecture and field != "vocab_size") or (allowed.vocabulary and field == "vocab_size"):
+            continue
         if first.get(field) != second.get(field):
             return f"`{field}` is {first.get(field)} and {second.get(field)}"
     return None
 
 
-def require_compatible(instruct: Path, thinking: Path) -> None:
+def tensor_difference(
+    left: dict[str, TensorInfo], right: dict[str, TensorInfo], allowed: Allowances
+) -> tuple[str, str] | None:
+    """The first tensor, and how it differs, that keeps two lists of tensors from being interpolated."""
+    for name, info in left.items():
+        other = right.get(name)
+        if other is None:
+            continue
+        outside_layers = not any(part.isdigit() for part in name.split("."))
+        if info.shape != other.shape and not (
+            allowed.vocabulary and outside_layers and info.shape[1:] == other.shape[1:]
+        ):
+            return name, f"has shape {list(info.shape)} and {list(other.shape)}"
+        if info.dtype != other.dtype and not allowed.dtype:
+            return name, f"is stored as {info.dtype} and {other.dtype}"
+    return None
+
+
+def require_compatible(first: Path, second: Path, allowed: Allowances | None = None) -> None:
     """Check that two checkpoint folders can be interpolated tensor by tensor.
 
     Raises `ThinkSwitchError` naming the first difference: architecture, tied
     embeddings, vocabulary, a tensor that only one has, a shape or a dtype.
     """
-    a, b = files.read_json(instruct / "config.json"), files.read_json(thinking / "config.json")
-    if difference := config_difference(a, b):
-        raise ThinkSwitchError(f"{instruct} and {thinking} are no compatible pair: {difference}.")
-    left, right = list_tensors(instruct), list_tensors(thinking)
+    allowed = allowed or Allowances()
+    refusal = f"{first} and {second} are no compatible pair"
+    a, b = files.read_json(first / "config.json"), files.read_json(second / "config.json")
+    if difference := config_difference(a, b, allowed):
+        raise ThinkSwitchError(f"{refusal}: {difference}.")
+    left, right = list_tensors(first), list_tensors(second)
     for name in sorted(left.keys() ^ right.keys()):
-        owner = instruct if name in left else thinking
-        raise ThinkSwitchError(
-            f"{instruct} and {thinking} are no compatible pair: only {owner} holds the tensor {name}."
-        )
-    for name, info in left.items():
-        other = right[name]
-        if info.shape != other.shape:
-            raise ThinkSwitchError(
-                f"{instruct} and {thinking} are no compatible pair: {name} has shape "
-                f"{list(info.shape)} and {list(other.shape)}."
-            )
-        if info.dtype != other.dtype:
-            raise ThinkSwitchError(
-                f"{instruct} and {thinking} are no compatible pair: {name} is stored as {info.dtype} and {other.dtype}."
-            )
-    vocabularies = [_vocabulary(instruct), _vocabulary(thinking)]
-    if None not in vocabularies and vocabularies[0] != vocabularies[1]:
-        raise ThinkSwitchError(
-            f"{instruct} and {thinking} are no compatible pair: their tokenizers' vocabularies differ."
-        )
+        if not allowed.architecture:
+            owner = first if name in left else second
+            raise ThinkSwitchError(f"{refusal}: only {owner} holds the tensor {name}.")
+    if found := tensor_difference(left, right, allowed):
+        raise ThinkSwitchError(f"{refusal}: {found[0]} {found[1]}.")
+    if not allowed.vocabulary:
+        vocabularies = [_vocabulary(first), _vocabulary(second)]
+        if None not in vocabularies and vocabularies[0] != vocabularies[1]:
+            raise ThinkSwitchError(f"{refusal}: their tokenizers' vocabularies differ.")
+
+
+def require_all_compatible(checkpoints: Iterable[Path], allowed: Allowances | None = None) -> None:
+    """Check every checkpoint against the first. Raises `ThinkSwitchError` for the first pair that differs."""
+    first, *others = checkpoints
+    for other in others:
+        require_compatible(first, other, allowed)
 
 
 def _vocabulary(checkpoint: Path) -> Any:

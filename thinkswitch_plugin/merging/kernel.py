@@ -1,58 +1,240 @@
-"""Interpolation of one pair of tensors. λ is the weight of the thinking checkpoint."""
+"""Interpolation of one pair of tensors in two passes over small chunks. λ is the weight of the thinking checkpoint.
+
+The first pass sums squares (`measure`), which give norms and angle; the second writes the
+result. Chunks stay in a core's cache and no full-size float32 copy is ever made.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, TypeVar
 
 import torch
 
 # Below this angle (radians) the sphere is a straight line to float32 precision.
 SMALLEST_ANGLE = 1e-4
-CHUNK = 2**22  # elements worked on in float64 at once
+# Nearer than this to π the arc is not defined by the data: its coefficients exceed 100.
+OPPOSITE = 1e-2
+# mergekit's slerp is a straight line where |cos| is above this.
+MERGEKIT_LINEAR = 0.9995
+CHUNK = 2**18  # elements; float32 copies of two chunks and their difference fit a core's cache
+ACCELERATOR_CHUNK = 2**26
+ALONE = 2**15  # so few elements torch itself works on in one thread
+SMALLEST_SQUARES = 1e-30  # a smaller float32 sum of squares may have lost terms to underflow
+WORKERS = min(4, os.cpu_count() or 1)
+
+T = TypeVar("T")
+
+
+class NonFiniteError(ValueError):
+    """One of the two tensors holds NaN or infinity; `side` says which: first or second."""
+
+    def __init__(self, side: Literal["first", "second"]) -> None:
+        super().__init__(f"the {side} tensor holds NaN or infinity")
+        self.side = side
+
+
+def non_finite(checkpoint: object, name: str) -> str:
+    """The refusal of a checkpoint with NaN or infinity in it."""
+    return f"{checkpoint}: the tensor {name} holds NaN or infinity; copy, download or train it again."
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over two tensors x and y of one shape and d = y − x; all else about the pair follows.
+
+    ``xx`` is Σx², ``x1`` is Σ|x|, and so on; the absolute sums are 0 unless asked for.
+    """
+
+    xx: float = 0.0
+    yy: float = 0.0
+    dd: float = 0.0
+    x1: float = 0.0
+    y1: float = 0.0
+    d1: float = 0.0
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            self.xx + other.xx,
+            self.yy + other.yy,
+            self.dd + other.dd,
+            self.x1 + other.x1,
+            self.y1 + other.y1,
+            self.d1 + other.d1,
+        )
+
+    @property
+    def trusted(self) -> bool:
+        """Whether no square over- or underflowed, and no input was NaN or infinite."""
+        return all(map(math.isfinite, (self.xx, self.yy, self.dd))) and min(self.xx, self.yy) > SMALLEST_SQUARES
+
+    @property
+    def angle(self) -> float:
+        """The angle in radians between x and y, each taken as one vector; 0 if one is zero.
+
+        ``2·atan2(‖u−v‖, ‖u+v‖)`` of the unit vectors (Kahan, "How Futile are Mindless
+        Assessments of Roundoff", 2006, §12) with ``‖u−v‖² = (‖d‖² − (‖x‖−‖y‖)²)/(‖x‖‖y‖)``:
+        exact for small angles, where the arc cosine is not.
+        """
+        x, y = math.sqrt(self.xx), math.sqrt(self.yy)
+        if x == 0.0 or y == 0.0:
+            return 0.0
+        apart = min(max((self.dd - (x - y) ** 2) / (x * y), 0.0), 4.0)
+        return 2 * math.atan2(math.sqrt(apart), math.sqrt(4.0 - apart))
+
+    @property
+    def distance(self) -> float:
+        """Relative distance ‖y − x‖/‖x‖; 0 if both are zero, infinite if x alone is."""
+        if self.xx == 0.0:
+            return math.inf if self.dd else 0.0
+        return math.sqrt(self.dd / self.xx)
+
+    @property
+    def sigma(self) -> float:
+        """σ = Σ|x − y| / (Σ|x| + Σ|y|) (arXiv 2510.10977, §3); 0 if both are zero."""
+        total = self.x1 + self.y1
+        return self.d1 / total if total else 0.0
+
+    @property
+    def sphere_gap(self) -> float:
+        """‖slerp − linear‖/‖linear‖ at λ = ½, in closed form: both point the same way there, so sec(θ/2) − 1."""
+        theta = self.angle
+        if theta >= math.pi - OPPOSITE:
+            return 0.0
+        return 2 * math.sin(theta / 4) ** 2 / math.cos(theta / 2)
+
+
+class Scratch:
+    """Working copies of one chunk of each tensor; one for each thread."""
+
+    def __init__(self, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.buffers = [torch.empty(length, dtype=dtype, device=device) for _ in range(3)]
+
+    def load(self, *chunks: torch.Tensor) -> list[torch.Tensor]:
+        """The chunks in the working dtype, and room for a third of their length."""
+        length = chunks[0].numel()
+        views = [buffer[:length] for buffer in self.buffers]
+        for view, chunk in zip(views, chunks, strict=False):
+            view.copy_(chunk)
+        return views
+
+
+def chunk_sums(a: torch.Tensor, b: torch.Tensor, scratch: Scratch, *, absolute: bool = False) -> Sums:
+    """The sums over one chunk of two flat tensors, at most as long as the scratch."""
+    x, y, d = scratch.load(a, b)
+    torch.sub(y, x, out=d)
+    squares = [torch.dot(v, v).item() for v in (x, y, d)]
+    return Sums(*squares, *((v.abs_().sum().item() for v in (x, y, d)) if absolute else ()))
+
+
+@lru_cache(maxsize=1)
+def workers() -> ThreadPoolExecutor:
+    """Threads that share the work on long tensors, each with a single torch thread."""
+    # torch's own threads wait for each other at every small chunk, and starve beside a writing thread.
+    return ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def _by_chunks(work: Callable[[Scratch, slice], T], count: int, dtype: torch.dtype, device: torch.device) -> list[T]:
+    """Run `work` on every chunk of `count` elements, long tensors on several cores."""
+    length = CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK
+
+    parts = [slice(start, min(start + length, count)) for start in range(0, count, length)]
+
+    def each(mine: list[slice]) -> list[T]:
+        scratch = Scratch(min(length, count), dtype, device)
+        return [work(scratch, part) for part in mine]
+
+    if device.type != "cpu" or count <= ALONE:
+        return each(parts)
+    # Every thread takes each n-th chunk, so that all follow the disk from front to back.
+    shares = [parts[start::WORKERS] for start in range(min(WORKERS, len(parts)))]
+    return [found for mine in workers().map(each, shares) for found in mine]
+
+
+def _working_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity, looked at a chunk at a time."""
+    return all(bool(torch.isfinite(chunk).all()) for chunk in tensor.flatten().split(CHUNK))
+
+
+def measure(first: torch.Tensor, second: torch.Tensor) -> Sums:
+    """The sums of squares of two tensors of one shape, in float32 chunks (float64 for float64 tensors).
+
+    Where float32 squares over- or underflow, it is done again in float64.
+    Raises `NonFiniteError` if a tensor holds NaN or infinity.
+    """
+    a, b = first.flatten(), second.flatten()
+
+    def total(dtype: torch.dtype) -> Sums:
+        parts = _by_chunks(lambda scratch, part: chunk_sums(a[part], b[part], scratch), a.numel(), dtype, a.device)
+        return sum(parts, Sums())
+
+    found = total(_working_dtype(a, b))
+    if not found.trusted:
+        sides: tuple[tuple[Literal["first", "second"], torch.Tensor], ...] = (("first", a), ("second", b))
+        for side, tensor in sides:
+            if not all_finite(tensor):
+                raise NonFiniteError(side)
+        found = total(torch.float64)
+    return found
 
 
 def angle(instruct: torch.Tensor, thinking: torch.Tensor) -> float:
     """The angle in radians between two tensors of one shape, each taken as one vector; 0 if one is zero.
 
-    Computed as ``2·atan2(‖u−v‖, ‖u+v‖)`` of the unit vectors, which stays exact for
-    small angles where the arc cosine does not (Kahan, "How Futile are Mindless
-    Assessments of Roundoff", 2006, §12). Works in float64, a chunk at a time.
+    Raises `NonFiniteError` if a tensor holds NaN or infinity.
     """
-    a, b = instruct.flatten(), thinking.flatten()
-    norms = [math.sqrt(sum(float(x.double().square().sum()) for x in tensor.split(CHUNK))) for tensor in (a, b)]
-    if 0.0 in norms:
-        return 0.0
-    apart = together = 0.0
-    for x, y in zip(a.split(CHUNK), b.split(CHUNK), strict=True):
-        u, v = x.double() / norms[0], y.double() / norms[1]
-        apart += float((u - v).square().sum())
-        together += float((u + v).square().sum())
-    return 2 * math.atan2(math.sqrt(apart), math.sqrt(together))
+    return measure(instruct, thinking).angle
+
+
+def shares(theta: float, weight: float) -> tuple[float, float]:
+    """The spherical coefficients of instruct and thinking: ``sin((1−λ)θ)/sin θ`` and ``sin(λθ)/sin θ``.
+
+    They are 1−λ and λ below `SMALLEST_ANGLE`, and at opposite directions, where no arc is defined.
+    """
+    if not SMALLEST_ANGLE < theta < math.pi - OPPOSITE:
+        return 1.0 - weight, weight
+    return math.sin((1.0 - weight) * theta) / math.sin(theta), math.sin(weight * theta) / math.sin(theta)
 
 
 def interpolate(
     instruct: torch.Tensor, thinking: torch.Tensor, weight: float, *, spherical: bool = True
 ) -> torch.Tensor:
-    """λ-interpolation of two tensors in float32, returned in the dtype of `thinking`.
+    """λ-interpolation of two tensors, worked in float32 (float64 if one is), in the dtype of `thinking`.
 
     Linear: ``(1−λ)·instruct + λ·thinking`` (arXiv 2510.10977, eq. 2). Spherical
-    (Shoemake 1985): the coefficients become ``sin((1−λ)θ)/sin θ`` and ``sin(λθ)/sin θ``
-    with θ the angle between the two; below `SMALLEST_ANGLE`, and at opposite
-    directions where the arc is not defined, it is linear.
+    (Shoemake 1985): the coefficients of `shares`, with θ the angle between the two.
 
     Args:
         instruct, thinking: tensors of one shape; neither is changed.
-        weight: λ. 0 gives `instruct`, 1 gives `thinking`, exactly; other values extrapolate.
+        weight: λ. 0 gives `instruct`, 1 gives `thinking`, exactly (the tensor itself, where
+            the dtype allows); values outside 0…1 extrapolate.
+
+    Raises:
+        NonFiniteError: an input holds NaN or infinity (found when the angle is measured;
+            the linear path leaves it to whoever checks the result).
     """
     if weight == 0.0:
         return instruct.to(thinking.dtype)
     if weight == 1.0:
-        return thinking.clone()
-    share = torch.tensor([1.0 - weight, weight], dtype=torch.float64)
-    if spherical:
-        theta = angle(instruct, thinking)
-        if SMALLEST_ANGLE < theta < torch.pi - SMALLEST_ANGLE:
-            share = torch.sin(share * theta) / torch.sin(torch.tensor(theta, dtype=torch.float64))
-    mixed = instruct.float() * share[0].item()
-    mixed.add_(thinking.float(), alpha=share[1].item())
-    return mixed.to(thinking.dtype)
+        return thinking
+    left, right = shares(measure(instruct, thinking).angle, weight) if spherical else (1.0 - weight, weight)
+    a, b = instruct.flatten(), thinking.flatten()
+    mixed = torch.empty(thinking.shape, dtype=thinking.dtype, device=thinking.device)
+    out = mixed.view(-1)
+
+    def mix(scratch: Scratch, part: slice) -> None:
+        x, y, _ = scratch.load(a[part], b[part])
+        # Two rounded products and a sum, so that exchanging the inputs changes no bit.
+        out[part].copy_(x.mul_(left).add_(y.mul_(right)))
+
+    _by_chunks(mix, a.numel(), _working_dtype(a, b), a.device)
+    return mixed

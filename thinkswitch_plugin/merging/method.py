@@ -31,8 +31,9 @@ from mergekit.merge_methods.base import (
 )
 from pydantic import Field
 
+from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.config import NAME
-from thinkswitch_plugin.merging.kernel import interpolate
+from thinkswitch_plugin.merging.kernel import NonFiniteError, interpolate, non_finite
 
 Weight = Annotated[float, Field(allow_inf_nan=False, strict=False)]
 
@@ -54,13 +55,17 @@ def module_kind(name: str) -> Literal["attention", "ffn", "rest"]:
 def merge_group(group: TensorGroup, **parameters: Any) -> torch.Tensor:
     """One output tensor from its (instruct, thinking) inputs; the base is the thinking one."""
     assert group.base is not None
-    weight = parameters[f"lambda_{module_kind(group.metadata.name or '')}"]
-    return interpolate(
-        group.non_base[0].tensor,
-        group.base.tensor,
-        parameters["lambda"] if weight is None else weight,
-        spherical=parameters["path"] == "spherical",
-    )
+    name, instruct, thinking = group.metadata.name or "", group.non_base[0], group.base
+    weight = parameters[f"lambda_{module_kind(name)}"]
+    try:
+        return interpolate(
+            instruct.tensor,
+            thinking.tensor,
+            parameters["lambda"] if weight is None else weight,
+            spherical=parameters["path"] == "spherical",
+        )
+    except NonFiniteError as error:
+        raise ThinkSwitchError(non_finite(str(instruct.id if error.side == "first" else thinking.id), name)) from None
 
 
 def _parameter(name: str, kind: Any, **default: Any) -> ParameterSpec:

@@ -1,17 +1,49 @@
-"""How near two checkpoints are: σ and the angle of every tensor, streamed one tensor at a time."""
+"""How near two checkpoints are: σ, angle and distance of every tensor, read once, in constant memory.
+
+`thinkswitch similarity A B` writes `similarity.json` and a picture:
+
+    {"sigma": 0.0269, "angle": {"min": …, "median": …, "max": …}, "sphere_gap": {"max": …, …},
+     "layers": [{"layer": 0, "angle": …, "distance": …, "sigma": …}, …],
+     "tensors": {"model.layers.0.mlp.up_proj.weight": {"angle": 0.054, "distance": 0.055, …}, …}}
+"""
 
 from __future__ import annotations
 
+import math
+import os
 import statistics
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.merging.compatibility import list_tensors
-from thinkswitch_plugin.merging.kernel import CHUNK, angle
+from thinkswitch_plugin.merging.compatibility import TensorInfo, list_tensors, require_compatible
+from thinkswitch_plugin.merging.kernel import (
+    CHUNK,
+    MERGEKIT_LINEAR,
+    Scratch,
+    Sums,
+    chunk_sums,
+    non_finite,
+    workers,
+)
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+PIECE = 2**22  # elements read at once from each checkpoint
+WINDOW = 2**28  # bytes of each checkpoint asked from the disk ahead of reading
 
 
 def similarity(first: Path, second: Path) -> dict[str, Any]:
@@ -22,26 +54,184 @@ def similarity(first: Path, second: Path) -> dict[str, Any]:
         ``angle``: minimum, median and maximum over tensors, in radians.
 
     Raises:
-        ThinkSwitchError: a tensor holds NaN or infinity.
+        ThinkSwitchError: a tensor holds NaN or infinity, or the two hold other tensors.
     """
-    left, right = list_tensors(first), list_tensors(second)
-    difference = total = 0.0
-    angles = []
-    for name in sorted(left):
-        a, b = _read(left[name].file, name), _read(right[name].file, name)
-        for checkpoint, tensor in ((first, a), (second, b)):
-            if not torch.isfinite(tensor).all():
-                raise ThinkSwitchError(f"{checkpoint}: the tensor {name} holds NaN or infinity.")
-        for x, y in zip(a.flatten().split(CHUNK), b.flatten().split(CHUNK), strict=True):
-            difference += float((x.double() - y.double()).abs().sum())
-            total += float(x.double().abs().sum() + y.double().abs().sum())
-        angles.append(angle(a, b))
+    found = summarise(tensor_sums(first, second))
+    return {"sigma": found["sigma"], "angle": found["angle"]}
+
+
+def report_similarity(first: Path, second: Path, out: Path) -> None:
+    """Compare two checkpoints, print a short table, and write `similarity.json`, `.png` and `.svg` into `out`.
+
+    Raises `ThinkSwitchError` as `require_compatible` and `similarity` do.
+    """
+    from thinkswitch_plugin import pictures
+
+    require_compatible(first, second)
+    sums = tensor_sums(first, second)
+    data = {"first": str(first), "second": str(second), **summarise(sums)}
+    files.write_json(out / "similarity.json", data)
+    pictures.save(pictures.similarity_picture(data), out / "similarity")
+    console.say("\n".join(table(data)))
+    console.say(f"  {out / 'similarity.json'}, {out / 'similarity.png'} and .svg")
+
+
+def table(data: dict[str, Any]) -> list[str]:
+    """What the terminal shows of `summarise`'s numbers."""
+    rows = [
+        f"σ = {data['sigma']:.4f} over {len(data['tensors'])} tensors",
+        f"  {'':18} {'min':>9} {'median':>9} {'max':>9}",
+    ]
+    for key, title in (("angle", "angle (rad)"), ("distance", "‖a−b‖/‖a‖"), ("sphere_gap", "SLERP − linear")):
+        rows.append(f"  {title:18} " + " ".join(f"{data[key][part]:9.2g}" for part in ("min", "median", "max")))
+    rows.append(
+        f"SLERP and linear interpolation differ by at most {data['sphere_gap']['max']:.1%} of a tensor's norm "
+        f"for this pair (at λ = 0.5, in {data['sphere_gap']['where']})."
+        if data["sphere_gap"]["max"] >= 0.001
+        else f"SLERP and linear interpolation differ by at most {data['sphere_gap']['max']:.1g} of a tensor's norm "
+        f"for this pair (at λ = 0.5, in {data['sphere_gap']['where']})."
+    )
+    rows.append(
+        f"mergekit's slerp is itself linear (|cos| > {MERGEKIT_LINEAR}) in {data['linear_in_mergekit']:.0%} of the tensors."
+    )
+    return rows
+
+
+def summarise(sums: dict[str, Sums]) -> dict[str, Any]:
+    """All figures about a pair from the sums of its tensors: overall, by layer, by tensor."""
+    total = sum(sums.values(), Sums())
+    tensors = {
+        name: {"angle": s.angle, "distance": s.distance, "sigma": s.sigma, "sphere_gap": s.sphere_gap}
+        for name, s in sums.items()
+    }
+    layers: dict[int, Sums] = {}
+    for name, s in sums.items():
+        if (layer := layer_of(name)) is not None:
+            layers[layer] = layers.get(layer, Sums()) + s
+    straight = sum(abs(math.cos(s.angle)) > MERGEKIT_LINEAR for s in sums.values())
+    worst = max(tensors, key=lambda name: tensors[name]["sphere_gap"])
     return {
-        "sigma": difference / total if total else 0.0,
-        "angle": {"min": min(angles), "median": statistics.median(angles), "max": max(angles)},
+        "sigma": total.sigma,
+        **{key: _spread([t[key] for t in tensors.values()]) for key in ("angle", "distance")},
+        "sphere_gap": {**_spread([t["sphere_gap"] for t in tensors.values()]), "where": worst},
+        "linear_in_mergekit": straight / len(sums),
+        "layers": [
+            {"layer": layer, "angle": s.angle, "distance": s.distance, "sigma": s.sigma}
+            for layer, s in sorted(layers.items())
+        ],
+        "tensors": tensors,
     }
 
 
-def _read(file: Path, name: str) -> torch.Tensor:
-    with safe_open(str(file), framework="pt") as handle:
-        return handle.get_tensor(name)
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a tensor belongs to: 3 of `model.layers.3.mlp.up_proj.weight`."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of elements of one tensor in both checkpoints."""
+
+    name: str
+    first: TensorInfo
+    second: TensorInfo
+    start: int
+    stop: int
+
+
+def tensor_sums(first: Path, second: Path) -> dict[str, Sums]:
+    """The sums over each pair of floating-point tensors, in the order of the first checkpoint's files.
+
+    Reads both checkpoints once, a few MB at a time.
+    Raises `ThinkSwitchError` as `similarity` does.
+    """
+    left, right = list_tensors(first), list_tensors(second)
+    if left.keys() != right.keys():
+        name = min(left.keys() ^ right.keys())
+        raise ThinkSwitchError(f"{first} and {second} are no compatible pair: only one holds the tensor {name}.")
+    pieces = list(_pieces(left, right))
+    if not pieces:
+        raise ThinkSwitchError(f"{first} holds no floating-point tensor.")
+    sums: dict[str, Sums] = {}
+    size = sum(info.length for tensors in (left, right) for info in tensors.values())
+    with Reader() as read, console.bar(size, "similarity", unit="B") as progress:
+        for piece, found in zip(pieces, workers().map(read.sums, pieces), strict=True):
+            if not all(map(math.isfinite, (found.xx, found.yy, found.x1, found.y1))):
+                found = read.in_float64(piece, first, second)
+            sums[piece.name] = sums.get(piece.name, Sums()) + found
+            progress.update((piece.stop - piece.start) * (_width(piece.first) + _width(piece.second)))
+    return sums
+
+
+def _width(info: TensorInfo) -> int:
+    return DTYPES[info.dtype].itemsize
+
+
+def _pieces(left: dict[str, TensorInfo], right: dict[str, TensorInfo]) -> Iterator[Piece]:
+    for name, info in sorted(left.items(), key=lambda entry: (entry[1].file, entry[1].start)):
+        if info.dtype in DTYPES and right[name].dtype in DTYPES:
+            count = math.prod(info.shape)
+            for start in range(0, count, PIECE):
+                yield Piece(name, info, right[name], start, min(start + PIECE, count))
+
+
+class Reader:
+    """Reads pieces of safetensors files into buffers of the calling thread, and sums over them."""
+
+    def __init__(self) -> None:
+        self._open = ExitStack()
+        self._handles: dict[Path, int] = {}
+        self._lock = threading.Lock()
+        self._local = threading.local()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def sums(self, piece: Piece) -> Sums:
+        """The sums over one piece; the kernel is asked for what comes after it meanwhile."""
+        dtype = torch.float64 if "F64" in (piece.first.dtype, piece.second.dtype) else torch.float32
+        return self._sum(piece, dtype)
+
+    def in_float64(self, piece: Piece, first: Path, second: Path) -> Sums:
+        """The same where float32 squares overflowed. Raises `ThinkSwitchError` if it was NaN or infinity."""
+        for checkpoint, info in ((first, piece.first), (second, piece.second)):
+            if not bool(torch.isfinite(self._read(info, piece, "first")).all()):
+                raise ThinkSwitchError(non_finite(checkpoint, piece.name))
+        return self._sum(piece, torch.float64)
+
+    def _sum(self, piece: Piece, dtype: torch.dtype) -> Sums:
+        a, b = self._read(piece.first, piece, "first"), self._read(piece.second, piece, "second")
+        scratch: Scratch = self._kept(f"scratch {dtype}", lambda: Scratch(CHUNK, dtype, torch.device("cpu")))
+        chunks = zip(a.split(CHUNK), b.split(CHUNK), strict=True)
+        return sum((chunk_sums(x, y, scratch, absolute=True) for x, y in chunks), Sums())
+
+    def _read(self, info: TensorInfo, piece: Piece, side: str) -> torch.Tensor:
+        width = _width(info)
+        buffer: bytearray = self._kept(f"{side} {width}", lambda: bytearray(PIECE * width))
+        view = memoryview(buffer)[: (piece.stop - piece.start) * width]
+        handle, position = self._handle(info.file), info.start + piece.start * width
+        os.posix_fadvise(handle, position + len(view), WINDOW, os.POSIX_FADV_WILLNEED)
+        while view:
+            count = os.preadv(handle, [view], position)
+            if count == 0:
+                raise ThinkSwitchError(f"{info.file} was cut short while it was read; copy or download it again.")
+            view, position = view[count:], position + count
+        return torch.frombuffer(buffer, dtype=DTYPES[info.dtype], count=piece.stop - piece.start)
+
+    def _kept(self, name: str, make: Callable[[], Any]) -> Any:
+        if not hasattr(self._local, name):
+            setattr(self._local, name, make())
+        return getattr(self._local, name)
+
+    def _handle(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._handles:
+                self._handles[path] = self._open.enter_context(path.open("rb", buffering=0)).fileno()
+            return self._handles[path]

@@ -1,0 +1,311 @@
+"""`make bench-merge`: time and memory of interpolating two checkpoints at Qwen3-4B's shape.
+
+Makes two random checkpoints (8 GB each in bfloat16, as near each other as the real pair),
+then runs every candidate from the same state: in a process of its own, with no page of the
+checkpoints or of an old output in the page cache, until the output is on disk (fsync).
+Memory is the peak of the process's anonymous pages (RssAnon of /proc/PID/status, every
+20 ms); mapped files are not in it. Imports are timed apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from thinkswitch_plugin import files
+from thinkswitch_plugin.merging.compatibility import list_tensors
+from thinkswitch_plugin.merging.writer import StreamingWriter
+
+WEIGHT = 0.8  # λ of every candidate
+NOISE = 0.054  # relative; makes σ ≈ 0.027, the real pair's
+SHARD = 4 * 10**9  # bytes, about what the real checkpoints have
+SPARE = 5 * 10**9  # bytes of disk left free
+CONFIG = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+}
+
+READY = "print(f'ready {time.monotonic()}', flush=True)"
+READ = """
+import os, sys, time
+from pathlib import Path
+buffer = memoryview(bytearray(2**24))
+def read(folder):
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with file.open("rb", buffering=0) as handle:
+            while count := handle.readinto(buffer):
+                yield buffer[:count]
+"""
+CODE = {
+    "floor": READ
+    + READY
+    + """
+out = Path(sys.argv[3])
+out.mkdir()
+with (out / "data").open("wb", buffering=0) as handle:
+    for block, _ in zip(read(sys.argv[1]), read(sys.argv[2])):
+        handle.write(block)
+    os.fsync(handle.fileno())
+""",
+    "read": READ + READY + "\nfor folder in sys.argv[1:3]:\n    for _ in read(folder): pass\n",
+    "ours": f"""
+import sys, time
+from pathlib import Path
+from thinkswitch_plugin.merging.run import command
+{READY}
+command.main([sys.argv[4], sys.argv[3], "--no-copy-tokenizer"], standalone_mode=False)
+""",
+    "mergekit": f"""
+import sys, time
+from mergekit.scripts.run_yaml import main
+{READY}
+main.main([sys.argv[4], sys.argv[3], "--no-copy-tokenizer", *sys.argv[5:]], standalone_mode=False)
+""",
+    "paper": f"""
+import sys, time
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+{READY}
+first, second, out = map(Path, sys.argv[1:4])
+side = {{}}
+for shard in sorted(first.glob("*.safetensors")):
+    side |= {{name: tensor.clone() for name, tensor in load_file(shard).items()}}
+out.mkdir()
+for shard in sorted(second.glob("*.safetensors")):
+    mixed = {{n: ({1 - WEIGHT} * side[n] + {WEIGHT} * t).to(t.dtype) for n, t in load_file(shard).items()}}
+    save_file(mixed, out / shard.name)
+""",
+    "similarity": f"""
+import sys, time
+from pathlib import Path
+from thinkswitch_plugin.merging.similarity import report_similarity
+{READY}
+report_similarity(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+""",
+}
+MERGES = {
+    "floor: read both, write one, no more": ("floor", None),
+    "ours: thinkswitch merge": ("ours", "thinkswitch"),
+    "ours with mergekit's slerp": ("ours", "slerp"),
+    "mergekit-yaml, its defaults": ("mergekit", "slerp"),
+    "mergekit-yaml --async-write, 1B shards": ("async", "slerp"),
+    "the paper's way: one side in memory": ("paper", None),
+}
+
+
+def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of Qwen3-4B's tensors, with a number of layers."""
+    hidden, ffn, head = 2560, 9728, 128
+    yield "model.embed_tokens.weight", (151936, hidden)
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}."
+        yield from (
+            (prefix + name + ".weight", shape)
+            for name, shape in {
+                "input_layernorm": (hidden,),
+                "mlp.down_proj": (hidden, ffn),
+                "mlp.gate_proj": (ffn, hidden),
+                "mlp.up_proj": (ffn, hidden),
+                "post_attention_layernorm": (hidden,),
+                "self_attn.k_norm": (head,),
+                "self_attn.k_proj": (8 * head, hidden),
+                "self_attn.o_proj": (hidden, 32 * head),
+                "self_attn.q_norm": (head,),
+                "self_attn.q_proj": (32 * head, hidden),
+                "self_attn.v_proj": (8 * head, hidden),
+            }.items()
+        )
+    yield "model.norm.weight", (hidden,)
+
+
+def make_pair(folder: Path, layers: int) -> tuple[Path, Path]:
+    """Write the two checkpoints; random blocks are used again and again, shifted, to save time."""
+    generator = torch.Generator().manual_seed(0)
+    block, noise = (torch.randn(2**22 + 9, generator=generator) for _ in range(2))
+    pair = folder / "instruct", folder / "thinking"
+    for path, scale in zip(pair, (0.0, NOISE), strict=True):
+        writer = StreamingWriter(str(path), SHARD)
+        values = (0.02 * (block + scale * noise)).bfloat16()
+        for name, shape in shapes(layers):
+            count = torch.Size(shape).numel()
+            shift = hash(shape) % 1000
+            writer.save_tensor(name, values[shift:].repeat(count // (2**22 - 991) + 1)[:count].view(shape))
+        writer.finalize()
+        files.write_json(path / "config.json", {**CONFIG, "num_hidden_layers": layers})
+    return pair
+
+
+def write_configs(folder: Path, pair: tuple[Path, Path]) -> dict[str, Path]:
+    """The same interpolation for both methods."""
+    found = {}
+    for method, parameters in (("slerp", {"t": round(1 - WEIGHT, 12)}), ("thinkswitch", {"lambda": WEIGHT})):
+        models = [{"model": str(path)} for path in pair]
+        config = {"merge_method": method, "base_model": str(pair[1]), "models": models, "parameters": parameters}
+        files.write_yaml(folder / f"{method}.yaml", config)
+        found[method] = folder / f"{method}.yaml"
+    return found
+
+
+def evict(folder: Path) -> None:
+    """Drop a folder's files from the page cache."""
+    os.sync()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def run(code: str, *words: str | Path) -> dict[str, float]:
+    """Run one candidate to the end, its output on disk: seconds of imports, seconds of work, peak memory in GB."""
+    out = Path(words[2])
+    evict(out.parent)
+    started = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    peak = 0
+    status = Path(f"/proc/{process.pid}/status")
+    try:
+        while process.poll() is None:
+            text = status.read_text() if status.exists() else ""
+            for line in text.splitlines():
+                if line.startswith("RssAnon:"):
+                    peak = max(peak, int(line.split()[1]) * 1024)
+            time.sleep(0.02)
+    finally:
+        process.kill()
+    output, errors = process.communicate()
+    if process.returncode != 0:
+        sys.exit(f"bench-merge: a candidate failed:\n{errors[-3000:]}")
+    for file in out.glob("*"):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    ready = float(next(line for line in output.splitlines() if line.startswith("ready ")).split()[1])
+    return {"imports": ready - started, "seconds": time.monotonic() - ready, "gigabytes": peak / 1e9}
+
+
+def compare(left: Path, right: Path) -> dict[str, Any]:
+    """How two merged checkpoints differ: elements that do, those by more than one rounding unit, the largest."""
+    a, b = list_tensors(left), list_tensors(right)
+    assert a.keys() == b.keys()
+    unequal = total = beyond = 0
+    largest = 0.0
+    for name in a:
+        with safe_open(a[name].file, "pt") as one, safe_open(b[name].file, "pt") as other:
+            x, y = one.get_tensor(name).flatten(), other.get_tensor(name).flatten()
+        for p, q in zip(x.split(2**22), y.split(2**22), strict=True):
+            differ = p.view(torch.int16) != q.view(torch.int16)
+            if count := int(differ.sum()):
+                p, q = p[differ], q[differ]
+                unequal += count
+                largest = max(largest, float((p.float() - q.float()).abs().max()))
+                beyond += int(((p.view(torch.int16).int() - q.view(torch.int16).int()).abs() > 1).sum())
+        total += x.numel()
+    return {"elements": total, "unequal": unequal, "largest": largest, "beyond_one_unit": beyond}
+
+
+def measure(folder: Path, layers: int, rounds: int) -> dict[str, Any]:
+    """All candidates, round after round; the first round's outputs are compared."""
+    pair = make_pair(folder, layers)
+    configs = write_configs(folder, pair)
+    sigma = 0.0
+    taken: dict[str, list[dict[str, float]]] = {}
+    against: dict[str, Any] = {}
+    kept = folder / "mergekit"
+    for number in range(rounds):
+        # mergekit's defaults go first, since the others are compared with what they write
+        for name, (kind, method) in sorted(MERGES.items(), key=lambda entry: "defaults" not in entry[0]):
+            out = folder / "out"
+            options = ["--async-write", "--out-shard-size", "1B"] if kind == "async" else []
+            code = CODE["mergekit" if kind == "async" else kind]
+            taken.setdefault(name, []).append(run(code, *pair, out, configs[method] if method else "", *options))
+            if number == 0 and "defaults" in name:
+                out.replace(kept)
+            elif number == 0 and kind == "ours":
+                against[name] = compare(out, kept)
+            files.remove(out)
+        files.remove(kept)
+        for name in ("read", "similarity"):
+            taken.setdefault(name, []).append(run(CODE[name], *pair, folder / "out"))
+            if name == "similarity":
+                sigma = files.read_json(folder / "out" / "similarity.json")["sigma"]
+            files.remove(folder / "out")
+    figures = {
+        name: {key: round(statistics.median(r[key] for r in runs), 2) for key in runs[0]}
+        | {"all_seconds": [round(r["seconds"], 1) for r in runs]}
+        for name, runs in taken.items()
+    }
+    return {"layers": layers, "rounds": rounds, "sigma": round(sigma, 4), "candidates": figures, "against": against}
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the tables, and the same figures as one line of JSON."""
+    figures = result["candidates"]
+    print(
+        f"Two checkpoints of Qwen3-4B's shape ({result['layers']} layers, σ {result['sigma']}), from a cold page cache,"
+    )
+    print(f"until the output is on disk; medians of {result['rounds']} rounds:")
+    print(f"  {'':42} {'seconds':>8} {'× floor':>8} {'anonymous':>10}  {'imports':>8}  all rounds")
+    floor = figures[next(iter(MERGES))]["seconds"]
+    groups = (MERGES, {"read": 0, "similarity": 0})
+    for group in groups:
+        base = floor if group is MERGES else figures["read"]["seconds"]
+        for name in group:
+            f = figures[name]
+            title = {"read": "reading both once", "similarity": "thinkswitch similarity"}.get(name, name)
+            print(
+                f"  {title:42} {f['seconds']:6.1f} s {f['seconds'] / base:8.2f} {f['gigabytes']:7.2f} GB "
+                f"{f['imports']:7.1f} s  {f['all_seconds']}"
+            )
+    for name, found in result["against"].items():
+        print(
+            f"{name} beside mergekit's own: {found['unequal']} of {found['elements']} elements differ, "
+            f"by at most {found['largest']:.2g}; {found['beyond_one_unit']} by more than one rounding unit of bfloat16"
+        )
+    print(json.dumps(result))
+
+
+def main() -> None:
+    """Make the checkpoints, measure, remove them."""
+    parser = argparse.ArgumentParser(prog="bench-merge", description=__doc__)
+    parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=Path(), help="where a temporary folder is made")
+    options = parser.parse_args()
+    size = 2 * sum(torch.Size(shape).numel() for _, shape in shapes(options.layers))
+    free = shutil.disk_usage(options.folder).free
+    if free < 5 * size + SPARE:
+        sys.exit(
+            f"bench-merge: {options.folder.resolve()} has {free / 1e9:.0f} GB of free disk and "
+            f"{(5 * size + SPARE) / 1e9:.0f} GB are needed; use --folder, or --layers for a smaller shape."
+        )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed then too
+    with tempfile.TemporaryDirectory(prefix="bench-merge-", dir=options.folder) as temporary:
+        result = measure(Path(temporary).resolve(), options.layers, options.rounds)
+    show(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""`thinkswitch merge CONFIG OUT`: mergekit-yaml with our method and writer; OUT appears whole or not at all.
+
+Every local checkpoint of the config is checked first, from its headers. The merge goes to
+a folder beside OUT that takes the name at the end. NaN or infinity in an input is found
+while it is merged, from the sums of our method or in what is about to be written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import click
+import mergekit.io.tasks
+import mergekit.merge
+import torch
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from pydantic import ValidationError
+from safetensors import safe_open
+
+from thinkswitch_plugin import files
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.merging.compatibility import Allowances, list_tensors, require_all_compatible
+from thinkswitch_plugin.merging.config import check_config
+from thinkswitch_plugin.merging.kernel import all_finite, non_finite
+from thinkswitch_plugin.merging.method import register
+from thinkswitch_plugin.merging.readahead import ReadAheadExecutor
+from thinkswitch_plugin.merging.writer import NonFiniteOutputError, writer
+
+MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of <malloc.h>
+
+
+@click.command("thinkswitch merge", cls=PrettyPrintHelp)
+@click.argument("config_file", type=click.Path(path_type=Path))
+@click.argument("out_path", type=click.Path(path_type=Path))
+@add_merge_options  # type: ignore[untyped-decorator]
+def command(merge_options: MergeOptions, config_file: Path, out_path: Path) -> None:
+    """Merge as mergekit-yaml does, with the method `thinkswitch`, checks first and less memory."""
+    merge_options.apply_global_options()
+    merge(config_file, out_path, merge_options)
+
+
+def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
+    """Run a mergekit config.
+
+    Args:
+        config_file: any mergekit YAML; model folders in it are relative to the current folder.
+        out: the checkpoint folder to make; it may exist only if it is empty.
+        options: mergekit-yaml's own.
+
+    Raises:
+        ThinkSwitchError: the config, a checkpoint or OUT is not fit, or mergekit stopped; nothing is at OUT.
+    """
+    check_config(config_file)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ThinkSwitchError(f"{out} exists already; delete it or name another folder.")
+    register()
+    config = _read_config(config_file)
+    checkpoints = _local_checkpoints(config)
+    _check(config, checkpoints, options)
+    partial = files.temporary_sibling(out)
+    _return_big_blocks()
+    with _terminated_as_interrupt():
+        try:
+            files.remove(partial)
+            # mergekit writes the folder's own name into the model card.
+            built = partial / out.name
+            built.mkdir(parents=True)
+            with streaming():
+                mergekit.merge.run_merge(
+                    config, str(built), options=options, config_source=config_file.read_text(encoding="utf-8")
+                )
+            if out.is_dir():
+                out.rmdir()
+            built.replace(out)
+        except ThinkSwitchError:
+            raise
+        except NonFiniteOutputError as error:
+            raise ThinkSwitchError(_blame(error.name, checkpoints, config_file)) from error
+        except OSError as error:
+            raise ThinkSwitchError(f"{config_file}: the merge into {out} failed: {error}.") from error
+        except Exception as error:
+            raise ThinkSwitchError(f"{config_file}: mergekit stopped: {_sentence(error)}") from error
+        finally:
+            files.remove(partial)
+
+
+@contextmanager
+def streaming() -> Iterator[None]:
+    """Put our writer and our executor in the places of mergekit's, which has no option for either."""
+    names = mergekit.io.tasks.TensorWriter, mergekit.merge.Executor
+    mergekit.io.tasks.TensorWriter, mergekit.merge.Executor = writer, ReadAheadExecutor
+    try:
+        yield
+    finally:
+        mergekit.io.tasks.TensorWriter, mergekit.merge.Executor = names
+
+
+def _return_big_blocks() -> None:
+    # glibc raises its threshold as blocks are freed; mergekit's slerp then leaves a small tensor
+    # in every hole of its heap, which grows to several GB. A fixed threshold stops both.
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**20)
+
+
+@contextmanager
+def _terminated_as_interrupt() -> Iterator[None]:
+    def stop(_signal: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _read_config(path: Path) -> MergeConfiguration:
+    try:
+        return MergeConfiguration.model_validate(files.read_yaml(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ThinkSwitchError(f"{path}: {f'`{where}`: ' if where else ''}{first['msg']}.") from None
+    except RuntimeError as error:
+        raise ThinkSwitchError(f"{path}: {_sentence(error)}") from None
+
+
+def _local_checkpoints(config: MergeConfiguration) -> list[Path]:
+    """The folders that the config names, the base first; hub ids and adapters are left to mergekit."""
+    base = [config.base_model] if config.base_model else []
+    others = sorted((model for model in config.referenced_models() if model not in base), key=str)
+    found = []
+    for model in (*base, *others):
+        folder = Path(model.model.path)
+        if model.lora is None and folder.is_dir():
+            found.append(folder)
+        elif model.model.path.startswith((".", "/")) and not folder.is_dir():
+            raise ThinkSwitchError(f"{folder} does not exist; the merge config names it as a model.")
+    return found
+
+
+def _check(config: MergeConfiguration, checkpoints: list[Path], options: MergeOptions) -> None:
+    safe = [folder for folder in checkpoints if not any(folder.glob("pytorch_model*"))]
+    for folder in safe:
+        list_tensors(folder)
+    slices = [s for part in (config, *(config.modules or {}).values()) for s in part.slices or []]
+    stacked = any(len({source.layer_range for source in s.sources}) != 1 or len(s.sources) == 1 for s in slices)
+    if stacked or not safe:
+        return  # layers put together from unlike places: mergekit alone knows what must match
+    require_all_compatible(
+        safe,
+        Allowances(
+            architecture=bool(slices) or options.allow_crimes,
+            vocabulary=bool(config.tokenizer_source or config.tokenizer or options.unsafe_truncate_embeddings),
+            dtype=config.dtype is not None,
+        ),
+    )
+
+
+def _blame(name: str, checkpoints: list[Path], config_file: Path) -> str:
+    """Which input brought NaN or infinity into an output: the tensor of that name first, then all others."""
+    held = [(folder, list_tensors(folder)) for folder in checkpoints]
+    everything = [(folder, other, info) for folder, tensors in held for other, info in tensors.items()]
+    for folder, other, info in sorted(everything, key=lambda entry: entry[1] != name):
+        with safe_open(str(info.file), framework="pt") as handle:
+            tensor: torch.Tensor = handle.get_tensor(other)
+        if tensor.is_floating_point() and not all_finite(tensor):
+            return non_finite(folder, other)
+    return (
+        f"{config_file}: merging makes NaN or infinity in the tensor {name} though every input is finite; "
+        "use smaller weights or a wider dtype."
+    )
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"{text[:300].rstrip('.')}. (THINKSWITCH_DEBUG=1 shows where.)"
