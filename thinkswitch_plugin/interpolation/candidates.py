@@ -235,7 +235,7 @@ class CheckpointJudge:
         keys, engine = self.bench.evaluation, self.bench.engine_keys
         config, merged = out / "merge.yaml", self.bench.work / ".candidate"
         files.write_yaml(config, candidate.config)
-        files.remove(merged)
+        files.remove(merged)  # what a killed call left
         try:
             merge(config, merged, self.bench.work / "logs" / "merge.log")
             checkpoint.adopt_mode(self.bench.template, merged)

@@ -25,7 +25,10 @@ from mergekit.plan import MergePlanner
 from transformers import PreTrainedModel, set_seed
 
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.merging.kernel import all_finite
 from thinkswitch_plugin.merging.method import register
+from thinkswitch_plugin.merging.run import blame
+from thinkswitch_plugin.merging.writer import NonFiniteOutputError
 
 
 class ModelWriter:
@@ -36,15 +39,20 @@ class ModelWriter:
         self.written: set[str] = set()
 
     def save_tensor(self, name: str, tensor: torch.Tensor, clone: bool = False) -> None:
-        """Called by mergekit for every tensor. Raises `ThinkSwitchError` if it has no place or is not finite."""
+        """Called by mergekit for every tensor.
+
+        Raises:
+            ThinkSwitchError: the model has no parameter of that name and shape.
+            NonFiniteOutputError: the tensor holds NaN or infinity.
+        """
         parameter = self.parameters.get(name)
         if parameter is None or parameter.shape != tensor.shape:
             raise ThinkSwitchError(
                 f"The merged tensor {name} {list(tensor.shape)} has no place in the loaded model; "
                 "have the candidates written to disk instead: ENGINE=vllm."
             )
-        if not torch.isfinite(tensor).all():
-            raise ThinkSwitchError(f"The merged tensor {name} holds NaN or infinity; check both checkpoints.")
+        if not all_finite(tensor):
+            raise NonFiniteOutputError(name)
         with torch.no_grad():
             parameter.copy_(tensor)
         self.written.add(name)
@@ -86,9 +94,14 @@ def merge_into(model: PreTrainedModel, config: dict[str, Any], *, seed: int = 0)
     LoaderCache().setup(options=options)
     architecture = get_architecture_info(parsed, options)
     plan = MergePlanner(parsed, architecture, options=options, out_model_config=model.config).plan_to_disk("")
-    with writing_to(ModelWriter(model)):
-        for _ in Executor(plan, math_device=torch.device(device), storage_device=torch.device("cpu")).run(quiet=True):
-            pass
+    executor = Executor(plan, math_device=torch.device(device), storage_device=torch.device("cpu"))
+    try:
+        with writing_to(ModelWriter(model)):
+            for _ in executor.run(quiet=True):
+                pass
+    except NonFiniteOutputError as error:
+        folders = [Path(m.model.path) for m in parsed.referenced_models()]
+        raise ThinkSwitchError(blame(error.name, folders, f"{parsed.merge_method} in memory")) from None
 
 
 def transformer_layers(checkpoint: Path) -> int:

@@ -81,7 +81,7 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
         except ThinkSwitchError:
             raise
         except NonFiniteOutputError as error:
-            raise ThinkSwitchError(_blame(error.name, checkpoints, config_file)) from error
+            raise ThinkSwitchError(blame(error.name, checkpoints, config_file)) from error
         except OSError as error:
             raise ThinkSwitchError(f"{config_file}: the merge into {out} failed: {error}.") from error
         except Exception as error:
@@ -163,7 +163,7 @@ def _check(config: MergeConfiguration, checkpoints: list[Path], options: MergeOp
     )
 
 
-def _blame(name: str, checkpoints: list[Path], config_file: Path) -> str:
+def blame(name: str, checkpoints: list[Path], config_file: Path | str) -> str:
     """Which input brought NaN or infinity into an output: the tensor of that name first, then all others."""
     held = [(folder, list_tensors(folder)) for folder in checkpoints]
     everything = [(folder, other, info) for folder, tensors in held for other, info in tensors.items()]
