@@ -187,5 +187,5 @@ def similarity_picture(data: dict[str, Any]) -> Figure:
         step = max(1, len(layers) // 12)
         axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
     notes = [f"{n}: angle {v['angle']:.3g}, distance {v['distance']:.3g}" for n, v in sorted(outside.items())]
-    panels[-1].set_xlabel("layer" + (f"\nOutside the layers:  {';  '.join(notes)}" if notes else ""), fontsize=9)
+    panels[-1].set_xlabel("layer" + ("\n" + "\n".join(notes) if notes else ""), fontsize=9)
     return figure
