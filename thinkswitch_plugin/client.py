@@ -90,7 +90,7 @@ class Client:
                 if error.status_code < 500 and error.status_code not in (408, 409):
                     raise Unanswered(problem) from None
             except openai.APIConnectionError as error:
-                problem = f"connection lost ({error.__cause__ or error})"
+                problem = f"connection lost ({str(error.__cause__ or '') or type(error.__cause__ or error).__name__})"
             except (ValueError, RecursionError, openai.OpenAIError) as error:
                 problem = f"the server's answer is not JSON ({str(error)[:200]})"
             else:

@@ -119,9 +119,9 @@ def generate(
             room = min(max(budget, retry_max_tokens or 0) + PROMPT_ROOM, context_length(checkpoint))
             with serving(engine, checkpoint, keys, log, max_len=room) as server, keep.progress(title):
                 asyncio.run(_answer_from_server(rows, keep, server, checkpoint, keys, retry_max_tokens))
-    if report.failed * 2 > report.answered + report.failed:
+    if report.failed * 2 > report.requests:
         raise ThinkSwitchError(
-            f"{report.failed} of {report.answered + report.failed} requests failed; the last: {keep.last_problem}. "
+            f"{report.failed} of {report.requests} requests failed; the last: {keep.last_problem}. "
             "Answers so far are kept; run the same command again to ask the others."
         )
     return report
