@@ -13,7 +13,6 @@ import os
 import time
 from typing import Any
 
-import httpx
 import openai
 
 from thinkswitch_plugin import batch, files
@@ -23,6 +22,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 8.0
+Limits = type(openai.DEFAULT_CONNECTION_LIMITS)  # of whichever HTTP library this openai is built on
 TIME_OUTS = 2  # a stalled connection deserves a second try, a prompt that is too long no more
 
 
@@ -39,10 +39,10 @@ class Client:
         self.openai = openai.AsyncOpenAI(
             base_url=server.base_url,
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
-            timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),  # `ask` bounds the whole answer
+            timeout=openai.Timeout(None, connect=CONNECT_SECONDS),  # `ask` bounds the whole answer
             http_client=openai.DefaultAsyncHttpxClient(
                 # On a connection of its own an answer cannot be taken for that of the next prompt.
-                limits=httpx.Limits(max_keepalive_connections=0),
+                limits=Limits(max_keepalive_connections=0),
                 trust_env=not on_loopback(server.base_url),  # a proxy cannot reach our loopback
             ),
         )
