@@ -14,6 +14,7 @@ import yaml
 
 from thinkswitch_plugin.errors import ThinkSwitchError
 
+READ_BUFFER = 2**20  # lines are longer than the 8 kB of the default
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -103,7 +104,7 @@ def read_jsonl(path: Path, *, torn_end: bool = False) -> Iterator[tuple[int, dic
         ThinkSwitchError: the file cannot be read, or a line is broken; named by file and line.
     """
     try:
-        handle = path.open("rb")
+        handle = path.open("rb", buffering=READ_BUFFER)
     except OSError as error:
         raise unreadable(path, error) from None
     with handle:
@@ -112,7 +113,7 @@ def read_jsonl(path: Path, *, torn_end: bool = False) -> Iterator[tuple[int, dic
                 line = line.removeprefix(BYTE_ORDER_MARK)
             if torn_end and not line.endswith(b"\n"):
                 return
-            if line.strip():
+            if line and not line.isspace():
                 yield number, parse_line(line, path, number)
 
 

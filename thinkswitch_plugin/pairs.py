@@ -104,7 +104,7 @@ def build_pairs(
     opened = {request["custom_id"]: batch.opens_trace(request) for _, request in batch.read_requests(requests)}
     with tempfile.TemporaryFile(dir=_spill_folder(generations)) as spill:
         stored = _read_generations(generations, opened, spill, report)
-        rows = (request for _, request in batch.read_requests(requests))
+        rows = (request for _, request in files.read_jsonl(requests))
         for _, group in itertools.groupby(rows, key=batch.prompt_id):
             members = list(group)
             report.prompts += 1
