@@ -30,8 +30,6 @@ export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY RUN MODEL CONTROL PRICE_PER_HO
 export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS
 export OMP_NUM_THREADS ?= $(shell nproc)
 export HF_HUB_DISABLE_TELEMETRY := 1
-# Code that transformers and bitsandbytes would fetch from the hub at run time stays away, unless asked for.
-export USE_HUB_KERNELS ?= NO
 ifeq ($(DOMAIN),arithmetic)
 # The embedded domain needs no hub, and nothing may be fetched at run time.
 export HF_HUB_OFFLINE ?= 1

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from thinkswitch_plugin import __version__
-from thinkswitch_plugin.console import hush_engines
+from thinkswitch_plugin.console import fetch_no_code, hush_engines
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -45,6 +45,7 @@ def main() -> None:
     `make iterate DOMAIN=…` runs these stages in order; each can be run by itself.
     """
     hush_engines()
+    fetch_no_code()
 
 
 def iteration_stage(name: str, **options: Any) -> Callable[[F], click.Command]:
