@@ -47,6 +47,7 @@ RUN = {
 }
 NO_PERMISSION = "no permission"
 FOLDER = "a folder"
+BINARY = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def forms() -> Iterator[Form]:
     yield prompts("empty", b"", "has only 0 prompts")
     yield prompts("a folder in its place", FOLDER, "prompts.jsonl is a folder")
     yield prompts("no permission", NO_PERMISSION, "no permission")
-    yield prompts("binary", bytes(range(256)), "line 1: not UTF-8 text")
+    yield prompts("binary", BINARY, "line 1: not UTF-8 text")
     yield prompts("UTF-16", GOOD.decode().encode("utf-16"), "line 1: not UTF-8 text")
     yield prompts("Latin-1", b'{"prompt": "a"}\n{"prompt": "\xe9"}\n', "line 2: not UTF-8 text")
     yield prompts("JSON instead of JSON lines", b'[\n{"prompt": "a"}\n]\n', "line 1: not valid JSON")
@@ -170,7 +171,7 @@ def forms() -> Iterator[Form]:
     yield recipe("empty", b"", "expected a YAML mapping")
     yield recipe("a folder in its place", FOLDER, "no recipe recipes/mine.yaml")
     yield recipe("no permission", NO_PERMISSION, "no permission")
-    yield recipe("binary", bytes(range(256)), "not UTF-8 text")
+    yield recipe("binary", BINARY, "not UTF-8 text")
     yield recipe("UTF-16", RECIPE.encode("utf-16"), "not UTF-8 text")
     yield recipe("a tab", RECIPE.replace("  domain", "\tdomain"), "line 7: found character '.t'")
     yield recipe("bracket not closed", RECIPE.replace("count: 2}", "count: 2"), r"line 10: ")
@@ -207,17 +208,24 @@ def forms() -> Iterator[Form]:
 
     yield merge_config("empty", b"", "merge.yaml: expected a YAML mapping")
     yield merge_config("a folder in its place", FOLDER, "merge.yaml is a folder")
-    yield merge_config("binary", bytes(range(256)), "not UTF-8 text")
+    yield merge_config("binary", BINARY, "not UTF-8 text")
     yield merge_config("λ missing", MERGE, "`parameters.lambda` is missing")
     yield merge_config("λ not a number", MERGE + "parameters: {lambda: .nan}\n", "`lambda` is nan; use a finite number")
     yield merge_config("unknown parameter", MERGE + "parameters: {lamda: 0.5}\n", "`lamda` is no parameter")
-    yield merge_config("parameters of another type", MERGE + "parameters: [1]\n", "merge.yaml")
-    yield merge_config("slices of another type", MERGE + "slices: 5\n", "merge.yaml")
-    yield merge_config("unknown method", MERGE.replace("thinkswitch", "slurp"), "merge.yaml")
+    yield merge_config(
+        "parameters of another type", MERGE + "parameters: [1]\n", "`parameters` must be a mapping, found list"
+    )
+    yield merge_config("slices of another type", MERGE + "slices: 5\n", "`slices` must be a list, found int")
+    yield merge_config(
+        "model missing", MERGE.replace("- model: ./thinking", "- weight: 1"), r"`models\[1\].model` is missing"
+    )
+    yield merge_config(
+        "unknown method", MERGE.replace("thinkswitch", "slurp"), "has no `merge_method` 'slurp'; it has arcee_fusion"
+    )
 
     yield stage("requests", "empty", b"", "holds no complete answer")
     yield stage("requests", "a folder in its place", FOLDER, "requests.jsonl is a folder")
-    yield stage("requests", "binary", bytes(range(256)), "line 1: not UTF-8 text")
+    yield stage("requests", "binary", BINARY, "line 1: not UTF-8 text")
     yield stage("requests", "id missing", lines({"body": {}}), "line 1: `custom_id` is missing")
     yield stage(
         "requests", "id twice", lines(request(), request()), "line 2: the `custom_id` 'p0-s0' is that of line 1"
@@ -267,7 +275,7 @@ def forms() -> Iterator[Form]:
     )
     yield stage("generations", "empty", b"", "holds no complete answer .*2 not_generated")
     yield stage("generations", "a folder in its place", FOLDER, "generations.jsonl is a folder")
-    yield stage("generations", "binary", bytes(range(256)), "line 1: not UTF-8 text")
+    yield stage("generations", "binary", BINARY, "line 1: not UTF-8 text")
     yield stage("generations", "broken line", lines(answer()) + b"not json\n", "line 2: not valid JSON")
     yield stage(
         "generations", "id of another type", lines({"custom_id": 7}), "line 1: `custom_id` is missing or not text"
@@ -276,11 +284,13 @@ def forms() -> Iterator[Form]:
         "generations", "lone surrogate", lines(answer()).replace(b"5", b"\\ud83d"), "line 1: not valid JSON .*surrogate"
     )
 
-    yield outputs("byte-order mark and CRLF", b'\xef\xbb\xbf{"raw": "55", "gold": "055"}\r\n', "correct *1", works=True)
+    yield outputs(
+        "byte-order mark and CRLF", b'\xef\xbb\xbf{"raw": "55", "gold": "055"}\r\n', r"correct \| 1", works=True
+    )
     yield outputs("empty", b"", "holds no rows")
     yield outputs("a folder in its place", FOLDER, "outputs.jsonl is a folder")
     yield outputs("no permission", NO_PERMISSION, "no permission")
-    yield outputs("binary", bytes(range(256)), "line 1: not UTF-8 text")
+    yield outputs("binary", BINARY, "line 1: not UTF-8 text")
     yield outputs("fields missing", b'{"gold": "5"}\n', "line 1: the row has none of `raw`")
     yield outputs("field of another type", b'{"raw": 7}\n', "line 1: `raw` must be text, found int")
     yield outputs("lone surrogate", b'{"raw": "\\ud83d"}\n', "line 1: not valid JSON .*surrogate")

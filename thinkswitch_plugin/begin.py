@@ -10,6 +10,7 @@ from thinkswitch_plugin.args import resolve_seed
 from thinkswitch_plugin.domain import prompts_of_iteration
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import uses_server
+from thinkswitch_plugin.merge_shape import check_shape
 from thinkswitch_plugin.merging.config import check_config, set_lambda
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.run import Hashes, Run, forget_stale, locked, settings_file
@@ -100,6 +101,7 @@ def _check_files(run: Run) -> None:
 def _check_merge_config(run: Run) -> None:
     keys = run.recipe.keys.rebuild
     config = Path(keys.config)
+    check_shape(config)
     check_config(config)
     for weight in (keys.lambda_, *keys.lambda_steps):
         set_lambda(files.read_yaml(config), weight, config)

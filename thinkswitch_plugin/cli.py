@@ -19,7 +19,7 @@ from thinkswitch_plugin.console import fetch_no_code, hush_engines
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 F = TypeVar("F", bound=Callable[..., Any])
-FOLDER = click.Path(path_type=Path)
+FOLDER = click.Path(path_type=Path, readable=False)  # whether it can be read is said in our own words
 OVERLAY = click.option("--overlay", default="", help="Overlays put on the recipe: names or paths, by spaces.")
 
 
@@ -303,18 +303,36 @@ def judge_merges(name: str, weight: str, configs: tuple[Path, ...], **options: A
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def merge(arguments: tuple[str, ...]) -> None:
     """mergekit-yaml with the method `thinkswitch` known to it; takes the same options."""
+    from thinkswitch_plugin.merge_shape import check_shape
     from thinkswitch_plugin.merging.config import check_config
 
-    for argument in arguments:
-        if argument.endswith((".yaml", ".yml")):
-            check_config(Path(argument))
-            break
+    config = next((Path(a) for a in arguments if a.endswith((".yaml", ".yml"))), None)
+    if config is not None:
+        check_shape(config)
+        check_config(config)
+    from mergekit.merge_methods import registry
     from mergekit.scripts.run_yaml import main as mergekit_yaml
 
+    from thinkswitch_plugin.files import read_yaml
     from thinkswitch_plugin.merging.method import register
 
     register()
-    mergekit_yaml.main(args=list(arguments), prog_name="thinkswitch merge", standalone_mode=False)
+    if config is not None:
+        known = {method.spec.name for method in registry.registered_methods()}
+        method = read_yaml(config)["merge_method"]
+        if method not in known:
+            raise ThinkSwitchError(
+                f"{config}: mergekit has no `merge_method` {method!r}; it has {', '.join(sorted(known))}."
+            )
+    try:
+        mergekit_yaml.main(args=list(arguments), prog_name="thinkswitch merge", standalone_mode=False)
+    except (click.ClickException, click.exceptions.Exit, click.Abort):
+        raise
+    except Exception as error:  # mergekit finds what is wrong with a config or a checkpoint deep inside
+        if os.environ.get("THINKSWITCH_DEBUG"):
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ThinkSwitchError(f"{config}: mergekit stopped: {reason}") from None
 
 
 if __name__ == "__main__":
