@@ -71,21 +71,27 @@ def write_files(folder: Path, count: int, size: int) -> None:
             )
 
 
-def watched(code: str, folder: Path) -> tuple[float, list[float], str]:
-    """Seconds, resident megabytes every tenth of a second, and the output of a Python process."""
-    started, memory = time.monotonic(), []
-    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True) as process:
+def watched(code: str, folder: Path) -> tuple[float, list[float], float, str]:
+    """Seconds, resident megabytes every tenth of a second and at their peak, and the output of a Python process."""
+    memory: list[float] = []
+    with (folder / "output").open("w+") as output:
+        started = time.monotonic()
+        process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=output)
         status = Path(f"/proc/{process.pid}/statm")
-        while process.poll() is None:
-            try:
-                memory.append(int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6)
-            except (OSError, IndexError):
+        while True:
+            ended, code_of_exit, usage = os.wait4(process.pid, os.WNOHANG)
+            if ended:
                 break
+            memory.append(int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6)
             time.sleep(0.1)
-        output = process.stdout.read() if process.stdout else ""
+        seconds = time.monotonic() - started
+        process.returncode = os.waitstatus_to_exitcode(code_of_exit)
+        output.seek(0)
+        text = output.read().strip()
+    (folder / "output").unlink()
     if process.returncode:
         raise SystemExit(f"bench-pairs: the process failed with exit code {process.returncode}")
-    return time.monotonic() - started, memory, output.strip()
+    return seconds, memory, usage.ru_maxrss * 1024 / 1e6, text
 
 
 def measure(count: int, size: int, folder: Path, rounds: int = 3) -> dict[str, Any]:
@@ -95,15 +101,14 @@ def measure(count: int, size: int, folder: Path, rounds: int = 3) -> dict[str, A
         raise SystemExit(f"bench-pairs: {needed / 1e9:.1f} GB of free disk are needed in {folder}; set TMPDIR.")
     write_files(folder, count, size)
     weight = (folder / "generations.jsonl").stat().st_size
-    alone, ours, memory = [], [], []
+    alone, ours, last, peaks = list[float](), list[float](), list[float](), list[float]()
     for _ in range(rounds):
         alone.append(watched(ALONE, folder)[0])
-        seconds, resident, output = watched(PAIRS, folder)
+        seconds, last, peak, output = watched(PAIRS, folder)
         ours.append(seconds)
-        memory.append(resident)
+        peaks.append(peak)
     kept, samples, dropped = (int(n) for n in output.split())
-    last = memory[-1]
-    half = last[len(last) // 5 : len(last) // 2], last[len(last) // 2 :]
+    middle, end = last[len(last) // 2 : len(last) // 2 + 3], last[-3:]
     return {
         "generations": count,
         "megabytes": round(weight / 1e6),
@@ -113,10 +118,8 @@ def measure(count: int, size: int, folder: Path, rounds: int = 3) -> dict[str, A
         "seconds, pairs": round(statistics.median(ours), 2),
         "ratio": round(statistics.median(ours) / statistics.median(alone), 2),
         "MB a second, pairs": round(weight / 1e6 / statistics.median(ours)),
-        "peak MB": round(max(max(m) for m in memory)),
-        "MB grown from the first to the second half": round(statistics.mean(half[1]) - statistics.mean(half[0]), 1)
-        if all(half)
-        else 0.0,
+        "peak MB": round(max(peaks)),
+        "MB, half-way and at the end": [round(statistics.median(part or [0])) for part in (middle, end)],
     }
 
 
