@@ -35,6 +35,11 @@ class Group(click.Group):
                 raise
             click.echo(f"thinkswitch: {error}", err=True)
             ctx.exit(1)
+        except OSError as error:
+            if os.environ.get("THINKSWITCH_DEBUG") or isinstance(error, BrokenPipeError):
+                raise
+            click.echo(f"thinkswitch: {error.filename or 'a file'}: {error.strerror or error}.", err=True)
+            ctx.exit(1)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -291,6 +296,8 @@ def judge_merges(name: str, weight: str, configs: tuple[Path, ...], **options: A
 
     chosen = parse_weights(weight)[0] if weight.strip() else None
     subject, sampling, template = _subject(options)
+    if Path(name).name != name:
+        raise click.UsageError(f"--name {name}: give a name, not a path.")
     if len(sampling) > 1:
         raise click.UsageError("--sampling: give one setting here.")
     judge_configs(subject, name, configs, chosen, sampling[0], template)

@@ -50,7 +50,7 @@ def repair(path: Path) -> set[str]:
                 break
             keep += len(line)
             if line.strip():
-                row = files.parse_line(line, path, number)
+                row = files.parse_line(line.removeprefix(files.BYTE_ORDER_MARK), path, number)
                 if row.get("error"):
                     drop_failures = True
                 else:
