@@ -157,19 +157,19 @@ def forms() -> Iterator[Form]:
     yield prompts("CSV, empty", b"", "is no CSV file", suffix="csv")
     yield prompts("CSV, a row too long", b"prompt\na\nb,c\n", "is no CSV file: .*Expected 1 columns", suffix="csv")
     yield prompts("CSV, Latin-1", b"prompt,n\n\xe9,1\nb,2\n", "`prompt` holds bytes that are not UTF-8", suffix="csv")
-    yield prompts("CSV, column missing", b"promt\na\nb\n", "line 1: .*'prompt' is undefined", suffix="csv")
+    yield prompts("CSV, column missing", b"promt\na\nb\n", "row 1: .*'prompt' is undefined", suffix="csv")
     yield prompts("Parquet as it should be", table("parquet", {"prompt": ["a", "b"]}), suffix="parquet", works=True)
     yield prompts("Parquet, empty", b"", "is no PARQUET file", suffix="parquet")
     yield prompts("Parquet, cut", table("parquet", {"prompt": ["a", "b"]})[:-9], "is no PARQUET file", suffix="parquet")
     yield prompts("Parquet, numbers", table("parquet", {"prompt": [1, 2]}), "`prompt` must be text", suffix="parquet")
     yield prompts(
-        "Parquet, null", table("parquet", {"prompt": ["a", None]}), "line 2: `prompt` must be", suffix="parquet"
+        "Parquet, null", table("parquet", {"prompt": ["a", None]}), "row 2: `prompt` must be", suffix="parquet"
     )
 
     yield recipe("byte-order mark", b"\xef\xbb\xbf" + RECIPE.encode(), works=True)
     yield recipe("CRLF", RECIPE.replace("\n", "\r\n"), works=True)
     yield recipe("empty", b"", "expected a YAML mapping")
-    yield recipe("a folder in its place", FOLDER, "no recipe recipes/mine.yaml")
+    yield recipe("a folder in its place", FOLDER, "recipes/mine.yaml is a folder")
     yield recipe("no permission", NO_PERMISSION, "no permission")
     yield recipe("binary", BINARY, "not UTF-8 text")
     yield recipe("UTF-16", RECIPE.encode("utf-16"), "not UTF-8 text")
@@ -223,7 +223,7 @@ def forms() -> Iterator[Form]:
         "unknown method", MERGE.replace("thinkswitch", "slurp"), "has no `merge_method` 'slurp'; it has arcee_fusion"
     )
 
-    yield stage("requests", "empty", b"", "holds no complete answer")
+    yield stage("requests", "empty", b"", "requests.jsonl holds no requests")
     yield stage("requests", "a folder in its place", FOLDER, "requests.jsonl is a folder")
     yield stage("requests", "binary", BINARY, "line 1: not UTF-8 text")
     yield stage("requests", "id missing", lines({"body": {}}), "line 1: `custom_id` is missing")

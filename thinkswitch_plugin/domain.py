@@ -81,7 +81,8 @@ def _rows(keys: PromptKeys, seed: int) -> tuple[Iterator[tuple[str, int, dict[st
     commit = None
     if keys.path is not None:
         path = Path(resolve_seed(keys.path, seed))
-        rows = ((f"{path}, line {number}", number, row) for number, row in sources.read_file(path))
+        unit = "line" if path.suffix == ".jsonl" else "row"
+        rows = ((f"{path}, {unit} {number}", number, row) for number, row in sources.read_file(path))
     else:
         dataset, commit = sources.load_hub(str(keys.hub), keys.config, keys.split, keys.revision)
         rows = ((f"{keys.hub}, row {number}", number, row) for number, row in enumerate(dataset, 1))

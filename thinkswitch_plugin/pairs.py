@@ -102,6 +102,8 @@ def build_pairs(
     if not generations.exists():
         raise ThinkSwitchError(f"{generations} does not exist; generate it first.")
     opened = {request["custom_id"]: batch.opens_trace(request) for _, request in batch.read_requests(requests)}
+    if not opened:
+        raise ThinkSwitchError(f"{requests} holds no requests; delete it and run the stage `requests` again.")
     with tempfile.TemporaryFile(dir=_spill_folder(generations)) as spill:
         stored = _read_generations(generations, opened, spill, report)
         rows = (request for _, request in files.read_jsonl(requests))

@@ -33,6 +33,8 @@ def recipe_path(domain: str) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", domain):
         raise ThinkSwitchError(f"DOMAIN={domain!r} is not a domain name; use letters, digits, `-` and `_`.")
     path = RECIPES / f"{domain}.yaml"
+    if path.is_dir():
+        raise ThinkSwitchError(f"{path} is a folder; a file is expected there.")
     if not path.is_file():
         known = sorted(p.stem for p in RECIPES.glob("*.yaml") if ".overlay" not in p.name)
         close = difflib.get_close_matches(domain, known, n=1)

@@ -45,7 +45,7 @@ def read_file(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 table = parquet.read_table(handle)
     except pyarrow.ArrowException as error:
         raise ThinkSwitchError(
-            f"{path} is no {path.suffix[1:].upper()} file: {str(error).splitlines()[0][:200]}."
+            f"{path} is no {path.suffix[1:].upper()} file: {str(error).splitlines()[0][:200].rstrip('.')}."
         ) from None
     except UnicodeDecodeError:
         raise ThinkSwitchError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
