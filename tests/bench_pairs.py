@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -72,26 +72,24 @@ def write_files(folder: Path, count: int, size: int) -> None:
 
 
 def watched(code: str, folder: Path) -> tuple[float, list[float], float, str]:
-    """Seconds, resident megabytes every tenth of a second and at their peak, and the output of a Python process."""
-    memory: list[float] = []
-    with (folder / "output").open("w+") as output:
-        started = time.monotonic()
-        process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=output)
-        status = Path(f"/proc/{process.pid}/statm")
-        while True:
-            ended, code_of_exit, usage = os.wait4(process.pid, os.WNOHANG)
-            if ended:
-                break
-            memory.append(int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6)
-            time.sleep(0.1)
+    """Seconds, resident megabytes at intervals and at their peak, and the output of a Python process."""
+    memory, peak = list[float](), 0.0
+    started = time.monotonic()
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            found = {
+                name: int(kilobytes) * 1024 / 1e6 for name, kilobytes in re.findall(r"(VmHWM|VmRSS):\s+(\d+)", status)
+            }
+            if found:  # the kernel's own high-water mark; a process that is ending has none
+                memory.append(found["VmRSS"])
+                peak = max(peak, found["VmHWM"])
+            time.sleep(0.05)
         seconds = time.monotonic() - started
-        process.returncode = os.waitstatus_to_exitcode(code_of_exit)
-        output.seek(0)
-        text = output.read().strip()
-    (folder / "output").unlink()
+        text = process.stdout.read().strip() if process.stdout else ""
     if process.returncode:
         raise SystemExit(f"bench-pairs: the process failed with exit code {process.returncode}")
-    return seconds, memory, usage.ru_maxrss * 1024 / 1e6, text
+    return seconds, memory, peak, text
 
 
 def measure(count: int, size: int, folder: Path, rounds: int = 3) -> dict[str, Any]:
