@@ -57,8 +57,8 @@ MATHS = (
 
 def completion_text(draw: random.Random) -> str:
     """A trace with SECRETs, mostly closed, and an answer without."""
-    trace = "".join(draw.choice((SECRET, *FILLERS, *OPENINGS[:1])) for _ in range(draw.randrange(5)))
-    answer = "".join(draw.choice((*FILLERS, "5", "7", *CONTROL[:2])) for _ in range(draw.randrange(4)))
+    trace = "".join(whole([draw.choice((SECRET, *FILLERS, *OPENINGS[:1])) for _ in range(draw.randrange(5))]))
+    answer = "".join(whole([draw.choice((*FILLERS, "5", "7", *CONTROL[:2])) for _ in range(draw.randrange(4))]))
     return draw.choice(
         (trace, trace + draw.choice(CLOSINGS) + answer, trace + CLOSINGS[0] + SECRET + CLOSINGS[1] + answer)
     )
@@ -100,7 +100,7 @@ def split_input(draw: random.Random, folder: Path) -> None:
 
 
 def whole(pieces: list[str]) -> list[str]:
-    """`pieces` with a space where two fillers would meet and make up a tag."""
+    """`pieces` with a digit where two fillers would meet and might make up a tag."""
     spaced: list[str] = []
     for piece in pieces:
         if spaced and spaced[-1] in FILLERS and piece in FILLERS:

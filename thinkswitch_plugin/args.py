@@ -159,7 +159,7 @@ class EvaluationKeys(_Keys):
 class ThinkSwitchKeys(_Keys):
     """Everything under `thinkswitch:`."""
 
-    domain: str = Field(description="Name of the domain, the same as the recipe's file name.")
+    domain: str = Field(min_length=1, description="Name of the domain, the same as the recipe's file name.")
     needs: NeedKeys = NeedKeys()  # type: ignore[call-arg]
     pair: PairKeys
     prompts: PromptKeys

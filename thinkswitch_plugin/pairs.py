@@ -64,7 +64,7 @@ class PairReport:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Stored:
     """What a stored line comes to; a whole answer lies in the spill at `start`, `length` bytes long."""
 
