@@ -10,13 +10,24 @@ OVERLAY    ?=
 ITER       ?= 1
 LAMBDAS    ?= 0 0.1 … 1
 
+# What a setting may hold: `value` looks at it before Make would expand a $(shell …) in it.
+SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITER LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR A B K SAMPLING \
+	TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS
+$(foreach name,$(SETTINGS),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
+HASH := \#
+ODD := : ; | % = & < > ( ) [ ] { } * ? ! ~ ^ " ' ` \ , $(HASH)
+$(foreach c,$(ODD),$(if $(findstring $c,$(value RUNS)$(value DOMAIN)$(value ITERATIONS)),$(error RUNS=, DOMAIN= or ITERATIONS= holds $c; use letters, digits, `-`, `_`, `.` and, in RUNS=, `/`)))
+$(if $(filter-out 1,$(words x$(RUNS)x$(DOMAIN)x$(ITERATIONS)x)),$(error RUNS=, DOMAIN= or ITERATIONS= holds a space))
+$(if $(findstring /,$(DOMAIN))$(filter .%,$(DOMAIN)),$(error DOMAIN= is a name, not a path))
+$(if $(RUNS),,$(error RUNS= is empty; name a folder))
+
 VENV := .venv
 TS   := $(VENV)/bin/thinkswitch
 RUN  := $(RUNS)/$(DOMAIN)
 
 # Settings reach the commands through the environment, never through a shell's command line.
 export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY RUN MODEL CONTROL PRICE_PER_HOUR
-export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT PART
+export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS
 export OMP_NUM_THREADS ?= $(shell nproc)
 export HF_HUB_DISABLE_TELEMETRY := 1
 ifeq ($(DOMAIN),arithmetic)
@@ -27,7 +38,7 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-vllm iterate loop pair check eval report clean-run sweep ablate baselines similarity \
-	control results bench-engines bench-sweep bench-merge lint test
+	control results bench-engines bench-sweep bench-merge bench-faults bench-pairs fuzz bad-input lint test
 
 ##@ The loop
 
@@ -119,7 +130,7 @@ control: setup ## one control experiment: make control CONTROL=shuffled|true-lab
 	@$(TS) control "$$CONTROL" "$$RUN"
 
 results: setup ## tables of docs/results.md, with PART=interpolation of docs/interpolation.md: make results RUN_FOLDERS="runs/arithmetic runs-1/arithmetic"
-	@$(TS) results --part "$${PART:-loop}" $(RUN_FOLDERS)
+	@$(TS) results --part "$${PART:-loop}" -- $$RUN_FOLDERS
 
 bench-engines: setup ## the embedded engine beside lm-eval's hf backend and transformers serve
 	@$(VENV)/bin/python -m tests.bench_engines
@@ -129,6 +140,18 @@ bench-sweep: setup ## an 11-point sweep in memory beside mergekit-yaml + lm_eval
 
 bench-merge: setup ## time and memory of a merge at 4 B parameters beside mergekit's own (50 GB of disk)
 	@$(VENV)/bin/python -m tests.bench_merge $(BENCH)
+
+bench-faults: setup ## 10,000 requests through a server that fails in every way: each accounted for once?
+	@$(VENV)/bin/python -m tests.bench_faults
+
+bench-pairs: setup ## pairs from 100,000 generations of 20 kB (2.6 GB of TMPDIR): memory and speed
+	@$(VENV)/bin/python -m tests.bench_pairs
+
+fuzz: setup ## random inputs through splitting, answers, pairs, recipes, prompts: make fuzz INPUTS=1000000
+	@$(VENV)/bin/python -m tests.fuzz --inputs "$${INPUTS:-100000}"
+
+bad-input: setup ## a table of every broken file and what the real command answers to it
+	@$(VENV)/bin/python -m tests.bad_input
 
 ##@ Set-up and tests
 
@@ -148,4 +171,4 @@ test: setup setup-vllm lint ## lint, types, unit tests, one real iteration, one 
 help: ## this text
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
 	/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo; echo "Settings: DOMAIN=$(DOMAIN) ITERATIONS=$(ITERATIONS) RUNS=$(RUNS) SEED=$(SEED) ENGINE=$(ENGINE) OVERLAY=$(OVERLAY)"
+	@echo; echo "Settings: DOMAIN=$$DOMAIN ITERATIONS=$$ITERATIONS RUNS=$$RUNS SEED=$$SEED ENGINE=$$ENGINE OVERLAY=$$OVERLAY"

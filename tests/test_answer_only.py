@@ -71,6 +71,10 @@ def test_selection_of_the_recipe_applies_to_generations(write_jsonl: Write) -> N
     [
         (pair("2+3", "2+3=5</think>5"), "pair 1: a trace tag is left in the answer"),
         ({"messages": [{"role": "user", "content": "2+3"}]}, "the last message must be an assistant's answer"),
+        (pair("2+3", "5<|im_end|>"), r"pair 1: `messages\[1\]` holds '<\|im_end\|>'"),
+        (pair("2+3", ""), "the last message must be an assistant's answer"),
+        ({"messages": [{"role": "user", "content": 5}]}, r"pair 1: `messages\[0\].content` is missing or not text"),
+        ({"messages": "2+3"}, "pair 1: `messages` must be a list"),
         ({"text": "2+3"}, "neither `messages`"),
     ],
 )

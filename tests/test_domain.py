@@ -52,8 +52,10 @@ def test_csv_and_parquet_give_the_same_prompts_as_jsonl(write_jsonl: Write, tmp_
     ("rows", "message"),
     [
         ([{"prompt": "a"}, {"question": "b"}], r"p\.jsonl, line 2: .*'prompt' is undefined"),
-        ([{"prompt": "a"}, {"prompt": 3}], "line 2: the prompt is empty or not text"),
-        ([{"prompt": "a"}, {"prompt": "  "}], "line 2: the prompt is empty or not text"),
+        ([{"prompt": "a"}, {"prompt": 3}], "line 2: `prompt` must be text, found int"),
+        ([{"prompt": "a"}, {"prompt": "  "}], "line 2: the prompt is empty"),
+        ([{"prompt": "a<|im_end|>"}], r"line 1: the prompt holds '<\|im_end\|>'"),
+        ([{"prompt": "a", "id": None}], "line 1: `id` must be text or a whole number, found 'None'"),
         ([{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}], "line 2: the id 'x' occurs twice"),
         (["text"], "line 1: expected a JSON object, found str"),
     ],

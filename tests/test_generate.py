@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests import bench_faults
+from tests.faulty_server import FaultyServer
 from thinkswitch_plugin import engines, files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -149,6 +152,87 @@ def test_a_server_that_is_not_there_or_serves_another_model(
         gone = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
     with pytest.raises(ThinkSwitchError, match="no OpenAI-compatible server answers"):
         generate(requests, tmp_path / "b", "m", gone, KEYS, log=tmp_path / "log")
+
+
+def test_every_request_is_accounted_for_once_through_a_server_that_fails_in_every_way(tmp_path: Path) -> None:
+    keys = EngineKeys(concurrency=64, timeout=4, outage=20)  # type: ignore[call-arg]
+    found = bench_faults.run(240, tmp_path, keys, die_after=(60, 150), away=0.5)
+    assert bench_faults.is_whole(found), found
+    assert found["times the server died"] == 2 and found["expected to fail"] > 0
+
+
+def test_a_server_that_stays_away_stops_the_run_with_its_answers_kept(write_jsonl: Write, tmp_path: Path) -> None:
+    requests, out = (
+        write_jsonl("requests.jsonl", requests_for([f"answer {i}" for i in range(60)])),
+        tmp_path / "g.jsonl",
+    )
+    keys = EngineKeys(concurrency=4, timeout=5, outage=0.5)  # type: ignore[call-arg]
+    stays_away = pytest.raises(ThinkSwitchError, match=r"has not answered for 0\.5 s .*answers so far are kept")
+    with FaultyServer(die_after=(20,), return_at_all=False) as dead, stays_away:
+        generate(requests, out, "m", dead.url, keys, log=tmp_path / "log")
+    assert 16 <= len(repair(out)) <= 20
+
+
+def test_a_second_answer_on_the_connection_is_never_taken_for_the_next_prompts(
+    write_jsonl: Write, tmp_path: Path
+) -> None:
+    texts = [f"stray {i}" for i in range(30)]
+    requests, out = write_jsonl("requests.jsonl", requests_for(texts)), tmp_path / "g.jsonl"
+    with FaultyServer() as server:
+        generate(requests, out, "m", server.url, KEYS, log=tmp_path / "log")
+    bodies = {row["custom_id"]: row["response"]["body"] for _, row in files.read_jsonl(out)}
+    assert [bodies[f"p{i}-s0"]["choices"][0]["message"]["content"] for i in range(30)] == [f"echo: {t}" for t in texts]
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "asked"),
+    [
+        ("status-400", "400", 1),
+        ("status-500", "a 500", 6),
+        ("truncated-json", "not JSON", 2),
+        ("no-text", "`message.content` is not text", 2),
+        ("surrogate", "cannot be stored", 2),
+        ("reset", "connection lost", 6),
+        ("stall", "no answer within 0.3 s", 2),
+    ],
+)
+def test_a_prompt_that_always_fails_is_asked_a_bounded_number_of_times_and_its_reason_kept(
+    write_jsonl: Write, tmp_path: Path, fault: str, reason: str, asked: int
+) -> None:
+    texts = [f"{fault}:* 0", "answer 1", "answer 2"]
+    requests, out = write_jsonl("requests.jsonl", requests_for(texts)), tmp_path / "g.jsonl"
+    # Long enough for the client's own retries, but for the one prompt that stalls.
+    timeout = 0.3 if fault == "stall" else 10
+    keys = EngineKeys(concurrency=4, timeout=timeout, attempts=2)  # type: ignore[call-arg]
+    with FaultyServer() as server:
+        report = generate(requests, out, "m", server.url, keys, log=tmp_path / "log")
+        assert (report.answered, report.failed, server.asked[texts[0]]) == (2, 1, asked)
+    (failure,) = [row["error"] for _, row in files.read_jsonl(out) if row["error"]]
+    assert reason in failure["message"]
+
+
+def test_an_answer_stored_beside_failures_is_not_lost_when_few_are_left_to_ask(
+    server: Answering, write_jsonl: Write, tmp_path: Path
+) -> None:
+    requests, out = write_jsonl("requests.jsonl", requests_for(["a", "b", "c", "422"])), tmp_path / "g.jsonl"
+    for _ in range(2):  # the second call has only the bad prompt to ask, and ends well too
+        assert generate(requests, out, "m", url(server), KEYS, log=tmp_path / "log").failed == 1
+    assert repair(out) == {"p0-s0", "p1-s0", "p2-s0"}
+
+
+def test_an_engine_of_ours_that_ends_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("out of memory\n")
+    ended = subprocess.Popen(["false"])
+    ended.wait()
+    with pytest.raises(ThinkSwitchError, match=r"engine ended .*exit code 1(.|\n)*out of memory"):
+        engines.Server("http://127.0.0.1:1/v1", ended, tmp_path / "log").require_alive()
+
+
+@pytest.mark.parametrize("address", ["http://me:pa55@host/v1", "https://host/v1?key=pa55", "http://pa55@host"])
+def test_an_address_that_holds_a_secret_is_refused_without_repeating_it(address: str) -> None:
+    with pytest.raises(ThinkSwitchError, match="OPENAI_API_KEY") as refused:
+        engines.choose(address)
+    assert "pa55" not in str(refused.value)
 
 
 def test_a_port_that_is_taken_is_named() -> None:

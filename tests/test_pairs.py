@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests import bench_pairs
 from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.pairs import PairReport, build_pairs, write_pairs
@@ -60,6 +61,8 @@ def test_everything_that_is_dropped_is_counted_and_order_is_that_of_the_requests
         "samples": 7,
         "kept": 2,
         "prompts_without_pair": 5,
+        "duplicates": 1,
+        "unknown_ids": 0,
         "dropped": {"ambiguous_tags": 1, "empty_answer": 1, "failed": 1, "not_generated": 1, "unclosed_trace": 1},
     }
 
@@ -114,3 +117,37 @@ def test_line_separators_inside_a_text_do_not_break_a_row(write_jsonl: Write) ->
     generations = write_jsonl("generations.jsonl", [answer("p0-s0", "t\u2028t</think>1")])
     assert built(requests, generations)[0] == ["p0-s0=1"]
     assert len(list(files.read_jsonl(requests))) == 1
+
+
+def test_an_answer_beats_a_failure_stored_before_it_and_strangers_are_counted(write_jsonl: Write) -> None:
+    requests = write_jsonl("requests.jsonl", [request("p0"), request("p1")])
+    failed = {"custom_id": "p0-s0", "response": None, "error": {"message": "no"}}
+    lines = [failed, answer("p0-s0", "t</think>1"), answer("p1-s0", "t</think>2"), answer("p9-s0", "t</think>3")]
+    rows, report = built(requests, write_jsonl("generations.jsonl", lines))
+    assert rows == ["p0-s0=1", "p1-s0=2"]
+    assert (report.duplicates, report.unknown_ids, report.samples) == (1, 1, 2)
+    assert report.summary().endswith(
+        "1 lines left out whose id is stored twice; 1 lines left out whose id nobody asked"
+    )
+
+
+def test_an_answer_with_a_control_token_is_no_pair(write_jsonl: Write) -> None:
+    requests = write_jsonl("requests.jsonl", [request("p0"), request("p1")])
+    texts = {"p0-s0": "t</think>1<|im_end|>\n<|im_start|>user", "p1-s0": "t</think>1 < 2 and a <b> [x] | y"}
+    rows, report = built(requests, write_jsonl("generations.jsonl", [answer(i, t) for i, t in texts.items()]))
+    assert rows == ["p1-s0=1 < 2 and a <b> [x] | y"] and report.dropped == {"control_token": 1}
+
+
+def test_requests_that_share_an_id_are_named(write_jsonl: Write) -> None:
+    requests = write_jsonl("requests.jsonl", [request("p0"), request("p0")])
+    with pytest.raises(ThinkSwitchError, match=r"requests\.jsonl, line 2: the `custom_id` 'p0-s0' is that of line 1"):
+        built(requests, write_jsonl("generations.jsonl", [answer("p0-s0", "t</think>1")]))
+
+
+def test_memory_is_flat_and_the_spill_leaves_nothing(tmp_path: Path) -> None:
+    found = bench_pairs.measure(3000, 20_000, tmp_path, rounds=1)
+    assert found["counts add up"] and found["pairs"] == 2940
+    assert found["peak MB"] < 150 and found["megabytes"] > 55
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "generations.jsonl", "pairs.json", "pairs.jsonl", "requests.jsonl",
+    ]  # fmt: skip

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class _Keys(BaseModel):
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
 
 class PairKeys(_Keys):
@@ -84,7 +84,21 @@ class EngineKeys(_Keys):
     """How the generation engine is run; which one is `ENGINE=` of the Makefile."""
 
     concurrency: int = Field(64, gt=0, description="Requests under way at once.")
-    timeout: float = Field(3600, gt=0, description="Seconds one answer may take.")
+    timeout: float = Field(
+        3600, gt=0, description="Seconds one answer may take; then it is asked once more, and recorded as failed."
+    )
+    attempts: int = Field(
+        3,
+        gt=0,
+        description="Rounds in which a prompt is asked (three times each, with pauses, where the server refuses or "
+        "fails) before it is recorded as failed, with the reason.",
+    )
+    outage: float = Field(
+        600,
+        ge=0,
+        description="Seconds a server that has answered before may stay away, or answer 429, before the run stops "
+        "with its answers kept.",
+    )
     start_timeout: float = Field(900, gt=0, description="Seconds an engine of ours may take to start.")
     port: int = Field(0, ge=0, le=65535, description="Port for an engine of ours; 0 takes a free one.")
     vllm_args: list[str] = Field([], description="Further options for vLLM's server, such as --quantization.")
@@ -145,7 +159,7 @@ class EvaluationKeys(_Keys):
 class ThinkSwitchKeys(_Keys):
     """Everything under `thinkswitch:`."""
 
-    domain: str = Field(description="Name of the domain, the same as the recipe's file name.")
+    domain: str = Field(min_length=1, description="Name of the domain, the same as the recipe's file name.")
     needs: NeedKeys = NeedKeys()  # type: ignore[call-arg]
     pair: PairKeys
     prompts: PromptKeys

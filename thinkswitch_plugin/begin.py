@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from thinkswitch_plugin import console, engines, files
+from thinkswitch_plugin.args import resolve_seed
+from thinkswitch_plugin.domain import prompts_of_iteration
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import uses_server
 from thinkswitch_plugin.merging.config import check_config, set_lambda
@@ -88,10 +90,11 @@ def _check_files(run: Run) -> None:
         raise ThinkSwitchError(
             f"{run.recipe.path}: `thinkswitch.rebuild.config` names {keys.rebuild.config}, which does not exist."
         )
-    if keys.prompts.path and not keys.pair.embedded and not Path(keys.prompts.path).is_file():
-        raise ThinkSwitchError(
-            f"{run.recipe.path}: `thinkswitch.prompts.path` names {keys.prompts.path}, which does not exist."
-        )
+    if keys.prompts.path and not keys.pair.embedded:
+        path = Path(resolve_seed(keys.prompts.path, run.seed))
+        if not path.exists():
+            raise ThinkSwitchError(f"{run.recipe.path}: `thinkswitch.prompts.path` names {path}, which does not exist.")
+        prompts_of_iteration(keys.prompts, run.seed, 1)
 
 
 def _check_merge_config(run: Run) -> None:

@@ -42,6 +42,11 @@ def resolve(name: str, revision: str | None, what: str) -> tuple[Path, str | Non
         folder = Path(name).expanduser()
         if not (folder / "config.json").is_file():
             raise ThinkSwitchError(f"The {what} checkpoint {name} is no checkpoint folder: it has no config.json.")
+        if not any(folder.glob("*.safetensors")):
+            raise ThinkSwitchError(
+                f"The {what} checkpoint {name} holds no *.safetensors; pickled weights can run code and are not read: "
+                "convert them with transformers' `save_pretrained`."
+            )
         return folder, None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 import click
 
 from thinkswitch_plugin import __version__
-from thinkswitch_plugin.console import hush_engines
+from thinkswitch_plugin.console import fetch_no_code, hush_engines
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 F = TypeVar("F", bound=Callable[..., Any])
-FOLDER = click.Path(path_type=Path)
+FOLDER = click.Path(path_type=Path, readable=False)  # whether it can be read is said in our own words
 OVERLAY = click.option("--overlay", default="", help="Overlays put on the recipe: names or paths, by spaces.")
 
 
@@ -35,6 +35,11 @@ class Group(click.Group):
                 raise
             click.echo(f"thinkswitch: {error}", err=True)
             ctx.exit(1)
+        except OSError as error:
+            if os.environ.get("THINKSWITCH_DEBUG") or isinstance(error, BrokenPipeError):
+                raise
+            click.echo(f"thinkswitch: {error.filename or 'a file'}: {error.strerror or error}.", err=True)
+            ctx.exit(1)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -45,6 +50,7 @@ def main() -> None:
     `make iterate DOMAIN=…` runs these stages in order; each can be run by itself.
     """
     hush_engines()
+    fetch_no_code()
 
 
 def iteration_stage(name: str, **options: Any) -> Callable[[F], click.Command]:
@@ -290,6 +296,8 @@ def judge_merges(name: str, weight: str, configs: tuple[Path, ...], **options: A
 
     chosen = parse_weights(weight)[0] if weight.strip() else None
     subject, sampling, template = _subject(options)
+    if Path(name).name != name:
+        raise click.UsageError(f"--name {name}: give a name, not a path.")
     if len(sampling) > 1:
         raise click.UsageError("--sampling: give one setting here.")
     judge_configs(subject, name, configs, chosen, sampling[0], template)

@@ -29,6 +29,16 @@ def hush_engines() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
+def fetch_no_code() -> None:
+    """Keep transformers and bitsandbytes, also in the engines started here, from fetching kernels and running them.
+
+    bitsandbytes asks the hub for a CPU kernel at import; a local place that is empty stops it. A setting
+    of the user's own counts.
+    """
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")
+    os.environ.setdefault("LOCAL_KERNELS", "kernels-community/quantization-bitsandbytes=/nonexistent")
+
+
 def say(text: str) -> None:
     """One line for the user, at once."""
     print(text, flush=True)

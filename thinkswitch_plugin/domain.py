@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError
-from jinja2.exceptions import SecurityError
+from jinja2 import StrictUndefined, TemplateSyntaxError
 from jinja2.sandbox import SandboxedEnvironment
 
 from thinkswitch_plugin import files, sources
 from thinkswitch_plugin.args import PromptKeys, SamplingKeys, resolve_seed
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.traces import control_token
 
 
 def read_prompts(keys: PromptKeys, seed: int) -> tuple[list[tuple[str, str]], str | None]:
@@ -32,17 +32,23 @@ def read_prompts(keys: PromptKeys, seed: int) -> tuple[list[tuple[str, str]], st
     environment = SandboxedEnvironment(undefined=StrictUndefined)
     try:
         template = environment.from_string(keys.template)
-    except TemplateSyntaxError as error:
-        raise ThinkSwitchError(f"`thinkswitch.prompts.template`: {error}.") from None
+    except (TemplateSyntaxError, RecursionError) as error:
+        raise ThinkSwitchError(f"`thinkswitch.prompts.template` is no Jinja template: {_first_line(error)}.") from None
     seen: set[str] = set()
     found = []
     for where, number, row in rows:
+        if fault := _fault_of_row(row):
+            raise ThinkSwitchError(f"{where}: {fault}.")
         try:
             text = template.render(row)
-        except (UndefinedError, TypeError, SecurityError) as error:
-            raise ThinkSwitchError(f"{where}: `thinkswitch.prompts.template` does not fit the row: {error}.") from None
-        if not text.strip() or not all(isinstance(row.get(n, ""), str) for n in ("prompt", "problem", "question")):
-            raise ThinkSwitchError(f"{where}: the prompt is empty or not text.")
+        except Exception as error:  # a template may compute anything with a row
+            raise ThinkSwitchError(
+                f"{where}: `thinkswitch.prompts.template` does not fit the row: {_first_line(error)}."
+            ) from None
+        if not text.strip():
+            raise ThinkSwitchError(f"{where}: the prompt is empty.")
+        if token := control_token(text):
+            raise ThinkSwitchError(f"{where}: the prompt holds {token!r}, which would end the turn there; take it out.")
         prompt_id = str(row.get("id", row.get("pubid", f"p{number - 1:05d}")))
         if prompt_id in seen:
             raise ThinkSwitchError(f"{where}: the id {prompt_id!r} occurs twice.")
@@ -53,11 +59,30 @@ def read_prompts(keys: PromptKeys, seed: int) -> tuple[list[tuple[str, str]], st
     return found, commit
 
 
+def _fault_of_row(row: dict[str, Any]) -> str | None:
+    for name, value in row.items():
+        if isinstance(value, bytes):
+            return f"`{name}` holds bytes that are not UTF-8 text; save the file as UTF-8"
+    for name in ("prompt", "problem", "question"):
+        if not isinstance(row.get(name, ""), str):
+            return f"`{name}` must be text, found {type(row[name]).__name__}"
+    for name in ("id", "pubid"):
+        value = row.get(name, "-")
+        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+            return f"`{name}` must be text or a whole number, found {str(value)[:50]!r}; leave it out to count the rows"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def _rows(keys: PromptKeys, seed: int) -> tuple[Iterator[tuple[str, int, dict[str, Any]]], str | None]:
     commit = None
     if keys.path is not None:
         path = Path(resolve_seed(keys.path, seed))
-        rows = ((f"{path}, line {number}", number, row) for number, row in sources.read_file(path))
+        unit = "line" if path.suffix == ".jsonl" else "row"
+        rows = ((f"{path}, {unit} {number}", number, row) for number, row in sources.read_file(path))
     else:
         dataset, commit = sources.load_hub(str(keys.hub), keys.config, keys.split, keys.revision)
         rows = ((f"{keys.hub}, row {number}", number, row) for number, row in enumerate(dataset, 1))

@@ -24,7 +24,7 @@ class EmbeddedEngine:
     def __init__(self, checkpoint: str | Path) -> None:
         self.name = str(checkpoint)
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
-        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").eval()
+        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", use_safetensors=True).eval()
         if torch.cuda.is_available():
             self.model = self.model.cuda()
         ends = self.model.generation_config.eos_token_id

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,9 +36,19 @@ NO_VLLM = (
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers at `base_url` (…/v1)."""
+    """A server that answers at `base_url` (…/v1); `process` and `log` where it was started here."""
 
     base_url: str
+    process: subprocess.Popen[bytes] | None = None
+    log: Path | None = None
+
+    def require_alive(self) -> None:
+        """Raise `ThinkSwitchError` if an engine of ours has ended: nobody would start it again."""
+        if self.process is not None and self.log is not None and self.process.poll() is not None:
+            raise ThinkSwitchError(
+                f"The engine ended in the middle of its work (exit code {self.process.returncode}); answers so far "
+                f"are kept: run the same command again. The end of {self.log}:\n{console.tail(self.log)}"
+            )
 
 
 def vllm_python() -> Path | None:
@@ -48,12 +60,30 @@ def vllm_python() -> Path | None:
     return next((Path(c) for c in candidates if c and Path(c).is_file()), None)
 
 
+def on_loopback(url: str) -> bool:
+    """Whether a server runs on this machine, by its address."""
+    return urllib.parse.urlsplit(url).hostname in (LOOPBACK, "localhost", "::1")
+
+
 def choose(engine: str) -> str:
     """What `ENGINE=` means on this machine: `vllm`, `embedded` or a base URL.
 
-    Raises `ThinkSwitchError` for an unknown name, or vLLM where there is none.
+    Raises `ThinkSwitchError` for an unknown name, vLLM where there is none, or a URL that holds a secret.
     """
     if engine.startswith(("http://", "https://")):
+        try:
+            parts = urllib.parse.urlsplit(engine)
+            secret = "@" in parts.netloc or parts.query or parts.fragment
+            usable = parts.hostname and (parts.port is None or parts.port > 0)
+        except ValueError:
+            secret, usable = None, False
+        if secret:
+            raise ThinkSwitchError(
+                "ENGINE= holds a name and password, or a `?` or `#` part, which would be written into files and logs; "
+                "give the plain address, and the key as OPENAI_API_KEY in the environment."
+            )
+        if not usable:
+            raise ThinkSwitchError(f"ENGINE={engine} is no address; use one such as http://127.0.0.1:8000/v1.")
         return engine.rstrip("/")
     if engine == "auto":
         return "vllm" if vllm_python() else "embedded"
@@ -138,7 +168,7 @@ def serving(engine: str, model: str, keys: EngineKeys, log: Path, *, max_len: in
         try:
             base_url = f"http://{LOOPBACK}:{port}/v1"
             _wait_until_ready(process, f"http://{LOOPBACK}:{port}/health", keys.start_timeout, engine, log)
-            yield Server(base_url)
+            yield Server(base_url, process, log)
         finally:
             console.stop_group(process)
 
@@ -153,7 +183,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float
                     f"the end of {log}:\n{console.tail(log)}"
                 )
             try:
-                with urllib.request.urlopen(url, timeout=2) as reply:
+                with _opener(url).open(url, timeout=2) as reply:
                     if reply.status == 200:
                         return
             except OSError:
@@ -169,16 +199,24 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float
 
 def _require_model(base_url: str, model: str) -> None:
     try:
-        request = urllib.request.Request(f"{base_url}/models", headers=_authorization())
-        with urllib.request.urlopen(request, timeout=10) as reply:
-            served = [entry["id"] for entry in json.load(reply)["data"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        request = urllib.request.Request(f"{base_url}/models")
+        for name, value in _authorization().items():
+            request.add_unredirected_header(name, value)  # the key is for this server alone
+        with _opener(base_url).open(request, timeout=10) as reply:
+            served = [str(entry["id"]) for entry in json.load(reply)["data"]]
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
         raise ThinkSwitchError(f"ENGINE={base_url}: no OpenAI-compatible server answers there ({error}).") from None
     if model not in served:
         raise ThinkSwitchError(
             f"The server at {base_url} serves {', '.join(served) or 'nothing'}, not {model}; start it with "
             f"that checkpoint (for vLLM: --served-model-name {model}) and run the same command again."
         )
+
+
+def _opener(url: str) -> urllib.request.OpenerDirector:
+    # A proxy of the environment cannot reach our loopback.
+    direct = [urllib.request.ProxyHandler({})] if on_loopback(url) else []
+    return urllib.request.build_opener(*direct)
 
 
 def _authorization() -> dict[str, str]:

@@ -202,8 +202,10 @@ def run_lm_eval(
 ) -> None:
     """Run `lm_eval` on one checkpoint and keep its results and samples files in `out`.
 
-    Raises `ThinkSwitchError` with the end of the log if lm-eval fails.
+    Raises `ThinkSwitchError` with the end of the log if lm-eval fails, or for a name that it would misread.
     """
+    if "," in checkpoint:  # what follows would be further options of lm-eval, `trust_remote_code=True` among them
+        raise ThinkSwitchError(f"The checkpoint {checkpoint} has a comma in its name; rename the folder.")
     building = files.temporary_sibling(out)
     files.remove(building)
     common: list[str | Path] = [

@@ -14,6 +14,9 @@ import yaml
 
 from thinkswitch_plugin.errors import ThinkSwitchError
 
+READ_BUFFER = 2**20  # lines are longer than the 8 kB of the default
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
 
 def temporary_sibling(path: Path) -> Path:
     """Where `path` is built before it is renamed into place."""
@@ -72,27 +75,45 @@ def read_json(path: Path) -> Any:
     """Parse one JSON file. Raises `ThinkSwitchError` naming the file."""
     try:
         return orjson.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ThinkSwitchError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
     except orjson.JSONDecodeError as error:
         raise ThinkSwitchError(f"{path} is not valid JSON: {error}.") from None
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def unreadable(path: Path, error: OSError) -> ThinkSwitchError:
+    """The sentence for a file that cannot be opened."""
+    if isinstance(error, FileNotFoundError):
+        return ThinkSwitchError(f"{path} does not exist.")
+    if isinstance(error, IsADirectoryError):
+        return ThinkSwitchError(f"{path} is a folder; a file is expected there.")
+    if isinstance(error, PermissionError):
+        return ThinkSwitchError(f"{path} cannot be read: you have no permission; see `ls -l {path}`.")
+    return ThinkSwitchError(f"{path} cannot be read: {error.strerror}.")
+
+
+def read_jsonl(path: Path, *, torn_end: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object); blank lines are passed over.
 
     Reads by line feed alone, since texts may hold U+2028.
-    Raises `ThinkSwitchError` naming file and line.
+
+    Args:
+        torn_end: leave out a last line without line feed, which a killed writer left.
+
+    Raises:
+        ThinkSwitchError: the file cannot be read, or a line is broken; named by file and line.
     """
     try:
-        handle = path.open("rb")
+        handle = path.open("rb", buffering=READ_BUFFER)
     except OSError as error:
-        raise ThinkSwitchError(f"{path} cannot be read: {error.strerror}.") from None
+        raise unreadable(path, error) from None
     with handle:
         for number, line in enumerate(handle, 1):
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
+                line = line.removeprefix(BYTE_ORDER_MARK)
+            if torn_end and not line.endswith(b"\n"):
+                return
+            if line and not line.isspace():
                 yield number, parse_line(line, path, number)
 
 
@@ -101,7 +122,14 @@ def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise ThinkSwitchError(f"{path}, line {number}: not valid JSON ({error}); repair or delete the line.") from None
+        where = f"{path}, line {number}"
+        try:
+            line.decode()
+        except UnicodeDecodeError:
+            raise ThinkSwitchError(f"{where}: not UTF-8 text; save the file as JSON lines in UTF-8.") from None
+        raise ThinkSwitchError(
+            f"{where}: not valid JSON ({error.msg}, column {error.colno}); repair or delete the line."
+        ) from None
     if not isinstance(row, dict):
         raise ThinkSwitchError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}.")
     return row
@@ -111,22 +139,34 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Parse a YAML mapping safely. Raises `ThinkSwitchError` naming file, line and cause."""
     try:
         text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ThinkSwitchError(f"{path} does not exist.") from None
-    except IsADirectoryError:
-        raise ThinkSwitchError(f"{path} is a folder, not a YAML file.") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
     except UnicodeDecodeError:
         raise ThinkSwitchError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
     try:
         value = yaml.safe_load(text)
+        depth(value)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "invalid YAML"
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "invalid YAML"
         raise ThinkSwitchError(f"{path}{where}: {problem}.") from None
+    except ValueError as error:  # a date such as 2024-13-01, a number such as 0b2
+        raise ThinkSwitchError(f"{path}: a value cannot be read: {error}.") from None
+    except RecursionError:
+        raise ThinkSwitchError(f"{path}: nested too deeply, or a mapping that holds itself.") from None
     if not isinstance(value, dict):
         raise ThinkSwitchError(f"{path}: expected a YAML mapping of keys to values.")
     return value
+
+
+def depth(value: Any) -> int:
+    """How deeply mappings and lists are nested. Raises `RecursionError` for a value that holds itself."""
+    if isinstance(value, dict):
+        return 1 + max((depth(item) for item in value.values()), default=0)
+    if isinstance(value, list):
+        return 1 + max((depth(item) for item in value), default=0)
+    return 0
 
 
 def write_yaml(path: Path, value: dict[str, Any], header: str = "") -> None:

@@ -8,17 +8,15 @@ at once, in vLLM's batch output format, and a second start asks only what is mis
 from __future__ import annotations
 
 import asyncio
-import itertools
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from thinkswitch_plugin import console, files
+from thinkswitch_plugin import batch, console, files
 from thinkswitch_plugin.args import EngineKeys
-from thinkswitch_plugin.engines import serving
+from thinkswitch_plugin.engines import Server, serving
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 PROMPT_ROOM = 2048  # tokens left for the prompt beside the completion's budget
@@ -52,13 +50,11 @@ def repair(path: Path) -> set[str]:
                 break
             keep += len(line)
             if line.strip():
-                row = files.parse_line(line, path, number)
+                row = files.parse_line(line.removeprefix(files.BYTE_ORDER_MARK), path, number)
                 if row.get("error"):
                     drop_failures = True
-                elif isinstance(row.get("custom_id"), str):
-                    done.add(row["custom_id"])
                 else:
-                    raise ThinkSwitchError(f"{path}, line {number}: `custom_id` is missing or not text.")
+                    done.add(batch.stored_id(row, path, number))
     if keep < path.stat().st_size:
         with path.open("r+b") as handle:
             handle.truncate(keep)
@@ -72,8 +68,7 @@ def repair(path: Path) -> set[str]:
 
 def pending(requests: Path, done: set[str], limit: int | None = None) -> Iterator[dict[str, Any]]:
     """The requests (of the first `limit`) that have no stored answer yet."""
-    rows = itertools.islice(files.read_jsonl(requests), limit)
-    return (row for _, row in rows if row["custom_id"] not in done)
+    return (row for _, row in batch.read_requests(requests, limit) if row["custom_id"] not in done)
 
 
 def generate(
@@ -100,14 +95,18 @@ def generate(
         log: output of an engine that is started here.
 
     Raises:
-        ThinkSwitchError: the engine does not start, cannot be reached, or does not serve
-            the checkpoint. Answers so far are kept, and the same call goes on from them.
+        ThinkSwitchError: a request is broken, or the engine does not start, stays away, or does not
+            serve the checkpoint. Answers so far are kept, and the same call goes on from them.
     """
     done = repair(out)
-    total = sum(1 for _ in itertools.islice(files.read_jsonl(requests), limit))
-    waiting = sum(1 for _ in pending(requests, done, limit))
-    report = GenerationReport(requests=total, already_stored=total - waiting)
-    if waiting == 0:
+    report, budget = GenerationReport(), 0
+    for number, row in batch.read_requests(requests, limit):
+        if "max_tokens" not in row["body"]:
+            raise ThinkSwitchError(f"{requests}, line {number}: `body.max_tokens` is missing.")
+        report.requests += 1
+        report.already_stored += row["custom_id"] in done
+        budget = max(budget, row["body"]["max_tokens"])
+    if report.already_stored == report.requests:
         return report
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = pending(requests, done, limit)
@@ -117,13 +116,12 @@ def generate(
             with keep.progress(title):
                 _answer_embedded(rows, keep, checkpoint, keys.concurrency, retry_max_tokens)
         else:
-            budget = max(r["body"]["max_tokens"] for _, r in files.read_jsonl(requests))
             room = min(max(budget, retry_max_tokens or 0) + PROMPT_ROOM, context_length(checkpoint))
             with serving(engine, checkpoint, keys, log, max_len=room) as server, keep.progress(title):
-                asyncio.run(_answer_from_server(rows, keep, server.base_url, checkpoint, keys, retry_max_tokens))
-    if report.failed * 2 > report.answered + report.failed:
+                asyncio.run(_answer_from_server(rows, keep, server, checkpoint, keys, retry_max_tokens))
+    if report.failed * 2 > report.requests:
         raise ThinkSwitchError(
-            f"{report.failed} of {report.answered + report.failed} requests failed; the last: {keep.last_problem}. "
+            f"{report.failed} of {report.requests} requests failed; the last: {keep.last_problem}. "
             "Answers so far are kept; run the same command again to ask the others."
         )
     return report
@@ -192,37 +190,22 @@ def _answer_embedded(
 async def _answer_from_server(
     rows: Iterator[dict[str, Any]],
     keep: _Keeper,
-    base_url: str,
+    server: Server,
     checkpoint: str,
     keys: EngineKeys,
     retry_max_tokens: int | None,
 ) -> None:
-    import openai
+    from thinkswitch_plugin.client import Client, Unanswered
 
-    client = openai.AsyncOpenAI(
-        base_url=base_url,
-        api_key=os.environ.get("OPENAI_API_KEY") or "none",
-        timeout=keys.timeout,
-        max_retries=4,  # the library's own backoff on refusals, 429 and 5xx
-    )
-
-    async def ask(body: dict[str, Any]) -> dict[str, Any]:
-        # `metadata` is ours; and whoever is served answers, also a candidate that the file does not name.
-        sent = {**{k: v for k, v in body.items() if k != "metadata"}, "model": checkpoint}
-        reply = await client.post("/chat/completions", body=sent, cast_to=object)
-        if not isinstance(reply, dict) or not reply.get("choices"):
-            raise ThinkSwitchError("the server's answer is no chat completion")
-        return reply
+    client = Client(server, checkpoint, keys)
 
     async def answer(row: dict[str, Any]) -> None:
         try:
-            body = await ask(row["body"])
+            body = await client.ask(row["body"])
             if retry_max_tokens and was_cut(body):
                 keep.report.retried += 1
-                body = await ask({**row["body"], "max_tokens": retry_max_tokens})
-        except (openai.APIConnectionError, openai.NotFoundError, openai.AuthenticationError):
-            raise
-        except (openai.OpenAIError, ThinkSwitchError) as problem:
+                body = await client.ask({**row["body"], "max_tokens": retry_max_tokens})
+        except Unanswered as problem:
             keep.failure(row, problem)
         else:
             keep.answer(row, body)
@@ -237,23 +220,6 @@ async def _answer_from_server(
                     task.result()
             under_way.add(asyncio.create_task(answer(row)))
         await asyncio.gather(*under_way)
-    except openai.NotFoundError as problem:
-        raise ThinkSwitchError(
-            f"The server at {base_url} does not serve this model ({problem.message}); "
-            "start it with the model that requests.jsonl names."
-        ) from None
-    except openai.AuthenticationError:
-        raise ThinkSwitchError(f"The server at {base_url} wants a key; set OPENAI_API_KEY.") from None
-    except openai.APITimeoutError:
-        raise ThinkSwitchError(
-            f"The server at {base_url} took longer than {keys.timeout:g} s for an answer; "
-            "raise `thinkswitch.engine.timeout`. Answers so far are kept."
-        ) from None
-    except openai.APIConnectionError:
-        raise ThinkSwitchError(
-            f"The server at {base_url} cannot be reached; start it and run the same command again. "
-            "Answers so far are kept."
-        ) from None
     finally:
         for task in under_way:
             task.cancel()

@@ -10,20 +10,23 @@ One row of `pairs.jsonl`:
 from __future__ import annotations
 
 import itertools
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from thinkswitch_plugin import answers, files
+from thinkswitch_plugin import answers, batch, files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.traces import Completion, Outcome, split_message
+from thinkswitch_plugin.traces import Completion, Outcome, control_token, split_message
 
 # Reasons beyond `Outcome`, which names what can be wrong with one completion.
 MISSING = "not_generated"
 NOT_CHOSEN = "not_selected"
 NO_MAJORITY = "no_readable_answer"
+CONTROL = "control_token"
 
 
 @dataclass
@@ -35,11 +38,18 @@ class PairReport:
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     prompts_without_pair: int = 0
+    duplicates: int = 0  # further lines for an id that is stored already
+    unknown_ids: int = 0  # lines for an id that nobody asked
 
     def summary(self) -> str:
         """One line for people: `510 of 512 samples kept; dropped: 2 unclosed_trace`."""
         reasons = ", ".join(f"{n} {reason}" for reason, n in self.dropped.most_common())
-        return f"{self.kept} of {self.samples} samples kept" + (f"; dropped: {reasons}" if reasons else "")
+        text = f"{self.kept} of {self.samples} samples kept" + (f"; dropped: {reasons}" if reasons else "")
+        if self.duplicates:
+            text += f"; {self.duplicates} lines left out whose id is stored twice"
+        if self.unknown_ids:
+            text += f"; {self.unknown_ids} lines left out whose id nobody asked"
+        return text
 
     def as_json(self) -> dict[str, Any]:
         """The counts as plain values."""
@@ -49,38 +59,18 @@ class PairReport:
             "kept": self.kept,
             "dropped": dict(sorted(self.dropped.items())),
             "prompts_without_pair": self.prompts_without_pair,
+            "duplicates": self.duplicates,
+            "unknown_ids": self.unknown_ids,
         }
 
 
-def index_generations(path: Path) -> dict[str, int]:
-    """Byte offset of every stored answer by `custom_id`; of two with one id the first counts.
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """What a stored line comes to; a whole answer lies in the spill at `start`, `length` bytes long."""
 
-    A torn last line (a killed run) is left out. Memory grows with ids only, not with texts.
-    """
-    offsets: dict[str, int] = {}
-    position = 0
-    with path.open("rb") as handle:
-        for number, line in enumerate(handle, 1):
-            if not line.endswith(b"\n"):
-                break
-            if line.strip():
-                custom_id = files.parse_line(line, path, number).get("custom_id")
-                if not isinstance(custom_id, str):
-                    raise ThinkSwitchError(f"{path}, line {number}: `custom_id` is missing or not text.")
-                offsets.setdefault(custom_id, position)
-            position += len(line)
-    return offsets
-
-
-def completion_of(row: dict[str, Any], *, opened: bool) -> Completion:
-    """The split completion of one line of a batch output file."""
-    response = row.get("response")
-    body = response.get("body") if isinstance(response, dict) else None
-    choices = body.get("choices") if isinstance(body, dict) else None
-    if row.get("error") or not choices:
-        return Completion(None, None, Outcome.FAILED)
-    choice = choices[0]
-    return split_message(choice.get("message") or {}, opened=opened, finish_reason=choice.get("finish_reason"))
+    outcome: str
+    start: int = 0
+    length: int = 0
 
 
 def build_pairs(
@@ -93,11 +83,15 @@ def build_pairs(
 ) -> Iterator[dict[str, Any]]:
     """Yield the pairs in the order of `requests`, counting into `report` on the way.
 
+    Each file is read from front to back, the generations once: answers, without their traces, wait in
+    an unnamed temporary file, so memory grows with ids only.
+
     Args:
         requests: OpenAI batch file; consecutive lines with one `body.metadata.prompt_id`
             are the samples of one prompt, and `body.metadata.trace` says whether the
             chat template opened the trace.
-        generations: its batch output, in any order.
+        generations: its batch output, in any order. Of several lines with one id the first that is no
+            failure counts; a torn last line is left out.
         selection: `first` complete sample, `all`, or `vote` (the first complete sample
             that gives the majority answer).
         answer_kind: how `vote` reads a final answer, a key of `answers.EXTRACTORS`.
@@ -105,29 +99,26 @@ def build_pairs(
     Raises:
         ThinkSwitchError: a file is missing or a line is broken, named by file and line.
     """
-    if not generations.is_file():
+    if not generations.exists():
         raise ThinkSwitchError(f"{generations} does not exist; generate it first.")
-    offsets = index_generations(generations)
-    numbered = ((n, r) for n, r in files.read_jsonl(requests))
-    with generations.open("rb") as handle:
-        for _, group in itertools.groupby(numbered, key=lambda item: _prompt_id(item[1], requests, item[0])):
-            members = [request for _, request in group]
+    opened = {request["custom_id"]: batch.opens_trace(request) for _, request in batch.read_requests(requests)}
+    if not opened:
+        raise ThinkSwitchError(f"{requests} holds no requests; delete it and run the stage `requests` again.")
+    with tempfile.TemporaryFile(dir=_spill_folder(generations)) as spill:
+        stored = _read_generations(generations, opened, spill, report)
+        rows = (request for _, request in files.read_jsonl(requests))
+        for _, group in itertools.groupby(rows, key=batch.prompt_id):
+            members = list(group)
             report.prompts += 1
             report.samples += len(members)
             complete: list[tuple[dict[str, Any], str]] = []
             for request in members:
-                offset = offsets.get(request["custom_id"])
-                if offset is None:
-                    report.dropped[MISSING] += 1
-                    continue
-                handle.seek(offset)
-                row = files.parse_line(handle.readline(), generations, 0)
-                opened = (request["body"].get("metadata") or {}).get("trace") == "opened"
-                done = completion_of(row, opened=opened)
-                if done.complete and done.answer is not None:
-                    complete.append((request, done.answer))
+                found = stored.get(request["custom_id"])
+                if found is not None and found.outcome == Outcome.COMPLETE:
+                    spill.seek(found.start)
+                    complete.append((request, spill.read(found.length).decode()))
                 else:
-                    report.dropped[done.outcome.value] += 1
+                    report.dropped[found.outcome if found else MISSING] += 1
             chosen, reason = select(complete, selection, answer_kind)
             if len(complete) > len(chosen):
                 report.dropped[reason] += len(complete) - len(chosen)
@@ -137,8 +128,53 @@ def build_pairs(
                 yield {
                     "messages": [*request["body"]["messages"], {"role": "assistant", "content": answer}],
                     "custom_id": request["custom_id"],
-                    "prompt_id": (request["body"].get("metadata") or {}).get("prompt_id", request["custom_id"]),
+                    "prompt_id": batch.prompt_id(request),
                 }
+
+
+def _spill_folder(generations: Path) -> Path | None:
+    # Beside the generations there is room for their answers; /tmp may lie in memory.
+    return generations.parent if os.access(generations.parent, os.W_OK) else None
+
+
+def _read_generations(
+    generations: Path, opened: dict[str, bool], spill: IO[bytes], report: PairReport
+) -> dict[str, _Stored]:
+    """What became of every request, by id; whole answers go into `spill`."""
+    stored: dict[str, _Stored] = {}
+    for number, row in files.read_jsonl(generations, torn_end=True):
+        custom_id = batch.stored_id(row, generations, number)
+        if custom_id not in opened:
+            report.unknown_ids += 1
+            continue
+        if custom_id in stored:
+            report.duplicates += 1
+            if stored[custom_id].outcome != Outcome.FAILED:
+                continue
+        outcome, answer = judge(row, opened=opened[custom_id])
+        text = answer.encode()
+        stored[custom_id] = _Stored(outcome, spill.tell(), len(text))
+        spill.write(text)
+    return stored
+
+
+def completion_of(row: dict[str, Any], *, opened: bool) -> Completion:
+    """The split completion of one line of a batch output file."""
+    body = batch.completion_body(row)
+    if body is None:
+        return Completion(None, None, Outcome.FAILED)
+    choice = body["choices"][0]
+    return split_message(choice["message"], opened=opened, finish_reason=choice.get("finish_reason"))
+
+
+def judge(row: dict[str, Any], *, opened: bool) -> tuple[str, str]:
+    """Outcome and whole answer (empty unless complete) of one line of a batch output file."""
+    done = completion_of(row, opened=opened)
+    if not done.complete or done.answer is None:
+        return done.outcome.value, ""
+    if control_token(done.answer):
+        return CONTROL, ""
+    return done.outcome.value, done.answer
 
 
 def select(
@@ -154,15 +190,6 @@ def select(
             return [], NO_MAJORITY
         return [complete[found.index(winner)]], NOT_CHOSEN
     return complete[:1], NOT_CHOSEN
-
-
-def _prompt_id(request: dict[str, Any], path: Path, number: int) -> str:
-    body = request.get("body")
-    if not isinstance(request.get("custom_id"), str) or not isinstance(body, dict):
-        raise ThinkSwitchError(f"{path}, line {number}: `custom_id` or `body` is missing.")
-    if not isinstance(body.get("messages"), list) or not body["messages"]:
-        raise ThinkSwitchError(f"{path}, line {number}: `body.messages` is missing or empty.")
-    return str((body.get("metadata") or {}).get("prompt_id", request["custom_id"]))
 
 
 def write_pairs(requests: Path, generations: Path, out: Path, *, selection: str, answer_kind: str) -> PairReport:

@@ -33,6 +33,8 @@ def recipe_path(domain: str) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", domain):
         raise ThinkSwitchError(f"DOMAIN={domain!r} is not a domain name; use letters, digits, `-` and `_`.")
     path = RECIPES / f"{domain}.yaml"
+    if path.is_dir():
+        raise ThinkSwitchError(f"{path} is a folder; a file is expected there.")
     if not path.is_file():
         known = sorted(p.stem for p in RECIPES.glob("*.yaml") if ".overlay" not in p.name)
         close = difflib.get_close_matches(domain, known, n=1)
@@ -57,6 +59,14 @@ def load_recipe(path: Path, overlays: tuple[Path, ...] = ()) -> Recipe:
     values = files.read_yaml(path)
     for extra in overlays:
         values = overlay(values, files.read_yaml(extra))
+    for key, value in values.items():
+        if not isinstance(key, str):
+            raise ThinkSwitchError(f"{path}: the key {str(key)[:50]!r} is not text; put it in quotes.")
+        if trusts := trusted_code(value, key):
+            raise ThinkSwitchError(
+                f"{path}: `{trusts}` would run code that comes with a model, which no stage of ours does; "
+                "take it out, and use a model that transformers knows by itself."
+            )
     if "thinkswitch" not in values:
         raise ThinkSwitchError(f"{path} has no `thinkswitch:` section; see docs/adding-a-domain.md.")
     try:
@@ -67,6 +77,19 @@ def load_recipe(path: Path, overlays: tuple[Path, ...] = ()) -> Recipe:
     return Recipe(path, {k: v for k, v in values.items() if k != "thinkswitch"}, keys, overlays)
 
 
+def trusted_code(value: Any, name: str) -> str | None:
+    """Where a value of a recipe switches on code from a model's repository, None if nowhere."""
+    if re.search(r"(?:^|\.)trust_remote_code[^.]*$", name) and str(value).lower() not in ("false", "none", "0", ""):
+        return name
+    if isinstance(value, dict):
+        inside = [trusted_code(item, f"{name}.{key}") for key, item in value.items()]
+    elif isinstance(value, list):
+        inside = [trusted_code(item, f"{name}[{place}]") for place, item in enumerate(value)]
+    else:
+        inside = [name if isinstance(value, str) and "trust_remote_code" in value.replace("-", "_").lower() else None]
+    return next((found for found in inside if found), None)
+
+
 def explain(error: ValidationError) -> str:
     """The first problem of a pydantic error as one sentence."""
     first = error.errors()[0]
@@ -75,13 +98,19 @@ def explain(error: ValidationError) -> str:
         return f"unknown key `{field}`{_did_you_mean(first['loc'])}."
     if first["type"] == "missing":
         return f"`{field}` is missing."
-    return f"`{field}`: {first['msg'].removeprefix('Value error, ')} (found {first['input']!r})."
+    return f"`{field}`: {first['msg'].removeprefix('Value error, ')} (found {shown(first['input'])})."
+
+
+def shown(value: object) -> str:
+    """A value as it may stand in a sentence: on one line, its end cut off where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def _did_you_mean(location: tuple[int | str, ...]) -> str:
     model: Any = ThinkSwitchKeys
     for part in location[:-1]:
-        model = model.model_fields[part].annotation
+        model = model.model_fields[str(part)].annotation
     names = [field.alias or name for name, field in model.model_fields.items()]
     close = difflib.get_close_matches(str(location[-1]), names, n=1)
     return f"; did you mean `{close[0]}`" if close else f"; known keys: {', '.join(names)}"

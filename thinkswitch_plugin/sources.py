@@ -30,8 +30,6 @@ def read_file(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     if path.suffix not in SUFFIXES:
         raise ThinkSwitchError(f"{path}: use a file that ends in {', '.join(SUFFIXES)}.")
-    if not path.is_file():
-        raise ThinkSwitchError(f"{path} does not exist.")
     if path.suffix == ".jsonl":
         yield from files.read_jsonl(path)
         return
@@ -39,9 +37,20 @@ def read_file(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     from pyarrow import csv, parquet
 
     try:
-        table = csv.read_csv(path) if path.suffix == ".csv" else parquet.read_table(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ThinkSwitchError(f"{path} cannot be read: {str(error).splitlines()[0]}.") from None
+        with path.open("rb") as handle:
+            if path.suffix == ".csv":
+                # A quoted text may go on over several lines.
+                table = csv.read_csv(handle, parse_options=csv.ParseOptions(newlines_in_values=True))
+            else:
+                table = parquet.read_table(handle)
+    except pyarrow.ArrowException as error:
+        raise ThinkSwitchError(
+            f"{path} is no {path.suffix[1:].upper()} file: {str(error).splitlines()[0][:200].rstrip('.')}."
+        ) from None
+    except UnicodeDecodeError:
+        raise ThinkSwitchError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
+    except OSError as error:
+        raise files.unreadable(path, error) from None
     number = 0
     for batch in table.to_batches():
         for row in batch.to_pylist():

@@ -21,10 +21,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-# Qwen's pair first, then what other model families write.
+# Qwen's pair first, then what other model families write. Each pattern begins with its one literal
+# character, which makes the search several times as fast as one pattern for all.
 _NAMES = r"(?:think|thinking|thought|reasoning)"
-_OPEN = re.compile(rf"<\s*{_NAMES}\s*>|<\|begin_of_thought\|>|\[THINK\]", re.IGNORECASE)
-_CLOSE = re.compile(rf"<\s*/\s*{_NAMES}\s*>|<\|end_of_thought\|>|\[/THINK\]", re.IGNORECASE)
+_OPEN = (
+    re.compile(rf"<(?:\s*{_NAMES}\s*>|\|begin_of_thought\|>)", re.IGNORECASE),
+    re.compile(r"\[THINK\]", re.IGNORECASE),
+)
+_CLOSE = (
+    re.compile(rf"<(?:\s*/\s*{_NAMES}\s*>|\|end_of_thought\|>)", re.IGNORECASE),
+    re.compile(r"\[/THINK\]", re.IGNORECASE),
+)
+# What ends a turn or opens another: Qwen and most, DeepSeek, Gemma, Mistral and Llama 2.
+_CONTROL = re.compile(r"<\|[A-Za-z0-9_]{1,40}\|>|<｜[^<>｜]{1,40}｜>|<(?:start|end)_of_turn>|\[/?INST\]")
 
 
 class Outcome(StrEnum):
@@ -69,14 +78,14 @@ def split(text: str, *, opened: bool = False, cut: bool = False) -> Completion:
     Returns:
         The last closing tag ends the trace, so no trace text can reach `answer`.
     """
-    closings = list(_CLOSE.finditer(text))
+    closings = _find(_CLOSE, text)
     if not closings:
-        if opened or _OPEN.search(text):
+        if opened or _occurs(_OPEN, text):
             return Completion(_strip_open(text), None, Outcome.UNCLOSED)
         return _with_answer(None, text, cut)
-    last = closings[-1]
-    trace, answer = _strip_open(text[: last.start()]), text[last.end() :]
-    if _OPEN.search(answer):
+    start, end = closings[-1]
+    trace, answer = _strip_open(text[:start]), text[end:]
+    if _occurs(_OPEN, answer):
         return Completion(trace, None, Outcome.UNCLOSED)
     done = _with_answer(trace, answer, cut)
     if done.complete and len(closings) > 1:
@@ -91,7 +100,7 @@ def split_apart(reasoning: str, content: str | None, *, cut: bool = False) -> Co
     takes a text without any tag for one, whatever the finish reason.
     """
     content = content or ""
-    if _OPEN.search(content) or _CLOSE.search(content):
+    if has_tag(content):
         return Completion(reasoning, None, Outcome.AMBIGUOUS)
     if not content.strip():
         return Completion(_strip_open(reasoning), None, Outcome.UNCLOSED)
@@ -114,7 +123,13 @@ def split_message(message: dict[str, Any], *, opened: bool = False, finish_reaso
 
 def has_tag(text: str) -> bool:
     """Whether any opening or closing trace tag occurs in the text."""
-    return bool(_OPEN.search(text) or _CLOSE.search(text))
+    return _occurs(_OPEN, text) or _occurs(_CLOSE, text)
+
+
+def control_token(text: str) -> str | None:
+    """The first token of a chat format (`<|im_end|>`) in a text: tokenized, it would end the turn there."""
+    found = _CONTROL.search(text)
+    return found.group() if found else None
 
 
 def opens_trace(tokenizer: Any) -> bool:
@@ -127,10 +142,19 @@ def opens_trace(tokenizer: Any) -> bool:
 
 def template_opens_trace(rendered_prompt: str) -> bool:
     """Whether a rendered generation prompt ends inside a trace (as Qwen3-Thinking-2507's does)."""
-    openings, closings = list(_OPEN.finditer(rendered_prompt)), list(_CLOSE.finditer(rendered_prompt))
-    if not openings or rendered_prompt[openings[-1].end() :].strip():
+    openings, closings = _find(_OPEN, rendered_prompt), _find(_CLOSE, rendered_prompt)
+    if not openings or rendered_prompt[openings[-1][1] :].strip():
         return False
-    return not closings or closings[-1].start() < openings[-1].start()
+    return not closings or closings[-1] < openings[-1]
+
+
+def _find(patterns: tuple[re.Pattern[str], ...], text: str) -> list[tuple[int, int]]:
+    """Start and end of every match, in order."""
+    return sorted(match.span() for pattern in patterns for match in pattern.finditer(text))
+
+
+def _occurs(patterns: tuple[re.Pattern[str], ...], text: str) -> bool:
+    return any(pattern.search(text) for pattern in patterns)
 
 
 def _with_answer(trace: str | None, answer: str, cut: bool) -> Completion:
@@ -141,5 +165,6 @@ def _with_answer(trace: str | None, answer: str, cut: bool) -> Completion:
 
 
 def _strip_open(trace: str) -> str:
-    match = _OPEN.match(trace.lstrip())
-    return (trace.lstrip()[match.end() :] if match else trace).strip()
+    text = trace.strip()
+    match = next((m for pattern in _OPEN if (m := pattern.match(text))), None)
+    return text[match.end() :].strip() if match else text

@@ -107,11 +107,13 @@ def set_lambda(config: dict[str, Any], weight: float, where: Path) -> dict[str, 
 
 
 def check_config(path: Path) -> None:
-    """Refuse parameters that mergekit would ignore or find wrong half-way.
+    """Refuse a config of another shape than mergekit's, and parameters that it would ignore or find wrong half-way.
 
-    Raises `ThinkSwitchError` naming file and parameter, before any tensor is read.
+    Raises `ThinkSwitchError` naming file and field, before any tensor is read.
     """
     config = files.read_yaml(path)
+    if fault := _fault(config):
+        raise ThinkSwitchError(f"{path}: {fault}.")
     if config.get("merge_method") != NAME:
         return
     blocks = [config, *(config.get("slices") or [])]
@@ -135,3 +137,23 @@ def _check_value(path: Path, key: str, value: Any) -> None:
             _check_value(path, key, scalar)
         elif isinstance(scalar, bool) or not isinstance(scalar, int | float) or not math.isfinite(scalar):
             raise ThinkSwitchError(f"{path}: `{key}` is {scalar!r}; use a finite number.")
+
+
+def _fault(config: dict[str, Any]) -> str | None:
+    if not isinstance(config.get("merge_method"), str):
+        return "`merge_method` is missing or not text"
+    for name in ("models", "slices"):
+        if not isinstance(config.get(name), list | None):
+            return f"`{name}` must be a list, found {type(config[name]).__name__}"
+    blocks: list[tuple[str, Any]] = [("", config)]
+    for name in ("models", "slices"):
+        blocks += [(f"{name}[{place}].", block) for place, block in enumerate(config.get(name) or [])]
+    for where, block in blocks:
+        if not isinstance(block, dict):
+            return f"`{where.rstrip('.')}` must be a mapping, found {type(block).__name__}"
+        if not isinstance(block.get("parameters"), dict | None):
+            return f"`{where}parameters` must be a mapping, found {type(block['parameters']).__name__}"
+    for place, block in enumerate(config.get("models") or []):
+        if not isinstance(block.get("model"), str):
+            return f"`models[{place}].model` is missing or not text"
+    return None

@@ -19,6 +19,7 @@ import mergekit.io.tasks
 import mergekit.merge
 import torch
 from mergekit.config import MergeConfiguration
+from mergekit.merge_methods import registry
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from pydantic import ValidationError
 from safetensors import safe_open
@@ -60,6 +61,11 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ThinkSwitchError(f"{out} exists already; delete it or name another folder.")
     register()
+    known = {method.spec.name for method in registry.registered_methods()}
+    if (method := files.read_yaml(config_file)["merge_method"]) not in known:
+        raise ThinkSwitchError(
+            f"{config_file}: mergekit has no `merge_method` {method!r}; it has {', '.join(sorted(known))}."
+        )
     config = _read_config(config_file)
     checkpoints = _local_checkpoints(config)
     _check(config, checkpoints, options)

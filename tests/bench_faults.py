@@ -1,0 +1,117 @@
+"""`make bench-faults`: 10,000 requests through a server that fails; is every one accounted for once?
+
+The server (faulty_server.py) refuses, stalls, answers 429, 500 and 503, sends half an answer, broken
+JSON, HTML, nothing, text in another encoding, answers twice and out of order, and dies and returns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.faulty_server import FOREVER, HARMLESS, MODEL, ONCE, FaultyServer
+from thinkswitch_plugin import batch, files
+from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.generate import generate
+
+
+def prompts(count: int, seed: int = 0) -> Iterator[str]:
+    """Mostly good prompts; one in ten meets a fault once, one in a hundred always."""
+    draw = random.Random(seed)
+    for n in range(count):
+        chance = draw.random()
+        if chance < 0.01:
+            yield f"{draw.choice(FOREVER)}:* {n}"
+        elif chance < 0.11:
+            yield f"{draw.choice(ONCE)}:1 {n}"
+        else:
+            yield f"{draw.choice(HARMLESS)} {n}"
+
+
+def account(asked: list[str], generations: Path) -> dict[str, int]:
+    """What became of every prompt, by the file alone."""
+    lines = Counter[str]()
+    found = {"answered": 0, "failed with a reason": 0, "answers of another prompt": 0}
+    for number, row in files.read_jsonl(generations):
+        name = batch.stored_id(row, generations, number)
+        lines[name] += 1
+        body = batch.completion_body(row)
+        if body is None:
+            found["failed with a reason"] += bool(row["error"]["message"])
+        else:
+            found["answered"] += 1
+            text = body["choices"][0]["message"]["content"]
+            found["answers of another prompt"] += text != f"echo: {asked[int(name[1:])]}"
+    ids = {f"p{n}" for n in range(len(asked))}
+    return {
+        "requests": len(asked),
+        **found,
+        "missing": len(ids - lines.keys()),
+        "twice": sum(n > 1 for n in lines.values()),
+        "unknown": len(lines.keys() - ids),
+    }
+
+
+def run(count: int, folder: Path, keys: EngineKeys, *, die_after: tuple[int, ...], away: float = 1.0) -> dict[str, Any]:
+    """Ask everything, ask again, and account for both times."""
+    asked = list(prompts(count))
+    requests, out = folder / "requests.jsonl", folder / "generations.jsonl"
+    with files.atomic_file(requests) as handle:
+        for n, text in enumerate(asked):
+            body = {"model": MODEL, "messages": [{"role": "user", "content": text}], "max_tokens": 10}
+            handle.write(files.dumps_line({"custom_id": f"p{n}", "body": body}))
+    with FaultyServer(die_after=die_after, away=away) as server:
+        started = time.monotonic()
+        generate(requests, out, MODEL, server.url, keys, log=folder / "log")
+        seconds = time.monotonic() - started
+        result: dict[str, Any] = account(asked, out)
+        result["expected to fail"] = sum(":*" in text for text in asked)
+        result["times the server died"] = server.deaths
+        result["HTTP requests"] = server.asked.total()
+        stored = {text for text in asked if ":*" not in text}
+        before = server.asked.copy()
+        generate(requests, out, MODEL, server.url, keys, log=folder / "log")
+        result["stored answers asked again"] = sum(server.asked[text] > before[text] for text in stored)
+        again = account(asked, out)
+        result["second run accounts for"] = again["answered"] + again["failed with a reason"]
+    result["seconds"] = round(seconds, 1)
+    return result
+
+
+def is_whole(result: dict[str, Any]) -> bool:
+    """Whether every request is accounted for exactly once, with its own answer."""
+    nothing = ("missing", "twice", "unknown", "answers of another prompt", "stored answers asked again")
+    return (
+        all(result[name] == 0 for name in nothing)
+        and result["failed with a reason"] == result["expected to fail"]
+        and result["answered"] + result["failed with a reason"] == result["requests"]
+        and result["second run accounts for"] == result["requests"]
+    )
+
+
+def main() -> None:
+    """Print a table, and the same as one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=10_000)
+    count = parser.parse_args().requests
+    keys = EngineKeys(concurrency=128, timeout=5, outage=60)  # type: ignore[call-arg]
+    deaths = tuple(count * share // 100 for share in (5, 25, 45, 65, 85))
+    with tempfile.TemporaryDirectory() as temporary:
+        result = run(count, Path(temporary), keys, die_after=deaths)
+    for name, value in result.items():
+        print(f"| {name} | {value} |")
+    result["every request accounted for exactly once"] = is_whole(result)
+    print(json.dumps(result))
+    if not is_whole(result):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""The table of `make bad-input`: each broken file is refused in one sentence, each harmless one works."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests import bad_input
+
+FORMS = list(bad_input.forms())
+FEW = {form.kind: form for form in FORMS if not form.works}  # the last broken form of every kind
+FEW |= {f"{form.kind}, harmless": form for form in FORMS if form.works}
+
+
+@pytest.mark.parametrize("name", sorted(FEW))
+def test_a_broken_file_of_every_kind(name: str) -> None:
+    found = bad_input.run(FEW[name])
+    assert bad_input.is_right(FEW[name], found), (FEW[name].defect, found)
+
+
+@pytest.mark.slow
+def test_every_form_of_the_table() -> None:
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(bad_input.run, FORMS))
+    wrong = [(form.kind, form.defect, found) for form, found in zip(FORMS, results, strict=True)
+             if not bad_input.is_right(form, found)]  # fmt: skip
+    assert wrong == []
+
+
+def test_the_forms_cover_every_file_and_are_told_apart() -> None:
+    assert {form.kind for form in FORMS} == {"prompts", "recipe", "merge config", "requests", "generations", "outputs"}
+    names = [(form.kind, form.defect) for form in FORMS]
+    assert len(set(names)) == len(names) and all(form.says or form.works for form in FORMS)

@@ -1,0 +1,111 @@
+"""OpenAI batch files, read and checked: the requests of a run, and one server's completion of each.
+
+{"custom_id": "p00007-s0", "method": "POST", "url": "/v1/chat/completions",
+ "body": {"model": "…", "messages": [{"role": "user", "content": "7*3+4*2"}], "max_tokens": 64}}
+{"id": "…", "custom_id": "p00007-s0", "response": {"status_code": 200, "body": {"choices": […]}}, "error": null}
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin import files
+from thinkswitch_plugin.errors import ThinkSwitchError
+
+TRACES = ("inline", "opened")
+
+
+def read_requests(path: Path, limit: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, request) of a batch file, each one checked; memory grows with the ids only.
+
+    Raises `ThinkSwitchError` naming file, line and field of what is wrong, or an id that occurs twice.
+    """
+    lines: dict[str, int] = {}
+    for number, row in itertools.islice(files.read_jsonl(path), limit):
+        where = f"{path}, line {number}"
+        if fault := _fault_of_request(row):
+            raise ThinkSwitchError(f"{where}: {fault}.")
+        first = lines.setdefault(row["custom_id"], number)
+        if first != number:
+            raise ThinkSwitchError(
+                f"{where}: the `custom_id` {row['custom_id']!r} is that of line {first} already; give each its own."
+            )
+        yield number, row
+
+
+def _fault_of_request(row: dict[str, Any]) -> str | None:
+    if not isinstance(row.get("custom_id"), str) or not row["custom_id"]:
+        return "`custom_id` is missing or not text"
+    body = row.get("body")
+    if not isinstance(body, dict):
+        return "`body` is missing or no object"
+    if not isinstance(body.get("messages"), list) or not body["messages"]:
+        return "`body.messages` is missing or empty"
+    for place, message in enumerate(body["messages"]):
+        if not isinstance(message, dict):
+            return f"`body.messages[{place}]` is no object"
+        for name in ("role", "content"):
+            if not isinstance(message.get(name), str):
+                return f"`body.messages[{place}].{name}` is missing or not text"
+    budget = body.get("max_tokens", 1)
+    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
+        return f"`body.max_tokens` is {budget!r}; use a whole number above 0"
+    metadata = body.get("metadata", {})
+    if not isinstance(metadata, dict):
+        return "`body.metadata` is no object"
+    if not isinstance(metadata.get("prompt_id", ""), str):
+        return "`body.metadata.prompt_id` is not text"
+    if metadata.get("trace", "inline") not in TRACES:
+        return f"`body.metadata.trace` is {metadata['trace']!r}; use {' or '.join(TRACES)}"
+    return None
+
+
+def prompt_id(request: dict[str, Any]) -> str:
+    """Whose sample a request is."""
+    return str(request["body"].get("metadata", {}).get("prompt_id", request["custom_id"]))
+
+
+def opens_trace(request: dict[str, Any]) -> bool:
+    """Whether the chat template opens the trace of a request."""
+    return bool(request["body"].get("metadata", {}).get("trace") == "opened")
+
+
+def stored_id(row: dict[str, Any], path: Path, number: int) -> str:
+    """The id of one line of a batch output. Raises `ThinkSwitchError` if it has none."""
+    if not isinstance(row.get("custom_id"), str):
+        raise ThinkSwitchError(f"{path}, line {number}: `custom_id` is missing or not text.")
+    return str(row["custom_id"])
+
+
+def fault_of_completion(body: object) -> str | None:
+    """What keeps a value from being a chat completion with text, None if it is one."""
+    if not isinstance(body, dict):
+        return "it is no JSON object"
+    choices = body.get("choices")
+    if not isinstance(choices, list) or not choices:
+        return "it has no `choices`"
+    choice = choices[0]
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(message, dict):
+        return "its first choice has no `message`"
+    for name in ("content", "reasoning", "reasoning_content"):
+        if not isinstance(message.get(name), str | None):
+            return f"`message.{name}` is not text"
+    if not isinstance(choice.get("finish_reason"), str | None):
+        return "`finish_reason` is not text"
+    usage = body.get("usage")
+    if not isinstance(usage, dict | None):
+        return "`usage` is no object"
+    if not isinstance((usage or {}).get("completion_tokens"), int | None):
+        return "`usage.completion_tokens` is no whole number"
+    return None
+
+
+def completion_body(row: dict[str, Any]) -> dict[str, Any] | None:
+    """The chat completion that one line of a batch output holds, None for a failure or anything else."""
+    response = row.get("response")
+    body = response.get("body") if isinstance(response, dict) else None
+    return None if row.get("error") or fault_of_completion(body) else body
