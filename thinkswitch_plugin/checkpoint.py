@@ -31,6 +31,16 @@ def adopt_mode(source: Path, target: Path) -> None:
                 shutil.copy2(file, target / file.name)
 
 
+def require_weights(folder: Path) -> None:
+    """Raise `ThinkSwitchError` if a checkpoint of a run is there but for its weights, which `KEEP=` prunes."""
+    if (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
+        stage = "merge-lora" if folder.name == "instruct" else "rebuild"
+        raise ThinkSwitchError(
+            f"{folder} has no weights; if KEEP= has pruned them, delete {folder.parent / '.stamps' / stage}.json "
+            "and run `make iterate KEEP=all` to have them made again."
+        )
+
+
 def resolve(name: str, revision: str | None, what: str) -> tuple[Path, str | None]:
     """The folder of a checkpoint, fetched from the hub if it is a hub id; and its commit.
 

@@ -36,8 +36,7 @@ class Subject:
     seed: int
     engine: str
     out: Path
-    memory: Path
-    lock: Path
+    home: Path
     iteration: int | None
     of_run: bool
 
@@ -48,8 +47,8 @@ class Subject:
         Args:
             used: the roles whose checkpoints the candidates are made of.
         """
-        with locked(self.lock):
-            hashes = Hashes(self.memory)
+        with locked(self.home):
+            hashes = Hashes(self.home)
             inputs = {name: str(hashes.of(self.roles[name])) for name in sorted(set(used))}
             hashes.save()
             yield Bench(
@@ -131,6 +130,8 @@ def find_subject(
     for name, given in (("instruct", instruct), ("thinking", thinking)):
         if given:
             roles[name], _ = checkpoint.resolve(given, None, name)
+    for role in roles.values():
+        checkpoint.require_weights(role)
     require_compatible(roles["instruct"], roles["thinking"])
     of_run = not (instruct or thinking)
     where = out or (folder / f"iter-{iteration}" if of_run else Path("sweeps") / domain)
@@ -141,8 +142,7 @@ def find_subject(
         seed=seed,
         engine=engine,
         out=where,
-        memory=home / ".stamps" / "hashes.json",
-        lock=home,
+        home=home,
         iteration=iteration if of_run else None,
         of_run=of_run,
     )
