@@ -279,7 +279,7 @@ def compare(undisturbed: Path, disturbed: Path, outcome: Outcome) -> None:
     outcome.scores_differ += sum(
         one[mode] != other[mode] for one, other in zip(*reports, strict=True) for mode in MODES
     )
-    outcome.leftovers += len([*disturbed.rglob(".*.partial"), *disturbed.rglob("*.begun")])
+    outcome.leftovers += len(list(disturbed.rglob(".*.partial")))
     opened = open_run(disturbed)
     outcome.unverified += sum(read_stamp(stamp_path(opened, stage)) is None for stage in stages(opened))
     verify = subprocess.run([Path(sys.executable).with_name("thinkswitch"), "verify", disturbed], cwd=ROOT, check=False)

@@ -59,12 +59,15 @@ def end_with_owner() -> None:
         return
 
     def wait() -> None:
-        with suppress(ProcessLookupError):
+        try:
             select.select([os.pidfd_open(int(owner))], [], [])
+        except ProcessLookupError:
+            pass  # it has gone already
+        except OSError:
+            return  # a kernel without this
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with suppress(OSError):
-        threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def hush_engines() -> None:

@@ -9,8 +9,8 @@ so touching a file reruns nothing and changing it reruns what depends on it:
      "outputs": {"…/pairs.jsonl": "41c0…", …}, "seconds": 0.2, "seed": 0,
      "command": "thinkswitch pairs runs/arithmetic 1", "versions": {…}}
 
-A stamp is written last, so a stage that was killed has none. `pairs.begun` beside it says what
-the unfinished attempt read: what that left may be gone on with only if it reads the same again.
+A stamp is written last, so a stage that was killed has none. `generate.begun` beside it says what
+the attempt read: what that left may be gone on with only if the stage reads the same again.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ class Stage:
         resume_on: what a failed attempt left may be gone on with if the inputs and these values
             are the same; None: the stage starts anew.
         needs: must be there for the stage to count as done, but are not its outputs.
+        scratch: what an attempt leaves beside its outputs to go on with.
         writes_like: a checkpoint about as large as what the stage writes.
     """
 
@@ -139,6 +140,7 @@ class Stage:
     values: dict[str, Any] = field(default_factory=dict)
     resume_on: tuple[str, ...] | None = None
     needs: tuple[Path, ...] = ()
+    scratch: tuple[Path, ...] = ()
     writes_like: Path | None = None
 
 
@@ -241,7 +243,9 @@ def stages(run: Run) -> Iterator[Stage]:
                 run.iteration(1) / "generations.jsonl",
             ),
             (here / "thinking", here / "rebuild.json", here / "merge.yaml"),
-            {"rebuild": keys.rebuild.model_dump()},
+            {"rebuild": keys.rebuild.model_dump(), "engine": answering},
+            resume_on=("rebuild", "engine"),
+            scratch=tuple((here / "logs").glob("check-lambda-*.jsonl")),
             writes_like=Path(run.anchor(k)),
         )
         yield from (evaluate(mode, k) for mode in MODES)
@@ -441,7 +445,7 @@ def goes_on(run: Run, stage: Stage, hashes: Hashes) -> bool:
 
 
 def begun_path(run: Run, stage: Stage) -> Path:
-    """Where an unfinished stage says what it read."""
+    """Where a stage says what it read before it writes anything."""
     return stamp_path(run, stage).with_suffix(".begun")
 
 
@@ -515,6 +519,8 @@ def execute(
             for output in stage.outputs:
                 files.remove(output)
                 files.remove(files.temporary_sibling(output))
+            for path in stage.scratch:
+                files.remove(path)
         stamp.unlink(missing_ok=True)
         if stage.writes_like is not None:
             files.require_space(run.folder, files.size(stage.writes_like), f"{name}{where}")
@@ -539,7 +545,8 @@ def execute(
                 "versions": versions(),
             },
         )
-        begun.unlink()
+        if stage.resume_on is None:  # else a lost stamp costs neither answers nor training
+            begun.unlink()
         hashes.save()
         console.say(f"[{name}{where}] done in {seconds:.1f} s")
         if after is not None:

@@ -122,8 +122,7 @@ def rebuild_thinking(
         files.remove(candidate)
         merge(merge_yaml, candidate, logs / "merge.log")
         checkpoint.adopt_mode(anchor, candidate)
-        answers = logs / f"check-lambda-{weight:g}.jsonl"
-        answers.unlink(missing_ok=True)
+        answers = logs / f"check-lambda-{weight:g}.jsonl"  # a killed attempt's answers count: the merge repeats
         generate(
             requests,
             answers,
