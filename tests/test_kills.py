@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ print(os.getpid(), child.pid, flush=True)
 """
 CALLER = """
 import sys, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from thinkswitch_plugin import console, run
 with run.locked(Path(sys.argv[1])), open(sys.argv[2], "ab") as log:
@@ -95,8 +98,10 @@ def test_exit_codes_are_those_of_a_shell() -> None:
 
 
 COMMAND = """
+import threading
 import time
 from thinkswitch_plugin import cli, files
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 @cli.main.command("work")
@@ -188,3 +193,45 @@ def test_a_training_checkpoint_cut_short_is_not_gone_on_with(tmp_path: Path) -> 
     (tmp_path / "checkpoint-128").mkdir()
     assert [p.name for p in distil.whole_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-16"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-16", "checkpoint-9"]
+
+
+class Stalling(BaseHTTPRequestHandler):
+    """Serves the model `m`, and never answers a question."""
+
+    def do_GET(self) -> None:
+        body = b'{"data": [{"id": "m"}]}'
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        time.sleep(30)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_answers_are_awaited_is_one_sentence(
+    tmp_path: Path, write_jsonl: Any, sign: signal.Signals, code: int
+) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Stalling)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    body = {"model": "m", "messages": [{"role": "user", "content": "?"}], "max_tokens": 8}
+    rows = [{"custom_id": str(n), "method": "POST", "url": "/v1/chat/completions", "body": body} for n in range(8)]
+    requests = write_jsonl("requests.jsonl", rows)
+    ask = (
+        "from thinkswitch_plugin.generate import generate; from thinkswitch_plugin.args import EngineKeys; "
+        f"import openai; print('asking', flush=True); generate(Path({str(requests)!r}), Path('answers.jsonl'), 'm', "
+        f"'http://127.0.0.1:{server.server_port}/v1', EngineKeys(), log=Path('log'))"
+    )
+    process = a_command(tmp_path, ask)
+    assert process.stdout is not None and [process.stdout.readline() for _ in range(2)][1] == "asking\n"
+    time.sleep(1.5)
+    process.send_signal(sign)
+    _, errors = process.communicate(timeout=20)
+    server.shutdown()
+    assert process.returncode == code and "Traceback" not in errors
+    assert "thinkswitch: stopped; the same command goes on from what is there." in errors
