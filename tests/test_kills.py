@@ -10,12 +10,13 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.conftest import ROOT
-from thinkswitch_plugin import distil, files, run, supervise
+from thinkswitch_plugin import checkpoint, distil, files, run, supervise
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 # An engine whose worker has a session of its own and ignores SIGTERM, as the worst of them do.
@@ -235,3 +236,16 @@ def test_a_signal_while_answers_are_awaited_is_one_sentence(
     server.shutdown()
     assert process.returncode == code and "Traceback" not in errors
     assert "thinkswitch: stopped; the same command goes on from what is there." in errors
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    listed = [("model.safetensors", 8_000_000_000), ("pytorch_model.bin", 9_000_000_000), ("config.json", 100)]
+    siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in listed]
+    info = SimpleNamespace(siblings=siblings, sha="0" * 40)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("fetched"))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=4_000_000_000))
+    with pytest.raises(ThinkSwitchError, match=r"org/model writes about 8\.0 GB into .*, and 4\.0 GB are free"):
+        checkpoint.resolve("org/model", None, "instruct")

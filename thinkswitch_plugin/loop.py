@@ -136,9 +136,11 @@ def train_adapter(run: Run, *, pairs: Path, base_model: str, here: Path, resume:
     files.remove(prepared)  # axolotl would take up prepared data of other pairs
     if not resume:
         files.remove(building)
-    elif adapter.is_dir():
+    elif adapter.is_dir() and (here / "axolotl.yaml").is_file():
         console.say("  the adapter of these pairs is whole")
-        return {"adapter_change": distil.adapter_change(adapter), "resumed_from": None}
+        change = distil.adapter_change(adapter)
+        distil.require_moved(change, run.recipe.keys.min_adapter_change, adapter)
+        return {"adapter_change": change, "resumed_from": None}
     before = distil.whole_checkpoints(building)
     if before:
         console.say(f"  goes on from {before[-1].name} of the training that was cut short")

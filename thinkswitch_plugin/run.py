@@ -529,6 +529,10 @@ def execute(
         notes = work() or {}
         seconds = round(time.monotonic() - started, 2)
         for output in stage.outputs:
+            if not output.exists():
+                raise ThinkSwitchError(
+                    f"{name}{where} ended without {output}; see {run.iteration(iteration) / 'logs'}."
+                )
             files.sync(output)
             hashes.forget_pruned(output)
         files.write_json(
