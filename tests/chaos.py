@@ -189,11 +189,18 @@ def aim(runs: Path, rng: random.Random, process: subprocess.Popen[bytes]) -> str
     run = runs / "arithmetic"
     done = {path.stem for path in run.glob("iter-1/.stamps/*.json")}
     name = rng.choice([stage for stage in SIGNS if stage not in done])
-    while process.poll() is None and not list(run.glob(SIGNS[name])):
+    while process.poll() is None and not any(size_of(found) for found in run.glob(SIGNS[name])):
         time.sleep(0.005)
     with suppress(subprocess.TimeoutExpired):
         process.wait(rng.choice((0.0, rng.uniform(0, 0.1), rng.uniform(0, 6))))
     return f"{name} to write"
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file or of a folder's entry; 0 if it has gone meanwhile."""
+    with suppress(OSError):
+        return path.stat().st_size
+    return 0
 
 
 def of_run(runs: Path) -> dict[int, list[str]]:
