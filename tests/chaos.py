@@ -31,8 +31,9 @@ from typing import Any
 import orjson
 
 from thinkswitch_plugin import files
+from thinkswitch_plugin.hashes import read_stamp
 from thinkswitch_plugin.report import table
-from thinkswitch_plugin.run import MODES, open_run, read_stamp, stages, stamp_path
+from thinkswitch_plugin.run import MODES, open_run, stages, stamp_path
 
 ROOT = Path(__file__).resolve().parent.parent
 VICTIMS = ("parents", "make", "stage", "engine", "everything")

@@ -14,6 +14,8 @@ import pytest
 from tests.conftest import ROOT
 from thinkswitch_plugin import begin, files, prune, run
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.hashes import Hashes
+from thinkswitch_plugin.task_files import task_files
 from thinkswitch_plugin.verify import verify
 
 AFTER_PAIRS = {"train", "merge-lora", "rebuild", "eval-instruct", "eval-thinking", "report"}
@@ -57,7 +59,7 @@ def iterate(iterations: int = 1, *, until: str = "") -> list[tuple[str, int]]:
 def worker(opened: run.Run, stage: run.Stage, done: list[tuple[str, int]]) -> Callable[[], None]:
     def work() -> None:
         done.append((stage.name, stage.iteration))
-        read = orjson.dumps(run.fingerprint(stage, run.Hashes(opened.folder)))
+        read = orjson.dumps(run.fingerprint(stage, Hashes(opened.folder)))
         text = hashlib.sha256(read).hexdigest()
         for output in stage.outputs:
             if output.name == "pair.json":
@@ -162,9 +164,9 @@ def test_options_that_say_only_how_vllm_uses_the_machine_ask_nothing_again() -> 
 
 
 def test_task_files_follow_includes_functions_and_local_data(place: Path) -> None:
-    names = {str(path) for path in run.task_files("thinkswitch_aime_k8")}
+    names = {str(path) for path in task_files("thinkswitch_aime_k8")}
     assert {"lm_eval_tasks/thinkswitch_aime_k8.yaml", "lm_eval_tasks/thinkswitch_aime.yaml"} < names
-    assert "recipes/template/test.jsonl" in {str(path) for path in run.task_files("thinkswitch_template")}
+    assert "recipes/template/test.jsonl" in {str(path) for path in task_files("thinkswitch_template")}
     assert "lm_eval_tasks/thinkswitch_tasks.py" in names
 
 
@@ -228,7 +230,7 @@ def test_a_stage_that_needs_a_pruned_checkpoint_says_so_and_how_to_get_it_back(
 
 def test_a_kill_between_note_and_deletion_loses_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     iterate(2)
-    hashes = run.Hashes(Path("runs/arithmetic"))
+    hashes = Hashes(Path("runs/arithmetic"))
     unlink = Path.unlink
 
     def killed(path: Path, missing_ok: bool = False) -> None:
@@ -240,7 +242,7 @@ def test_a_kill_between_note_and_deletion_loses_nothing(place: Path, monkeypatch
         patched.setattr(Path, "unlink", killed)
         hashes.prune([Path("runs/arithmetic/iter-1/instruct/model.safetensors")])
     assert weights(2) == [BOTH, BOTH]
-    assert run.Hashes(Path("runs/arithmetic")).missing(Path("runs/arithmetic/iter-1/instruct")) == []
+    assert Hashes(Path("runs/arithmetic")).missing(Path("runs/arithmetic/iter-1/instruct")) == []
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "newest", "1.5"])

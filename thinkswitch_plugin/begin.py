@@ -8,10 +8,11 @@ from pathlib import Path
 from thinkswitch_plugin import console, engines, files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import uses_server
+from thinkswitch_plugin.hashes import Hashes, read_stamp
 from thinkswitch_plugin.merging.config import check_config, set_lambda
 from thinkswitch_plugin.prune import iterations_kept, prune
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path
-from thinkswitch_plugin.run import Hashes, Run, forget_stale, locked, read_settings, read_stamp, settings_file
+from thinkswitch_plugin.run import Run, forget_stale, locked, read_settings, settings_file
 
 
 def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int, overlays: Sequence[str] = ()) -> Run:

@@ -16,7 +16,8 @@ from thinkswitch_plugin import checkpoint, console, files
 from thinkswitch_plugin.args import resolve_seed
 from thinkswitch_plugin.engines import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import Hashes, Run, read_stamp, versions
+from thinkswitch_plugin.hashes import Hashes, read_stamp
+from thinkswitch_plugin.run import Run, versions
 
 
 def tool(name: str) -> str:

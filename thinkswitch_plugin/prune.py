@@ -15,7 +15,8 @@ from pathlib import Path
 
 from thinkswitch_plugin import console
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import MODES, Hashes, Run, is_done, stages
+from thinkswitch_plugin.hashes import Hashes
+from thinkswitch_plugin.run import MODES, Run, is_done, stages
 
 KEEP_VARIABLE = "KEEP"
 

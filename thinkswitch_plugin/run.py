@@ -16,30 +16,27 @@ the attempt read: what that left may be gone on with only if the stage reads the
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import resolve_seed
 from thinkswitch_plugin.distil import iteration_config
 from thinkswitch_plugin.engines import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.hashes import Hashes, read_stamp
 from thinkswitch_plugin.recipe import Recipe, load_recipe
 from thinkswitch_plugin.sources import DATA_VARIABLE
+from thinkswitch_plugin.task_files import task_files
 
 MODES = ("instruct", "thinking")
-TASKS = Path("lm_eval_tasks")
 TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja")
-CLOCK_TICK = 20_000_000  # ns; two writes within one tick of the file system's clock look alike
 LOCK_PATIENCE = 5.0  # seconds; a command that was just killed takes a moment to let go
 # Options of vLLM that say how fast it answers, not what.
 MACHINE_OPTIONS = (
@@ -110,15 +107,6 @@ def read_settings(path: Path) -> dict[str, Any]:
                 "OVERLAY of this run: what is done stays done."
             )
     return values
-
-
-def read_stamp(path: Path) -> dict[str, Any] | None:
-    """A stamp's values; None if there is none or it is damaged."""
-    try:
-        found = files.read_json(path)
-    except (ThinkSwitchError, OSError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 @dataclass(frozen=True)
@@ -279,52 +267,6 @@ def training_config(run: Run, k: int) -> dict[str, Any]:
     )
 
 
-class _AnyTag(yaml.SafeLoader):
-    """Reads task files, whose `!function` tags name Python functions, without calling anything."""
-
-
-_AnyTag.add_multi_constructor("!", lambda loader, tag, node: {"function": str(getattr(node, "value", ""))})
-
-
-def task_files(name: str) -> tuple[Path, ...]:
-    """The files that an lm-eval task of ours is made of: YAML, what it includes, functions, local data."""
-    found: dict[Path, None] = {}
-
-    def visit(path: Path) -> None:
-        if not path.is_file() or path in found:
-            return
-        found[path] = None
-        if path.suffix != ".yaml":
-            return
-        try:
-            values = yaml.load(path.read_bytes(), Loader=_AnyTag)
-        except (yaml.YAMLError, UnicodeDecodeError):
-            return  # lm-eval says what is wrong with it
-        for key, text in _texts(values):
-            if key == "include":
-                visit(path.parent / text)
-            elif key == "function":
-                visit(path.parent / f"{text.split('.')[0]}.py")
-            elif Path(text).suffix in (".json", ".jsonl", ".csv", ".parquet"):
-                visit(Path(text))
-
-    visit(TASKS / f"{name}.yaml")
-    if folder := os.environ.get(DATA_VARIABLE):
-        found[Path(folder)] = None
-    return tuple(found)
-
-
-def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _texts(inner, str(name))
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner, key)
-
-
 def answering_options(vllm_args: list[str]) -> list[str]:
     """vLLM's options without those that say only how it uses the machine."""
     kept: list[str] = []
@@ -341,80 +283,6 @@ def stamp_path(run: Run, stage: Stage) -> Path:
     """The stamp of a stage, which is also its target in the Makefile."""
     folder = run.folder if stage.name == "report" else run.iteration(stage.iteration)
     return folder / ".stamps" / f"{stage.name}.json"
-
-
-class Hashes:
-    """sha256 of files and folders, remembered by size and times so that nothing is read twice.
-
-    A pruned file keeps the hash it had, so pruning makes nothing run again.
-    """
-
-    def __init__(self, folder: Path, *, trust: bool = True) -> None:
-        """The hashes of a run folder.
-
-        Args:
-            trust: take a file that looks unchanged as unchanged; else everything is read.
-        """
-        self.memory = folder / ".stamps" / "hashes.json"
-        self.known: dict[str, list[Any]] = (read_stamp(self.memory) or {}) if trust else {}
-        self.prunings = folder / ".stamps" / "pruned.json"
-        self.pruned: dict[str, str] = read_stamp(self.prunings) or {}
-        self.changed = False
-
-    def of(self, path: Path) -> str | None:
-        """The hash of a file, or of all files of a folder; None if it is not there."""
-        if path.is_dir():
-            digest = hashlib.sha256()
-            for file, found in self.files(path).items():
-                digest.update(f"{Path(file).relative_to(path)}\0{found}\0".encode())
-            return digest.hexdigest()
-        return self._file(path) if path.is_file() else None
-
-    def files(self, path: Path) -> dict[str, str]:
-        """The hash of a file, or of every file of a folder by its path, pruned ones among them."""
-        if path.is_file():
-            return {str(path): self._file(path)}
-        there = {file: self._file(file) for file in path.rglob("*") if file.is_file()}
-        gone = {Path(f): h for f, h in self.pruned.items() if path in Path(f).parents}
-        return {str(file): found for file, found in sorted((gone | there).items())}
-
-    def missing(self, path: Path) -> list[str]:
-        """The files of a folder that were pruned and are not there again."""
-        return [f for f in self.pruned if path in Path(f).parents and not Path(f).is_file()]
-
-    def prune(self, paths: Iterable[Path]) -> None:
-        """Delete files, and remember their hashes first."""
-        chosen = list(paths)
-        self.pruned |= {str(p): self._file(p) for p in chosen}
-        files.write_json(self.prunings, self.pruned)
-        for path in chosen:
-            path.unlink()
-
-    def forget_pruned(self, path: Path) -> None:
-        """What lay at `path` is made anew: its pruned files count no longer."""
-        kept = {f: h for f, h in self.pruned.items() if path not in Path(f).parents}
-        if kept != self.pruned:
-            self.pruned = kept
-            files.write_json(self.prunings, kept)
-
-    def _file(self, path: Path) -> str:
-        status = path.stat()
-        # The change time cannot be set back, so a file of equal size copied with its old time is seen.
-        key, mark = str(path), [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-        found = self.known.get(key)
-        if not isinstance(found, list) or found[:-1] != mark:
-            with path.open("rb") as handle:
-                found = [*mark, hashlib.file_digest(handle, "sha256").hexdigest()]
-            if time.time_ns() - status.st_ctime_ns > CLOCK_TICK:
-                self.known[key] = found
-                self.changed = True
-        return str(found[-1])
-
-    def save(self) -> None:
-        """Write the memory back if anything was read."""
-        if self.changed:
-            files.write_json(self.memory, self.known)
-            self.changed = False
 
 
 def fingerprint(stage: Stage, hashes: Hashes) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from thinkswitch_plugin import console
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import Hashes, Run, Stage, open_run, read_stamp, stages, stamp_path
+from thinkswitch_plugin.hashes import Hashes, read_stamp
+from thinkswitch_plugin.run import Run, Stage, open_run, stages, stamp_path
 
 
 def verify(folder: Path) -> None:

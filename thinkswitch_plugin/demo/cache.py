@@ -9,7 +9,8 @@ from typing import Any
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import locked, read_stamp
+from thinkswitch_plugin.hashes import read_stamp
+from thinkswitch_plugin.run import locked
 
 PROMPTS = 2048  # enough for four iterations of 512 fresh ones
 
