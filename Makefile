@@ -7,12 +7,14 @@ RUNS       ?= runs
 SEED       ?= 0
 ENGINE     ?= auto
 OVERLAY    ?=
+KEEP       ?= all
 ITER       ?= 1
 LAMBDAS    ?= 0 0.1 … 1
+KILLS      ?= 10
 
 # What a setting may hold: `value` looks at it before Make would expand a $(shell …) in it.
 SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITER LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR A B K SAMPLING \
-	TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS
+	TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS
 $(foreach name,$(SETTINGS),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
 HASH := \#
 ODD := : ; | % = & < > ( ) [ ] { } * ? ! ~ ^ " ' ` \ , $(HASH)
@@ -26,10 +28,14 @@ TS   := $(VENV)/bin/thinkswitch
 RUN  := $(RUNS)/$(DOMAIN)
 
 # Settings reach the commands through the environment, never through a shell's command line.
-export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY RUN MODEL CONTROL PRICE_PER_HOUR
-export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS
+export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY KEEP RUN MODEL CONTROL PRICE_PER_HOUR
+export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KILLS
 export OMP_NUM_THREADS ?= $(shell nproc)
 export HF_HUB_DISABLE_TELEMETRY := 1
+ifeq ($(MAKELEVEL),0)
+# Whoever is killed, the stage at work ends too: it watches this process.
+export THINKSWITCH_OWNER := $(shell echo $$PPID)
+endif
 ifeq ($(DOMAIN),arithmetic)
 # The embedded domain needs no hub, and nothing may be fetched at run time.
 export HF_HUB_OFFLINE ?= 1
@@ -37,12 +43,12 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-vllm iterate loop pair check eval report clean-run sweep ablate baselines similarity \
-	control results bench-engines bench-sweep bench-merge bench-faults bench-pairs fuzz bad-input lint test
+.PHONY: help setup setup-vllm iterate loop pair check eval report verify clean-run sweep ablate baselines similarity \
+	control results chaos bench-engines bench-sweep bench-merge bench-faults bench-pairs fuzz bad-input lint test
 
 ##@ The loop
 
-iterate: setup ## the whole method: make iterate DOMAIN=arithmetic ITERATIONS=2 SEED=0 ENGINE=auto
+iterate: setup ## the whole method: make iterate DOMAIN=arithmetic ITERATIONS=2 SEED=0 ENGINE=auto KEEP=all|last|n
 	@$(TS) begin --domain "$$DOMAIN" --runs "$$RUNS" --seed "$$SEED" --engine "$$ENGINE" --iterations "$$ITERATIONS" --overlay "$$OVERLAY"
 	@$(MAKE) --silent --no-print-directory loop
 
@@ -95,6 +101,9 @@ report: setup ## write report.json and report.md of a finished run again, and sh
 	@rm -f "$$RUN/.stamps/report.json"
 	@$(TS) report "$$RUN"
 
+verify: setup ## do the files of a run still fit together? reads every one of them
+	@$(TS) verify "$$RUN"
+
 check: setup ## before a GPU hour is spent: make check DOMAIN=aime
 	@$(TS) check --domain "$$DOMAIN" --overlay "$$OVERLAY" --iterations "$$ITERATIONS"
 
@@ -131,6 +140,9 @@ control: setup ## one control experiment: make control CONTROL=shuffled|true-lab
 
 results: setup ## tables of docs/results.md, with PART=interpolation of docs/interpolation.md: make results RUN_FOLDERS="runs/arithmetic runs-1/arithmetic"
 	@$(TS) results --part "$${PART:-loop}" -- $$RUN_FOLDERS
+
+chaos: setup ## SIGKILL runs at random instants and compare with an undisturbed one: make chaos KILLS=10
+	@$(VENV)/bin/python -m tests.chaos --kills "$$KILLS" --seed "$$SEED"
 
 bench-engines: setup ## the embedded engine beside lm-eval's hf backend and transformers serve
 	@$(VENV)/bin/python -m tests.bench_engines
@@ -171,4 +183,4 @@ test: setup setup-vllm lint ## lint, types, unit tests, one real iteration, one 
 help: ## this text
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
 	/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo; echo "Settings: DOMAIN=$$DOMAIN ITERATIONS=$$ITERATIONS RUNS=$$RUNS SEED=$$SEED ENGINE=$$ENGINE OVERLAY=$$OVERLAY"
+	@echo; echo "Settings: DOMAIN=$$DOMAIN ITERATIONS=$$ITERATIONS RUNS=$$RUNS SEED=$$SEED ENGINE=$$ENGINE OVERLAY=$$OVERLAY KEEP=$$KEEP"

@@ -22,7 +22,9 @@ def command() -> Command:
     """Run a command in the project's folder; output captured, exit code not checked."""
 
     def run(*words: str | Path, cwd: Path = ROOT, timeout: float = 900, **env: str) -> subprocess.CompletedProcess[str]:
-        settings = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+        settings = {
+            k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "THINKSWITCH_OWNER")
+        }
         return subprocess.run(
             [str(w) for w in words],
             cwd=cwd,

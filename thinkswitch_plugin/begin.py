@@ -10,9 +10,11 @@ from thinkswitch_plugin.args import resolve_seed
 from thinkswitch_plugin.domain import prompts_of_iteration
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import uses_server
+from thinkswitch_plugin.hashes import Hashes, read_stamp
 from thinkswitch_plugin.merging.config import check_config, set_lambda
+from thinkswitch_plugin.prune import iterations_kept, prune
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path
-from thinkswitch_plugin.run import Hashes, Run, forget_stale, locked, settings_file
+from thinkswitch_plugin.run import Run, forget_stale, locked, read_settings, settings_file
 
 
 def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int, overlays: Sequence[str] = ()) -> Run:
@@ -21,9 +23,10 @@ def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int, 
     Raises `ThinkSwitchError`: no such recipe, a wrong key, a file that is missing, or a
     run folder that was begun with another seed or engine. Nothing is written then.
     """
+    iterations_kept()
     path = recipe_path(domain)
     folder = runs / domain
-    before = files.read_json(settings_file(folder)) if settings_file(folder).is_file() else None
+    before = read_settings(settings_file(folder)) if settings_file(folder).is_file() else None
     extra = [str(overlay_path(name)) for name in overlays] or (before["overlays"] if before else [])
     if before and before["overlays"] != extra:
         raise ThinkSwitchError(
@@ -47,9 +50,9 @@ def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int, 
     if uses_server(recipe.keys.evaluation, chosen) and engines.vllm_python() is None:
         raise ThinkSwitchError(f"{path}: `thinkswitch.evaluation.backend` asks for a server. {engines.NO_VLLM}")
     checked = folder / ".stamps" / "recipe-checked.json"
-    hashes = Hashes(folder / ".stamps" / "hashes.json")
+    hashes = Hashes(folder)
     fingerprint = {str(p): hashes.of(p) for p in (path, *recipe.overlays)}
-    if not checked.is_file() or files.read_json(checked) != fingerprint:
+    if read_stamp(checked) != fingerprint:
         check_axolotl_keys(recipe)
     with locked(run.folder):
         files.write_json(
@@ -65,6 +68,7 @@ def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int, 
         )
         files.write_json(checked, fingerprint)
         total, waiting = forget_stale(run)
+        prune(run, Hashes(folder))
     if waiting:
         names = f"{waiting[0].name} of iteration {waiting[0].iteration}"
         console.say(

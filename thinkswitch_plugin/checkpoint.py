@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,38 @@ def adopt_mode(source: Path, target: Path) -> None:
                 shutil.copy2(file, target / file.name)
 
 
+FETCHED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
+
+
+def require_room(name: str, revision: str | None, what: str) -> None:
+    """Raise `ThinkSwitchError` if what is still to be fetched of a hub checkpoint does not fit on the disk."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        info = HfApi().model_info(name, revision=revision, files_metadata=True)
+    except (HfHubHTTPError, OSError, ValueError):
+        return  # the fetch itself says what is wrong, or all of it is there
+    needed = sum(
+        file.size or 0
+        for file in info.siblings or []
+        if any(fnmatch(file.rfilename, pattern) for pattern in FETCHED)
+        and not isinstance(try_to_load_from_cache(name, file.rfilename, revision=info.sha), str)
+    )
+    files.require_space(Path(HF_HUB_CACHE), needed, f"Fetching the {what} checkpoint {name}")
+
+
+def require_weights(folder: Path) -> None:
+    """Raise `ThinkSwitchError` if a checkpoint of a run is there but for its weights, which `KEEP=` prunes."""
+    if (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
+        stage = "merge-lora" if folder.name == "instruct" else "rebuild"
+        raise ThinkSwitchError(
+            f"{folder} has no weights; if KEEP= has pruned them, delete {folder.parent / '.stamps' / stage}.json "
+            "and run `make iterate KEEP=all` to have them made again."
+        )
+
+
 def resolve(name: str, revision: str | None, what: str) -> tuple[Path, str | None]:
     """The folder of a checkpoint, fetched from the hub if it is a hub id; and its commit.
 
@@ -51,12 +84,9 @@ def resolve(name: str, revision: str | None, what: str) -> tuple[Path, str | Non
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    require_room(name, revision, what)
     try:
-        folder = Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
-            )
-        )
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(FETCHED)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ThinkSwitchError(f"The {what} checkpoint {name} cannot be fetched from the hub: {reason}") from None

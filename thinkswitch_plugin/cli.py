@@ -6,6 +6,7 @@ order. Heavy imports stay inside the commands, so help is instant.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -14,8 +15,7 @@ from typing import Any, TypeVar
 
 import click
 
-from thinkswitch_plugin import __version__
-from thinkswitch_plugin.console import fetch_no_code, hush_engines
+from thinkswitch_plugin import __version__, console
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -23,13 +23,29 @@ FOLDER = click.Path(path_type=Path, readable=False)  # whether it can be read is
 OVERLAY = click.option("--overlay", default="", help="Overlays put on the recipe: names or paths, by spaces.")
 
 
+def disk_problem(error: OSError) -> str:
+    """An error of the operating system as a sentence: what, where, what to do."""
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return (
+            f"the disk has no room left{where}: {error.strerror}; nothing half-written is kept. "
+            "Make room and run the same command again: it goes on from here."
+        )
+    return f"{error.strerror or error}{where}; put that right and run the same command again."
+
+
 class Group(click.Group):
     """Prints our errors as one sentence and exits 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a sub-command."""
+        console.end_on_signals()
+        console.end_with_owner()
         try:
             return super().invoke(ctx)
+        except console.Interrupted as signal:
+            click.echo("\nthinkswitch: stopped; the same command goes on from what is there.", err=True)
+            ctx.exit(128 + signal.number)
         except ThinkSwitchError as error:
             if os.environ.get("THINKSWITCH_DEBUG"):
                 raise
@@ -38,7 +54,7 @@ class Group(click.Group):
         except OSError as error:
             if os.environ.get("THINKSWITCH_DEBUG") or isinstance(error, BrokenPipeError):
                 raise
-            click.echo(f"thinkswitch: {error.filename or 'a file'}: {error.strerror or error}.", err=True)
+            click.echo(f"thinkswitch: {disk_problem(error)}", err=True)
             ctx.exit(1)
 
 
@@ -49,8 +65,8 @@ def main() -> None:
 
     `make iterate DOMAIN=…` runs these stages in order; each can be run by itself.
     """
-    hush_engines()
-    fetch_no_code()
+    console.hush_engines()
+    console.fetch_no_code()
 
 
 def iteration_stage(name: str, **options: Any) -> Callable[[F], click.Command]:
@@ -140,10 +156,11 @@ def rebuild(run: Path, iteration: int) -> None:
 def evaluate(run: Path, iteration: int, mode: str) -> None:
     """lm-eval judges one checkpoint -> eval/MODE/."""
     from thinkswitch_plugin import loop
+    from thinkswitch_plugin.prune import prune
     from thinkswitch_plugin.run import execute, open_run
 
     opened = open_run(run)
-    execute(opened, f"eval-{mode}", iteration, lambda: loop.evaluate(opened, iteration, mode))
+    execute(opened, f"eval-{mode}", iteration, lambda: loop.evaluate(opened, iteration, mode), after=prune)
 
 
 @main.command()
@@ -155,6 +172,15 @@ def report(run: Path) -> None:
 
     opened = open_run(run)
     execute(opened, "report", opened.iterations, lambda: write_report(opened))
+
+
+@main.command()
+@click.argument("run", type=FOLDER)
+def verify(run: Path) -> None:
+    """Read every file of a run again and name what no longer fits its stamps."""
+    from thinkswitch_plugin.verify import verify as verify_run
+
+    verify_run(run)
 
 
 @main.command("eval-model")

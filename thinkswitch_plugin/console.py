@@ -1,24 +1,73 @@
-"""What the terminal shows: one heading a stage, a bar on long work, engines' chatter in a log."""
+"""What the terminal shows: one heading a stage, a bar on long work, engines' chatter in a log; and how engines end."""
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import IO, Any
 
 from tqdm import tqdm
 
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 TAIL_LINES = 15
+OWNER_VARIABLE = "THINKSWITCH_OWNER"  # process id of the `make` that the user started
+HELD_LOCKS: set[int] = set()  # descriptors that a supervisor keeps open until its engine has gone
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked us to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def end_on_signals() -> None:
+    """Have SIGINT, SIGTERM and SIGHUP raise `Interrupted` in the main thread, once."""
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        for sign in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(sign, signal.SIG_IGN)  # `make` passes on what its whole group was sent
+        signal.signal(signal.SIGINT, lambda *_: os._exit(128 + number))
+        last_resort = threading.Timer(30, os._exit, (128 + number,))  # some library may swallow the exception
+        last_resort.daemon = True
+        last_resort.start()
+        raise Interrupted(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(sign) is not signal.SIG_IGN:  # as under nohup
+                signal.signal(sign, interrupt)
+
+
+def end_with_owner() -> None:
+    """Die at once when the `make` that started us has been killed; it holds no lock, but we do."""
+    owner = os.environ.get(OWNER_VARIABLE, "")
+    if not owner.isdigit() or not hasattr(os, "pidfd_open"):
+        return
+
+    def wait() -> None:
+        try:
+            select.select([os.pidfd_open(int(owner))], [], [])
+        except ProcessLookupError:
+            pass  # it has gone already
+        except OSError:
+            return  # a kernel without this
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def hush_engines() -> None:
@@ -58,23 +107,31 @@ def bar(total: int, title: str, *, initial: int = 0, unit: str = "it") -> tqdm[A
     )
 
 
-def die_with_parent() -> None:
-    """In a child of ours, on Linux: have the kernel end it if our process is killed."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+def spawn(
+    command: Sequence[str | Path], log: IO[bytes], env: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start an engine under a supervisor that ends all of it when we end, even by SIGKILL."""
+    supervisor = Path(__file__).with_name("supervise.py")
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", str(supervisor), str(os.getpid()), *(str(word) for word in command)],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        pass_fds=tuple(HELD_LOCKS),
+        env={**os.environ, **(env or {})},
+    )
 
 
 def stop_group(process: subprocess.Popen[bytes]) -> None:
-    """End a child's whole process group (it leads its own session), gently first."""
-    for sign, patience in ((signal.SIGTERM, 15), (signal.SIGKILL, 15)):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, sign)
-        try:
-            process.wait(patience)
-            break
-        except subprocess.TimeoutExpired:
-            continue
+    """End an engine and all that it started (its supervisor leads a session of its own), gently first."""
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # children that outlived their leader
+        os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(20)  # the supervisor kills what is left after 15 s
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def tail(log: Path, lines: int = TAIL_LINES) -> str:
@@ -97,15 +154,7 @@ def run_logged(command: Sequence[str | Path], log: Path, *, env: Mapping[str, st
     say(f"  $ {' '.join(words)}")
     started = time.monotonic()
     with log.open("ab") as handle:
-        process = subprocess.Popen(
-            words,
-            stdout=handle,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            preexec_fn=die_with_parent,
-            start_new_session=True,
-            env={**os.environ, **(env or {})},
-        )
+        process = spawn(words, handle, env)
         try:
             while process.poll() is None:
                 time.sleep(0.2)
@@ -120,5 +169,10 @@ def run_logged(command: Sequence[str | Path], log: Path, *, env: Mapping[str, st
             if sys.stderr.isatty():
                 sys.stderr.write("\r\x1b[K")
     if process.returncode != 0:
+        stop_group(process)  # a supervisor that was killed could not tidy up
+        if os.strerror(errno.ENOSPC) in tail(log):
+            raise ThinkSwitchError(
+                f"{title} found the disk full (see {log}); make room and run the same command again: it goes on from here."
+            )
         raise ThinkSwitchError(f"{title} failed (exit code {process.returncode}); the end of {log}:\n{tail(log)}")
     return time.monotonic() - started

@@ -38,7 +38,7 @@ def iteration_config(
     values = dict(recipe.axolotl)
     if on_cpu:
         values = overlay(values, files.read_yaml(CPU_OVERLAY))
-    datasets = [dict(entry) for entry in values["datasets"]]
+    datasets = [dict(entry) for entry in values.get("datasets") or [{}]]
     datasets[0] |= {"path": str(pairs), "ds_type": "json", "type": "thinkswitch_plugin.answer_only"}
     values |= {
         "base_model": base_model,
@@ -47,8 +47,23 @@ def iteration_config(
         "output_dir": str(adapter),
         "seed": seed,
         "merge_method": "legacy",  # axolotl's default rounds every matrix through NF4
+        "auto_resume_from_checkpoints": True,  # a killed training goes on from its last whole checkpoint
     }
     return {**values, "thinkswitch": recipe.keys.model_dump(by_alias=True, exclude_defaults=True)}
+
+
+def whole_checkpoints(building: Path) -> list[Path]:
+    """The trainer's checkpoints to resume from, oldest first; one whose writing was cut short is removed."""
+    found = [p for p in building.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    kept = []
+    for folder in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-"))):
+        try:
+            files.read_json(folder / "trainer_state.json")  # the trainer writes this last
+        except ThinkSwitchError:
+            files.remove(folder)
+        else:
+            kept.append(folder)
+    return kept
 
 
 def adapter_change(adapter: Path | str) -> float:

@@ -156,14 +156,8 @@ def serving(engine: str, model: str, keys: EngineKeys, log: Path, *, max_len: in
     log.parent.mkdir(parents=True, exist_ok=True)
     console.say(f"  $ {' '.join(command)}")
     with log.open("ab") as handle:
-        process = subprocess.Popen(
-            command,
-            stdout=handle,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            preexec_fn=console.die_with_parent,
-            env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"},
+        process = console.spawn(
+            command, handle, {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
         )
         try:
             base_url = f"http://{LOOPBACK}:{port}/v1"

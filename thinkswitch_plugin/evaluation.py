@@ -255,5 +255,4 @@ def run_lm_eval(
             title="lm_eval",
         )
     newest(building, f"samples_{keys.task}_*.jsonl")
-    files.remove(out)
-    building.replace(out)
+    files.put_in_place(building, out)

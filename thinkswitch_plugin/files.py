@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -34,6 +36,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             handle.flush()
             os.fsync(handle.fileno())
         partial.replace(path)
+        sync_entry(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -47,14 +50,69 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        remove(path)
-        partial.replace(path)
+        put_in_place(partial, path)
     finally:
         remove(partial)
+
+
+def put_in_place(built: Path, path: Path) -> None:
+    """Give what was built whole its name; an old one is there until the very moment the new one is."""
+    sync(built)
+    if path.exists() and _exchange(built, path):
+        sync_entry(path.parent)
+        remove(built)
+        return
+    remove(path)
+    built.replace(path)
+    sync_entry(path.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step, where the kernel and the file system can."""
+    try:
+        swap = ctypes.CDLL(None).renameat2
+    except AttributeError:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or everything in a folder, reach the disk."""
+    if path.is_dir():
+        for found in path.rglob("*"):
+            if found.is_dir() or found.is_file():
+                sync_entry(found)
+    sync_entry(path)
+
+
+def sync_entry(path: Path) -> None:
+    """Have one file's content, or one folder's list of names, reach the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some file systems cannot sync a folder
+            raise
+    finally:
+        os.close(handle)
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder; 0 if it is not there."""
+    if path.is_dir():
+        return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    return path.stat().st_size if path.is_file() else 0
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raise `ThinkSwitchError` unless so many bytes and a tenth more are free where `folder` lies."""
+    free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
+    if free < 1.1 * needed:
+        raise ThinkSwitchError(
+            f"{what} writes about {needed / 1e9:.1f} GB into {folder}, and {free / 1e9:.1f} GB are free; "
+            "make room (KEEP=last prunes old checkpoints) and run the same command again."
+        )
 
 
 def remove(path: Path) -> None:

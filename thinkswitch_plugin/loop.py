@@ -8,13 +8,16 @@ decides whether it is needed and keeps its stamp. Follow one prompt: `write_requ
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import checkpoint, console, files
+from thinkswitch_plugin.args import resolve_seed
 from thinkswitch_plugin.engines import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import Run
+from thinkswitch_plugin.hashes import Hashes, read_stamp
+from thinkswitch_plugin.run import Run, versions
 
 
 def tool(name: str) -> str:
@@ -109,13 +112,21 @@ def build_pairs(run: Run, k: int) -> dict[str, Any]:
 
 
 def train(run: Run, k: int) -> dict[str, Any]:
-    """axolotl QLoRA on the pairs: writes `axolotl.yaml` and `adapter/`."""
+    """axolotl QLoRA on the pairs: writes `axolotl.yaml` and `adapter/`.
+
+    Goes on from the trainer's last checkpoint where a killed attempt with the same inputs left one.
+    """
     here = run.iteration(k)
-    return train_adapter(run, pairs=here / "pairs.jsonl", base_model=run.checkpoint("instruct", k - 1), here=here)
+    return train_adapter(
+        run, pairs=here / "pairs.jsonl", base_model=run.checkpoint("instruct", k - 1), here=here, resume=True
+    )
 
 
-def train_adapter(run: Run, *, pairs: Path, base_model: str, here: Path) -> dict[str, Any]:
+def train_adapter(run: Run, *, pairs: Path, base_model: str, here: Path, resume: bool = False) -> dict[str, Any]:
     """Train one adapter into `here/adapter`, with its config in `here/axolotl.yaml`.
+
+    Args:
+        resume: what lies half-built there was made from the same inputs; go on with it.
 
     Raises `ThinkSwitchError` if axolotl fails or the adapter did not move.
     """
@@ -123,8 +134,17 @@ def train_adapter(run: Run, *, pairs: Path, base_model: str, here: Path) -> dict
 
     adapter, building = here / "adapter", files.temporary_sibling(here / "adapter")
     prepared = here / "prepared"
-    for old in (building, prepared):  # axolotl would take up prepared data of other pairs
-        files.remove(old)
+    files.remove(prepared)  # axolotl would take up prepared data of other pairs
+    if not resume:
+        files.remove(building)
+    elif adapter.is_dir() and (here / "axolotl.yaml").is_file():
+        console.say("  the adapter of these pairs is whole")
+        change = distil.adapter_change(adapter)
+        distil.require_moved(change, run.recipe.keys.min_adapter_change, adapter)
+        return {"adapter_change": change, "resumed_from": None}
+    before = distil.whole_checkpoints(building)
+    if before:
+        console.say(f"  goes on from {before[-1].name} of the training that was cut short")
     config = distil.iteration_config(
         run.recipe,
         base_model=base_model,
@@ -139,36 +159,53 @@ def train_adapter(run: Run, *, pairs: Path, base_model: str, here: Path) -> dict
     if not has_cuda():
         command += ["--launcher", "python"]
     command += run.recipe.keys.axolotl_args
-    console.run_logged(command, here / "logs" / "train.log", env=distil.ENGINE_ENV, title="axolotl train")
+    try:
+        console.run_logged(command, here / "logs" / "train.log", env=distil.ENGINE_ENV, title="axolotl train")
+    except ThinkSwitchError:
+        if before and distil.whole_checkpoints(building) == before:
+            files.remove(before[-1])  # it may be what failed: the next attempt takes the one before
+        raise
     change = distil.adapter_change(building)
     distil.require_moved(change, run.recipe.keys.min_adapter_change, building)
     for checkpoint_folder in building.glob("checkpoint-*"):
         files.remove(checkpoint_folder)
-    files.remove(adapter)
-    building.replace(adapter)
+    files.put_in_place(building, adapter)
     files.remove(prepared)
-    return {"adapter_change": change}
+    return {"adapter_change": change, "resumed_from": before[-1].name if before else None}
 
 
 def merge_lora(run: Run, k: int) -> dict[str, Any]:
     """axolotl merges the adapter in full precision: writes the complete checkpoint `instruct/`."""
     here, parent = run.iteration(k), run.checkpoint("instruct", k - 1)
-    merge_adapter(here, parent, here / "instruct", on_cpu=run.recipe.keys.merge_on == "cpu")
-    checkpoint.write_card(
+    how = f"axolotl QLoRA, `{here / 'axolotl.yaml'}`, merged in full precision"
+    merge_adapter(
+        here,
+        parent,
         here / "instruct",
-        title=f"{run.recipe.keys.domain}: instruct checkpoint after iteration {k}",
-        base_models=[parent],
-        facts=card_facts(
-            run, k, "Distilled with", f"axolotl QLoRA, `{here / 'axolotl.yaml'}`, merged in full precision"
+        on_cpu=run.recipe.keys.merge_on == "cpu",
+        card=lambda folder: checkpoint.write_card(
+            folder,
+            title=f"{run.recipe.keys.domain}: instruct checkpoint after iteration {k}",
+            base_models=[parent],
+            facts=card_facts(run, k, "Distilled with", how, [parent]),
         ),
     )
     return {}
 
 
-def merge_adapter(here: Path, parent: str, out: Path, *, on_cpu: bool = False, rounded: bool = False) -> None:
+def merge_adapter(
+    here: Path,
+    parent: str,
+    out: Path,
+    *,
+    on_cpu: bool = False,
+    rounded: bool = False,
+    card: Callable[[Path], None] | None = None,
+) -> None:
     """Merge `here/adapter` into `parent` with axolotl and write the checkpoint `out`.
 
     Args:
+        card: writes the model card into the folder that is given to it.
         on_cpu: keep the GPU out of it, where its memory cannot hold the model.
         rounded: use axolotl's default merge, which passes every matrix through NF4.
     """
@@ -190,6 +227,8 @@ def merge_adapter(here: Path, parent: str, out: Path, *, on_cpu: bool = False, r
         for file in (building / "merged").iterdir():
             file.replace(folder / file.name)
         checkpoint.adopt_mode(Path(parent), folder)
+        if card is not None:
+            card(folder)
     files.remove(building)
 
 
@@ -214,7 +253,9 @@ def rebuild(run: Run, k: int) -> dict[str, Any]:
             folder,
             title=f"{keys.domain}: thinking checkpoint after iteration {k}",
             base_models=[str(here / "instruct"), run.anchor(k)],
-            facts=card_facts(run, k, "Rebuilt with", "mergekit, the config below"),
+            facts=card_facts(
+                run, k, "Rebuilt with", "mergekit, the config below", [str(here / "instruct"), run.anchor(k)]
+            ),
             merge_yaml=text,
         ),
     )
@@ -239,16 +280,31 @@ def evaluate(run: Run, k: int, mode: str) -> dict[str, Any]:
     return {}
 
 
-def card_facts(run: Run, k: int, how: str, what: str) -> dict[str, Any]:
-    """The table of a model card."""
-    return {
+def card_facts(run: Run, k: int, how: str, what: str, parents: list[str]) -> dict[str, Any]:
+    """The table of a model card: from what and how it was made, each file with the start of its sha256."""
+    hashes = Hashes(run.folder)
+
+    def named(path: str | Path) -> str:
+        return f"`{path}` (sha256 {str(hashes.of(Path(path)))[:16]}…)"
+
+    here, keys = run.iteration(k), run.recipe.keys.prompts
+    prompts = named(resolve_seed(keys.path, run.seed)) if keys.path else f"{keys.hub} of the hub"
+    if not keys.path:
+        stamp = read_stamp(here / ".stamps" / "requests.json") or {}
+        prompts += f" at {(stamp.get('notes') or {}).get('prompts_revision')}"
+    facts = {
         "Domain": run.recipe.keys.domain,
         "Iteration": k,
         "Seed": run.seed,
         how: what,
-        "Recipe": run.recipe.path,
-        "Prompts and pairs": f"`iter-{k}/pairs.jsonl` of the run",
+        "Parents": ", ".join(named(parent) for parent in parents),
+        "Recipe": ", ".join(named(path) for path in (run.recipe.path, *run.recipe.overlays)),
+        "Prompts": prompts,
+        "Pairs": named(here / "pairs.jsonl"),
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
+    hashes.save()
+    return facts
 
 
 def require_finished(run: Run, k: int) -> None:
@@ -258,3 +314,4 @@ def require_finished(run: Run, k: int) -> None:
             raise ThinkSwitchError(
                 f"Iteration {k} of {run.folder} has no {mode} checkpoint yet; run `make iterate` first."
             )
+        checkpoint.require_weights(Path(run.checkpoint(mode, k)))

@@ -6,13 +6,16 @@ so touching a file reruns nothing and changing it reruns what depends on it:
 
     runs/arithmetic/iter-1/.stamps/pairs.json
     {"stage": "pairs", "values": {"selection": "first", …}, "inputs": {"…/generations.jsonl": "9f8e…"},
-     "seconds": 0.2, "command": "thinkswitch pairs runs/arithmetic 1", "versions": {…}}
+     "outputs": {"…/pairs.jsonl": "41c0…", …}, "seconds": 0.2, "seed": 0,
+     "command": "thinkswitch pairs runs/arithmetic 1", "versions": {…}}
+
+A stamp is written last, so a stage that was killed has none. `generate.begun` beside it says what
+the attempt read: what that left may be gone on with only if the stage reads the same again.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import sys
 import time
@@ -24,13 +27,29 @@ from typing import Any
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import resolve_seed
+from thinkswitch_plugin.distil import iteration_config
+from thinkswitch_plugin.engines import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.hashes import Hashes, read_stamp
 from thinkswitch_plugin.recipe import Recipe, load_recipe
 from thinkswitch_plugin.sources import DATA_VARIABLE
+from thinkswitch_plugin.task_files import task_files
 
 MODES = ("instruct", "thinking")
-TASKS = Path("lm_eval_tasks")
 TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja")
+LOCK_PATIENCE = 5.0  # seconds; a command that was just killed takes a moment to let go
+# Options of vLLM that say how fast it answers, not what.
+MACHINE_OPTIONS = (
+    "--gpu-memory-utilization",
+    "--tensor-parallel-size",
+    "--pipeline-parallel-size",
+    "--data-parallel-size",
+    "--max-num-seqs",
+    "--max-num-batched-tokens",
+    "--swap-space",
+    "--cpu-offload-gb",
+    "--enforce-eager",
+)
 
 
 @dataclass(frozen=True)
@@ -72,16 +91,34 @@ def open_run(folder: Path) -> Run:
     path = settings_file(folder)
     if not path.is_file():
         raise ThinkSwitchError(f"{folder} is not a run folder (no run.json); begin one with `make iterate DOMAIN=…`.")
-    values = files.read_json(path)
+    values = read_settings(path)
     recipe = load_recipe(Path(values["recipe"]), tuple(Path(p) for p in values["overlays"]))
     return Run(folder, recipe, values["seed"], values["engine"], values["iterations"])
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a run was begun with. Raises `ThinkSwitchError` if its file is damaged."""
+    shape = {"domain": str, "recipe": str, "overlays": list, "seed": int, "engine": str, "iterations": int}
+    values = read_stamp(path) or {}
+    for key, kind in shape.items():
+        if not isinstance(values.get(key), kind):
+            raise ThinkSwitchError(
+                f"{path} is damaged (`{key}`); delete it and run `make iterate` with the DOMAIN, SEED, ENGINE and "
+                "OVERLAY of this run: what is done stays done."
+            )
+    return values
 
 
 @dataclass(frozen=True)
 class Stage:
     """What one stage reads, depends on and writes.
 
-    `resumable` outputs survive a failed attempt whose inputs were the same.
+    Args:
+        resume_on: what a failed attempt left may be gone on with if the inputs and these values
+            are the same; None: the stage starts anew.
+        needs: must be there for the stage to count as done, but are not its outputs.
+        scratch: what an attempt leaves beside its outputs to go on with.
+        writes_like: a checkpoint about as large as what the stage writes.
     """
 
     name: str
@@ -89,25 +126,29 @@ class Stage:
     inputs: tuple[Path, ...]
     outputs: tuple[Path, ...]
     values: dict[str, Any] = field(default_factory=dict)
-    resumable: bool = False
-    needs: tuple[Path, ...] = ()  # must be there for the stage to count as done, but are not its outputs
+    resume_on: tuple[str, ...] | None = None
+    needs: tuple[Path, ...] = ()
+    scratch: tuple[Path, ...] = ()
+    writes_like: Path | None = None
 
 
 def stages(run: Run) -> Iterator[Stage]:
     """Every stage of a run in order. The Makefile holds the same order as rules."""
     keys = run.recipe.keys
     evaluation = keys.evaluation.model_dump()
-    task_file = tuple(p for p in (TASKS / f"{keys.evaluation.task}.yaml",) if p.is_file())
+    judged_by = {key: v for key, v in evaluation.items() if not key.startswith("contamination")}
+    task = task_files(keys.evaluation.task)
+    answering = [run.engine, *answering_options(keys.engine.vllm_args)]
 
     def evaluate(mode: str, k: int) -> Stage:
         return Stage(
             f"eval-{mode}",
             k,
-            (Path(run.checkpoint(mode, k)), *task_file),
+            (Path(run.checkpoint(mode, k)), *task),
             (run.iteration(k) / "eval" / mode,),
             {
-                "evaluation": evaluation,
-                "backend": [run.engine, *keys.engine.vllm_args] if evaluation["backend"] != "hf" else "hf",
+                "evaluation": judged_by,
+                "backend": answering if evaluation["backend"] != "hf" else "hf",
                 "data": os.environ.get(DATA_VARIABLE, ""),
             },
         )
@@ -131,7 +172,7 @@ def stages(run: Run) -> Iterator[Stage]:
         yield Stage(
             "requests",
             k,
-            (*prompts, *(p for p in (teacher / n for n in TEMPLATE_FILES) if p.is_file()), *task_file),
+            (*prompts, *(p for p in (teacher / n for n in TEMPLATE_FILES) if p.is_file()), *task),
             (requests,),
             {
                 "prompts": keys.prompts.model_dump(),
@@ -147,11 +188,11 @@ def stages(run: Run) -> Iterator[Stage]:
             (requests, teacher),
             (generations,),
             {
-                "engine": run.engine,
+                "engine": answering,
                 "unfinished": keys.labels.unfinished,
                 "retry_max_tokens": keys.labels.retry_max_tokens,
             },
-            resumable=True,
+            resume_on=("engine",),
         )
         yield Stage(
             "pairs",
@@ -164,10 +205,21 @@ def stages(run: Run) -> Iterator[Stage]:
             "train",
             k,
             (pairs, learner),
-            (here / "adapter",),
-            {"axolotl": run.recipe.axolotl, "seed": run.seed, "min_change": keys.min_adapter_change},
+            (here / "adapter", here / "axolotl.yaml"),
+            {
+                "axolotl": {key: v for key, v in training_config(run, k).items() if key != "thinkswitch"},
+                "axolotl_args": keys.axolotl_args,
+                "min_change": keys.min_adapter_change,
+            },
+            resume_on=("axolotl", "axolotl_args"),
         )
-        yield Stage("merge-lora", k, (here / "adapter", learner), (here / "instruct",))
+        yield Stage(
+            "merge-lora",
+            k,
+            (here / "adapter", here / "axolotl.yaml", learner),
+            (here / "instruct",),
+            writes_like=learner,
+        )
         yield Stage(
             "rebuild",
             k,
@@ -178,8 +230,11 @@ def stages(run: Run) -> Iterator[Stage]:
                 requests,
                 run.iteration(1) / "generations.jsonl",
             ),
-            (here / "thinking", here / "rebuild.json"),
-            {"rebuild": keys.rebuild.model_dump()},
+            (here / "thinking", here / "rebuild.json", here / "merge.yaml"),
+            {"rebuild": keys.rebuild.model_dump(), "engine": answering},
+            resume_on=("rebuild", "engine"),
+            scratch=tuple((here / "logs").glob("check-lambda-*.jsonl")),
+            writes_like=Path(run.anchor(k)),
         )
         yield from (evaluate(mode, k) for mode in MODES)
     yield Stage(
@@ -198,45 +253,36 @@ def stages(run: Run) -> Iterator[Stage]:
     )
 
 
+def training_config(run: Run, k: int) -> dict[str, Any]:
+    """axolotl's config of iteration k."""
+    here = run.iteration(k)
+    return iteration_config(
+        run.recipe,
+        base_model=run.checkpoint("instruct", k - 1),
+        pairs=here / "pairs.jsonl",
+        adapter=here / "adapter",
+        prepared=here / "prepared",
+        seed=run.seed,
+        on_cpu=not has_cuda(),
+    )
+
+
+def answering_options(vllm_args: list[str]) -> list[str]:
+    """vLLM's options without those that say only how it uses the machine."""
+    kept: list[str] = []
+    passing = False
+    for word in vllm_args:
+        if word.startswith("--"):
+            passing = word.split("=")[0] in MACHINE_OPTIONS
+        if not passing:
+            kept.append(word)
+    return kept
+
+
 def stamp_path(run: Run, stage: Stage) -> Path:
     """The stamp of a stage, which is also its target in the Makefile."""
     folder = run.folder if stage.name == "report" else run.iteration(stage.iteration)
     return folder / ".stamps" / f"{stage.name}.json"
-
-
-class Hashes:
-    """sha256 of files and folders, remembered by size and time so that nothing is read twice."""
-
-    def __init__(self, memory: Path) -> None:
-        self.memory = memory
-        self.known: dict[str, list[Any]] = files.read_json(memory) if memory.is_file() else {}
-        self.changed = False
-
-    def of(self, path: Path) -> str | None:
-        """The hash of a file, or of all files of a folder; None if it is not there."""
-        if path.is_dir():
-            digest = hashlib.sha256()
-            for file in sorted(p for p in path.rglob("*") if p.is_file()):
-                digest.update(f"{file.relative_to(path)}\0{self._file(file)}\0".encode())
-            return digest.hexdigest()
-        return self._file(path) if path.is_file() else None
-
-    def _file(self, path: Path) -> str:
-        status = path.stat()
-        key, mark = str(path), [status.st_size, status.st_mtime_ns]
-        found = self.known.get(key)
-        if found is None or found[:2] != mark:
-            with path.open("rb") as handle:
-                found = [*mark, hashlib.file_digest(handle, "sha256").hexdigest()]
-            self.known[key] = found
-            self.changed = True
-        return str(found[2])
-
-    def save(self) -> None:
-        """Write the memory back if anything was read."""
-        if self.changed:
-            files.write_json(self.memory, self.known)
-            self.changed = False
 
 
 def fingerprint(stage: Stage, hashes: Hashes) -> dict[str, Any]:
@@ -246,30 +292,55 @@ def fingerprint(stage: Stage, hashes: Hashes) -> dict[str, Any]:
 
 def is_done(run: Run, stage: Stage, hashes: Hashes) -> bool:
     """Whether a stage's outputs are there and its stamp still matches what it read."""
-    path = stamp_path(run, stage)
-    if not path.is_file() or not all(needed.exists() for needed in (*stage.outputs, *stage.needs)):
+    stamp = read_stamp(stamp_path(run, stage))
+    if stamp is None or not all(needed.exists() for needed in (*stage.outputs, *stage.needs)):
         return False
-    stamp = files.read_json(path)
     return {k: stamp.get(k) for k in ("values", "inputs")} == fingerprint(stage, hashes)
 
 
-def same_questions(begun: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether stored answers still count: the same requests to the same checkpoint by the same engine."""
-    return begun["inputs"] == now["inputs"] and begun["values"].get("engine") == now["values"].get("engine")
+def goes_on(run: Run, stage: Stage, hashes: Hashes) -> bool:
+    """Whether what an unfinished attempt left still counts: it read the same and had the same settings."""
+    begun = read_stamp(begun_path(run, stage))
+    if stage.resume_on is None or begun is None:
+        return False
+    now = fingerprint(stage, hashes)
+    before = begun.get("values")
+    return (
+        begun.get("inputs") == now["inputs"]
+        and isinstance(before, dict)
+        and all(before.get(key) == now["values"][key] for key in stage.resume_on)
+    )
+
+
+def begun_path(run: Run, stage: Stage) -> Path:
+    """Where a stage says what it read before it writes anything."""
+    return stamp_path(run, stage).with_suffix(".begun")
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep a second command out of a run folder; the kernel frees the lock when its owner dies."""
+def locked(folder: Path, patience: float = LOCK_PATIENCE) -> Iterator[None]:
+    """Keep a second command out of a folder; the kernel frees the lock when its owner and its engines have gone.
+
+    Raises `ThinkSwitchError` if another command still holds it after `patience` seconds.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as handle:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise ThinkSwitchError(
+                        f"Another command is at work in {folder}; wait for it, or give this one its own RUNS=."
+                    ) from None
+                time.sleep(0.1)
+        console.HELD_LOCKS.add(handle.fileno())
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ThinkSwitchError(
-                f"Another command is at work in {folder}; wait for it, or give this one its own RUNS=."
-            ) from None
-        yield
+            yield
+        finally:
+            console.HELD_LOCKS.discard(handle.fileno())
 
 
 def find_stage(run: Run, name: str, iteration: int) -> Stage:
@@ -282,39 +353,63 @@ def find_stage(run: Run, name: str, iteration: int) -> Stage:
     )
 
 
-def execute(run: Run, name: str, iteration: int, work: Callable[[], dict[str, Any] | None]) -> None:
+def execute(
+    run: Run,
+    name: str,
+    iteration: int,
+    work: Callable[[], dict[str, Any] | None],
+    after: Callable[[Run, Hashes], object] | None = None,
+) -> None:
     """Do a stage unless its stamp shows that nothing it depends on has changed.
 
     Args:
         work: writes the stage's outputs, each whole or not at all; what it returns
             is kept in the stamp under ``notes``.
+        after: called when the stage is done, with the run folder still locked.
+
+    Raises:
+        ThinkSwitchError: another command is at work, an input was pruned, the disk is too
+            full, or what `work` raises. What is whole is kept, and the same call goes on from it.
     """
     stage = find_stage(run, name, iteration)
     with locked(run.folder):
-        hashes = Hashes(run.folder / ".stamps" / "hashes.json")
-        stamp = stamp_path(run, stage)
+        hashes = Hashes(run.folder)
+        stamp, begun = stamp_path(run, stage), begun_path(run, stage)
         where = "" if name == "report" else f" of iteration {iteration}"
         if is_done(run, stage, hashes):
             os.utime(stamp)  # newer than what it depends on, for Make
             console.say(f"[{name}{where}] unchanged")
             return
         console.say(f"[{name}{where}]")
+        require_inputs(run, stage, hashes)
         before = fingerprint(stage, hashes)
-        begun = stamp.with_suffix(".begun")
-        if not (stage.resumable and begun.is_file() and same_questions(files.read_json(begun), before)):
+        if not goes_on(run, stage, hashes):
             for output in stage.outputs:
                 files.remove(output)
+                files.remove(files.temporary_sibling(output))
+            for path in stage.scratch:
+                files.remove(path)
         stamp.unlink(missing_ok=True)
+        if stage.writes_like is not None:
+            files.require_space(run.folder, files.size(stage.writes_like), f"{name}{where}")
         files.write_json(begun, before)
         started = time.monotonic()
         notes = work() or {}
         seconds = round(time.monotonic() - started, 2)
+        for output in stage.outputs:
+            if not output.exists():
+                raise ThinkSwitchError(
+                    f"{name}{where} ended without {output}; see {run.iteration(iteration) / 'logs'}."
+                )
+            files.sync(output)
+            hashes.forget_pruned(output)
         files.write_json(
             stamp,
             {
                 "stage": name,
                 "iteration": iteration,
                 **before,
+                "outputs": {file: found for output in stage.outputs for file, found in hashes.files(output).items()},
                 "notes": notes,
                 "seconds": seconds,
                 "seed": run.seed,
@@ -322,11 +417,47 @@ def execute(run: Run, name: str, iteration: int, work: Callable[[], dict[str, An
                 "versions": versions(),
             },
         )
-        begun.unlink()
-        for output in stage.outputs:
-            hashes.of(output)
+        if stage.resume_on is None:  # else a lost stamp costs neither answers nor training
+            begun.unlink()
         hashes.save()
         console.say(f"[{name}{where}] done in {seconds:.1f} s")
+        if after is not None:
+            after(run, hashes)
+
+
+def require_inputs(run: Run, stage: Stage, hashes: Hashes) -> None:
+    """Refuse work on what is pruned, and a report of stages that do not fit together.
+
+    Raises `ThinkSwitchError` saying what to do.
+    """
+    made_by = {output: other for other in stages(run) for output in other.outputs}
+    for path in stage.inputs:
+        if hashes.missing(path):
+            maker = made_by[path]
+            raise ThinkSwitchError(
+                f"{stage.name} of iteration {stage.iteration} needs {path}, whose weights KEEP= has pruned; delete "
+                f"{stamp_path(run, maker)} and run `make iterate KEEP=all` to have them made again."
+            )
+    if stage.name == "report":
+        for other in stages(run):
+            if other.name != "report" and not is_done(run, other, hashes):
+                raise ThinkSwitchError(
+                    f"{run.folder}: {other.name} of iteration {other.iteration} is not done, or what it depends on "
+                    "has changed; run `make iterate` first, so that the report is of one configuration."
+                )
+
+
+def clear_leftovers(run: Run, hashes: Hashes) -> None:
+    """Remove what killed commands left half-built, but not what their stages can go on with. The lock is held."""
+    useful = {
+        files.temporary_sibling(output)
+        for stage in stages(run)
+        if stage.resume_on is not None and goes_on(run, stage, hashes)
+        for output in stage.outputs
+    }
+    for left in run.folder.rglob(files.temporary_sibling(Path("*")).name):
+        if left not in useful and not any(kept in left.parents for kept in useful):
+            files.remove(left)
 
 
 def forget_stale(run: Run) -> tuple[int, list[Stage]]:
@@ -334,12 +465,13 @@ def forget_stale(run: Run) -> tuple[int, list[Stage]]:
 
     Returns how many stages there are, and those left to do.
     """
-    hashes = Hashes(run.folder / ".stamps" / "hashes.json")
+    hashes = Hashes(run.folder)
     every = list(stages(run))
     waiting = [stage for stage in every if not is_done(run, stage, hashes)]
     for stage in waiting:
         stamp_path(run, stage).unlink(missing_ok=True)
     if run.folder.is_dir():
+        clear_leftovers(run, hashes)
         hashes.save()
     return len(every), waiting
 

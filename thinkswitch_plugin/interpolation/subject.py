@@ -12,10 +12,11 @@ from typing import Any, Literal
 from thinkswitch_plugin import checkpoint, engines, files
 from thinkswitch_plugin.args import ThinkSwitchKeys, resolve_seed
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.interpolation.candidates import Bench
 from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
-from thinkswitch_plugin.run import Hashes, locked, open_run, settings_file
+from thinkswitch_plugin.run import locked, open_run, settings_file
 from thinkswitch_plugin.sources import DATA_VARIABLE
 
 Template = Literal["instruct", "thinking"]
@@ -36,8 +37,7 @@ class Subject:
     seed: int
     engine: str
     out: Path
-    memory: Path
-    lock: Path
+    home: Path
     iteration: int | None
     of_run: bool
 
@@ -48,8 +48,8 @@ class Subject:
         Args:
             used: the roles whose checkpoints the candidates are made of.
         """
-        with locked(self.lock):
-            hashes = Hashes(self.memory)
+        with locked(self.home):
+            hashes = Hashes(self.home)
             inputs = {name: str(hashes.of(self.roles[name])) for name in sorted(set(used))}
             hashes.save()
             yield Bench(
@@ -131,6 +131,8 @@ def find_subject(
     for name, given in (("instruct", instruct), ("thinking", thinking)):
         if given:
             roles[name], _ = checkpoint.resolve(given, None, name)
+    for role in roles.values():
+        checkpoint.require_weights(role)
     require_compatible(roles["instruct"], roles["thinking"])
     of_run = not (instruct or thinking)
     where = out or (folder / f"iter-{iteration}" if of_run else Path("sweeps") / domain)
@@ -141,8 +143,7 @@ def find_subject(
         seed=seed,
         engine=engine,
         out=where,
-        memory=home / ".stamps" / "hashes.json",
-        lock=home,
+        home=home,
         iteration=iteration if of_run else None,
         of_run=of_run,
     )

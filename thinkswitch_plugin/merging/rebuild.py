@@ -122,8 +122,7 @@ def rebuild_thinking(
         files.remove(candidate)
         merge(merge_yaml, candidate, logs / "merge.log")
         checkpoint.adopt_mode(anchor, candidate)
-        answers = logs / f"check-lambda-{weight:g}.jsonl"
-        answers.unlink(missing_ok=True)
+        answers = logs / f"check-lambda-{weight:g}.jsonl"  # a killed attempt's answers count: the merge repeats
         generate(
             requests,
             answers,
@@ -142,8 +141,7 @@ def rebuild_thinking(
         console.say(f"  λ {weight:g}: think ratio {ratio:.3f} on {asked} training prompts (original {baseline:.3f})")
         if still_thinks(closed, whole, asked, needed=keys.min_think_ratio * baseline, whole_share=whole_share):
             cards(candidate, text)
-            files.remove(out)
-            candidate.replace(out)
+            files.put_in_place(candidate, out)
             return {
                 "method": template["merge_method"],
                 "lambda": weight,

@@ -1,0 +1,59 @@
+"""`KEEP=`: delete the weights of old iterations, so that a long run does not fill the disk.
+
+KEEP=all    nothing is deleted (the default)
+KEEP=n      the pairs of the newest n finished iterations keep their weights; KEEP=last is KEEP=1
+
+Never touched: the starting pair, the newest finished pair, and what a stage that is not done reads.
+Of a pruned checkpoint everything but the weights stays (config, tokenizer, card), and the hash of
+what was deleted, so its stage counts as done and the report can be written again.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from thinkswitch_plugin import console
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.hashes import Hashes
+from thinkswitch_plugin.run import MODES, Run, is_done, stages
+
+KEEP_VARIABLE = "KEEP"
+
+
+def iterations_kept() -> int | None:
+    """How many finished iterations `KEEP=` keeps; None is all. Raises `ThinkSwitchError` for anything else."""
+    text = os.environ.get(KEEP_VARIABLE) or "all"
+    if text == "all":
+        return None
+    if text == "last":
+        return 1
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise ThinkSwitchError(f"KEEP={text} is unknown; use all, last, or how many iterations to keep (1 or more).")
+    return int(text)
+
+
+def prune(run: Run, hashes: Hashes) -> list[Path]:
+    """Delete the weights that `KEEP=` gives up; return the folders. The lock is held."""
+    kept = iterations_kept()
+    if kept is None:
+        return []
+    every = list(stages(run))
+    done = {(stage.name, stage.iteration): is_done(run, stage, hashes) for stage in every}
+    finished = [
+        k
+        for k in range(1, run.iterations + 1)
+        if all(found for (name, iteration), found in done.items() if iteration == k and name != "report")
+    ]
+    pruned = []
+    for k in finished[:-kept]:
+        for mode in MODES:
+            folder = run.iteration(k) / mode
+            weights = sorted(folder.glob("*.safetensors"))
+            readers = [s for s in every if any(folder == p or folder in p.parents for p in s.inputs)]
+            if weights and all(done[s.name, s.iteration] for s in readers):
+                hashes.prune(weights)
+                pruned.append(folder)
+    if pruned:
+        console.say(f"  KEEP={os.environ[KEEP_VARIABLE]}: weights pruned of {', '.join(map(str, pruned))}")
+    return pruned

@@ -1,0 +1,73 @@
+"""`thinkswitch verify RUN`: do the files of a run still fit together?
+
+Every file is read again (nothing is taken from memory) and compared with the stamps: what a stage
+wrote, what it read, and the settings it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from thinkswitch_plugin import console
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.hashes import Hashes, read_stamp
+from thinkswitch_plugin.run import Run, Stage, open_run, stages, stamp_path
+
+
+def verify(folder: Path) -> None:
+    """Compare a run with its stamps and name every file that does not fit.
+
+    Raises `ThinkSwitchError` if there is one, or if the folder is no run.
+    """
+    run = open_run(folder)
+    hashes = Hashes(folder, trust=False)
+    problems: list[str] = []
+    done = waiting = 0
+    for stage in stages(run):
+        if stamp_path(run, stage).exists():
+            done += 1
+            problems += misfits(run, stage, hashes)
+        else:
+            waiting += 1
+    for problem in dict.fromkeys(problems):
+        console.say(f"  {problem}")
+    if problems:
+        raise ThinkSwitchError(
+            f"{folder}: {len(dict.fromkeys(problems))} things do not fit; `make iterate` makes anew what has another "
+            "recipe or input, and a file that was damaged once you have deleted it."
+        )
+    pruned = sum(not Path(file).is_file() for file in hashes.pruned)
+    console.say(
+        f"{folder}: {done} stages fit their stamps ({len(hashes.known)} files read"
+        + (f", {pruned} pruned" if pruned else "")
+        + (f"); {waiting} stages are not done yet" if waiting else ")")
+    )
+
+
+def misfits(run: Run, stage: Stage, hashes: Hashes) -> Iterator[str]:
+    """What of one finished stage does not fit its stamp, a line each."""
+    path, name = stamp_path(run, stage), f"{stage.name} of iteration {stage.iteration}"
+    stamp = read_stamp(path)
+    if stamp is None:
+        yield f"{path}: damaged"
+        return
+    wrote = stamp.get("outputs") or {}
+    there = {file: found for output in stage.outputs if output.exists() for file, found in hashes.files(output).items()}
+    for file in sorted(wrote.keys() | there.keys()):
+        if file not in there:
+            yield f"{file}: missing, {name} wrote it"
+        elif file not in wrote:
+            yield f"{file}: not written by {name}"
+        elif wrote[file] != there[file]:
+            yield f"{file}: changed since {name} wrote it"
+    read = stamp.get("inputs") or {}
+    for source in stage.inputs:
+        if str(source) not in read or read[str(source)] != hashes.of(source):
+            yield f"{source}: not what {name} read"
+    before = stamp.get("values") or {}
+    for key, value in stage.values.items():
+        if before.get(key) != value:
+            yield f"{run.recipe.path}: `{key}` is not what {name} was done with"
+    if stamp.get("seed") != run.seed:
+        yield f"{path}: seed {stamp.get('seed')}, the run has {run.seed}"
