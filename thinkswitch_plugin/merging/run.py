@@ -83,7 +83,8 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
                 )
             if out.is_dir():
                 out.rmdir()
-            built.replace(out)
+            for made in partial.iterdir():
+                made.replace(out.with_name(made.name))
         except ThinkSwitchError:
             raise
         except NonFiniteOutputError as error:
@@ -105,6 +106,7 @@ def streaming() -> Iterator[None]:
         yield
     finally:
         mergekit.io.tasks.TensorWriter, mergekit.merge.Executor = names
+        mergekit.io.tasks.LoaderCache.loaders.clear()  # a class attribute: files of this merge would stay open
 
 
 def _return_big_blocks() -> None:
