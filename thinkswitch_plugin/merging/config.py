@@ -154,6 +154,6 @@ def _fault(config: dict[str, Any]) -> str | None:
         if not isinstance(block.get("parameters"), dict | None):
             return f"`{where}parameters` must be a mapping, found {type(block['parameters']).__name__}"
     for place, block in enumerate(config.get("models") or []):
-        if not isinstance(block.get("model"), str):
-            return f"`models[{place}].model` is missing or not text"
+        if not block.get("model"):
+            return f"`models[{place}].model` is missing"
     return None
