@@ -8,11 +8,9 @@ while it is merged, from the sums of our method or in what is about to be writte
 from __future__ import annotations
 
 import ctypes
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import click
 import mergekit.io.tasks
@@ -71,30 +69,29 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
     _check(config, checkpoints, options)
     partial = files.temporary_sibling(out)
     _return_big_blocks()
-    with _terminated_as_interrupt():
-        try:
-            files.remove(partial)
-            # mergekit writes the folder's own name into the model card.
-            built = partial / out.name
-            built.mkdir(parents=True)
-            with streaming():
-                mergekit.merge.run_merge(
-                    config, str(built), options=options, config_source=config_file.read_text(encoding="utf-8")
-                )
-            if out.is_dir():
-                out.rmdir()
-            for made in partial.iterdir():
-                made.replace(out.with_name(made.name))
-        except ThinkSwitchError:
-            raise
-        except NonFiniteOutputError as error:
-            raise ThinkSwitchError(blame(error.name, checkpoints, config_file)) from error
-        except OSError as error:
-            raise ThinkSwitchError(f"{config_file}: the merge into {out} failed: {error}.") from error
-        except Exception as error:
-            raise ThinkSwitchError(f"{config_file}: mergekit stopped: {_sentence(error)}") from error
-        finally:
-            files.remove(partial)
+    try:
+        files.remove(partial)
+        # mergekit writes the folder's own name into the model card.
+        built = partial / out.name
+        built.mkdir(parents=True)
+        with streaming():
+            mergekit.merge.run_merge(
+                config, str(built), options=options, config_source=config_file.read_text(encoding="utf-8")
+            )
+        if out.is_dir():
+            out.rmdir()
+        for made in partial.iterdir():
+            made.replace(out.with_name(made.name))
+    except ThinkSwitchError:
+        raise
+    except NonFiniteOutputError as error:
+        raise ThinkSwitchError(blame(error.name, checkpoints, config_file)) from error
+    except OSError as error:
+        raise ThinkSwitchError(f"{config_file}: the merge into {out} failed: {error}.") from error
+    except Exception as error:
+        raise ThinkSwitchError(f"{config_file}: mergekit stopped: {_sentence(error)}") from error
+    finally:
+        files.remove(partial)
 
 
 @contextmanager
@@ -114,18 +111,6 @@ def _return_big_blocks() -> None:
     # in every hole of its heap, which grows to several GB. A fixed threshold stops both.
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**20)
-
-
-@contextmanager
-def _terminated_as_interrupt() -> Iterator[None]:
-    def stop(_signal: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _read_config(path: Path) -> MergeConfiguration:
