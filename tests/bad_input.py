@@ -300,6 +300,8 @@ def forms() -> Iterator[Form]:
 def place(form: Form, folder: Path) -> None:
     """A folder with good files, and the broken one in its place."""
     shutil.copytree(ROOT / "merge_configs", folder / "merge_configs")
+    (folder / "recipes").mkdir()
+    shutil.copy(ROOT / "recipes" / "cpu.overlay.yaml", folder / "recipes")
     given = form.path if form.kind == "prompts" else "prompts.jsonl"
     good: dict[str, bytes] = {
         "prompts.jsonl": GOOD,

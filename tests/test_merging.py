@@ -207,7 +207,7 @@ def test_an_overflow_of_finite_inputs_is_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"merge_method": "slurp"}, "mergekit stopped: "),
+        ({"merge_method": "slurp"}, "mergekit has no `merge_method`"),
         ({"models": "all of them"}, "merge.yaml: `models`"),
         ({"models": None}, "merge.yaml: Exactly one of 'models'"),
     ],
