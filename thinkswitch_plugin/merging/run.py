@@ -56,6 +56,8 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
         ThinkSwitchError: the config, a checkpoint or OUT is not fit, or mergekit stopped; nothing is at OUT.
     """
     check_config(config_file)
+    if not options.safe_serialization:
+        raise ThinkSwitchError("ThinkSwitch writes safetensors only; leave --no-safe-serialization out.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ThinkSwitchError(f"{out} exists already; delete it or name another folder.")
     register()

@@ -211,16 +211,10 @@ class StreamingWriter(TensorWriter):  # type: ignore[misc]
 
 
 def writer(
-    out_path: str,
-    max_shard_size: int = 5 * 10**9,
-    safe_serialization: bool = True,
-    override_basename: str | None = None,
-    **options: Any,
-) -> TensorWriter:
-    """What stands in the place of mergekit's class: ours for safetensors, mergekit's for pickles."""
-    if safe_serialization:
-        return StreamingWriter(out_path, max_shard_size, override_basename)
-    return TensorWriter(out_path, max_shard_size, safe_serialization, override_basename, **options)
+    out_path: str, max_shard_size: int = 5 * 10**9, override_basename: str | None = None, **_: Any
+) -> StreamingWriter:
+    """What stands in the place of mergekit's class; its further options change nothing here."""
+    return StreamingWriter(out_path, max_shard_size, override_basename)
 
 
 def _copy(room: torch.Tensor, part: torch.Tensor) -> bool:
