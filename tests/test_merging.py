@@ -21,7 +21,6 @@ from safetensors import safe_open
 from tests.checkpoints import equal, qwen3, read, write
 from thinkswitch_plugin import cli, files
 from thinkswitch_plugin.merging import run, writer
-from thinkswitch_plugin.merging.kernel import interpolate
 from thinkswitch_plugin.merging.method import module_kind
 
 Tensors = dict[str, torch.Tensor]
