@@ -15,6 +15,7 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.interpolation.ablation import collect, has_lambda, interpolated_layers
 from thinkswitch_plugin.interpolation.candidates import Sampling, load_task
+from thinkswitch_plugin.interpolation.subject import Subject
 from thinkswitch_plugin.interpolation.sweep import earlier, parse_sampling, parse_weights
 from thinkswitch_plugin.merging.config import fit_layers, named_models, place_models
 from thinkswitch_plugin.recipe import load_recipe
@@ -123,6 +124,23 @@ def test_a_sweep_of_no_run_and_no_pair_is_one_sentence(command: Any, tmp_path: P
     assert done.returncode == 1 and "is not a run folder" in done.stderr and "A=<instruct> B=<thinking>" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and list(tmp_path.iterdir()) == []
     assert command(TS, "sweep", "--domain", "arithmetic", "--samples", "many").returncode == 2
+
+
+def test_a_config_that_cannot_be_made_of_the_pair_is_left_out_with_a_reason() -> None:
+    keys = load_recipe(Path("recipes/arithmetic.yaml")).keys
+    here = Path("iter-1")
+
+    def subject(**roles: str) -> Subject:
+        folders = {name: Path(folder) for name, folder in roles.items()}
+        return Subject(keys, folders, 0, "embedded", here, here, 1, True)
+
+    three = named_models(files.read_yaml(Path("merge_configs/baselines/three.yaml")))
+    ties = named_models(files.read_yaml(Path("merge_configs/baselines/ties.yaml")))
+    whole = subject(**{"instruct": "i", "thinking": "t", "instruct-0": "z", "base": "b"})
+    assert whole.lacks(three) is whole.lacks(ties) is None
+    start = subject(**{"instruct": "i", "thinking": "t", "instruct-0": "i"})
+    assert "is ./instruct here" in str(start.lacks(three))
+    assert "no ./base; name the common ancestor" in str(start.lacks(ties))
 
 
 @pytest.fixture(scope="module")

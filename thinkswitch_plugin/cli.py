@@ -348,14 +348,18 @@ def merge(arguments: tuple[str, ...]) -> None:
 
 
 @main.command()
-@click.argument("first", type=FOLDER)
-@click.argument("second", type=FOLDER)
+@click.argument("first")
+@click.argument("second")
 @click.option("--out", type=FOLDER, default=Path("similarity"), show_default=True, help="Where the files go.")
-def similarity(first: Path, second: Path, out: Path) -> None:
-    """How near two checkpoints are: angles, distances and σ -> similarity.json, .png, .svg."""
+def similarity(first: str, second: str, out: Path) -> None:
+    """How near two checkpoints (folders or hub ids) are: angles, distances and σ -> similarity.json, .png, .svg."""
+    if not (first and second):
+        raise click.UsageError("name two checkpoints: make similarity A=folder B=folder")
+    from thinkswitch_plugin import checkpoint
     from thinkswitch_plugin.merging.similarity import report_similarity
 
-    report_similarity(first, second, out)
+    folders = [checkpoint.resolve(name, None, which)[0] for name, which in ((first, "first"), (second, "second"))]
+    report_similarity(folders[0], folders[1], out)
 
 
 if __name__ == "__main__":

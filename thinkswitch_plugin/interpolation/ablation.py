@@ -15,7 +15,7 @@ from typing import Any
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.interpolation.candidates import Candidate, Sampling, judge_all
-from thinkswitch_plugin.interpolation.subject import Subject, Template, fetch_roles, write_results
+from thinkswitch_plugin.interpolation.subject import Subject, Template, write_results
 from thinkswitch_plugin.merging.config import NAME, check_config, fit_layers, named_models, place_models, set_lambda
 
 SETTABLE = (NAME, "slerp", "linear")  # methods that have a λ
@@ -42,32 +42,40 @@ def judge_configs(
 ) -> None:
     """Judge every config, with instruct and thinking alone beside them, and write the table.
 
+    A config that names a checkpoint this pair does not have is left out, which is said.
+
     Args:
         name: the folder under `merges/` that the results go to.
         weight: λ put into every config that has one; None leaves it as the file says.
 
     Raises:
-        ThinkSwitchError: a config names a checkpoint this pair does not have, or fails.
+        ThinkSwitchError: no config can be made of the checkpoints there are, or one fails.
     """
     from thinkswitch_plugin.merging.in_memory import transformer_layers
 
     layers = transformer_layers(subject.roles["thinking"])
     found: list[tuple[Path, dict[str, Any]]] = []
+    roles = subject.roles
     for path in collect(paths):
         check_config(path)
         config = fit_layers(files.read_yaml(path), layers)
         if weight is not None and has_lambda(config):
             config = set_lambda(config, weight, path)
+        if reason := subject.lacks(named_models(config)):
+            console.say(f"  left out: {path.stem} ({reason})")
+            continue
+        roles = {**roles, **subject.fetch(named_models(config))}
         found.append((path, config))
+    if not found:
+        raise ThinkSwitchError(
+            "None of these merge configs can be made of this pair; use ITER= of a run that has gone on."
+        )
     reference = {
         "merge_method": "linear",
         "models": [{"model": "./instruct"}, {"model": "./thinking"}],
         "parameters": {"normalize": False},
     }
     ends = [(Path(f"{mode} alone"), set_lambda(reference, w, Path())) for mode, w in (("instruct", 0), ("thinking", 1))]
-    roles = subject.roles
-    for path, config in found:
-        roles = {**roles, **fetch_roles(subject, sorted(named_models(config)), path)}
     used = sorted(set().union(*(named_models(config) for _, config in (*ends, *found))))
     folders = {role: str(roles[role]) for role in used}
     candidates = [

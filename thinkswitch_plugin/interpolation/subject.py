@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +66,29 @@ class Subject:
                 data=os.environ.get(DATA_VARIABLE, ""),
             )
 
+    def lacks(self, named: Iterable[str]) -> str | None:
+        """Why a merge config that names these models cannot be made of this pair; None if it can."""
+        for name in sorted(named):
+            if name not in self.roles:
+                hint = {
+                    "base": "name the common ancestor as `thinkswitch.pair.base` in the recipe",
+                    "instruct-0": "the instruct checkpoint that a run started from: use ITER= of a run",
+                }.get(name, "models are called ./instruct, ./thinking, ./instruct-0 and ./base")
+                return f"there is no ./{name}; {hint}"
+        if "instruct-0" in named and self.roles["instruct-0"] == self.roles["instruct"]:
+            return "./instruct-0 is ./instruct here; it needs an iteration of a run"
+        return None
+
+    def fetch(self, named: Iterable[str]) -> dict[str, Path]:
+        """The folders of these models; the common ancestor may come from the hub.
+
+        Raises `ThinkSwitchError` if it cannot be had.
+        """
+        found = {name: self.roles[name] for name in named}
+        if "base" in found:
+            found["base"], _ = checkpoint.resolve(str(found["base"]), None, "common ancestor")
+        return found
+
     def described(self) -> dict[str, Any]:
         """What result files say of the pair."""
         return {
@@ -112,8 +135,8 @@ def find_subject(
         keys, seed, engine = run.recipe.keys, run.seed, run.engine
         if not (run.iteration(0) / "pair.json").is_file():
             raise ThinkSwitchError(f"{folder} has no starting pair yet; run `make pair DOMAIN={domain}` first.")
-        roles["instruct-0"] = Path(run.checkpoint("instruct", 0))
         if not (instruct and thinking):
+            roles["instruct-0"] = Path(run.checkpoint("instruct", 0))
             roles["instruct"] = Path(run.checkpoint("instruct", iteration))
             roles["thinking"] = Path(run.anchor(max(iteration, 1)))
             if not (roles["instruct"] / "config.json").is_file():
@@ -147,24 +170,6 @@ def find_subject(
         iteration=iteration if of_run else None,
         of_run=of_run,
     )
-
-
-def fetch_roles(subject: Subject, used: Sequence[str], where: Path) -> dict[str, Path]:
-    """The folders of the roles that a merge config names; the common ancestor may come from the hub.
-
-    Raises `ThinkSwitchError` naming the config and the role that this pair does not have.
-    """
-    found = dict(subject.roles)
-    for name in used:
-        if name not in found:
-            hint = {
-                "base": "name the common ancestor as `thinkswitch.pair.base` in the recipe",
-                "instruct-0": "it is the instruct checkpoint that a run started from: use ITER= of a run",
-            }.get(name, "models of these configs are called ./instruct, ./thinking, ./instruct-0 and ./base")
-            raise ThinkSwitchError(f"{where} needs a checkpoint `./{name}`; {hint}.")
-        if name == "base":
-            found[name], _ = checkpoint.resolve(str(found[name]), None, "common ancestor")
-    return found
 
 
 def write_results(path: Path, value: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, set_seed
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.kernel import all_finite
 from thinkswitch_plugin.merging.method import register
-from thinkswitch_plugin.merging.run import blame
+from thinkswitch_plugin.merging.run import blame, sentence
 from thinkswitch_plugin.merging.writer import NonFiniteOutputError
 
 
@@ -84,24 +84,32 @@ def merge_into(model: PreTrainedModel, config: dict[str, Any], *, seed: int = 0)
         seed: for methods that draw at random (DARE, DELLA); mergekit-yaml's `--random-seed`.
 
     Raises:
-        ThinkSwitchError: the merged tensors do not fit the model or are not finite.
+        ThinkSwitchError: mergekit refuses the config, or the merged tensors do not fit the model or are not finite.
     """
     register()
+    try:
+        _carry_out(MergeConfiguration.model_validate(config), model, seed)
+    except ThinkSwitchError:
+        raise
+    except Exception as error:
+        raise ThinkSwitchError(f"mergekit stopped: {sentence(error)}") from error
+
+
+def _carry_out(config: MergeConfiguration, model: PreTrainedModel, seed: int) -> None:
     device = str(model.device)
     options = MergeOptions(quiet=True, random_seed=seed, device=device)
     set_seed(seed)
-    parsed = MergeConfiguration.model_validate(config)
     LoaderCache().setup(options=options)
-    architecture = get_architecture_info(parsed, options)
-    plan = MergePlanner(parsed, architecture, options=options, out_model_config=model.config).plan_to_disk("")
+    architecture = get_architecture_info(config, options)
+    plan = MergePlanner(config, architecture, options=options, out_model_config=model.config).plan_to_disk("")
     executor = Executor(plan, math_device=torch.device(device), storage_device=torch.device("cpu"))
     try:
         with writing_to(ModelWriter(model)):
             for _ in executor.run(quiet=True):
                 pass
     except NonFiniteOutputError as error:
-        folders = [Path(m.model.path) for m in parsed.referenced_models()]
-        raise ThinkSwitchError(blame(error.name, folders, f"{parsed.merge_method} in memory")) from None
+        folders = [Path(m.model.path) for m in config.referenced_models()]
+        raise ThinkSwitchError(blame(error.name, folders, f"{config.merge_method} in memory")) from None
 
 
 def transformer_layers(checkpoint: Path) -> int:

@@ -91,7 +91,7 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
     except OSError as error:
         raise ThinkSwitchError(f"{config_file}: the merge into {out} failed: {error}.") from error
     except Exception as error:
-        raise ThinkSwitchError(f"{config_file}: mergekit stopped: {_sentence(error)}") from error
+        raise ThinkSwitchError(f"{config_file}: mergekit stopped: {sentence(error)}") from error
     finally:
         files.remove(partial)
 
@@ -123,7 +123,7 @@ def _read_config(path: Path) -> MergeConfiguration:
         where = ".".join(str(part) for part in first["loc"])
         raise ThinkSwitchError(f"{path}: {f'`{where}`: ' if where else ''}{first['msg']}.") from None
     except RuntimeError as error:
-        raise ThinkSwitchError(f"{path}: {_sentence(error)}") from None
+        raise ThinkSwitchError(f"{path}: {sentence(error)}") from None
 
 
 def _local_checkpoints(config: MergeConfiguration) -> list[Path]:
@@ -173,6 +173,7 @@ def blame(name: str, checkpoints: list[Path], config_file: Path | str) -> str:
     )
 
 
-def _sentence(error: Exception) -> str:
+def sentence(error: Exception) -> str:
+    """What an engine's exception says, as the end of a sentence of ours."""
     text = " ".join(str(error).split()) or type(error).__name__
     return f"{text[:300].rstrip('.')}. (THINKSWITCH_DEBUG=1 shows where.)"
