@@ -23,7 +23,7 @@ OPPOSITE = 1e-2
 # mergekit's slerp is a straight line where |cos| is above this.
 MERGEKIT_LINEAR = 0.9995
 CHUNK = 2**18  # elements; float32 copies of two chunks and their difference fit a core's cache
-ACCELERATOR_CHUNK = 2**26
+ACCELERATOR_CHUNK = 2**24
 ALONE = 2**15  # so few elements torch itself works on in one thread
 SMALLEST_SQUARES = 1e-30  # a smaller float32 sum of squares may have lost terms to underflow
 WORKERS = min(4, os.cpu_count() or 1)

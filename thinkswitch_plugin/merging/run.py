@@ -42,6 +42,9 @@ MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of <malloc.h>
 def command(merge_options: MergeOptions, config_file: Path, out_path: Path) -> None:
     """Merge as mergekit-yaml does, with the method `thinkswitch`, checks first and less memory."""
     merge_options.apply_global_options()
+    if merge_options.num_threads is None:
+        # Reading ahead and writing need cores too: torch's threads spin while they wait for one that has none.
+        torch.set_num_threads(max(1, torch.get_num_threads() - 2))
     merge(config_file, out_path, merge_options)
 
 
@@ -77,7 +80,8 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
                 )
             if out.is_dir():
                 out.rmdir()
-            built.replace(out)
+            for made in partial.iterdir():
+                made.replace(out.with_name(made.name))
         except ThinkSwitchError:
             raise
         except NonFiniteOutputError as error:
@@ -99,6 +103,7 @@ def streaming() -> Iterator[None]:
         yield
     finally:
         mergekit.io.tasks.TensorWriter, mergekit.merge.Executor = names
+        mergekit.io.tasks.LoaderCache.loaders.clear()  # a class attribute: files of this merge would stay open
 
 
 def _return_big_blocks() -> None:
