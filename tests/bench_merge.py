@@ -110,9 +110,11 @@ MERGES = {
     "ours: thinkswitch merge": ("ours", "thinkswitch"),
     "ours with mergekit's slerp": ("ours", "slerp"),
     "mergekit-yaml, its defaults": ("mergekit", "slerp"),
+    "mergekit-yaml, one torch thread": ("alone", "slerp"),
     "mergekit-yaml --async-write, 1B shards": ("async", "slerp"),
     "the paper's way: one side in memory": ("paper", None),
 }
+OPTIONS = {"alone": ["--num-threads", "1"], "async": ["--async-write", "--out-shard-size", "1B"]}
 
 
 def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -238,8 +240,8 @@ def measure(folder: Path, layers: int, rounds: int) -> dict[str, Any]:
         # mergekit's defaults go first, since the others are compared with what they write
         for name, (kind, method) in sorted(MERGES.items(), key=lambda entry: "defaults" not in entry[0]):
             out = folder / "out"
-            options = ["--async-write", "--out-shard-size", "1B"] if kind == "async" else []
-            code = CODE["mergekit" if kind == "async" else kind]
+            options = OPTIONS.get(kind, [])
+            code = CODE["mergekit" if kind in OPTIONS else kind]
             taken.setdefault(name, []).append(run(code, *pair, out, configs[method] if method else "", *options))
             if number == 0 and "defaults" in name:
                 out.replace(kept)

@@ -41,7 +41,14 @@ MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of <malloc.h>
 def command(merge_options: MergeOptions, config_file: Path, out_path: Path) -> None:
     """Merge as mergekit-yaml does, with the method `thinkswitch`, checks first and less memory."""
     merge_options.apply_global_options()
-    merge(config_file, out_path, merge_options)
+    threads = torch.get_num_threads()
+    if merge_options.num_threads is None:
+        # Reading ahead and writing need cores too: torch's threads spin while they wait for one that has none.
+        torch.set_num_threads(max(1, threads - 2))
+    try:
+        merge(config_file, out_path, merge_options)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
