@@ -11,6 +11,8 @@ KEEP       ?= all
 ITER       ?= 1
 LAMBDAS    ?= 0 0.1 … 1
 KILLS      ?= 10
+# Names as short as these may stand in somebody's environment for something else: they count on the command line only.
+$(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
 
 # What a setting may hold: `value` looks at it before Make would expand a $(shell …) in it.
 SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITER LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR A B K SAMPLING \
