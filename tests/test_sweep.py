@@ -15,7 +15,7 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.interpolation.ablation import collect, has_lambda, interpolated_layers
 from thinkswitch_plugin.interpolation.candidates import Sampling, load_task
-from thinkswitch_plugin.interpolation.subject import Subject
+from thinkswitch_plugin.interpolation.subject import Subject, few_questions
 from thinkswitch_plugin.interpolation.sweep import earlier, parse_sampling, parse_weights
 from thinkswitch_plugin.merging.config import fit_layers, named_models, place_models
 from thinkswitch_plugin.recipe import load_recipe
@@ -54,9 +54,18 @@ def test_sampling_settings() -> None:
 def test_a_points_folder_says_its_settings(tmp_path: Path) -> None:
     for weight, sampling in ((-0.2, Sampling()), (0.5, Sampling(0.6, 0.95, 8)), (1.0, Sampling(0.7))):
         files.write_json(tmp_path / f"points/lambda-{weight:g}{sampling.slug}/candidate.json", {})
+    files.write_json(tmp_path / "points/lambda-0.25-n20/candidate.json", {})
     assert sorted(earlier(tmp_path), key=str) == sorted(
-        [(-0.2, Sampling()), (0.5, Sampling(0.6, 0.95, 8)), (1.0, Sampling(0.7))], key=str
+        [(-0.2, Sampling()), (0.25, Sampling()), (0.5, Sampling(0.6, 0.95, 8)), (1.0, Sampling(0.7))], key=str
     )
+
+
+def test_a_trial_with_few_questions_has_a_folder_of_its_own() -> None:
+    keys = load_recipe(Path("recipes/arithmetic.yaml")).keys
+    few = keys.model_copy(update={"evaluation": keys.evaluation.model_copy(update={"limit": 20})})
+    here = Path("iter-1")
+    names = [few_questions(Subject(k, {}, 0, "embedded", here, here, 1, True)) for k in (keys, few)]
+    assert names == ["", "-n20"]
 
 
 def test_k_and_sampling_reach_the_task() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.interpolation.candidates import Candidate, Sampling, judge_all
-from thinkswitch_plugin.interpolation.subject import Subject, Template, write_results
+from thinkswitch_plugin.interpolation.subject import Subject, Template, few_questions, write_results
 from thinkswitch_plugin.merging.config import NAME, check_config, fit_layers, named_models, place_models, set_lambda
 
 SETTABLE = (NAME, "slerp", "linear")  # methods that have a λ
@@ -79,7 +79,12 @@ def judge_configs(
     used = sorted(set().union(*(named_models(config) for _, config in (*ends, *found))))
     folders = {role: str(roles[role]) for role in used}
     candidates = [
-        Candidate(f"candidates/{path.stem.replace(' ', '-')}", place_models(config, folders), config, sampling)
+        Candidate(
+            f"candidates/{path.stem.replace(' ', '-')}{few_questions(subject)}",
+            place_models(config, folders),
+            config,
+            sampling,
+        )
         for path, config in (*ends, *found)
     ]
     work = subject.out / "merges" / name

@@ -172,6 +172,12 @@ def find_subject(
     )
 
 
+def few_questions(subject: Subject) -> str:
+    """For a candidate's folder: `-n20` where only the first 20 questions are asked, so that a trial spoils nothing."""
+    limit = subject.keys.evaluation.limit
+    return f"-n{limit}" if limit else ""
+
+
 def write_results(path: Path, value: dict[str, Any]) -> None:
     """Write a job's results with the versions that made them."""
     from thinkswitch_plugin.run import versions

@@ -21,7 +21,7 @@ from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.interpolation import stages
 from thinkswitch_plugin.interpolation.candidates import Bench, Candidate, Sampling, finished, judge_all
-from thinkswitch_plugin.interpolation.subject import Subject, Template, write_results
+from thinkswitch_plugin.interpolation.subject import Subject, Template, few_questions, write_results
 from thinkswitch_plugin.merging.config import check_config, place_models, set_lambda
 
 ELLIPSIS = ("…", "...")
@@ -88,7 +88,7 @@ def sweep(subject: Subject, weights: Sequence[float], sampling: Sequence[Samplin
 
     def point(weight: float, drawn: Sampling) -> Candidate:
         identity = set_lambda(config, weight, source)
-        name = f"points/lambda-{weight:g}{drawn.slug}"
+        name = f"points/lambda-{weight:g}{drawn.slug}{few_questions(subject)}"
         return Candidate(name, place_models(identity, roles), identity, drawn)
 
     with subject.bench(folder, template, PAIR) as bench:
@@ -111,7 +111,7 @@ def sweep(subject: Subject, weights: Sequence[float], sampling: Sequence[Samplin
 
 def earlier(folder: Path) -> list[tuple[float, Sampling]]:
     """λ and sampling of the points that lie in a sweep's folder, by their names."""
-    pattern = re.compile(r"lambda-(-?[\d.e-]+?)(?:-t([\d.]+))?(?:-p([\d.]+))?(?:-k(\d+))?")
+    pattern = re.compile(r"lambda-(-?[\d.e-]+?)(?:-t([\d.]+))?(?:-p([\d.]+))?(?:-k(\d+))?(?:-n\d+)?")
     found = []
     for path in sorted((folder / "points").glob("lambda-*/candidate.json")):
         if match := pattern.fullmatch(path.parent.name):
