@@ -183,13 +183,14 @@ def one_run(runs: Path, kills: int, rng: random.Random, outcome: Outcome) -> Non
 
 def aim(runs: Path, rng: random.Random, process: subprocess.Popen[bytes]) -> str:
     """Wait for the instant of a kill, or for the run's end; what was waited for."""
-    if rng.random() < 0.5:
+    run = runs / "arithmetic"
+    done = {path.stem for path in run.glob("iter-1/.stamps/*.json")}
+    waiting = [stage for stage in SIGNS if stage not in done]
+    if not waiting or rng.random() < 0.5:
         with suppress(subprocess.TimeoutExpired):
             process.wait(rng.uniform(0, 2 * STAGE_SECONDS))
         return "an instant"
-    run = runs / "arithmetic"
-    done = {path.stem for path in run.glob("iter-1/.stamps/*.json")}
-    name = rng.choice([stage for stage in SIGNS if stage not in done])
+    name = rng.choice(waiting)
     while process.poll() is None and not any(size_of(found) for found in run.glob(SIGNS[name])):
         time.sleep(0.005)
     with suppress(subprocess.TimeoutExpired):
