@@ -2,7 +2,7 @@
 
 mergekit writes every tensor of a plan through one object, its `TensorWriter`. Put a model in
 that object's place and the same plan fills the model's parameters instead of a folder, so
-a point of a sweep costs no checkpoint on disk and equals `mergekit-yaml`'s result bit by bit.
+a point of a sweep costs no checkpoint on disk and equals `mergekit-yaml`'s result (bit by bit at the same number of torch threads).
 (mergekit's own `plan_in_memory` fails with pydantic 2.12: `ReturnTensor.tensor_task` is
 annotated with an abstract generic.)
 """
