@@ -36,8 +36,8 @@ from thinkswitch_plugin.evaluation import (
     vote_is_right,
 )
 from thinkswitch_plugin.generate import PROMPT_ROOM, context_length
+from thinkswitch_plugin.task_files import TASKS
 
-TASKS = "lm_eval_tasks"
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234}  # lm_eval's own defaults
 
 
@@ -104,7 +104,7 @@ class Bench:
 
     def settings(self, candidate: Candidate) -> dict[str, Any]:
         """Everything a candidate's figures depend on; a change of one judges it anew."""
-        task_file = Path(TASKS) / f"{self.evaluation.task}.yaml"
+        task_file = TASKS / f"{self.evaluation.task}.yaml"
         return {
             "config": candidate.identity,
             "inputs": self.inputs,
@@ -296,8 +296,8 @@ def load_task(keys: EvaluationKeys, sampling: Sampling) -> dict[str, Any]:
     """
     from lm_eval.tasks import TaskManager, get_task_dict
 
-    ours = (Path(TASKS) / f"{keys.task}.yaml").is_file()
-    manager = TaskManager(include_path=TASKS, include_defaults=not ours)
+    ours = (TASKS / f"{keys.task}.yaml").is_file()
+    manager = TaskManager(include_path=str(TASKS), include_defaults=not ours)
     if keys.task not in manager.all_tasks:
         raise ThinkSwitchError(f"lm-eval knows no task {keys.task}; `lm_eval ls tasks` lists them.")
     changes: dict[str, Any] = {"task": keys.task}
