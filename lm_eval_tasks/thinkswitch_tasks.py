@@ -23,9 +23,9 @@ def arithmetic_dataset(**_: Any) -> dict[str, Any]:
 
 def aime_dataset(**_: Any) -> dict[str, Any]:
     """AIME 2026: 30 problems from MathArena/aime_2026, or from THINKSWITCH_DATA."""
-    from thinkswitch_plugin.sources import evaluation_rows
+    from thinkswitch_plugin.sources import aime_rows
 
-    return {"test": evaluation_rows("aime_2026", "MathArena/aime_2026", None)}
+    return {"test": aime_rows()}
 
 
 def pubmedqa_dataset(**_: Any) -> dict[str, Any]:

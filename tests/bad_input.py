@@ -87,6 +87,10 @@ def outputs(defect: str, data: bytes | str, says: str = "", *, works: bool = Fal
     return Form("outputs", defect, "outputs.jsonl", data, ("score", "--task", "aime", "outputs.jsonl"), says, works)
 
 
+def task_data(defect: str, data: bytes | str, says: str = "", *, name: str = "aime_2026.jsonl") -> Form:
+    return Form("task data", defect, f"data/{name}", data, ("requests", "runs/mine", "1"), says)
+
+
 def lines(*rows: object) -> bytes:
     return b"".join(orjson.dumps(row) + b"\n" for row in rows)
 
@@ -284,6 +288,27 @@ def forms() -> Iterator[Form]:
         "generations", "lone surrogate", lines(answer()).replace(b"5", b"\\ud83d"), "line 1: not valid JSON .*surrogate"
     )
 
+    aime = [{"problem": f"What is {n}?", "answer": n} for n in range(2)]
+    abstract = {"pubid": 1, "question": "q", "context": {"contexts": ["c"]}, "final_decision": "yes"}
+    yield task_data("empty", b"", "aime_2026.jsonl holds no rows")
+    yield task_data("a folder in its place", FOLDER, "aime_2026.jsonl is a folder")
+    yield task_data("binary", BINARY, "line 1: not UTF-8 text")
+    yield task_data("a line that is cut", lines(*aime)[:-5], "line 2: not valid JSON")
+    yield task_data("field missing", lines(aime[0], {"problem": "x"}), "line 2: `answer` is missing")
+    yield task_data("field empty", lines({"problem": " ", "answer": 1}), "line 1: `problem` cannot be used")
+    yield task_data("answer of another type", lines({"problem": "x", "answer": "π"}), "line 1: `answer` cannot be used")
+    yield task_data("question twice", lines(aime[0], aime[1], aime[0]), "line 3: the same `problem` as in line 1")
+    yield task_data("lone surrogate", b'{"problem": "\\ud83d", "answer": 1}\n', "line 1: not valid JSON .*surrogate")
+    yield task_data("CSV, column missing", b"problem,anwser\nx,1\n", "row 1: `answer` is missing", name="aime_2026.csv")
+    yield task_data("Parquet, cut", table("parquet", {"problem": ["x"], "answer": [1]})[:-9], "is no PARQUET file",
+        name="aime_2026.parquet")  # fmt: skip
+    yield task_data("unknown decision", lines(abstract, {**abstract, "pubid": 2, "final_decision": "perhaps"}),
+        "line 2: `final_decision` cannot be used", name="pubmedqa.jsonl")  # fmt: skip
+    yield task_data("a task's own file, binary", BINARY, "test.jsonl|cannot be loaded", name="test.jsonl")
+    yield task_data(
+        "a task's own file, field missing", lines({"prompt": "x"}), "empty|cannot be loaded", name="test.jsonl"
+    )
+
     yield outputs(
         "byte-order mark and CRLF", b'\xef\xbb\xbf{"raw": "55", "gold": "055"}\r\n', r"correct \| 1", works=True
     )
@@ -310,6 +335,14 @@ def place(form: Form, folder: Path) -> None:
         "runs/mine/iter-1/requests.jsonl": lines(request("p0-s0"), request("p1-s0")),
         "runs/mine/iter-1/generations.jsonl": lines(answer()),
     }
+    if form.kind == "task data":
+        shutil.copytree(ROOT / "lm_eval_tasks", folder / "lm_eval_tasks", ignore=shutil.ignore_patterns("__pycache__"))
+        stem = Path(form.path).stem
+        task = {"aime_2026": "aime", "pubmedqa": "pubmedqa"}.get(stem, "template")
+        good["recipes/mine.yaml"] = good["recipes/mine.yaml"].replace(b"_template}", f"_{task}}}".encode())
+        yaml = folder / "lm_eval_tasks" / "thinkswitch_template.yaml"
+        yaml.write_text(yaml.read_text().replace("recipes/template/test.jsonl", form.path))
+        (folder / "data").mkdir()
     for name, data in good.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
@@ -341,7 +374,12 @@ def run(form: Form) -> dict[str, Any]:
         done = subprocess.run(
             command,
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "CUDA_VISIBLE_DEVICES": "",
+                "THINKSWITCH_DATA": str(folder / "data"),
+            },
             capture_output=True,
             text=True,
             timeout=120,

@@ -29,6 +29,14 @@ def test_every_form_of_the_table() -> None:
 
 
 def test_the_forms_cover_every_file_and_are_told_apart() -> None:
-    assert {form.kind for form in FORMS} == {"prompts", "recipe", "merge config", "requests", "generations", "outputs"}
+    assert {form.kind for form in FORMS} == {
+        "prompts",
+        "recipe",
+        "merge config",
+        "requests",
+        "generations",
+        "task data",
+        "outputs",
+    }
     names = [(form.kind, form.defect) for form in FORMS]
     assert len(set(names)) == len(names) and all(form.says or form.works for form in FORMS)

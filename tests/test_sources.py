@@ -25,7 +25,7 @@ def test_a_thousand_rows_that_are_not_the_official_ones_are_refused() -> None:
 def test_a_missing_local_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(sources.DATA_VARIABLE, str(tmp_path))
     with pytest.raises(ThinkSwitchError, match="holds no aime_2026"):
-        sources.evaluation_rows("aime_2026", "MathArena/aime_2026", None)
+        sources.aime_rows()
 
 
 @real_rows

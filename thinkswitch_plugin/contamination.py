@@ -92,17 +92,41 @@ def evaluation_questions(task: str) -> list[str]:
     """
     import logging
 
+    from datasets.utils.logging import disable_progress_bar
     from lm_eval.tasks import TaskManager, get_task_dict
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it cannot read, we say
+    disable_progress_bar()
     ours = TaskManager(include_path="lm_eval_tasks", include_defaults=False)
     manager = ours if task in ours.all_tasks else TaskManager(include_path="lm_eval_tasks")
     if task not in manager.all_tasks:
         raise ThinkSwitchError(f"lm-eval knows no task {task!r}; put its YAML into lm_eval_tasks/.")
-    loaded = get_task_dict([task], manager).get(task)
-    if loaded is None:
-        raise ThinkSwitchError(f"{task} is a group of lm-eval tasks; name one task in `thinkswitch.evaluation.task`.")
-    return [str(loaded.doc_to_text(doc)) for doc in loaded.eval_docs]
+    try:
+        loaded = get_task_dict([task], manager).get(task)
+        if loaded is None:
+            raise ThinkSwitchError(
+                f"{task} is a group of lm-eval tasks; name one task in `thinkswitch.evaluation.task`."
+            )
+        questions = [(str(loaded.doc_to_text(doc)), loaded.doc_to_target(doc)) for doc in loaded.eval_docs]
+    except ThinkSwitchError:
+        raise
+    except Exception as error:  # whatever a task file and the libraries that load its data raise
+        raise ThinkSwitchError(f"The questions of lm-eval's task {task} cannot be loaded: {reason(error)}.") from None
+    for number, (question, target) in enumerate(questions):
+        if not question.strip() or target is None or not str(target).strip():
+            raise ThinkSwitchError(f"Question {number} of lm-eval's task {task} (from 0) is empty, or its answer is.")
+    if not questions:
+        raise ThinkSwitchError(f"lm-eval's task {task} has no questions.")
+    return [question for question, _ in questions]
+
+
+def reason(error: BaseException) -> str:
+    """The first line of the error that started it all."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__ or error
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200].rstrip(".")
 
 
 def require_uncontaminated(prompts: Sequence[tuple[str, str]], keys: EvaluationKeys) -> None:

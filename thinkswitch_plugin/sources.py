@@ -8,7 +8,9 @@ import os
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, StrictInt, StringConstraints, ValidationError
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 DATA_VARIABLE = "THINKSWITCH_DATA"
 SUFFIXES = (".jsonl", ".csv", ".parquet")
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 PUBMEDQA_ROWS, PUBMEDQA_SUBSET = 1000, 30
 # sha256 of the sorted test ids, one a line: proof that the split below is the official one.
 PUBMEDQA_TEST_SHA256 = "406e3b89eff577ed38571eca5a5819734a6f49ac0437d171b6c64e5c3cd195f8"
@@ -74,26 +77,84 @@ def load_hub(name: str, config: str | None, split: str, revision: str | None) ->
         raise ThinkSwitchError(f"The dataset {name} cannot be fetched from the hub: {reason}") from None
 
 
-def evaluation_rows(file_name: str, hub: str, config: str | None) -> Dataset:
+class AimeRow(BaseModel):
+    """What the AIME task reads of a row."""
+
+    problem: Text
+    answer: StrictInt | Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^[+-]?\d+$")]
+
+
+class PubMedQAContext(BaseModel):
+    """The paragraphs of an abstract."""
+
+    contexts: Annotated[list[Text], Field(min_length=1)]
+
+
+class PubMedQARow(BaseModel):
+    """What the PubMedQA tasks read of a row."""
+
+    pubid: StrictInt | Text
+    question: Text
+    context: PubMedQAContext
+    final_decision: Literal["yes", "no", "maybe"]
+
+
+def evaluation_rows(file_name: str, hub: str, config: str | None, shape: type[BaseModel], name: str) -> Dataset:
     """An evaluation set from THINKSWITCH_DATA where that is set, else from the hub.
 
-    Raises `ThinkSwitchError` naming what is missing.
+    Args:
+        shape: what every row must hold; other columns are kept.
+        name: the column that tells one question from another.
+
+    Raises `ThinkSwitchError` naming what is missing, or the row and field that is wrong.
     """
     from datasets import Dataset
 
     folder = os.environ.get(DATA_VARIABLE)
     if not folder:
-        return load_hub(hub, config, "train", None)[0]
+        rows = load_hub(hub, config, "train", None)[0]
+        check_rows(((f"{hub}, row {n}", row) for n, row in enumerate(rows, 1)), hub, shape, name)
+        return rows
     for suffix in SUFFIXES:
         path = Path(folder) / f"{file_name}{suffix}"
-        if path.is_file():
-            return Dataset.from_list([row for _, row in read_file(path)])
+        if path.exists():
+            unit = "line" if suffix == ".jsonl" else "row"
+            found = [(f"{path}, {unit} {n}", row) for n, row in read_file(path)]
+            check_rows(found, str(path), shape, name)
+            return Dataset.from_list([row for _, row in found])
     raise ThinkSwitchError(f"{DATA_VARIABLE}={folder} holds no {file_name} as {', '.join(SUFFIXES)}.")
+
+
+def check_rows(rows: Iterable[tuple[str, dict[str, Any]]], source: str, shape: type[BaseModel], name: str) -> None:
+    """Raise `ThinkSwitchError` for the first row that cannot be asked and judged, for a question twice, or for no row.
+
+    Args:
+        rows: (where it stands, row).
+    """
+    seen: dict[str, str] = {}
+    for where, row in rows:
+        try:
+            shape.model_validate(row)
+        except ValidationError as error:
+            first = error.errors()[0]
+            at = ".".join(str(part) for part in first["loc"][:2] if part not in ("int", "str"))
+            reason = "is missing" if first["type"] == "missing" else f"cannot be used ({first['msg']})"
+            raise ThinkSwitchError(f"{where}: `{at}` {reason}; the file needs the columns of the hub's set.") from None
+        before = seen.setdefault(str(row[name]), where)
+        if before != where:
+            raise ThinkSwitchError(f"{where}: the same `{name}` as in {before.rpartition(', ')[2]}; remove one.")
+    if not seen:
+        raise ThinkSwitchError(f"{source} holds no rows.")
+
+
+def aime_rows() -> Dataset:
+    """AIME 2026: 30 problems."""
+    return evaluation_rows("aime_2026", "MathArena/aime_2026", None, AimeRow, "problem")
 
 
 def pubmedqa_rows() -> Dataset:
     """All labelled rows of PubMedQA."""
-    return evaluation_rows("pubmedqa", "qiaojin/PubMedQA", "pqa_labeled")
+    return evaluation_rows("pubmedqa", "qiaojin/PubMedQA", "pqa_labeled", PubMedQARow, "pubid")
 
 
 def pubmedqa_half(half: str) -> Dataset:
@@ -103,9 +164,6 @@ def pubmedqa_half(half: str) -> Dataset:
     test set, and there is no training half.
     """
     rows = pubmedqa_rows()
-    for column in ("pubid", "question", "context", "final_decision"):
-        if column not in rows.column_names:
-            raise ThinkSwitchError(f"PubMedQA's rows have no column `{column}`; they have {rows.column_names}.")
     test = pubmedqa_test_ids(zip((str(i) for i in rows["pubid"]), rows["final_decision"], strict=True))
     chosen = [n for n, pubid in enumerate(rows["pubid"]) if (str(pubid) in test) == (half == "test")]
     return rows.select(chosen)
