@@ -88,6 +88,7 @@ class Bench:
         template_name: its role.
         answer: how a final answer is read, a key of `answers.EXTRACTORS`.
         inputs: role → hash of every checkpoint that is merged.
+        task: hash of every file that the lm-eval task is made of.
     """
 
     work: Path
@@ -99,23 +100,21 @@ class Bench:
     engine_keys: EngineKeys
     answer: str
     inputs: dict[str, str]
+    task: dict[str, str | None]
     seed: int = 0
-    data: str = ""
 
     def settings(self, candidate: Candidate) -> dict[str, Any]:
         """Everything a candidate's figures depend on; a change of one judges it anew."""
-        task_file = TASKS / f"{self.evaluation.task}.yaml"
         return {
             "config": candidate.identity,
             "inputs": self.inputs,
             "sampling": asdict(candidate.sampling),
             "template": self.template_name,
             "evaluation": self.evaluation.model_dump(exclude={"contamination_ngram", "contamination_share"}),
-            "task": task_file.read_text(encoding="utf-8") if task_file.is_file() else "",
+            "task": self.task,
             "answer": self.answer,
             "server": uses_server(self.evaluation, self.engine),
             "seed": self.seed,
-            "data": self.data,
         }
 
 

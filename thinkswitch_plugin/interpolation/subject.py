@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from thinkswitch_plugin.interpolation.candidates import Bench
 from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.run import locked, open_run, settings_file
-from thinkswitch_plugin.sources import DATA_VARIABLE
+from thinkswitch_plugin.task_files import task_files
 
 Template = Literal["instruct", "thinking"]
 
@@ -51,6 +50,7 @@ class Subject:
         with locked(self.home):
             hashes = Hashes(self.home)
             inputs = {name: str(hashes.of(self.roles[name])) for name in sorted(set(used))}
+            task = {str(path): hashes.of(path) for path in task_files(self.keys.evaluation.task)}
             hashes.save()
             yield Bench(
                 work=work,
@@ -63,7 +63,7 @@ class Subject:
                 answer=self.keys.labels.answer,
                 inputs=inputs,
                 seed=self.seed,
-                data=os.environ.get(DATA_VARIABLE, ""),
+                task=task,
             )
 
     def lacks(self, named: Iterable[str]) -> str | None:
