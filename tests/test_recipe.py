@@ -86,3 +86,13 @@ def test_an_overlay_merges_mappings_and_null_takes_a_key_away() -> None:
     base = {"a": 1, "thinkswitch": {"prompts": {"hub": "x", "count": 15}}}
     extra = {"thinkswitch": {"prompts": {"hub": None, "path": "p"}}}
     assert recipe.overlay(base, extra) == {"a": 1, "thinkswitch": {"prompts": {"count": 15, "path": "p"}}}
+
+
+def test_the_documents_hold_every_key_as_the_command_prints_it() -> None:
+    from click.testing import CliRunner
+
+    from thinkswitch_plugin.cli import keys
+
+    printed = CliRunner().invoke(keys).output
+    assert "| `rebuild.lambda` | number | `0.8` |" in printed
+    assert Path("docs/recipes.md").read_text(encoding="utf-8").endswith(printed)

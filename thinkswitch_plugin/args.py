@@ -6,10 +6,13 @@ checks them too. λ is always the weight of the *thinking* checkpoint.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
 
 
 class _Keys(BaseModel):
@@ -181,6 +184,32 @@ class ThinkSwitchArgs(BaseModel):
     """What the plugin adds to axolotl's configuration."""
 
     thinkswitch: ThinkSwitchKeys | None = Field(None, description="Keys of the ThinkSwitch loop.")
+
+
+def keys_table(model: type[BaseModel] = ThinkSwitchKeys, above: str = "") -> Iterator[list[str]]:
+    """Key, type, default and meaning of every key, as rows of docs/recipes.md."""
+    for name, field in model.model_fields.items():
+        key = f"{above}{field.alias or name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys_table(field.annotation, f"{key}.")
+        else:
+            yield [f"`{key}`", _kind(field.annotation), _default(field), field.description or ""]
+
+
+def _kind(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(annotation))
+    if get_origin(annotation) is list:
+        return f"list of {_kind(get_args(annotation)[0])}s"
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
+    names = {str: "text", int: "whole number", float: "number", bool: "true, false"}
+    return " or ".join(names.get(kind, str(kind)) for kind in kinds)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return "" if field.default is None else f"`{json.dumps(field.default)}`"
 
 
 def resolve_seed(path: str, seed: int) -> str:

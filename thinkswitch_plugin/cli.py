@@ -227,6 +227,15 @@ def score(task: str, rows: Path | None, trace: str, file: Path) -> None:
 
 
 @main.command()
+def keys() -> None:
+    """Every key under `thinkswitch:` in a recipe, as the table of docs/recipes.md."""
+    from thinkswitch_plugin.args import keys_table
+
+    for row in (["key", "value", "default", "meaning"], ["---"] * 4, *keys_table()):
+        click.echo(f"| {' | '.join(row)} |")
+
+
+@main.command()
 @click.argument("name", type=click.Choice(["shuffled", "true-labels", "undistilled", "rounded"]))
 @click.argument("run", type=FOLDER)
 def control(name: str, run: Path) -> None:
