@@ -60,6 +60,26 @@ def test_a_terminal_shows_bars_speed_time_left_and_where_the_run_is(tmp_path: Pa
     assert "engine chatter" in (tmp_path / "train.log").read_text()
 
 
+NESTED = """
+import time
+from thinkswitch_plugin import progress
+with progress.Bar(3, "sweep", unit="candidate") as outer:
+    for _ in range(3):
+        with progress.Bar(4, "starting vllm") as inner:
+            for _ in range(4):
+                inner.update()
+                time.sleep(0.1)
+        outer.update()
+print("after it")
+"""
+
+
+def test_a_bar_within_a_bar_is_a_row_of_the_same_view(tmp_path: Path) -> None:
+    code, shown = run_on_terminal([sys.executable, "-c", NESTED])
+    assert code == 0 and "Traceback" not in shown and shown.endswith("after it\r\n")
+    assert any(" sweep " in frame and " starting vllm " in frame for frame in shown.split("\x1b[1A"))
+
+
 def test_no_color_is_respected(tmp_path: Path) -> None:
     _, coloured = run_on_terminal(words(tmp_path))
     _, plain = run_on_terminal(words(tmp_path), NO_COLOR="1")

@@ -60,6 +60,7 @@ class Work:
 
 
 _current: Work | None = None
+_shown: Progress | None = None  # a bar within a bar (an engine's start within a sweep) is a row of the same view
 
 
 @contextmanager
@@ -125,6 +126,7 @@ class Bar:
         self.work = _current
         self.view: Progress | None = None
         self.task: TaskID | None = None
+        self.owner = False  # of the view, which goes when its owner does
         if sys.stderr.isatty():
             self._open_view()
         self._show()
@@ -161,10 +163,16 @@ class Bar:
         self._show()
 
     def close(self) -> None:
-        """Take the view away."""
-        if self.view is not None:
+        """Take the view away, or this bar's row of it."""
+        global _shown
+        if self.view is None or self.task is None:
+            return
+        if self.owner:
             self.view.stop()
-            self.view = None
+            _shown = None
+        else:
+            self.view.remove_task(self.task)
+        self.view = None
 
     def __enter__(self) -> Bar:
         return self
@@ -175,11 +183,15 @@ class Bar:
         self.close()
 
     def _open_view(self) -> None:
-        view = _view(self.work)
+        global _shown
+        self.owner = _shown is None
+        view = _shown or _view(self.work)
         if view is None:
             return
         self.task = view.add_task(self.title, total=self.total or None, completed=int(self.initial), beside="")
-        view.start()
+        if self.owner:
+            view.start()
+            _shown = view
         self.view = view
 
     def _show(self) -> None:
