@@ -513,13 +513,12 @@ def forget_stale(run: Run) -> tuple[int, list[Stage]]:
 def renew(run: Run, stage: Stage, hashes: Hashes) -> None:
     """Write a stamp of an earlier version, which counted model cards among what a stage read, in today's form."""
     path = stamp_path(run, stage)
-    stamp = read_stamp(path)
-    if stamp is not None and {k: stamp.get(k) for k in ("values", "inputs")} == fingerprint(stage, hashes, cards=True):
-        now = fingerprint(stage, hashes)
-        if stamp["inputs"] != now["inputs"]:
-            modified = path.stat()
-            files.write_json(path, {**stamp, **now})
-            os.utime(path, ns=(modified.st_atime_ns, modified.st_mtime_ns))  # Make orders by it
+    stamp, now = read_stamp(path) or {}, fingerprint(stage, hashes)
+    before = {k: stamp.get(k) for k in now}
+    if before != now and before == fingerprint(stage, hashes, cards=True):
+        modified = path.stat()
+        files.write_json(path, {**stamp, **now})
+        os.utime(path, ns=(modified.st_atime_ns, modified.st_mtime_ns))  # Make orders by it
 
 
 def versions() -> dict[str, str]:
