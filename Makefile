@@ -18,6 +18,8 @@ $(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA,$(if $(filter environment,$(
 SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITER LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR A B K SAMPLING \
 	TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS
 $(foreach name,$(SETTINGS),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
+# A question is free text: taken as it is, never expanded, and read by the command from the environment.
+override QUESTION := $(value QUESTION)
 HASH := \#
 ODD := : ; | % = & < > ( ) [ ] { } * ? ! ~ ^ " ' ` \ , $(HASH)
 $(foreach c,$(ODD),$(if $(findstring $c,$(value RUNS)$(value DOMAIN)$(value ITERATIONS)),$(error RUNS=, DOMAIN= or ITERATIONS= holds $c; use letters, digits, `-`, `_`, `.` and, in RUNS=, `/`)))
@@ -31,7 +33,8 @@ RUN  := $(RUNS)/$(DOMAIN)
 
 # Settings reach the commands through the environment, never through a shell's command line.
 export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY KEEP RUN MODEL CONTROL PRICE_PER_HOUR
-export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KILLS
+export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KILLS QUESTION
+export ITER_GIVEN := $(if $(filter file,$(origin ITER)),,yes)
 export OMP_NUM_THREADS ?= $(shell nproc)
 export HF_HUB_DISABLE_TELEMETRY := 1
 ifeq ($(MAKELEVEL),0)
@@ -45,12 +48,12 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-vllm iterate loop pair check eval report verify clean-run sweep ablate baselines similarity \
+.PHONY: help setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines similarity \
 	control results chaos bench-engines bench-sweep bench-merge bench-faults bench-pairs fuzz bad-input lint test
 
-##@ The loop
+##@ Run
 
-iterate: setup ## the whole method: make iterate DOMAIN=arithmetic ITERATIONS=2 SEED=0 ENGINE=auto KEEP=all|last|n
+iterate: setup ## the whole method; again after a kill or a change, it goes on: make iterate DOMAIN=arithmetic ITERATIONS=2 SEED=0 ENGINE=auto KEEP=all|last|n
 	@$(TS) begin --domain "$$DOMAIN" --runs "$$RUNS" --seed "$$SEED" --engine "$$ENGINE" --iterations "$$ITERATIONS" --overlay "$$OVERLAY"
 	@$(MAKE) --silent --no-print-directory loop
 
@@ -93,30 +96,35 @@ $(foreach k,$(wordlist 2,20,$(STEPS)),$(eval $(call ITERATION,$(k),$(call stamp,
 $(RUN)/.stamps/report.json: $(call stamp,$(lastword $(STEPS)),eval-thinking)
 	$(TS) report "$$RUN"  # what changed -> report.json, report.md
 
-##@ Parts of it
+check: setup ## everything that can be found wrong before a GPU hour is spent: make check DOMAIN=aime
+	@$(TS) check --domain "$$DOMAIN" --overlay "$$OVERLAY" --iterations "$$ITERATIONS"
 
-pair: setup ## only make or fetch the starting pair
+pair: setup ## only make or fetch the starting pair: make pair DOMAIN=aime
 	@$(TS) begin --domain "$$DOMAIN" --runs "$$RUNS" --seed "$$SEED" --engine "$$ENGINE" --iterations "$$ITERATIONS" --overlay "$$OVERLAY"
 	@$(TS) pair "$$RUN"
 
-report: setup ## write report.json and report.md of a finished run again, and show the table
+clean-run: ## delete the run folder RUNS/DOMAIN: make clean-run DOMAIN=arithmetic
+	@test -f "$$RUN/run.json" || { echo "clean-run: $$RUN is no run folder; name one by RUNS= and DOMAIN=, or begin one: make iterate" >&2; exit 1; }
+	rm -rf "$$RUN"
+
+##@ Look
+
+status: ## what is done, at work and left, and why it stopped; also from another window: make status DOMAIN=aime
+	@test -x $(TS) || { echo "nothing is set up here yet; begin with: make iterate"; exit 0; }; \
+	$(TS) status "$$RUN"
+
+report: setup ## write the report of a finished run again, and show the table: make report PRICE_PER_HOUR=0.35
 	@rm -f "$$RUN/.stamps/report.json"
 	@$(TS) report "$$RUN"
 
-verify: setup ## do the files of a run still fit together? reads every one of them
-	@$(TS) verify "$$RUN"
-
-check: setup ## before a GPU hour is spent: make check DOMAIN=aime
-	@$(TS) check --domain "$$DOMAIN" --overlay "$$OVERLAY" --iterations "$$ITERATIONS"
+compare: setup ## instruct before and after and thinking, side by side: make compare QUESTION='7*3+4*2' ITER=1 OUT=answers.json
+	@$(TS) compare "$$RUN" --question="$$QUESTION" --iteration="$${ITER_GIVEN:+$$ITER}" --instruct="$$A" --thinking="$$B" \
+	--engine="$$ENGINE" --overlay="$$OVERLAY" --out="$$OUT"
 
 eval: setup ## judge any checkpoint: make eval MODEL=folder DOMAIN=arithmetic
 	@$(TS) eval-model --domain "$$DOMAIN" --model "$$MODEL" --engine "$$ENGINE" --overlay "$$OVERLAY"
 
-clean-run: ## delete the run folder RUNS/DOMAIN
-	@test -f "$$RUN/run.json" || { echo "clean-run: $$RUN is no run folder" >&2; exit 1; }
-	rm -rf "$$RUN"
-
-##@ Interpolation (λ is the weight of the thinking checkpoint)
+##@ Tune λ, the weight of the thinking checkpoint
 
 OF_PAIR = --domain "$$DOMAIN" --runs "$$RUNS" --iteration "$$ITER" --instruct "$$A" --thinking "$$B" --seed "$$SEED" \
 	--engine "$$ENGINE" --overlay "$$OVERLAY" --out "$$OUT" --samples "$$K" --sampling "$$SAMPLING" \
@@ -135,12 +143,17 @@ baselines: setup ## task arithmetic, TIES, DARE, three at once, transplant: make
 similarity: setup ## how near two checkpoints are: make similarity A=folder B=folder OUT=similarity
 	@$(TS) similarity "$$A" "$$B" --out "$${OUT:-similarity}"
 
-##@ Proof
+##@ Serve
 
-control: setup ## one control experiment: make control CONTROL=shuffled|true-labels|undistilled|rounded
+##@ Prove
+
+verify: setup ## do the files of a run still fit together? reads every one of them: make verify DOMAIN=aime
+	@$(TS) verify "$$RUN"
+
+control: setup ## one control experiment on iteration 1: make control CONTROL=shuffled|true-labels|undistilled|rounded
 	@$(TS) control "$$CONTROL" "$$RUN"
 
-results: setup ## tables of docs/results.md, with PART=interpolation of docs/interpolation.md: make results RUN_FOLDERS="runs/arithmetic runs-1/arithmetic"
+results: setup ## tables of docs/results.md, or by PART=interpolation of docs/interpolation.md: make results RUN_FOLDERS="runs/arithmetic runs-1/arithmetic"
 	@$(TS) results --part "$${PART:-loop}" -- $$RUN_FOLDERS
 
 chaos: setup ## SIGKILL runs at random instants and compare with an undisturbed one: make chaos KILLS=10
@@ -167,7 +180,13 @@ fuzz: setup ## random inputs through splitting, answers, pairs, recipes, prompts
 bad-input: setup ## a table of every broken file and what the real command answers to it
 	@$(VENV)/bin/python -m tests.bad_input
 
-##@ Set-up and tests
+lint: setup ## ruff and mypy
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+
+test: setup setup-vllm lint ## lint, types, unit tests, one real iteration, one generation by real vLLM
+	@$(VENV)/bin/pytest
+
+##@ Set up
 
 setup: ## make .venv (torch, axolotl, mergekit, lm-eval and this project)
 	@requirements/install.sh $(VENV) requirements/train.txt
@@ -176,13 +195,9 @@ setup-vllm: ## make .venv-vllm: vLLM, CUDA or CPU build
 	@if [ -e /proc/driver/nvidia/version ]; then list=gpu; else list=cpu; fi; \
 	requirements/install.sh .venv-vllm requirements/vllm-$$list.txt
 
-lint: setup ## ruff and mypy
-	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
-
-test: setup setup-vllm lint ## lint, types, unit tests, one real iteration, one generation by real vLLM
-	@$(VENV)/bin/pytest
-
 help: ## this text
-	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
-	/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk 'BEGIN { FS = ":.*## " } /^##@/ { group = substr($$0, 5) } \
+	/^[a-z-]+:.*## / { if (group) printf "\n%s\n", group; group = ""; \
+	example = match($$2, /: make .*/) ? substr($$2, RSTART + 2) : ""; sub(/: make .*/, "", $$2); \
+	printf "  make %-14s %s\n", $$1, $$2; if (example) printf "       %-14s   %s\n", "", example }' $(MAKEFILE_LIST)
 	@echo; echo "Settings: DOMAIN=$$DOMAIN ITERATIONS=$$ITERATIONS RUNS=$$RUNS SEED=$$SEED ENGINE=$$ENGINE OVERLAY=$$OVERLAY KEEP=$$KEEP"

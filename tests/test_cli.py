@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import BIN
+from tests.conftest import BIN, ROOT
 from thinkswitch_plugin.engines import has_cuda
+from thinkswitch_plugin.errors import with_next_command
 
 TS = BIN / "thinkswitch"
 
@@ -57,11 +59,38 @@ def test_make_names_a_wrong_domain_and_leaves_nothing(command: Any, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_of_make_names_the_targets(command: Any) -> None:
+def test_help_of_make_groups_all_targets_by_what_one_wants_to_do(command: Any) -> None:
     done = command("make", "help")
     assert done.returncode == 0
-    for target in ("iterate", "setup", "eval", "report", "control", "test"):
-        assert f"make {target} " in done.stdout
+    groups = {block.splitlines()[0]: block for block in done.stdout.strip().split("\n\n")}
+    for group, targets in {
+        "Run": ("iterate", "check", "pair", "clean-run"),
+        "Look": ("status", "report", "compare", "eval"),
+        "Tune λ, the weight of the thinking checkpoint": ("sweep", "ablate", "baselines", "similarity"),
+        "Prove": ("verify", "control", "chaos", "lint", "test"),
+        "Set up": ("setup", "setup-vllm", "help"),
+    }.items():
+        for target in targets:
+            assert f"\n  make {target} " in groups[group], (group, target)
+    described = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.M)
+    assert [name for name in described if f"\n  make {name} " not in done.stdout] == []
+
+
+@pytest.mark.parametrize(
+    ("sentence", "printed"),
+    [
+        ("ENGINE=x is unknown; use auto.", "ENGINE=x is unknown; use auto. Then run the same command again."),
+        ("There is no run; begin one with `make iterate`.", "There is no run; begin one with `make iterate`."),
+        ("Make room and run the same command again.", "Make room and run the same command again."),
+        (
+            "axolotl train failed; the end of train.log:\n    run the same command again",
+            "axolotl train failed; the end of train.log:\n    run the same command again\n"
+            "Put that right, then run the same command again.",
+        ),
+    ],
+)
+def test_every_error_ends_with_the_next_command(sentence: str, printed: str) -> None:
+    assert with_next_command(sentence) == printed
 
 
 @pytest.mark.skipif(has_cuda(), reason="this machine has a GPU")

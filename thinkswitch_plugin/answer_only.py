@@ -77,22 +77,26 @@ class AnswerOnly(DatasetWrappingStrategy):  # type: ignore[misc]
         ):
             rows.append({"messages": row["messages"]})
         if not rows:
-            raise ThinkSwitchError(f"{generations} holds no complete answer: {report.summary()}.")
+            raise ThinkSwitchError(
+                f"{generations} holds no complete answer: {report.summary()}; raise `thinkswitch.sampling.max_tokens` in the recipe."
+            )
         return Dataset.from_list(rows)
 
 
 def _check_pair(messages: Any, where: str) -> None:
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise ThinkSwitchError(f"{where}: `messages` must be a list of messages.")
+        raise ThinkSwitchError(f"{where}: `messages` must be a list of messages; repair or delete the line.")
     for place, message in enumerate(messages):
         for name in ("role", "content"):
             if not isinstance(message.get(name), str):
-                raise ThinkSwitchError(f"{where}: `messages[{place}].{name}` is missing or not text.")
+                raise ThinkSwitchError(
+                    f"{where}: `messages[{place}].{name}` is missing or not text; repair or delete the line."
+                )
         if token := traces.control_token(message["content"]):
             raise ThinkSwitchError(
                 f"{where}: `messages[{place}]` holds {token!r}, which would end its turn; take it out."
             )
     if not messages or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
-        raise ThinkSwitchError(f"{where}: the last message must be an assistant's answer.")
+        raise ThinkSwitchError(f"{where}: the last message must be an assistant's answer; repair or delete the line.")
     if any(m["role"] == "assistant" and traces.has_tag(m["content"]) for m in messages):
         raise ThinkSwitchError(f"{where}: a trace tag is left in the answer; build the pairs again.")

@@ -76,7 +76,7 @@ def opens_trace(request: dict[str, Any]) -> bool:
 def stored_id(row: dict[str, Any], path: Path, number: int) -> str:
     """The id of one line of a batch output. Raises `ThinkSwitchError` if it has none."""
     if not isinstance(row.get("custom_id"), str):
-        raise ThinkSwitchError(f"{path}, line {number}: `custom_id` is missing or not text.")
+        raise ThinkSwitchError(f"{path}, line {number}: `custom_id` is missing or not text; repair or delete the line.")
     return str(row["custom_id"])
 
 

@@ -35,7 +35,7 @@ def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int, 
     recipe = load_recipe(path, tuple(Path(name) for name in extra))
     if recipe.keys.domain != domain:
         raise ThinkSwitchError(
-            f"{path}: `thinkswitch.domain` is {recipe.keys.domain!r}, but the file is named {domain}."
+            f"{path}: `thinkswitch.domain` is {recipe.keys.domain!r}, but the file is named {domain}; make the two the same."
         )
     chosen = before["engine"] if before and engine == "auto" else engines.choose(engine)
     if before and (before["seed"], before["engine"]) != (seed, chosen):
@@ -92,12 +92,14 @@ def _check_files(run: Run) -> None:
     keys = run.recipe.keys
     if not Path(keys.rebuild.config).is_file():
         raise ThinkSwitchError(
-            f"{run.recipe.path}: `thinkswitch.rebuild.config` names {keys.rebuild.config}, which does not exist."
+            f"{run.recipe.path}: `thinkswitch.rebuild.config` names {keys.rebuild.config}, which does not exist; name a file of merge_configs/."
         )
     if keys.prompts.path and not keys.pair.embedded:
         path = Path(resolve_seed(keys.prompts.path, run.seed))
         if not path.exists():
-            raise ThinkSwitchError(f"{run.recipe.path}: `thinkswitch.prompts.path` names {path}, which does not exist.")
+            raise ThinkSwitchError(
+                f"{run.recipe.path}: `thinkswitch.prompts.path` names {path}, which does not exist; put it there or name another."
+            )
         prompts_of_iteration(keys.prompts, run.seed, 1)
 
 

@@ -52,7 +52,10 @@ def check_domain(name: str, overlays: Sequence[str], iterations: int, tokens_per
             failed += 1
             console.say(f"  STOP  {title}: {problem}")
     if failed:
-        raise ThinkSwitchError(f"{failed} of {len(checks)} checks would stop `make iterate DOMAIN={name}`.")
+        raise ThinkSwitchError(
+            f"{failed} of {len(checks)} checks would stop `make iterate DOMAIN={name}`; put right what stands beside STOP, "
+            f"then run `make check DOMAIN={name}` again."
+        )
     console.say(f"Ready: make iterate DOMAIN={name}" + (f" OVERLAY='{' '.join(overlays)}'" if overlays else ""))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -32,7 +31,7 @@ def adopt_mode(source: Path, target: Path) -> None:
                 shutil.copy2(file, target / file.name)
 
 
-FETCHED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
+FETCHED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "README.md")  # the card names the licence
 
 
 def require_room(name: str, revision: str | None, what: str) -> None:
@@ -74,7 +73,9 @@ def resolve(name: str, revision: str | None, what: str) -> tuple[Path, str | Non
     if is_local(name):
         folder = Path(name).expanduser()
         if not (folder / "config.json").is_file():
-            raise ThinkSwitchError(f"The {what} checkpoint {name} is no checkpoint folder: it has no config.json.")
+            raise ThinkSwitchError(
+                f"The {what} checkpoint {name} is no checkpoint folder: it has no config.json; name a folder that has one, or a hub id."
+            )
         if not any(folder.glob("*.safetensors")):
             raise ThinkSwitchError(
                 f"The {what} checkpoint {name} holds no *.safetensors; pickled weights can run code and are not read: "
@@ -89,26 +90,7 @@ def resolve(name: str, revision: str | None, what: str) -> tuple[Path, str | Non
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(FETCHED)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ThinkSwitchError(f"The {what} checkpoint {name} cannot be fetched from the hub: {reason}") from None
+        raise ThinkSwitchError(
+            f"The {what} checkpoint {name} cannot be fetched from the hub: {reason.rstrip('.')}; check its name, the network and your access to it."
+        ) from None
     return folder, folder.name
-
-
-def write_card(
-    folder: Path, *, title: str, base_models: list[str], facts: dict[str, Any], merge_yaml: str | None = None
-) -> None:
-    """The model card: parents, recipe and how to repeat it, in the form the hub renders."""
-    import yaml
-
-    head = yaml.safe_dump(
-        {
-            "base_model": base_models,
-            "library_name": "transformers",
-            "tags": ["thinkswitch"] + (["mergekit", "merge"] if merge_yaml else []),
-        },
-        sort_keys=False,
-    )
-    rows = "".join(f"| {key} | {value} |\n" for key, value in facts.items())
-    text = f"---\n{head}---\n# {title}\n\nMade by ThinkSwitch (arXiv 2606.01080).\n\n| | |\n|---|---|\n{rows}"
-    if merge_yaml:
-        text += f"\n```yaml\n{merge_yaml.strip()}\n```\n"
-    (folder / "README.md").write_text(text, encoding="utf-8")

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import click
 
 from thinkswitch_plugin import __version__, console
-from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.errors import ThinkSwitchError, with_next_command
 
 F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path, readable=False)  # whether it can be read is said in our own words
@@ -49,7 +49,7 @@ class Group(click.Group):
         except ThinkSwitchError as error:
             if os.environ.get("THINKSWITCH_DEBUG"):
                 raise
-            click.echo(f"thinkswitch: {error}", err=True)
+            click.echo(f"thinkswitch: {with_next_command(str(error))}", err=True)
             ctx.exit(1)
         except OSError as error:
             if os.environ.get("THINKSWITCH_DEBUG") or isinstance(error, BrokenPipeError):
@@ -167,11 +167,52 @@ def evaluate(run: Path, iteration: int, mode: str) -> None:
 @click.argument("run", type=FOLDER)
 def report(run: Path) -> None:
     """Scores, pairs, λ and times of all iterations -> report.json and report.md."""
+    from thinkswitch_plugin.cards import complete_cards
     from thinkswitch_plugin.report import write_report
     from thinkswitch_plugin.run import execute, open_run
 
     opened = open_run(run)
-    execute(opened, "report", opened.iterations, lambda: write_report(opened))
+
+    def work() -> dict[str, Any]:
+        notes = write_report(opened)
+        complete_cards(opened)
+        return notes
+
+    execute(opened, "report", opened.iterations, work)
+
+
+@main.command()
+@click.argument("run", type=FOLDER)
+def status(run: Path) -> None:
+    """What of a run is done, at work and left; also while it runs, and after a crash."""
+    from thinkswitch_plugin.status import show_status
+
+    show_status(run)
+
+
+@main.command()
+@click.argument("run", type=FOLDER)
+@click.option("--question", required=True, help="What is asked, as the domain asks its own questions.")
+@click.option("--iteration", default="", help="Whose checkpoints (default: the last finished iteration).")
+@click.option("--instruct", default="", help="Another instruct checkpoint (folder or hub id).")
+@click.option("--thinking", default="", help="Another thinking checkpoint (folder or hub id).")
+@click.option("--engine", default="auto", show_default=True, help="auto is transformers in process; vllm, or a URL.")
+@OVERLAY
+@click.option("--out", default="", help="Write the answers there as JSON.")
+def compare(run: Path, question: str, iteration: str, overlay: str, out: str, **options: str) -> None:
+    """Instruct before, instruct after and thinking answer one question, side by side."""
+    from thinkswitch_plugin.compare import compare as compare_answers
+
+    if iteration and not (iteration.isascii() and iteration.isdigit()):
+        raise click.UsageError(f"--iteration {iteration}: give a whole number from 0.")
+    compare_answers(
+        run,
+        question,
+        iteration=int(iteration) if iteration else None,
+        overlays=overlay.split(),
+        out=Path(out) if out else None,
+        **options,
+    )
 
 
 @main.command()

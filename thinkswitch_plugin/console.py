@@ -1,4 +1,4 @@
-"""What the terminal shows: one heading a stage, a bar on long work, engines' chatter in a log; and how engines end."""
+"""Lines for the user, engines with their chatter in a log, signals, and how engines end."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
-
-from tqdm import tqdm
+from typing import IO
 
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.progress import Bar, last_tqdm
 
 TAIL_LINES = 15
+ENGINE_BARS = {"TQDM_MININTERVAL": "0.5"}  # a log of hours must not be a log of bars
 OWNER_VARIABLE = "THINKSWITCH_OWNER"  # process id of the `make` that the user started
 HELD_LOCKS: set[int] = set()  # descriptors that a supervisor keeps open until its engine has gone
 
@@ -93,20 +93,6 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def bar(total: int, title: str, *, initial: int = 0, unit: str = "it") -> tqdm[Any]:
-    """A progress bar; away from a terminal it prints a line every ten seconds only."""
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        total=total,
-        initial=initial,
-        desc=f"  {title}",
-        unit=unit,
-        dynamic_ncols=terminal,
-        mininterval=0.1 if terminal else 10.0,
-        maxinterval=10.0 if terminal else 60.0,
-    )
-
-
 def spawn(
     command: Sequence[str | Path], log: IO[bytes], env: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
@@ -135,18 +121,39 @@ def stop_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def tail(log: Path, lines: int = TAIL_LINES) -> str:
-    """The last lines of a log, indented."""
+    """The last lines of a log, indented; of a bar that was drawn again and again, how it stood last."""
     if not log.exists():
         return "    (no output)"
-    text = log.read_bytes()[-20_000:].decode("utf-8", "replace").replace("\r", "\n")
-    kept = [line.rstrip() for line in text.split("\n") if line.strip()][-lines:]
+    with log.open("rb") as handle:
+        handle.seek(max(0, handle.seek(0, os.SEEK_END) - 100_000))
+        text = handle.read().decode("utf-8", "replace")
+    drawn = [line.rstrip().rsplit("\r", 1)[-1] for line in text.split("\n")]
+    kept = [line for line in drawn if line.strip()][-lines:]
     return "\n".join(f"    {line}" for line in kept) or "    (no output)"
+
+
+def follow(bar: Bar, log: Path, start: int) -> None:
+    """Move a bar to where the engine's last progress line says it is; before the first one, show the last line.
+
+    Args:
+        start: what the log held before this engine began, in bytes.
+    """
+    with log.open("rb") as handle:
+        handle.seek(max(start, handle.seek(0, os.SEEK_END) - 4096))
+        text = handle.read().decode("utf-8", "replace")
+    if (found := last_tqdm(text)) is not None:
+        title, done, total = found
+        bar.place(done, total, title)
+        return
+    if not bar.total and (lines := text.split()):
+        bar.note(" ".join(text.rstrip().rsplit("\n", 1)[-1].split())[:60] if lines else "")
+    bar.update(0)
 
 
 def run_logged(command: Sequence[str | Path], log: Path, *, env: Mapping[str, str] | None = None, title: str) -> float:
     """Run an engine's command with its output in `log`; return its seconds.
 
-    On a terminal a line shows the time that has passed and the log's last line.
+    What the engine's own progress bars write into the log moves ours.
     Raises `ThinkSwitchError` with the log's end if the command fails.
     """
     words = [str(word) for word in command]
@@ -154,20 +161,16 @@ def run_logged(command: Sequence[str | Path], log: Path, *, env: Mapping[str, st
     say(f"  $ {' '.join(words)}")
     started = time.monotonic()
     with log.open("ab") as handle:
-        process = spawn(words, handle, env)
+        before = handle.tell()
+        process = spawn(words, handle, {**ENGINE_BARS, **(env or {})})
         try:
-            while process.poll() is None:
-                time.sleep(0.2)
-                if sys.stderr.isatty():
-                    last = tail(log, 1).strip()[:60]
-                    sys.stderr.write(f"\r\x1b[K  {title} {time.monotonic() - started:.0f} s  {last}")
-                    sys.stderr.flush()
+            with Bar(0, title) as bar:
+                while process.poll() is None:
+                    time.sleep(0.2)
+                    follow(bar, log, before)
         except BaseException:
             stop_group(process)
             raise
-        finally:
-            if sys.stderr.isatty():
-                sys.stderr.write("\r\x1b[K")
     if process.returncode != 0:
         stop_group(process)  # a supervisor that was killed could not tidy up
         if os.strerror(errno.ENOSPC) in tail(log):

@@ -85,7 +85,9 @@ def relabelled(run: Run, name: str) -> Iterator[dict[str, Any]]:
 
         labels = [task.answer(row["messages"][0]["content"]) for row in rows_]
     else:
-        raise ThinkSwitchError(f"The control {name} needs known answers; only the embedded domain has them.")
+        raise ThinkSwitchError(
+            f"The control {name} needs known answers; only the embedded domain has them; use DOMAIN=arithmetic."
+        )
     for row, label in zip(rows_, labels, strict=True):
         messages = [*row["messages"][:-1], {"role": "assistant", "content": label}]
         yield {**row, "messages": messages}

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # What axolotl and its engines are told in every stage of ours.
-ENGINE_ENV = {"AXOLOTL_DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENGINE_ENV = {
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "warning",  # with less, the trainer writes no progress into its log
+}
 
 
 def iteration_config(
@@ -76,7 +80,7 @@ def adapter_change(adapter: Path | str) -> float:
     folder = Path(adapter)
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
-        raise ThinkSwitchError(f"{weights} does not exist; axolotl saved no adapter.")
+        raise ThinkSwitchError(f"{weights} does not exist; axolotl saved no adapter; see `logs/train.log` beside it.")
     config = files.read_json(folder / "adapter_config.json")
     with safe_open(str(weights), framework="pt") as handle:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
@@ -104,7 +108,7 @@ def change(tensors: Mapping[str, Tensor], scale: float, where: str) -> float:
             raise ThinkSwitchError(f"{where}: {name} holds NaN or infinity; lower the learning rate.")
         changes.append(float(torch.linalg.matrix_norm(scale * b @ a) / torch.linalg.matrix_norm(a)))
     if not changes:
-        raise ThinkSwitchError(f"{where} holds no LoRA matrices.")
+        raise ThinkSwitchError(f"{where} holds no LoRA matrices; use `adapter: qlora` or `lora` in the recipe.")
     return sorted(changes)[len(changes) // 2]
 
 

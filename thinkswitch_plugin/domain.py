@@ -13,13 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateSyntaxError
+from jinja2 import ChainableUndefined, StrictUndefined, Template, TemplateSyntaxError, Undefined, meta
 from jinja2.sandbox import SandboxedEnvironment
 
 from thinkswitch_plugin import files, sources
 from thinkswitch_plugin.args import PromptKeys, SamplingKeys, resolve_seed
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.traces import control_token
+
+QUESTION_FIELDS = ("prompt", "problem", "question")  # what a row's question is called
 
 
 def read_prompts(keys: PromptKeys, seed: int) -> tuple[list[tuple[str, str]], str | None]:
@@ -29,11 +31,7 @@ def read_prompts(keys: PromptKeys, seed: int) -> tuple[list[tuple[str, str]], st
     Raises `ThinkSwitchError` naming the file, row and field of a bad row.
     """
     rows, commit = _rows(keys, seed)
-    environment = SandboxedEnvironment(undefined=StrictUndefined)
-    try:
-        template = environment.from_string(keys.template)
-    except (TemplateSyntaxError, RecursionError) as error:
-        raise ThinkSwitchError(f"`thinkswitch.prompts.template` is no Jinja template: {_first_line(error)}.") from None
+    template = _template(keys, StrictUndefined)
     seen: set[str] = set()
     found = []
     for where, number, row in rows:
@@ -46,12 +44,12 @@ def read_prompts(keys: PromptKeys, seed: int) -> tuple[list[tuple[str, str]], st
                 f"{where}: `thinkswitch.prompts.template` does not fit the row: {_first_line(error)}."
             ) from None
         if not text.strip():
-            raise ThinkSwitchError(f"{where}: the prompt is empty.")
+            raise ThinkSwitchError(f"{where}: the prompt is empty; fill it or delete the row.")
         if token := control_token(text):
             raise ThinkSwitchError(f"{where}: the prompt holds {token!r}, which would end the turn there; take it out.")
         prompt_id = str(row.get("id", row.get("pubid", f"p{number - 1:05d}")))
         if prompt_id in seen:
-            raise ThinkSwitchError(f"{where}: the id {prompt_id!r} occurs twice.")
+            raise ThinkSwitchError(f"{where}: the id {prompt_id!r} occurs twice; give each row its own.")
         seen.add(prompt_id)
         found.append((prompt_id, text))
     if keys.shuffle:
@@ -59,11 +57,68 @@ def read_prompts(keys: PromptKeys, seed: int) -> tuple[list[tuple[str, str]], st
     return found, commit
 
 
+def _template(keys: PromptKeys, undefined: type[Undefined]) -> Template:
+    try:
+        return SandboxedEnvironment(undefined=undefined).from_string(keys.template)
+    except (TemplateSyntaxError, RecursionError) as error:
+        raise ThinkSwitchError(f"`thinkswitch.prompts.template` is no Jinja template: {_first_line(error)}.") from None
+
+
+def messages(keys: PromptKeys, text: str) -> list[dict[str, str]]:
+    """The turns that ask one prompt."""
+    system = [{"role": "system", "content": keys.system}] if keys.system else []
+    return [*system, {"role": "user", "content": text}]
+
+
+def request_body(model: str, turns: list[dict[str, str]], sampling: SamplingKeys, seed: int) -> dict[str, Any]:
+    """The body of one chat request with the recipe's sampling."""
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": turns,
+        "temperature": sampling.temperature,
+        "max_tokens": sampling.max_tokens,
+        "seed": seed,
+    }
+    if sampling.temperature > 0:
+        body |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
+    return body
+
+
+def as_asked(keys: PromptKeys, question: str) -> tuple[str, list[str]]:
+    """A question of the user's own as the domain's template asks it, and the template's fields left empty.
+
+    The question takes the place of the field that holds it in the domain's own rows.
+    Raises `ThinkSwitchError` if the template has no such field or the question cannot be asked.
+    """
+    if not question.strip():
+        raise ThinkSwitchError('there is no question; give one: make compare QUESTION="…".')
+    if token := control_token(question):
+        raise ThinkSwitchError(f"the question holds {token!r}, which would end the turn there; take it out.")
+    template = _template(keys, ChainableUndefined)
+    fields = meta.find_undeclared_variables(SandboxedEnvironment().parse(keys.template))
+    field = next((name for name in QUESTION_FIELDS if name in fields), None)
+    if field is None and len(fields) == 1:
+        (field,) = fields
+    if field is None:
+        raise ThinkSwitchError(
+            f"`thinkswitch.prompts.template` has no field for a question ({', '.join(sorted(fields)) or 'none at all'}); "
+            f"name it {' or '.join(QUESTION_FIELDS)} in the recipe."
+        )
+    try:
+        text = template.render({field: question}).strip("\n")
+    except Exception as error:  # a template may compute anything with a row
+        raise ThinkSwitchError(
+            f"`thinkswitch.prompts.template` cannot ask a question by itself: {_first_line(error)}; "
+            "it needs the other fields of the domain's rows."
+        ) from None
+    return text, sorted(fields - {field})
+
+
 def _fault_of_row(row: dict[str, Any]) -> str | None:
     for name, value in row.items():
         if isinstance(value, bytes):
             return f"`{name}` holds bytes that are not UTF-8 text; save the file as UTF-8"
-    for name in ("prompt", "problem", "question"):
+    for name in QUESTION_FIELDS:
         if not isinstance(row.get(name, ""), str):
             return f"`{name}` must be text, found {type(row[name]).__name__}"
     for name in ("id", "pubid"):
@@ -90,7 +145,9 @@ def _rows(keys: PromptKeys, seed: int) -> tuple[Iterator[tuple[str, int, dict[st
         every = list(rows)
         for where, _, row in every:
             if not {"pubid", "final_decision"} <= row.keys():
-                raise ThinkSwitchError(f"{where}: `pubid` or `final_decision` is missing; this is no PubMedQA row.")
+                raise ThinkSwitchError(
+                    f"{where}: `pubid` or `final_decision` is missing; this is no PubMedQA row; use `subset: all`."
+                )
         test = sources.pubmedqa_test_ids((str(row["pubid"]), row["final_decision"]) for _, _, row in every)
         rows = (entry for entry in every if str(entry[2]["pubid"]) not in test)
     return rows, commit
@@ -134,18 +191,8 @@ def write_requests(
     written = 0
     with files.atomic_file(out) as handle:
         for prompt_id, text in prompts:
-            messages = [{"role": "system", "content": keys.system}] if keys.system else []
-            messages.append({"role": "user", "content": text})
             for sample in range(sampling.samples):
-                body: dict[str, Any] = {
-                    "model": model,
-                    "messages": messages,
-                    "temperature": sampling.temperature,
-                    "max_tokens": sampling.max_tokens,
-                    "seed": seed * sampling.samples + sample,
-                }
-                if sampling.temperature > 0:
-                    body |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
+                body = request_body(model, messages(keys, text), sampling, seed * sampling.samples + sample)
                 body["metadata"] = {"prompt_id": prompt_id, "trace": "opened" if opened else "inline"}
                 handle.write(
                     files.dumps_line(

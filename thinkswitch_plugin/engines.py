@@ -24,6 +24,7 @@ from pathlib import Path
 from thinkswitch_plugin import console
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.progress import Bar
 
 LOOPBACK = "127.0.0.1"
 VLLM_VENV = Path(".venv-vllm")  # where `make setup-vllm` puts it; it cannot share axolotl's environment
@@ -169,7 +170,7 @@ def serving(engine: str, model: str, keys: EngineKeys, log: Path, *, max_len: in
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float, engine: str, log: Path) -> None:
     started = time.monotonic()
-    with console.bar(0, f"starting {engine}", unit="s") as bar:
+    with Bar(0, f"starting {engine}") as bar:
         while True:
             if process.poll() is not None:
                 raise ThinkSwitchError(
@@ -188,7 +189,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float
                     f"`thinkswitch.engine.start_timeout`, or see {log}:\n{console.tail(log)}"
                 )
             time.sleep(0.5)
-            bar.update(round(time.monotonic() - started) - bar.n)
+            bar.update(0)
 
 
 def _require_model(base_url: str, model: str) -> None:
@@ -199,7 +200,9 @@ def _require_model(base_url: str, model: str) -> None:
         with _opener(base_url).open(request, timeout=10) as reply:
             served = [str(entry["id"]) for entry in json.load(reply)["data"]]
     except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
-        raise ThinkSwitchError(f"ENGINE={base_url}: no OpenAI-compatible server answers there ({error}).") from None
+        raise ThinkSwitchError(
+            f"ENGINE={base_url}: no OpenAI-compatible server answers there ({error}); start it, or leave ENGINE= out."
+        ) from None
     if model not in served:
         raise ThinkSwitchError(
             f"The server at {base_url} serves {', '.join(served) or 'nothing'}, not {model}; start it with "

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
+# What a sentence says itself when it names the next command.
+_COMMAND = re.compile(
+    r"\bmake (?:[a-z]+-)*(?:iterate|pair|setup|vllm|status|sweep|compare|check)\b|run the same command"
+)
+AGAIN = "run the same command again"
+
 
 class ThinkSwitchError(Exception):
     """Something the user can act on, said in one sentence: what, where, what to do.
@@ -9,3 +17,12 @@ class ThinkSwitchError(Exception):
     The command line prints the sentence and exits 1; a traceback only with
     ``THINKSWITCH_DEBUG=1``.
     """
+
+
+def with_next_command(sentence: str) -> str:
+    """A sentence about an error that ends with the command to run next, unless it names one itself."""
+    if _COMMAND.search(sentence.partition("\n")[0]):
+        return sentence
+    if "\n" in sentence:  # the end of a log follows
+        return f"{sentence}\nPut that right, then {AGAIN}."
+    return f"{sentence} Then {AGAIN}."

@@ -89,7 +89,9 @@ def newest(folder: Path, pattern: str) -> Path:
     """The newest of lm-eval's files that match. Raises `ThinkSwitchError` if there is none."""
     matches = sorted(folder.rglob(pattern), key=lambda p: p.name)
     if not matches:
-        raise ThinkSwitchError(f"{folder} holds no {pattern}; run the evaluation again.")
+        raise ThinkSwitchError(
+            f"{folder} holds no {pattern}; delete that folder and run `make iterate`, or the evaluation, again."
+        )
     return matches[-1]
 
 

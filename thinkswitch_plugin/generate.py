@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from thinkswitch_plugin import batch, console, files
+from thinkswitch_plugin import batch, files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.engines import Server, serving
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.progress import Bar
 
 PROMPT_ROOM = 2048  # tokens left for the prompt beside the completion's budget
 
@@ -32,6 +33,7 @@ class GenerationReport:
     retried: int = 0
     failed: int = 0
     tokens: int = 0
+    tokens_per_second: float = 0.0
 
 
 def repair(path: Path) -> set[str]:
@@ -102,7 +104,9 @@ def generate(
     report, budget = GenerationReport(), 0
     for number, row in batch.read_requests(requests, limit):
         if "max_tokens" not in row["body"]:
-            raise ThinkSwitchError(f"{requests}, line {number}: `body.max_tokens` is missing.")
+            raise ThinkSwitchError(
+                f"{requests}, line {number}: `body.max_tokens` is missing; delete the file to have it written anew."
+            )
         report.requests += 1
         report.already_stored += row["custom_id"] in done
         budget = max(budget, row["body"]["max_tokens"])
@@ -113,8 +117,7 @@ def generate(
     with out.open("ab") as handle:
         keep = _Keeper(handle, report)
         if engine == "embedded":
-            with keep.progress(title):
-                _answer_embedded(rows, keep, checkpoint, keys.concurrency, retry_max_tokens)
+            _answer_embedded(rows, keep, title, checkpoint, keys.concurrency, retry_max_tokens)
         else:
             room = min(max(budget, retry_max_tokens or 0) + PROMPT_ROOM, context_length(checkpoint))
             with serving(engine, checkpoint, keys, log, max_len=room) as server, keep.progress(title):
@@ -134,13 +137,14 @@ class _Keeper:
     handle: IO[bytes]
     report: GenerationReport
     last_problem: str = ""
-    bar: Any = None
+    bar: Bar = field(init=False)
 
     @contextmanager
     def progress(self, title: str) -> Iterator[None]:
         """Show a bar over all requests while the block answers the missing ones."""
-        with console.bar(self.report.requests, title, initial=self.report.already_stored, unit="answer") as self.bar:
+        with Bar(self.report.requests, title, initial=self.report.already_stored, unit="answer") as self.bar:
             yield
+            self.report.tokens_per_second = round(self.report.tokens / max(self.bar.elapsed, 1e-9), 1)
 
     def answer(self, row: dict[str, Any], body: dict[str, Any]) -> None:
         """Store a chat completion body."""
@@ -158,7 +162,9 @@ class _Keeper:
         line = {"id": f"gen-{row['custom_id']}", "custom_id": row["custom_id"], "response": response, "error": error}
         self.handle.write(files.dumps_line(line))
         self.handle.flush()
-        self.bar.set_postfix(tokens=self.report.tokens, failed=self.report.failed, refresh=False)
+        speed = self.report.tokens / max(self.bar.elapsed, 1e-9)
+        failed = f", {self.report.failed} failed" if self.report.failed else ""
+        self.bar.note(f"{self.report.tokens:,} tokens, {speed:,.0f} tokens/s{failed}")
         self.bar.update(1)
 
 
@@ -175,16 +181,22 @@ def was_cut(body: dict[str, Any]) -> bool:
 
 
 def _answer_embedded(
-    rows: Iterator[dict[str, Any]], keep: _Keeper, checkpoint: str, batch: int, retry_max_tokens: int | None
+    rows: Iterator[dict[str, Any]],
+    keep: _Keeper,
+    title: str,
+    checkpoint: str,
+    batch: int,
+    retry_max_tokens: int | None,
 ) -> None:
     from thinkswitch_plugin.embedded import EmbeddedEngine
 
     engine = EmbeddedEngine(checkpoint)
-    for row, body in engine.stream(rows, batch):
-        if retry_max_tokens and was_cut(body):
-            keep.report.retried += 1
-            body = engine.answer([{**row["body"], "max_tokens": retry_max_tokens}])[0]
-        keep.answer(row, body)
+    with keep.progress(title):
+        for row, body in engine.stream(rows, batch):
+            if retry_max_tokens and was_cut(body):
+                keep.report.retried += 1
+                body = engine.answer([{**row["body"], "max_tokens": retry_max_tokens}])[0]
+            keep.answer(row, body)
 
 
 async def _answer_from_server(

@@ -11,6 +11,7 @@ from typing import Any
 from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
 
+CARD = "README.md"  # of a folder; documentation, which may be completed and corrected
 CLOCK_TICK = 20_000_000  # ns; two writes within one tick of the file system's clock look alike
 
 
@@ -41,20 +42,24 @@ class Hashes:
         self.pruned: dict[str, str] = read_stamp(self.prunings) or {}
         self.changed = False
 
-    def of(self, path: Path) -> str | None:
-        """The hash of a file, or of all files of a folder; None if it is not there."""
+    def of(self, path: Path, *, cards: bool = False) -> str | None:
+        """The hash of a file, or of all files of a folder but its card; None if it is not there.
+
+        Args:
+            cards: count the card too, as stamps of earlier versions did.
+        """
         if path.is_dir():
             digest = hashlib.sha256()
-            for file, found in self.files(path).items():
+            for file, found in self.files(path, cards=cards).items():
                 digest.update(f"{Path(file).relative_to(path)}\0{found}\0".encode())
             return digest.hexdigest()
         return self._file(path) if path.is_file() else None
 
-    def files(self, path: Path) -> dict[str, str]:
-        """The hash of a file, or of every file of a folder by its path, pruned ones among them."""
+    def files(self, path: Path, *, cards: bool = False) -> dict[str, str]:
+        """The hash of a file, or of every file of a folder (but cards) by its path, pruned ones among them."""
         if path.is_file():
             return {str(path): self._file(path)}
-        there = {file: self._file(file) for file in path.rglob("*") if file.is_file()}
+        there = {file: self._file(file) for file in path.rglob("*") if file.is_file() and (cards or file.name != CARD)}
         gone = {Path(f): h for f, h in self.pruned.items() if path in Path(f).parents}
         return {str(file): found for file, found in sorted((gone | there).items())}
 
@@ -80,15 +85,19 @@ class Hashes:
     def _file(self, path: Path) -> str:
         status = path.stat()
         # The change time cannot be set back, so a file of equal size copied with its old time is seen.
-        key, mark = str(path), [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-        found = self.known.get(key)
-        if not isinstance(found, list) or found[:-1] != mark:
-            with path.open("rb") as handle:
-                found = [*mark, hashlib.file_digest(handle, "sha256").hexdigest()]
-            if time.time_ns() - status.st_ctime_ns > CLOCK_TICK:
-                self.known[key] = found
-                self.changed = True
-        return str(found[-1])
+        mark = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+        found = self.known.get(str(path))
+        if isinstance(found, list) and found[:-1] == mark:
+            return str(found[-1])
+        return self._read(path, mark)
+
+    def _read(self, path: Path, mark: list[int]) -> str:
+        with path.open("rb") as handle:
+            found = hashlib.file_digest(handle, "sha256").hexdigest()
+        if time.time_ns() - mark[2] > CLOCK_TICK:
+            self.known[str(path)] = [*mark, found]
+            self.changed = True
+        return found
 
     def save(self) -> None:
         """Write the memory back if anything was read."""

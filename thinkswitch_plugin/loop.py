@@ -12,12 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import checkpoint, console, files
-from thinkswitch_plugin.args import resolve_seed
+from thinkswitch_plugin import cards, checkpoint, console, files
 from thinkswitch_plugin.engines import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.hashes import Hashes, read_stamp
-from thinkswitch_plugin.run import Run, versions
+from thinkswitch_plugin.run import Run
 
 
 def tool(name: str) -> str:
@@ -90,7 +88,7 @@ def answer_requests(run: Run, k: int) -> dict[str, Any]:
     )
     console.say(
         f"  {report.answered} answered, {report.already_stored} stored before, {report.retried} retried, "
-        f"{report.failed} failed, {report.tokens} tokens"
+        f"{report.failed} failed, {report.tokens:,} tokens at {report.tokens_per_second:,.0f} a second"
     )
     return vars(report)
 
@@ -176,19 +174,13 @@ def train_adapter(run: Run, *, pairs: Path, base_model: str, here: Path, resume:
 
 def merge_lora(run: Run, k: int) -> dict[str, Any]:
     """axolotl merges the adapter in full precision: writes the complete checkpoint `instruct/`."""
-    here, parent = run.iteration(k), run.checkpoint("instruct", k - 1)
-    how = f"axolotl QLoRA, `{here / 'axolotl.yaml'}`, merged in full precision"
+    here = run.iteration(k)
     merge_adapter(
         here,
-        parent,
+        run.checkpoint("instruct", k - 1),
         here / "instruct",
         on_cpu=run.recipe.keys.merge_on == "cpu",
-        card=lambda folder: checkpoint.write_card(
-            folder,
-            title=f"{run.recipe.keys.domain}: instruct checkpoint after iteration {k}",
-            base_models=[parent],
-            facts=card_facts(run, k, "Distilled with", how, [parent]),
-        ),
+        card=lambda folder: cards.write_card(run, k, "instruct", folder),
     )
     return {}
 
@@ -249,15 +241,7 @@ def rebuild(run: Run, k: int) -> dict[str, Any]:
         engine=run.engine,
         engine_keys=keys.engine,
         logs=here / "logs",
-        cards=lambda folder, text: checkpoint.write_card(
-            folder,
-            title=f"{keys.domain}: thinking checkpoint after iteration {k}",
-            base_models=[str(here / "instruct"), run.anchor(k)],
-            facts=card_facts(
-                run, k, "Rebuilt with", "mergekit, the config below", [str(here / "instruct"), run.anchor(k)]
-            ),
-            merge_yaml=text,
-        ),
+        cards=lambda folder, text: cards.write_card(run, k, "thinking", folder, text),
     )
     files.write_json(here / "rebuild.json", result)
     return {}
@@ -278,33 +262,6 @@ def evaluate(run: Run, k: int, mode: str) -> dict[str, Any]:
         title=f"eval-{mode}",
     )
     return {}
-
-
-def card_facts(run: Run, k: int, how: str, what: str, parents: list[str]) -> dict[str, Any]:
-    """The table of a model card: from what and how it was made, each file with the start of its sha256."""
-    hashes = Hashes(run.folder)
-
-    def named(path: str | Path) -> str:
-        return f"`{path}` (sha256 {str(hashes.of(Path(path)))[:16]}…)"
-
-    here, keys = run.iteration(k), run.recipe.keys.prompts
-    prompts = named(resolve_seed(keys.path, run.seed)) if keys.path else f"{keys.hub} of the hub"
-    if not keys.path:
-        stamp = read_stamp(here / ".stamps" / "requests.json") or {}
-        prompts += f" at {(stamp.get('notes') or {}).get('prompts_revision')}"
-    facts = {
-        "Domain": run.recipe.keys.domain,
-        "Iteration": k,
-        "Seed": run.seed,
-        how: what,
-        "Parents": ", ".join(named(parent) for parent in parents),
-        "Recipe": ", ".join(named(path) for path in (run.recipe.path, *run.recipe.overlays)),
-        "Prompts": prompts,
-        "Pairs": named(here / "pairs.jsonl"),
-        "Versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-    }
-    hashes.save()
-    return facts
 
 
 def require_finished(run: Run, k: int) -> None:

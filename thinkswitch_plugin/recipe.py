@@ -133,7 +133,7 @@ def check_axolotl_keys(recipe: Recipe) -> None:
             raise ThinkSwitchError(f"{recipe.path}: axolotl knows no key `{key}`{hint}.")
     for key in ("base_model", "datasets", "output_dir", "adapter"):
         if not recipe.axolotl.get(key):
-            raise ThinkSwitchError(f"{recipe.path}: `{key}` is missing.")
+            raise ThinkSwitchError(f"{recipe.path}: `{key}` is missing; recipes/template.yaml has one.")
 
 
 def overlay(values: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

@@ -19,13 +19,13 @@ import fcntl
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import console, files
+from thinkswitch_plugin import console, files, progress, timing
 from thinkswitch_plugin.args import resolve_seed
 from thinkswitch_plugin.distil import iteration_config
 from thinkswitch_plugin.engines import has_cuda
@@ -285,9 +285,9 @@ def stamp_path(run: Run, stage: Stage) -> Path:
     return folder / ".stamps" / f"{stage.name}.json"
 
 
-def fingerprint(stage: Stage, hashes: Hashes) -> dict[str, Any]:
-    """What a stage depends on, as its stamp records it."""
-    return {"values": stage.values, "inputs": {str(p): hashes.of(p) for p in stage.inputs}}
+def fingerprint(stage: Stage, hashes: Hashes, *, cards: bool = False) -> dict[str, Any]:
+    """What a stage depends on, as its stamp records it (`cards`: as earlier versions recorded it)."""
+    return {"values": stage.values, "inputs": {str(p): hashes.of(p, cards=cards) for p in stage.inputs}}
 
 
 def is_done(run: Run, stage: Stage, hashes: Hashes) -> bool:
@@ -349,7 +349,8 @@ def find_stage(run: Run, name: str, iteration: int) -> Stage:
         if stage.name == name and stage.iteration == iteration:
             return stage
     raise ThinkSwitchError(
-        f"{run.folder} has no stage {name} in iteration {iteration} (it has {run.iterations} iterations)."
+        f"{run.folder} has no stage {name} in iteration {iteration} (it has {run.iterations} iterations); "
+        "`make status` lists them."
     )
 
 
@@ -374,55 +375,86 @@ def execute(
     stage = find_stage(run, name, iteration)
     with locked(run.folder):
         hashes = Hashes(run.folder)
-        stamp, begun = stamp_path(run, stage), begun_path(run, stage)
-        where = "" if name == "report" else f" of iteration {iteration}"
+        title = name if name == "report" else f"{name} of iteration {iteration}"
         if is_done(run, stage, hashes):
-            os.utime(stamp)  # newer than what it depends on, for Make
-            console.say(f"[{name}{where}] unchanged")
+            os.utime(stamp_path(run, stage))  # newer than what it depends on, for Make
+            console.say(f"[{title}] unchanged")
             return
-        console.say(f"[{name}{where}]")
-        require_inputs(run, stage, hashes)
-        before = fingerprint(stage, hashes)
-        if not goes_on(run, stage, hashes):
-            for output in stage.outputs:
-                files.remove(output)
-                files.remove(files.temporary_sibling(output))
-            for path in stage.scratch:
-                files.remove(path)
-        stamp.unlink(missing_ok=True)
-        if stage.writes_like is not None:
-            files.require_space(run.folder, files.size(stage.writes_like), f"{name}{where}")
-        files.write_json(begun, before)
+        every = list(stages(run))
+        place = timing.place_of(stage, every, seconds_of(run, every), run.iterations)
+        console.say(f"[{title}] {place.text(0)}")
         started = time.monotonic()
-        notes = work() or {}
-        seconds = round(time.monotonic() - started, 2)
-        for output in stage.outputs:
-            if not output.exists():
-                raise ThinkSwitchError(
-                    f"{name}{where} ended without {output}; see {run.iteration(iteration) / 'logs'}."
-                )
-            files.sync(output)
-            hashes.forget_pruned(output)
-        files.write_json(
-            stamp,
-            {
-                "stage": name,
-                "iteration": iteration,
-                **before,
-                "outputs": {file: found for output in stage.outputs for file, found in hashes.files(output).items()},
-                "notes": notes,
-                "seconds": seconds,
-                "seed": run.seed,
-                "command": " ".join(["thinkswitch", *sys.argv[1:]]),
-                "versions": versions(),
-            },
+        at_work = progress.Work(
+            work_path(run.folder),
+            {"stage": name, "iteration": iteration},
+            where=lambda: place.text(time.monotonic() - started),
         )
-        if stage.resume_on is None:  # else a lost stamp costs neither answers nor training
-            begun.unlink()
-        hashes.save()
-        console.say(f"[{name}{where}] done in {seconds:.1f} s")
+        with progress.working(at_work):
+            seconds = _carry_out(run, stage, hashes, work, title)
+        console.say(f"[{title}] done in {seconds:.1f} s")
         if after is not None:
             after(run, hashes)
+
+
+def _carry_out(run: Run, stage: Stage, hashes: Hashes, work: Callable[[], dict[str, Any] | None], title: str) -> float:
+    """Do a stage's work and write its stamp; return its seconds. The lock is held."""
+    stamp, begun = stamp_path(run, stage), begun_path(run, stage)
+    require_inputs(run, stage, hashes)
+    before = fingerprint(stage, hashes)
+    if not goes_on(run, stage, hashes):
+        for output in stage.outputs:
+            files.remove(output)
+            files.remove(files.temporary_sibling(output))
+        for path in stage.scratch:
+            files.remove(path)
+    stamp.unlink(missing_ok=True)
+    if stage.writes_like is not None:
+        files.require_space(run.folder, files.size(stage.writes_like), title)
+    files.write_json(begun, before)
+    started = time.monotonic()
+    notes = work() or {}
+    seconds = round(time.monotonic() - started, 2)
+    for output in stage.outputs:
+        if not output.exists():
+            raise ThinkSwitchError(
+                f"{title} ended without {output}; see {run.iteration(stage.iteration) / 'logs'}, "
+                "and run `make iterate` again."
+            )
+        files.sync(output)
+        hashes.forget_pruned(output)
+    files.write_json(
+        stamp,
+        {
+            "stage": stage.name,
+            "iteration": stage.iteration,
+            **before,
+            "outputs": {file: found for output in stage.outputs for file, found in hashes.files(output).items()},
+            "notes": notes,
+            "seconds": seconds,
+            "seed": run.seed,
+            "command": " ".join(["thinkswitch", *sys.argv[1:]]),
+            "versions": versions(),
+        },
+    )
+    if stage.resume_on is None:  # else a lost stamp costs neither answers nor training
+        begun.unlink()
+    hashes.save()
+    return seconds
+
+
+def work_path(folder: Path) -> Path:
+    """Where the stage at work in a run is recorded for `make status`."""
+    return folder / ".stamps" / "at-work.json"
+
+
+def seconds_of(run: Run, every: Iterable[Stage]) -> dict[tuple[str, int], float]:
+    """Seconds of the stages that have a stamp, by name and iteration."""
+    found = {}
+    for stage in every:
+        seconds = (read_stamp(stamp_path(run, stage)) or {}).get("seconds")
+        if isinstance(seconds, int | float):
+            found[stage.name, stage.iteration] = float(seconds)
+    return found
 
 
 def require_inputs(run: Run, stage: Stage, hashes: Hashes) -> None:
@@ -467,6 +499,8 @@ def forget_stale(run: Run) -> tuple[int, list[Stage]]:
     """
     hashes = Hashes(run.folder)
     every = list(stages(run))
+    for stage in every:
+        renew(run, stage, hashes)
     waiting = [stage for stage in every if not is_done(run, stage, hashes)]
     for stage in waiting:
         stamp_path(run, stage).unlink(missing_ok=True)
@@ -474,6 +508,17 @@ def forget_stale(run: Run) -> tuple[int, list[Stage]]:
         clear_leftovers(run, hashes)
         hashes.save()
     return len(every), waiting
+
+
+def renew(run: Run, stage: Stage, hashes: Hashes) -> None:
+    """Write a stamp of an earlier version, which counted model cards among what a stage read, in today's form."""
+    path = stamp_path(run, stage)
+    stamp, now = read_stamp(path) or {}, fingerprint(stage, hashes)
+    before = {k: stamp.get(k) for k in now}
+    if before != now and before == fingerprint(stage, hashes, cards=True):
+        modified = path.stat()
+        files.write_json(path, {**stamp, **now})
+        os.utime(path, ns=(modified.st_atime_ns, modified.st_mtime_ns))  # Make orders by it
 
 
 def versions() -> dict[str, str]:

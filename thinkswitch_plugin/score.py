@@ -119,7 +119,7 @@ def verdicts(task: str, path: Path, *, opened: bool) -> Iterator[list[dict[str, 
 
 def _require_rows(counts: Counter[str], path: Path) -> None:
     if not counts["completions"]:
-        raise ThinkSwitchError(f"{path} holds no rows.")
+        raise ThinkSwitchError(f"{path} holds no rows; name a file of saved outputs.")
 
 
 def score_file(task: str, path: Path, rows: Path | None, *, opened: bool) -> None:

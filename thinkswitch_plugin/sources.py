@@ -74,7 +74,9 @@ def load_hub(name: str, config: str | None, split: str, revision: str | None) ->
         return load_dataset(name, config, split=split, revision=commit), str(commit)
     except Exception as error:  # the hub's client raises many types; all mean that there is no data
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ThinkSwitchError(f"The dataset {name} cannot be fetched from the hub: {reason}") from None
+        raise ThinkSwitchError(
+            f"The dataset {name} cannot be fetched from the hub: {reason.rstrip('.')}; check its name, the network and your access to it."
+        ) from None
 
 
 class AimeRow(BaseModel):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from thinkswitch_plugin import console
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.hashes import Hashes, read_stamp
+from thinkswitch_plugin.hashes import CARD, Hashes, read_stamp
 from thinkswitch_plugin.run import Run, Stage, open_run, stages, stamp_path
 
 
@@ -52,7 +52,7 @@ def misfits(run: Run, stage: Stage, hashes: Hashes) -> Iterator[str]:
     if stamp is None:
         yield f"{path}: damaged"
         return
-    wrote = stamp.get("outputs") or {}
+    wrote = {file: found for file, found in (stamp.get("outputs") or {}).items() if Path(file).name != CARD}
     there = {file: found for output in stage.outputs if output.exists() for file, found in hashes.files(output).items()}
     for file in sorted(wrote.keys() | there.keys()):
         if file not in there:
@@ -63,7 +63,10 @@ def misfits(run: Run, stage: Stage, hashes: Hashes) -> Iterator[str]:
             yield f"{file}: changed since {name} wrote it"
     read = stamp.get("inputs") or {}
     for source in stage.inputs:
-        if str(source) not in read or read[str(source)] != hashes.of(source):
+        if str(source) not in read or read[str(source)] not in (
+            hashes.of(source),
+            hashes.of(source, cards=True),
+        ):
             yield f"{source}: not what {name} read"
     before = stamp.get("values") or {}
     for key, value in stage.values.items():

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from thinkswitch_plugin import console
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
+from thinkswitch_plugin.progress import Bar
 
 Example = tuple[str, str]  # (question, completion)
 
@@ -103,7 +103,7 @@ def fit(
     """
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     model.train()
-    bar = console.bar(steps, name, unit="step")
+    bar = Bar(steps, name, unit="step")
     for step, sub_batches in enumerate(itertools.islice(batches, steps)):
         cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
         scale = min(1.0, (step + 1) / max(1, warmup)) * (0.1 + 0.9 * cosine)
@@ -119,7 +119,7 @@ def fit(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-        bar.set_postfix(loss=f"{total:.3f}", refresh=False)
+        bar.note(f"loss {total:.3f}")
         bar.update(1)
     bar.close()
 

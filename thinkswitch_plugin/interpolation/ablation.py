@@ -27,7 +27,9 @@ def collect(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         inside = sorted((*path.glob("*.yaml"), *path.glob("*.yml"))) if path.is_dir() else [path]
         if not inside or not inside[0].is_file():
-            raise ThinkSwitchError(f"{path} is no merge config and no folder of merge configs (*.yaml).")
+            raise ThinkSwitchError(
+                f"{path} is no merge config and no folder of merge configs (*.yaml); merge_configs/ has some."
+            )
         found += inside
     return found
 

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import checkpoint, console, files
+from thinkswitch_plugin import checkpoint, files
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
 from thinkswitch_plugin.engines import has_cuda, serving
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -36,6 +36,7 @@ from thinkswitch_plugin.evaluation import (
     vote_is_right,
 )
 from thinkswitch_plugin.generate import PROMPT_ROOM, context_length
+from thinkswitch_plugin.progress import Bar
 from thinkswitch_plugin.task_files import TASKS
 
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234}  # lm_eval's own defaults
@@ -137,7 +138,7 @@ def judge_all(bench: Bench, candidates: Sequence[Candidate], title: str) -> list
     if waiting:
         judge: InMemoryJudge | CheckpointJudge
         judge = CheckpointJudge(bench) if uses_server(bench.evaluation, bench.engine) else InMemoryJudge(bench)
-        bar = console.bar(len(candidates), title, initial=len(candidates) - len(waiting), unit="candidate")
+        bar = Bar(len(candidates), title, initial=len(candidates) - len(waiting), unit="candidate")
         for candidate in waiting:
             folder = bench.work / candidate.name
             started = time.monotonic()

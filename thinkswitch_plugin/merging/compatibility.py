@@ -141,18 +141,18 @@ def require_compatible(first: Path, second: Path, allowed: Allowances | None = N
     refusal = f"{first} and {second} are no compatible pair"
     a, b = files.read_json(first / "config.json"), files.read_json(second / "config.json")
     if difference := config_difference(a, b, allowed):
-        raise ThinkSwitchError(f"{refusal}: {difference}.")
+        raise ThinkSwitchError(f"{refusal}: {difference}; both must come from one base.")
     left, right = list_tensors(first), list_tensors(second)
     for name in sorted(left.keys() ^ right.keys()):
         if not allowed.architecture:
             owner = first if name in left else second
-            raise ThinkSwitchError(f"{refusal}: only {owner} holds the tensor {name}.")
+            raise ThinkSwitchError(f"{refusal}: only {owner} holds the tensor {name}; both must come from one base.")
     if found := tensor_difference(left, right, allowed):
-        raise ThinkSwitchError(f"{refusal}: {found[0]} {found[1]}.")
+        raise ThinkSwitchError(f"{refusal}: {found[0]} {found[1]}; both must come from one base.")
     if not allowed.vocabulary:
         vocabularies = [_vocabulary(first), _vocabulary(second)]
         if None not in vocabularies and vocabularies[0] != vocabularies[1]:
-            raise ThinkSwitchError(f"{refusal}: their tokenizers' vocabularies differ.")
+            raise ThinkSwitchError(f"{refusal}: their tokenizers' vocabularies differ; both must share one.")
 
 
 def require_all_compatible(checkpoints: Iterable[Path], allowed: Allowances | None = None) -> None:

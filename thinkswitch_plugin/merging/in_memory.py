@@ -118,5 +118,7 @@ def transformer_layers(checkpoint: Path) -> int:
 
     count = files.read_json(checkpoint / "config.json").get("num_hidden_layers")
     if not isinstance(count, int):
-        raise ThinkSwitchError(f"{checkpoint / 'config.json'}: `num_hidden_layers` is missing.")
+        raise ThinkSwitchError(
+            f"{checkpoint / 'config.json'}: `num_hidden_layers` is missing; copy or download the file again."
+        )
     return count

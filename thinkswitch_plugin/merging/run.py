@@ -143,7 +143,7 @@ def _local_checkpoints(config: MergeConfiguration) -> list[Path]:
         if model.lora is None and folder.is_dir():
             found.append(folder)
         elif model.model.path.startswith((".", "/")) and not folder.is_dir():
-            raise ThinkSwitchError(f"{folder} does not exist; the merge config names it as a model.")
+            raise ThinkSwitchError(f"{folder} does not exist; the merge config names it as a model: correct the path.")
     return found
 
 

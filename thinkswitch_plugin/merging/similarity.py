@@ -33,6 +33,7 @@ from thinkswitch_plugin.merging.kernel import (
     non_finite,
     workers,
 )
+from thinkswitch_plugin.progress import Bar
 
 DTYPES = {
     "F64": torch.float64,
@@ -152,18 +153,20 @@ def tensor_sums(first: Path, second: Path) -> dict[str, Sums]:
     left, right = list_tensors(first), list_tensors(second)
     if left.keys() != right.keys():
         name = min(left.keys() ^ right.keys())
-        raise ThinkSwitchError(f"{first} and {second} are no compatible pair: only one holds the tensor {name}.")
+        raise ThinkSwitchError(
+            f"{first} and {second} are no compatible pair: only one holds the tensor {name}; both must come from one base."
+        )
     pieces = list(_pieces(left, right))
     if not pieces:
-        raise ThinkSwitchError(f"{first} holds no floating-point tensor.")
+        raise ThinkSwitchError(f"{first} holds no floating-point tensor; name a checkpoint of unquantized weights.")
     sums: dict[str, Sums] = {}
     size = sum(info.length for tensors in (left, right) for info in tensors.values())
-    with Reader() as read, console.bar(size, "similarity", unit="B") as progress:
+    with Reader() as read, Bar(size, "similarity", unit="B") as bar:
         for piece, found in zip(pieces, workers().map(read.sums, pieces), strict=True):
             if not all(map(math.isfinite, (found.xx, found.yy, found.x1, found.y1))):
                 found = read.in_float64(piece, first, second)
             sums[piece.name] = sums.get(piece.name, Sums()) + found
-            progress.update((piece.stop - piece.start) * (_width(piece.first) + _width(piece.second)))
+            bar.update((piece.stop - piece.start) * (_width(piece.first) + _width(piece.second)))
     return sums
 
 

@@ -1,0 +1,225 @@
+"""`make status`: what of a run is done, what is at work, what is left. Reads only, takes no lock, imports no engine.
+
+A stage counts as done if its stamp still fits what it reads, as far as remembered hashes tell; what would have to
+be read anew (a checkpoint that was copied, say) is called not checked instead.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin import console, timing
+from thinkswitch_plugin.hashes import Hashes, read_stamp
+from thinkswitch_plugin.progress import amount, duration
+from thinkswitch_plugin.run import (
+    Run,
+    Stage,
+    fingerprint,
+    open_run,
+    seconds_of,
+    settings_file,
+    stages,
+    stamp_path,
+    work_path,
+)
+
+READ_AT_MOST = 2**20  # bytes; a larger file is not read anew
+DONE, CHANGED, UNCHECKED, LEFT, NOW, STOPPED = "done", "changed", "not checked", "left", "now", "stopped"
+MEANING = {CHANGED: "what they read has changed: will run again", UNCHECKED: "done; whether still true is not checked"}
+
+
+class NotRemembered(Exception):
+    """A file's hash is not known without reading all of it."""
+
+
+class Remembered(Hashes):
+    """Hashes that are known already, and those of small files."""
+
+    def _read(self, path: Path, mark: list[int]) -> str:
+        if mark[0] > READ_AT_MOST:
+            raise NotRemembered(path)
+        return super()._read(path, mark)
+
+
+@dataclass(frozen=True)
+class AtWork:
+    """The last stage that was begun and has not ended well, as it recorded itself."""
+
+    stage: str
+    iteration: int
+    pid: int
+    began: float
+    progress: dict[str, Any] | None
+    failed: dict[str, Any] | None
+
+
+def show_status(folder: Path) -> None:
+    """Print what of the run in `folder` is done, at work and left, and the next command.
+
+    Raises `ThinkSwitchError` if the run's own files are damaged.
+    """
+    if not settings_file(folder).is_file():
+        console.say(f"There is no run in {folder} yet; begin one with: {next_command(folder)}")
+        return
+    run = open_run(folder)
+    every = list(stages(run))
+    seconds, record, holder = seconds_of(run, every), read_record(work_path(folder)), lock_holder(folder / ".lock")
+    if record is not None and (record.stage, record.iteration) in seconds:
+        record = None  # it was killed after its last breath
+    working = record is not None and holder == record.pid
+    states = {}
+    hashes = Remembered(folder)
+    for stage in every:
+        key = (stage.name, stage.iteration)
+        states[key] = state_of(run, stage, hashes)
+        if record is not None and key == (record.stage, record.iteration):
+            states[key] = NOW if working else STOPPED
+    done = sum(state in (DONE, UNCHECKED) for state in states.values())
+    console.say(
+        f"{folder}: seed {run.seed}, engine {run.engine}; {done} of {len(every)} stages done"
+        + (f" in {duration(sum(seconds.values()))}" if done else "")
+    )
+    for line in table(every, states, seconds):
+        console.say(line)
+    for line in at_work(run, every, seconds, record, holder):
+        console.say(line)
+    if done < len(every) and holder is None:
+        console.say(f"Next:   {next_command(folder, run)}")
+    elif done == len(every):
+        console.say(f"All done: see {folder / 'report.md'}")
+
+
+def state_of(run: Run, stage: Stage, hashes: Hashes) -> str:
+    """Whether a stage is done, as `run.is_done` would say, without reading what is large."""
+    stamp = read_stamp(stamp_path(run, stage))
+    if stamp is None:
+        return LEFT
+    if not all(needed.exists() for needed in (*stage.outputs, *stage.needs)):
+        return CHANGED
+    before = {k: stamp.get(k) for k in ("values", "inputs")}
+    try:
+        fits = before == fingerprint(stage, hashes) or before == fingerprint(stage, hashes, cards=True)
+    except NotRemembered:
+        return UNCHECKED if stamp.get("values") == stage.values else CHANGED
+    return DONE if fits else CHANGED
+
+
+def table(every: list[Stage], states: dict[tuple[str, int], str], seconds: timing.Seconds) -> Iterator[str]:
+    """A line for each iteration and state, in order."""
+    for where, group in itertools.groupby(every, key=lambda s: "report" if s.name == "report" else s.iteration):
+        here, title = list(group), where if where == "report" else f"iteration {where}"
+        for state in (DONE, UNCHECKED, CHANGED, NOW, STOPPED, LEFT):
+            names = [
+                s.name + (f" {taken:.1f} s" if (taken := seconds.get((s.name, s.iteration))) is not None else "")
+                for s in here
+                if states[s.name, s.iteration] == state
+            ]
+            if names:
+                note = f" ({MEANING[state]})" if state in MEANING else ""
+                yield f"  {title:12} {state:11} {', '.join(names)}{note}"
+                title = ""
+
+
+def at_work(
+    run: Run, every: list[Stage], seconds: timing.Seconds, record: AtWork | None, holder: int | None
+) -> Iterator[str]:
+    """What is at work or was last, where its logs are, and why it failed."""
+    if record is None:
+        if holder is not None:
+            yield f"Locked: another command is at work here, process {holder}{words_of(holder)}"
+        return
+    title = record.stage if record.stage == "report" else f"{record.stage} of iteration {record.iteration}"
+    progress = "".join(f", {text}" for text in progress_text(record.progress))
+    now = time.time()
+    if holder == record.pid:
+        yield f"Now:    {title}, process {record.pid}, for {duration(now - record.began)}{progress}"
+        stage = next(s for s in every if (s.name, s.iteration) == (record.stage, record.iteration))
+        yield f"        {timing.place_of(stage, every, seconds, run.iterations).text(now - record.began)}"
+    else:
+        if holder is not None:
+            yield f"Locked: process {holder} holds the run{words_of(holder)}"
+        at = (record.failed or {}).get("at") or (record.progress or {}).get("at") or record.began
+        when = f"{duration(max(0.0, now - at))} ago"
+        if record.failed:
+            yield f"Failed: {title}, {when}{progress}: {record.failed.get('why')}"
+        else:
+            yield f"Killed: {title}; its process {record.pid} ended without a word, last seen {when}{progress}"
+    if log := newest_log(run.iteration(record.iteration) / "logs", record.began):
+        yield f"Log:    {log}"
+
+
+def progress_text(found: dict[str, Any] | None) -> Iterator[str]:
+    """What a recorded bar says: how far it is, what stands beside it, how long it may take."""
+    if not isinstance(found, dict):
+        return
+    done, total = found.get("done"), found.get("total")
+    if isinstance(done, int | float) and isinstance(total, int | float) and total > 0:
+        unit = str(found.get("unit"))
+        counted = "bytes" if unit == "B" else f"{unit}s" if unit not in ("it", "s") else ""
+        what = " ".join(word for word in (amount(done, unit), "of", amount(total, unit), counted) if word)
+        yield f"{found.get('title')}: {what} ({100 * done / total:.0f} %)"
+    else:
+        yield str(found.get("title"))
+    if found.get("note"):
+        yield str(found["note"])
+    if isinstance(found.get("left"), int | float) and found["left"] >= 1:
+        yield f"about {duration(found['left'])} left of it"
+
+
+def read_record(path: Path) -> AtWork | None:
+    """The stage that recorded itself; None if there is none or the record is damaged."""
+    found = read_stamp(path) or {}
+    try:
+        return AtWork(
+            stage=str(found["stage"]),
+            iteration=int(found["iteration"]),
+            pid=int(found["pid"]),
+            began=float(found["began"]),
+            progress=found.get("progress"),
+            failed=found.get("failed"),
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def lock_holder(path: Path) -> int | None:
+    """The process that locked a file, by the kernel's own list; None if nobody has."""
+    with suppress(OSError):
+        inode = str(path.stat().st_ino)
+        for line in Path("/proc/locks").read_text().splitlines():
+            words = line.split()  # 1: FLOCK ADVISORY WRITE 4711 fe:00:131090 0 EOF
+            if len(words) > 5 and words[1] == "FLOCK" and words[5].rpartition(":")[2] == inode and words[4].isdigit():
+                return int(words[4])
+    return None
+
+
+def words_of(pid: int) -> str:
+    """The command of a process, in brackets; nothing if it has ended or is somebody else's."""
+    with suppress(OSError):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        if any(words):
+            return f" ({' '.join([Path(words[0]).name, *words[1:]]).strip()[:100]})"
+    return " (it has ended; what it started is still ending)"
+
+
+def newest_log(folder: Path, since: float) -> Path | None:
+    """The log that was written last, if it was after `since` (seconds of the epoch)."""
+    found = [(p.stat().st_mtime, p) for p in folder.glob("*.log")]
+    modified, path = max(found, default=(0.0, None))
+    return path if modified >= since - 1 else None
+
+
+def next_command(folder: Path, run: Run | None = None) -> str:
+    """`make iterate` with the settings that this run folder needs, those left out that are the defaults."""
+    settings = {"DOMAIN": (folder.name, "arithmetic"), "RUNS": (str(folder.parent), "runs")}
+    if run is not None:
+        settings |= {"ITERATIONS": (str(run.iterations), "2"), "SEED": (str(run.seed), "0")}
+    given = [f"{name}={shlex.quote(value)}" for name, (value, default) in settings.items() if value != default]
+    return " ".join(["make iterate", *given])
