@@ -91,7 +91,7 @@ $(eval $(call ITERATION,1,$(call stamp,0,eval-thinking)))
 $(foreach k,$(wordlist 2,20,$(STEPS)),$(eval $(call ITERATION,$(k),$(call stamp,$(call before,$(k)),eval-thinking))))
 
 $(RUN)/.stamps/report.json: $(call stamp,$(lastword $(STEPS)),eval-thinking)
-	$(TS) report "$$RUN"  # what changed -> report.json, report.md
+	$(TS) report "$$RUN"  # what changed -> report.html, report.json, report.md, pictures
 
 ##@ Parts of it
 
@@ -99,7 +99,7 @@ pair: setup ## only make or fetch the starting pair
 	@$(TS) begin --domain "$$DOMAIN" --runs "$$RUNS" --seed "$$SEED" --engine "$$ENGINE" --iterations "$$ITERATIONS" --overlay "$$OVERLAY"
 	@$(TS) pair "$$RUN"
 
-report: setup ## write report.json and report.md of a finished run again, and show the table
+report: setup ## write report.html, report.json, report.md and the pictures of a finished run again, and show the table
 	@rm -f "$$RUN/.stamps/report.json"
 	@$(TS) report "$$RUN"
 
