@@ -46,7 +46,8 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-vllm iterate loop pair check eval report verify clean-run sweep ablate baselines similarity \
-	control results chaos bench-engines bench-sweep bench-merge bench-faults bench-pairs fuzz bad-input lint test
+	control results chaos bench-engines bench-sweep bench-merge bench-faults bench-pairs bench-report \
+	screenshots fuzz bad-input lint test
 
 ##@ The loop
 
@@ -160,6 +161,12 @@ bench-faults: setup ## 10,000 requests through a server that fails in every way:
 
 bench-pairs: setup ## pairs from 100,000 generations of 20 kB (2.6 GB of TMPDIR): memory and speed
 	@$(VENV)/bin/python -m tests.bench_pairs
+
+bench-report: setup ## the report of 10,000 questions x 8 samples (4 GB of TMPDIR): time, memory, a page that opens
+	@$(VENV)/bin/python -m tests.bench_report
+
+screenshots: setup ## docs/pictures/report-*.png of a run's page: make screenshots RUN_FOLDERS=runs/arithmetic
+	@$(VENV)/bin/python -m tests.screenshots $${RUN_FOLDERS:-$(RUN)}
 
 fuzz: setup ## random inputs through splitting, answers, pairs, recipes, prompts: make fuzz INPUTS=1000000
 	@$(VENV)/bin/python -m tests.fuzz --inputs "$${INPUTS:-100000}"
