@@ -100,7 +100,7 @@ def iterations_picture(report: dict[str, Any], panels: Sequence[str] = PANELS) -
 
 
 def paired_picture(report: dict[str, Any]) -> Figure:
-    """Questions won and lost by every checkpoint, against the one before and against iteration 0.
+    """Questions won and lost by every checkpoint against the one before, and by the last against iteration 0.
 
     Args:
         report: what `report.json` holds.
@@ -109,7 +109,7 @@ def paired_picture(report: dict[str, Any]) -> Figure:
         (f"{mode}, {entry['iteration']} against {found['against']}", len(found["won"]), len(found["lost"]))
         for mode in MODE_STYLES
         for entry in report["iterations"][1:]
-        for found in entry["paired"][mode]
+        for found in entry["paired"][mode][: None if entry is report["iterations"][-1] else 1]
     ]
     figure = new_figure(4.4, 0.9 + 0.32 * len(bars))
     axes = figure.subplots()
@@ -124,9 +124,10 @@ def paired_picture(report: dict[str, Any]) -> Figure:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(at, [b[0] for b in bars], fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(-1.25 * max(reach * 0.2, *lost), 1.25 * max(reach * 0.2, *won))
+    axes.set_xlim(-1.25 * max(reach * 0.4, *lost), 1.25 * max(reach * 0.4, *won))
     axes.set_xticks([])
-    axes.set_xlabel("questions lost  |  questions won", fontsize=9)
+    for words, side in (("questions lost ", "right"), (" questions won", "left")):
+        axes.annotate(words, (0, 0), xycoords=("data", "axes fraction"), va="top", ha=side, fontsize=9)
     axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
     axes.tick_params(left=False)
     return figure
