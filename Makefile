@@ -48,8 +48,9 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines similarity \
-	control results chaos bench-engines bench-sweep bench-merge bench-faults bench-pairs fuzz bad-input lint test
+.PHONY: help setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines \
+	similarity control results chaos bench-engines bench-sweep bench-merge bench-faults bench-pairs bench-report \
+	screenshots fuzz bad-input lint test
 
 ##@ Run
 
@@ -94,7 +95,7 @@ $(eval $(call ITERATION,1,$(call stamp,0,eval-thinking)))
 $(foreach k,$(wordlist 2,20,$(STEPS)),$(eval $(call ITERATION,$(k),$(call stamp,$(call before,$(k)),eval-thinking))))
 
 $(RUN)/.stamps/report.json: $(call stamp,$(lastword $(STEPS)),eval-thinking)
-	$(TS) report "$$RUN"  # what changed -> report.json, report.md
+	$(TS) report "$$RUN"  # what changed -> report.html, report.json, report.md, pictures
 
 check: setup ## everything that can be found wrong before a GPU hour is spent: make check DOMAIN=aime
 	@$(TS) check --domain "$$DOMAIN" --overlay "$$OVERLAY" --iterations "$$ITERATIONS"
@@ -113,7 +114,7 @@ status: ## what is done, at work and left, and why it stopped; also from another
 	@test -x $(TS) || { echo "nothing is set up here yet; begin with: make iterate"; exit 0; }; \
 	$(TS) status "$$RUN"
 
-report: setup ## write the report of a finished run again, and show the table: make report PRICE_PER_HOUR=0.35
+report: setup ## write the page, tables and pictures of a finished run again: make report PRICE_PER_HOUR=0.35
 	@rm -f "$$RUN/.stamps/report.json"
 	@$(TS) report "$$RUN"
 
@@ -173,6 +174,12 @@ bench-faults: setup ## 10,000 requests through a server that fails in every way:
 
 bench-pairs: setup ## pairs from 100,000 generations of 20 kB (2.6 GB of TMPDIR): memory and speed
 	@$(VENV)/bin/python -m tests.bench_pairs
+
+bench-report: setup ## the report of 10,000 questions x 8 samples (4 GB of TMPDIR): time, memory, a page that opens
+	@$(VENV)/bin/python -m tests.bench_report
+
+screenshots: setup ## docs/pictures/report-*.png of a run's page: make screenshots RUN_FOLDERS=runs/arithmetic
+	@$(VENV)/bin/python -m tests.screenshots $${RUN_FOLDERS:-$(RUN)}
 
 fuzz: setup ## random inputs through splitting, answers, pairs, recipes, prompts: make fuzz INPUTS=1000000
 	@$(VENV)/bin/python -m tests.fuzz --inputs "$${INPUTS:-100000}"

@@ -140,6 +140,17 @@ def test_touching_every_file_runs_nothing_again(place: Path) -> None:
     assert iterate() == []
 
 
+def test_a_sweep_made_later_brings_a_new_report_once(place: Path) -> None:
+    iterate()
+    sweep = Path("runs/arithmetic/iter-1/sweep/sweep.json")
+    files.write_json(sweep, {"points": []})
+    assert iterate() == [("report", 1)] and iterate() == []
+    os.utime(sweep)
+    assert iterate() == []
+    sweep.unlink()
+    assert iterate() == [("report", 1)]
+
+
 def test_a_file_of_equal_size_copied_with_its_old_time_is_seen(place: Path) -> None:
     iterate()
     prompts = place / ".cache/arithmetic/seed-0/prompts.jsonl"

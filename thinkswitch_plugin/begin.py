@@ -75,7 +75,7 @@ def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int, 
             f"{folder}: seed {seed}, engine {chosen}; {total - len(waiting)} of {total} stages done, next is {names}"
         )
     else:
-        console.say(f"Nothing to do: {folder} has all {iterations} iterations; see {folder / 'report.md'}")
+        console.say(f"Nothing to do: {folder} has all {iterations} iterations; see {folder / 'report.html'}")
     return run
 
 
@@ -120,7 +120,14 @@ def evaluate_model(domain: str, model: str, engine: str, out: Path, overlays: Se
     folder, _ = checkpoint.resolve(model, None, "evaluated")
     target = out / domain / "-".join(Path(model).parts[-3:]).strip("/.")
     run_lm_eval(
-        str(folder), target, keys.evaluation, engines.choose(engine), keys.engine, logs=out / "logs", title=folder.name
+        str(folder),
+        target,
+        keys.evaluation,
+        engines.choose(engine),
+        keys.engine,
+        logs=out / "logs",
+        title=folder.name,
+        answer=keys.labels.answer,
     )
     figures = summarize(list(read_samples(target, keys.evaluation.task, str(folder), keys.labels.answer)))
     files.write_json(target / "figures.json", figures)

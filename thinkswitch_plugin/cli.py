@@ -166,7 +166,7 @@ def evaluate(run: Path, iteration: int, mode: str) -> None:
 @main.command()
 @click.argument("run", type=FOLDER)
 def report(run: Path) -> None:
-    """Scores, pairs, λ and times of all iterations -> report.json and report.md."""
+    """Scores, comparisons, pairs, λ, times and every question -> report.html, report.json, report.md, pictures."""
     from thinkswitch_plugin.cards import complete_cards
     from thinkswitch_plugin.report import write_report
     from thinkswitch_plugin.run import execute, open_run

@@ -66,7 +66,14 @@ def run_control(run: Run, name: str) -> None:
             merge(here / "merge.yaml", out, here / "logs" / "merge.log")
         keys = run.recipe.keys
         run_lm_eval(
-            str(out), here / "eval" / mode, keys.evaluation, run.engine, keys.engine, logs=here / "logs", title=name
+            str(out),
+            here / "eval" / mode,
+            keys.evaluation,
+            run.engine,
+            keys.engine,
+            logs=here / "logs",
+            title=name,
+            answer=keys.labels.answer,
         )
         figures = score(run, here / "eval" / mode, str(out))
         files.write_json(here / "result.json", {"control": name, "mode": mode, "title": title, **figures})

@@ -2,15 +2,22 @@
 
 Names as in arXiv 2510.10977: Mean@k, Pass@k, Vote@k over k samples a question, tokens
 a completion, think ratio. lm-eval's tasks see text only, so tokens and cut answers are
-counted afterwards from the samples file with the checkpoint's own tokenizer.
+counted afterwards from the samples file with the checkpoint's own tokenizer. That is done once,
+when the checkpoint is judged, and kept beside lm-eval's files: `graded.jsonl`, the key first
+
+    {"key": {"answer": "digit", "rules": "5c1e…", "samples": "samples_….jsonl", "bytes": 285890}, "opened": true}
+    {"doc_id": 0, "correct": [true], "found": ["6"], "closed_trace": [true], "tokens": [19], "truncated": [false]}
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +30,10 @@ from thinkswitch_plugin.generate import PROMPT_ROOM, context_length
 
 LM_EVAL_BUDGET = 256  # tokens, where a task names none
 LARGEST_BUDGET = 32_768  # tokens a server makes room for, where the recipe names none
+GRADED = "graded.jsonl"
+DRAWS = 10_000  # of a bootstrap over questions
+DRAWN_AT_ONCE = 4_000_000  # questions; a bootstrap draws the same in parts as in one piece, in less memory
+BATCH = 500_000  # characters that are tokenized at once; more than one batch is never in memory
 
 
 def grade(kind: str, text: str, gold: str, *, opened: bool = False, cut: bool = False) -> dict[str, Any]:
@@ -73,7 +84,7 @@ def final_answer(kind: str, done: traces.Completion, letters: Mapping[str, str] 
     return answers.extract(kind, done.answer, letters)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One question with its k graded completions."""
 
@@ -96,33 +107,122 @@ def newest(folder: Path, pattern: str) -> Path:
 
 
 def read_samples(folder: Path, task: str, checkpoint: str, kind: str) -> Iterator[Sample]:
-    """Grade lm-eval's samples file again, now with tokens and the template known.
+    """The graded samples of one evaluation: as `graded.jsonl` holds them, else graded again.
 
-    A completion's tokens are those of its text plus the end token, unless the token
-    limit cut it: then the limit was reached and no end token was written.
+    Args:
+        folder: what lm-eval wrote, of one checkpoint.
+        checkpoint: its folder or hub id; only its tokenizer is read, and only to grade again.
+        kind: how the final answer is read, a key of `answers.EXTRACTORS`.
     """
+    _, samples = graded(folder, task, checkpoint, kind)
+    return samples
+
+
+def graded(folder: Path, task: str, checkpoint: str, kind: str) -> tuple[bool, Iterator[Sample]]:
+    """Whether the chat template had opened the trace, and the graded samples, as `read_samples`.
+
+    Raises `ThinkSwitchError` if there is no samples file, or one of another shape.
+    """
+    path = newest(folder, f"samples_{task}_*.jsonl")
+    stored = path.with_name(GRADED)
+    if stored.is_file():
+        _, head = next(files.read_jsonl(stored), (0, {}))
+        if head.get("key") == grading_key(path, kind):
+            return bool(head["opened"]), _read_graded(stored)
+    return _grade_file(path, checkpoint, kind)
+
+
+def store_graded(folder: Path, task: str, checkpoint: str, kind: str) -> None:
+    """Grade the newest samples file of an evaluation once and for all: writes `graded.jsonl` beside it."""
+    path = newest(folder, f"samples_{task}_*.jsonl")
+    opened, samples = _grade_file(path, checkpoint, kind)
+    with files.atomic_file(path.with_name(GRADED)) as handle:
+        handle.write(files.dumps_line({"key": grading_key(path, kind), "opened": opened}))
+        for sample in samples:
+            handle.write(files.dumps_line(asdict(sample)))
+
+
+def grading_key(path: Path, kind: str) -> dict[str, Any]:
+    """What stored verdicts depend on: the samples file, how answers are read, and the rules of this version."""
+    return {"answer": kind, "rules": grading_rules(), "samples": path.name, "bytes": path.stat().st_size}
+
+
+@cache
+def grading_rules() -> str:
+    """A hash of everything that turns a text into a verdict, so that no verdict of older rules is taken for new."""
+    from importlib.metadata import version
+
+    digest = hashlib.sha256(version("math-verify").encode())
+    for module in (answers.__file__, traces.__file__, __file__):
+        digest.update(Path(module).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _read_graded(path: Path) -> Iterator[Sample]:
+    for number, row in files.read_jsonl(path):
+        if number > 1:
+            found = [text if text is None else sys.intern(text) for text in row.pop("found")]
+            yield Sample(found=found, **row)
+
+
+def _grade_file(path: Path, checkpoint: str, kind: str) -> tuple[bool, Iterator[Sample]]:
+    """Grade lm-eval's samples file again, now with tokens and the template known."""
     from transformers import AutoTokenizer
 
+    # Two cores tokenize one batch; nothing is forked afterwards, which is what the library warns of.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     opened = traces.opens_trace(tokenizer)
-    path = newest(folder, f"samples_{task}_*.jsonl")
+
+    def samples() -> Iterator[Sample]:
+        for batch in _batches(path):
+            texts = [text for _, _, completions, _ in batch for text in completions]
+            encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            lengths = iter([len(ids) for ids in encoded["input_ids"]])
+            for doc_id, gold, completions, budget in batch:
+                counted = [(text, next(lengths)) for text in completions]
+                yield _grade_question(doc_id, gold, counted, budget, kind=kind, opened=opened)
+
+    return opened, samples()
+
+
+def _batches(path: Path) -> Iterator[list[tuple[int, str, list[str], int]]]:
+    """doc_id, gold answer, completions and token budget of the questions of a samples file, a batch at a time."""
+    batch: list[tuple[int, str, list[str], int]] = []
+    size = 0
     for number, row in files.read_jsonl(path):
         completions = row.get("resps")
         if not completions or not isinstance(completions[0], list):
             raise ThinkSwitchError(f"{path}, line {number}: `resps` is missing.")
         budget = row["arguments"]["gen_args_0"]["arg_1"].get("max_gen_toks", LM_EVAL_BUDGET)
-        sample = Sample(row["doc_id"], [], [], [], [], [])
-        for text in completions[0]:
-            length = len(tokenizer.encode(text, add_special_tokens=False))
-            # Text seldom encodes to exactly the ids it was decoded from, so an open end is given 1 %.
-            cut = length >= budget or (opened and not traces.has_tag(text) and length >= 0.99 * budget)
-            verdict = grade(kind, text, str(row["target"]), opened=opened, cut=cut)
-            sample.correct.append(verdict["accuracy"])
-            sample.found.append(verdict["answer"])
-            sample.closed_trace.append(verdict["think_ratio"])
-            sample.tokens.append(length if cut else length + 1)
-            sample.truncated.append(cut)
-        yield sample
+        batch.append((row["doc_id"], str(row["target"]), completions[0], budget))
+        size += sum(map(len, completions[0]))
+        if size > BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _grade_question(
+    doc_id: int, gold: str, completions: list[tuple[str, int]], budget: int, *, kind: str, opened: bool
+) -> Sample:
+    """The verdicts on one question's completions, each with the tokens of its text.
+
+    A completion's tokens are those of its text plus the end token, unless the token
+    limit cut it: then the limit was reached and no end token was written.
+    """
+    sample = Sample(doc_id, [], [], [], [], [])
+    for text, length in completions:
+        # Text seldom encodes to exactly the ids it was decoded from, so an open end is given 1 %.
+        cut = length >= budget or (opened and not traces.has_tag(text) and length >= 0.99 * budget)
+        verdict = grade(kind, text, gold, opened=opened, cut=cut)
+        sample.correct.append(verdict["accuracy"])
+        sample.found.append(verdict["answer"])
+        sample.closed_trace.append(verdict["think_ratio"])
+        sample.tokens.append(length if cut else length + 1)
+        sample.truncated.append(cut)
+    return sample
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -182,7 +282,12 @@ def interval(means: Sequence[float], k: int) -> list[float]:
         return [means[0], means[0]]
     else:
         found = bootstrap(
-            (np.asarray(means),), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0)
+            (np.asarray(means),),
+            np.mean,
+            n_resamples=DRAWS,
+            batch=max(1, DRAWN_AT_ONCE // len(means)),
+            method="percentile",
+            rng=np.random.default_rng(0),
         ).confidence_interval
     return [float(found.low), float(found.high)]
 
@@ -201,8 +306,12 @@ def run_lm_eval(
     *,
     logs: Path,
     title: str,
+    answer: str | None = None,
 ) -> None:
     """Run `lm_eval` on one checkpoint and keep its results and samples files in `out`.
+
+    Args:
+        answer: how the final answer is read; with it the samples are graded too, into `graded.jsonl`.
 
     Raises `ThinkSwitchError` with the end of the log if lm-eval fails, or for a name that it would misread.
     """
@@ -257,4 +366,6 @@ def run_lm_eval(
             title="lm_eval",
         )
     newest(building, f"samples_{keys.task}_*.jsonl")
+    if answer is not None:
+        store_graded(building, keys.task, checkpoint, answer)
     files.put_in_place(building, out)

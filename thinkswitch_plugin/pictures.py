@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# The files of a picture, and what is kept out of them so that equal data give equal files.
+KINDS = {"png": {"Software": None}, "svg": {"Date": None}}
+MODE_STYLES = {
+    "instruct": {"color": COLOURS[0], "marker": "o", "linestyle": "-"},
+    "thinking": {"color": COLOURS[1], "marker": "s", "linestyle": "--"},
+}
 STAGES = (("no thinking", "#f1f1f1"), ("transition", "#fdf0d5"), ("thinking", "#e3f0e3"))
 
 
@@ -44,20 +51,131 @@ def save(figure: Figure, path: Path) -> None:
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "thinkswitch", "svg.fonttype": "none"}):
-        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+        for kind, metadata in KINDS.items():
             with files.atomic_file(path.with_name(f"{path.name}.{kind}")) as handle:
                 figure.savefig(handle, format=kind, metadata=metadata)
 
 
-def sweep_picture(result: dict[str, Any]) -> Figure:
+PANELS = ("score", "tokens", "think ratio")
+
+
+def iterations_picture(report: dict[str, Any], panels: Sequence[str] = PANELS) -> Figure:
+    """Score with its 95 % interval, tokens and think ratio of both modes over the iterations.
+
+    Args:
+        report: what `report.json` holds.
+        panels: which of `PANELS` to draw, from left to right.
+    """
+    figure = new_figure(3.6 * len(panels), 2.9)
+    row: list[Axes] = list(figure.subplots(1, len(panels), squeeze=False)[0])
+    numbers = [entry["iteration"] for entry in report["iterations"]]
+    for axes, panel in zip(row, panels, strict=True):
+        for shift, (mode, style) in zip((-0.03, 0.03), MODE_STYLES.items(), strict=True):
+            figures = [entry[mode] for entry in report["iterations"]]
+            at = [number + shift for number in numbers]  # so that equal values do not hide each other
+            line: dict[str, Any] = {**style, "markersize": 5, "linewidth": 1.5, "label": mode}
+            if panel == "score":
+                score = [100 * s["mean@k"] for s in figures]
+                below = [100 * (s["mean@k"] - s["ci95"][0]) for s in figures]
+                above = [100 * (s["ci95"][1] - s["mean@k"]) for s in figures]
+                axes.errorbar(at, score, yerr=[below, above], capsize=3, **line)
+            else:
+                axes.plot(at, [s["think_ratio" if panel == "think ratio" else "tokens"] for s in figures], **line)
+        axes.set_xticks(numbers)
+        axes.set_xlim(numbers[0] - 0.2, numbers[-1] + 0.2)
+        axes.set_xlabel("iteration")
+        axes.spines[["top", "right"]].set_visible(False)
+        if panel == "score":
+            k = report["iterations"][0]["instruct"]["k"]
+            axes.set_title("accuracy, %" if k == 1 else f"Mean@{k}, %", fontsize=10)
+        else:
+            axes.set_title({"tokens": "tokens an answer"}.get(panel, panel), fontsize=10)
+        if panel == "tokens":
+            axes.set_ylim(bottom=0)
+        elif panel == "think ratio":
+            axes.set_ylim(-0.05, 1.05)
+        axes.margins(y=0.1)
+    row[0].legend(frameon=False, fontsize=9)
+    return figure
+
+
+def paired_picture(report: dict[str, Any]) -> Figure:
+    """Questions won and lost by every checkpoint against the one before, and by the last against iteration 0.
+
+    Args:
+        report: what `report.json` holds.
+    """
+    bars = [
+        (f"{mode}, {entry['iteration']} against {found['against']}", len(found["won"]), len(found["lost"]))
+        for mode in MODE_STYLES
+        for entry in report["iterations"][1:]
+        for found in entry["paired"][mode][: None if entry is report["iterations"][-1] else 1]
+    ]
+    figure = new_figure(4.4, 0.9 + 0.32 * len(bars))
+    axes = figure.subplots()
+    at = range(len(bars))
+    won, lost = [b[1] for b in bars], [b[2] for b in bars]
+    axes.barh(at, won, color=COLOURS[2], height=0.6, label="won")
+    axes.barh(at, [-n for n in lost], color=COLOURS[1], height=0.6, label="lost")
+    reach = max(1, *won, *lost)
+    for y in at:
+        axes.text(won[y] + 0.02 * reach, y, str(won[y]), va="center", fontsize=9)
+        axes.text(-lost[y] - 0.02 * reach, y, str(lost[y]), va="center", ha="right", fontsize=9)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(at, [b[0] for b in bars], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(-1.25 * max(reach * 0.4, *lost), 1.25 * max(reach * 0.4, *won))
+    axes.set_xticks([])
+    for words, side in (("questions lost ", "right"), (" questions won", "left")):
+        axes.annotate(words, (0, 0), xycoords=("data", "axes fraction"), va="top", ha=side, fontsize=9)
+    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    axes.tick_params(left=False)
+    return figure
+
+
+def time_picture(report: dict[str, Any]) -> Figure:
+    """Minutes of every stage, a bar an iteration.
+
+    Args:
+        report: what `report.json` holds.
+    """
+    entries = report["iterations"]
+    names = list(dict.fromkeys(name for entry in entries for name in entry["seconds"]))
+    figure = new_figure(4.4, 1.6 + 0.38 * len(entries))
+    axes = figure.subplots()
+    left = [0.0] * len(entries)
+    for name, colour in zip(names, ("#999999", *COLOURS) * len(names), strict=False):
+        minutes = [entry["seconds"].get(name, 0.0) / 60 for entry in entries]
+        axes.barh(range(len(entries)), minutes, left=left, height=0.6, color=colour, label=name.replace("_", " "))
+        left = [start + more for start, more in zip(left, minutes, strict=True)]
+    axes.set_yticks(range(len(entries)), [str(entry["iteration"]) for entry in entries])
+    axes.set_ylabel("iteration")
+    axes.invert_yaxis()
+    axes.set_xlabel("minutes")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8, columnspacing=1.2, handlelength=1.2)
+    return figure
+
+
+# The pictures that a report writes, by the names of their files.
+OF_REPORT: dict[str, Callable[[dict[str, Any]], Figure]] = {
+    "iterations": iterations_picture,
+    "paired": paired_picture,
+    "time": time_picture,
+}
+
+
+def sweep_picture(result: dict[str, Any], size: tuple[float, float] = (7, 8), *, titled: bool = True) -> Figure:
     """Score, tokens and think ratio over λ, a line a sampling setting, the stages shaded, λ* marked.
 
     Args:
         result: what `sweep.json` holds.
+        size: in inches; letters keep theirs.
+        titled: say above it what was swept.
     """
     from thinkswitch_plugin.interpolation.sweep import points_of, title_of
 
-    figure = new_figure(7, 8)
+    figure = new_figure(*size)
     panels = figure.subplots(3, 1, sharex=True)
     first = result["curves"][0]
     edges = [p["lambda"] for p in points_of(result, first)]
@@ -79,9 +197,9 @@ def sweep_picture(result: dict[str, Any]) -> Figure:
             panels[0].plot(at, [100 * p["vote@k"] for p in points], color=colour, linestyle=":", label="Vote@k")
         panels[1].plot(at, [p["tokens"] for p in points], **style)
         panels[2].plot(at, [p["think_ratio"] for p in points], **style)
-        spot = curve["sweet_spot"]
-        for axes, value in ((panels[0], 100 * spot["mean@k"]), (panels[1], spot["tokens"])):
-            axes.plot([spot["lambda"]], [value], "*", color=colour, markersize=15, markeredgecolor="black", zorder=5)
+        best = curve["sweet_spot"]
+        for axes, value in ((panels[0], 100 * best["mean@k"]), (panels[1], best["tokens"])):
+            axes.plot([best["lambda"]], [value], "*", color=colour, markersize=15, markeredgecolor="black", zorder=5)
     panels[0].set_ylabel("score, % (band: 95 %)")
     panels[1].set_ylabel("tokens an answer")
     panels[1].set_ylim(bottom=0)
@@ -91,9 +209,8 @@ def sweep_picture(result: dict[str, Any]) -> Figure:
     if panels[0].get_legend_handles_labels()[0]:
         panels[0].legend(frameon=False)
     low, high = first["sweet_spot"]["interval"]
-    panels[0].set_title(
-        f"{title_of(result)}\n★ λ* = {first['sweet_spot']['lambda']:g} (95 % {low:g} to {high:g})", fontsize=10
-    )
+    spot = f"★ λ* = {first['sweet_spot']['lambda']:g} (95 % {low:g} to {high:g})"
+    panels[0].set_title(f"{title_of(result)}\n{spot}" if titled else spot, fontsize=10)
     return figure
 
 

@@ -31,12 +31,17 @@ from thinkswitch_plugin.distil import iteration_config
 from thinkswitch_plugin.engines import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.hashes import Hashes, read_stamp
+from thinkswitch_plugin.pictures import KINDS, OF_REPORT
 from thinkswitch_plugin.recipe import Recipe, load_recipe
 from thinkswitch_plugin.sources import DATA_VARIABLE
 from thinkswitch_plugin.task_files import task_files
 
 MODES = ("instruct", "thinking")
 TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja")
+REPORT_FILES = (
+    *("report.json", "report.md", "report.html"),
+    *(f"{name}.{kind}" for name in OF_REPORT for kind in KINDS),
+)
 LOCK_PATIENCE = 5.0  # seconds; a command that was just killed takes a moment to let go
 # Options of vLLM that say how fast it answers, not what.
 MACHINE_OPTIONS = (
@@ -243,14 +248,21 @@ def stages(run: Run) -> Iterator[Stage]:
         (
             *(run.iteration(k) / "eval" / mode for k in range(run.iterations + 1) for mode in MODES),
             *(run.iteration(k) / n for k in range(1, run.iterations + 1) for n in ("pairs.json", "rebuild.json")),
+            *sweep_files(run),
         ),
-        (run.folder / "report.json", run.folder / "report.md"),
+        tuple(run.folder / name for name in REPORT_FILES),
         {
             "iterations": run.iterations,
             "price": os.environ.get("PRICE_PER_HOUR", ""),
             "answer": keys.labels.answer,
         },
     )
+
+
+def sweep_files(run: Run) -> list[Path]:
+    """The sweeps of a run's iterations, which the report shows where there are any."""
+    every = (run.iteration(k) / "sweep" / "sweep.json" for k in range(run.iterations + 1))
+    return [path for path in every if path.is_file()]
 
 
 def training_config(run: Run, k: int) -> dict[str, Any]:

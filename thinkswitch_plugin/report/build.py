@@ -1,0 +1,143 @@
+"""The files of a run -> what `report.json` holds."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin import files
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.evaluation import Sample, graded, newest, read_samples, summarize
+from thinkswitch_plugin.paired import compare
+from thinkswitch_plugin.run import MODES, Run, stages, stamp_path, versions
+
+TIMED = {
+    "requests": "generate",
+    "generate": "generate",
+    "pairs": "pairs",
+    "train": "train",
+    "merge-lora": "merge_lora",
+    "rebuild": "merge",
+    "eval-instruct": "eval",
+    "eval-thinking": "eval",
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One judged checkpoint of a run.
+
+    Attributes:
+        path: lm-eval's samples file.
+        opened: whether the chat template had opened the trace.
+        samples: one a question, in the order of the file's lines.
+    """
+
+    iteration: int
+    mode: str
+    path: Path
+    opened: bool
+    samples: list[Sample]
+
+
+def evaluations(run: Run) -> list[Evaluation]:
+    """Every judged checkpoint, by iteration and mode. Raises `ThinkSwitchError` if one is missing or damaged."""
+    keys = run.recipe.keys
+    found = []
+    for k in range(run.iterations + 1):
+        for mode in MODES:
+            folder = run.iteration(k) / "eval" / mode
+            opened, samples = graded(folder, keys.evaluation.task, run.checkpoint(mode, k), keys.labels.answer)
+            path = newest(folder, f"samples_{keys.evaluation.task}_*.jsonl")
+            found.append(Evaluation(k, mode, path, opened, list(samples)))
+    return found
+
+
+def build_report(run: Run, judged: Sequence[Evaluation]) -> dict[str, Any]:
+    """Everything `report.json` holds, read from the files of a run.
+
+    Args:
+        judged: what `evaluations` returns.
+    """
+    seconds = stage_seconds(run)
+    samples = {(e.iteration, e.mode): e.samples for e in judged}
+    iterations = []
+    for k in range(run.iterations + 1):
+        here = run.iteration(k)
+        entry: dict[str, Any] = {"iteration": k}
+        for mode in MODES:
+            entry[mode] = summarize(samples[k, mode])
+        if k > 0:
+            pairs, rebuilt = files.read_json(here / "pairs.json"), files.read_json(here / "rebuild.json")
+            entry["pairs"] = {key: pairs[key] for key in ("prompts", "samples", "kept", "dropped", "selection")}
+            entry["merge"] = rebuilt
+            entry["paired"] = {
+                mode: [
+                    {"against": earlier, **compare(samples[earlier, mode], samples[k, mode])}
+                    for earlier in sorted({k - 1, 0}, reverse=True)
+                ]
+                for mode in MODES
+            }
+        entry["seconds"] = seconds.get(k, {})
+        iterations.append(entry)
+    total = sum(sum(stage.values()) for stage in seconds.values())
+    price = price_per_hour()
+    return {
+        "domain": run.recipe.keys.domain,
+        "seed": run.seed,
+        "engine": run.engine,
+        "iterations": iterations,
+        "versions": versions(),
+        "hardware": hardware(),
+        "cost": {"hours": total / 3600, "price_per_hour": price, "total": price * total / 3600},
+    }
+
+
+def price_per_hour() -> float:
+    """PRICE_PER_HOUR of the environment. Raises `ThinkSwitchError` if it is no number."""
+    text = os.environ.get("PRICE_PER_HOUR") or "0"
+    try:
+        return float(text)
+    except ValueError:
+        raise ThinkSwitchError(f"PRICE_PER_HOUR={text} is no number; write it as 0.35.") from None
+
+
+def score(run: Run, folder: Path, checkpoint: str) -> dict[str, Any]:
+    """The figures of one evaluated checkpoint."""
+    keys = run.recipe.keys
+    return summarize(list(read_samples(folder, keys.evaluation.task, checkpoint, keys.labels.answer)))
+
+
+def stage_seconds(run: Run) -> dict[int, dict[str, float]]:
+    """Seconds of every finished stage by iteration, from the stamps."""
+    found: dict[int, dict[str, float]] = {}
+    for stage in stages(run):
+        path = stamp_path(run, stage)
+        if stage.name == "report" or not path.is_file():
+            continue
+        times = found.setdefault(stage.iteration, {})
+        name = TIMED.get(stage.name, stage.name)
+        times[name] = round(times.get(name, 0.0) + files.read_json(path)["seconds"], 2)
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory and GPU of this machine."""
+    from thinkswitch_plugin.engines import has_cuda
+
+    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    found: dict[str, Any] = {
+        "machine": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(pages * size / 2**30, 1),
+        "gpu": None,
+    }
+    if has_cuda():
+        import torch
+
+        found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return found

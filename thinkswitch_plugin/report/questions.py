@@ -1,0 +1,265 @@
+"""Every question of a run with what each checkpoint answered, in compressed blocks for the page.
+
+A block is base64(gzip(JSON)) of at most 100 questions; the page opens one when it is needed:
+
+    [{"prompt": "7*3+4*2", "gold": "9", "checkpoints": [
+        {"line": 13, "correct": [true], "found": ["9"], "tokens": [19], "truncated": [false],
+         "texts": [{"trace": "7*3=1\\n…", "answer": "9"}]}, …]}, …]
+
+and the index, packed in the same way, says of all questions what a list and its filters need. Rows are read
+one at a time by their place in the samples file, so memory does not grow with the length of the texts.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+from jinja2 import TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+
+from thinkswitch_plugin import files, traces
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.evaluation import Sample, newest, vote_is_right
+from thinkswitch_plugin.report.build import Evaluation
+
+BLOCK = 100  # questions
+START = 140  # characters of a prompt that the list shows
+TEXT_BUDGET = 40_000_000  # characters of completions in the whole page
+PROMPT_BUDGET = 20_000_000
+LONGEST, SHORTEST = 20_000, 400  # characters of one text
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of every question the page shows; the rule is stated in the page.
+
+    Attributes:
+        samples: completions shown of a question and checkpoint, the first ones.
+        completion: characters of one completion.
+        prompt: characters of one prompt.
+    """
+
+    samples: int
+    completion: int
+    prompt: int
+
+    @classmethod
+    def of(cls, questions: int, checkpoints: int, k: int) -> Limits:
+        """What fits into the budgets: as many samples as can have `SHORTEST` characters each, but one."""
+        each = TEXT_BUDGET // max(1, questions * checkpoints)
+        samples = max(1, min(k, each // SHORTEST))
+        return cls(
+            samples,
+            max(SHORTEST, min(LONGEST, each // samples)),
+            max(SHORTEST, min(LONGEST, PROMPT_BUDGET // max(1, questions))),
+        )
+
+
+@dataclass
+class Questions:
+    """The questions of a run; iterate over `blocks()` first, then take `index()`."""
+
+    judged: Sequence[Evaluation]
+    folder: Path  # of the run; files are named as seen from there
+    limits: Limits = field(init=False)
+    doc_ids: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.doc_ids = list(dict.fromkeys(s.doc_id for e in self.judged for s in e.samples))
+        self.k = max(len(s.correct) for e in self.judged for s in e.samples)
+        self.limits = Limits.of(len(self.doc_ids), len(self.judged), self.k)
+        self._starts: list[str] = []
+        self._golds: list[str] = []
+        self._by_id = [{s.doc_id: s for s in reversed(e.samples)} for e in self.judged]
+
+    def blocks(self) -> Iterator[str]:
+        """The packed blocks, in order. Raises `ThinkSwitchError` if a samples file is not what was graded."""
+        with ExitStack() as stack:
+            readers = [stack.enter_context(SampleFile(e)) for e in self.judged]
+            prompts = Prompts(self.judged[0].path.parent)
+            for start in range(0, len(self.doc_ids), BLOCK):
+                group = self.doc_ids[start : start + BLOCK]
+                yield pack([self._question(doc_id, readers, prompts) for doc_id in group])
+
+    def _question(self, doc_id: int, readers: Sequence[SampleFile], prompts: Prompts) -> dict[str, Any]:
+        found = [
+            (reader.row(doc_id), samples.get(doc_id)) for reader, samples in zip(readers, self._by_id, strict=True)
+        ]
+        row = next(row for row, _ in found if row is not None)
+        prompt, gold = prompts.of(row), str(row["target"])
+        self._starts.append(" ".join(prompt[: 4 * START].split())[:START])
+        self._golds.append(shorten(gold, START))
+        checkpoints = [
+            None if row is None or sample is None else self._checkpoint(row, sample, reader)
+            for (row, sample), reader in zip(found, readers, strict=True)
+        ]
+        return {
+            "prompt": shorten(prompt, self.limits.prompt),
+            "gold": shorten(gold, self.limits.prompt),
+            "checkpoints": checkpoints,
+        }
+
+    def _checkpoint(self, row: dict[str, Any], sample: Sample, reader: SampleFile) -> dict[str, Any]:
+        shown = zip(row["resps"][0], sample.truncated, strict=True)
+        return {
+            "line": reader.line(sample.doc_id),
+            "correct": sample.correct,
+            "found": [text if text is None else shorten(text, SHORTEST) for text in sample.found],
+            "tokens": sample.tokens,
+            "truncated": sample.truncated,
+            "texts": [
+                self._text(str(text), reader.opened, cut) for text, cut in itertools.islice(shown, self.limits.samples)
+            ],
+        }
+
+    def _text(self, text: str, opened: bool, cut: bool) -> dict[str, str | None]:
+        done = traces.split(text, opened=opened, cut=cut)
+        limit = self.limits.completion
+        answer = None if done.answer is None else shorten(done.answer, limit // 2)
+        rest = limit - len(answer or "")
+        return {"trace": None if done.trace is None else shorten(done.trace, rest), "answer": answer}
+
+    def index(self) -> str:
+        """What the list and the filters need of all questions, packed; after `blocks()`."""
+        return pack(
+            {
+                "block": BLOCK,
+                "id": self.doc_ids,
+                "start": self._starts,
+                "gold": self._golds,
+                "checkpoints": [
+                    {
+                        "iteration": e.iteration,
+                        "mode": e.mode,
+                        "file": os.path.relpath(e.path, self.folder),
+                        # One letter a question: right, wrong, or not asked; then what its filters need.
+                        "verdict": "".join(_letter(samples.get(n)) for n in self.doc_ids),
+                        "truncated": "".join(_any(samples.get(n), "truncated") for n in self.doc_ids),
+                        "unread": "".join(_unread(samples.get(n)) for n in self.doc_ids),
+                        "right": None
+                        if self.k == 1
+                        else [sum(s.correct) if (s := samples.get(n)) else None for n in self.doc_ids],
+                    }
+                    for e, samples in zip(self.judged, self._by_id, strict=True)
+                ],
+                "k": self.k,
+            }
+        )
+
+
+def _letter(sample: Sample | None) -> str:
+    return "-" if sample is None else "1" if vote_is_right(sample) else "0"
+
+
+def _any(sample: Sample | None, name: str) -> str:
+    return "1" if sample is not None and any(getattr(sample, name)) else "0"
+
+
+def _unread(sample: Sample | None) -> str:
+    return "1" if sample is not None and all(text is None for text in sample.found) else "0"
+
+
+class SampleFile:
+    """The rows of one samples file by doc_id; where each begins is known, one at a time is read."""
+
+    def __init__(self, judged: Evaluation) -> None:
+        self.path, self.opened = judged.path, judged.opened
+        self._order = [s.doc_id for s in judged.samples]
+        self._places: dict[int, tuple[int, int]] = {}  # doc_id -> where its line begins, and its number from 1
+
+    def __enter__(self) -> SampleFile:
+        self._handle: IO[bytes] = self.path.open("rb", buffering=files.READ_BUFFER)
+        start, order = 0, iter(self._order)
+        for number, line in enumerate(self._handle, 1):
+            if not line.isspace():
+                doc_id = next(order, None)
+                if doc_id is None:
+                    break
+                self._places.setdefault(doc_id, (start, number))
+            start += len(line)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.close()
+
+    def line(self, doc_id: int) -> int:
+        """The number of a question's line, from 1."""
+        return self._places[doc_id][1]
+
+    def row(self, doc_id: int) -> dict[str, Any] | None:
+        """A question's row; None if it was not asked. Raises `ThinkSwitchError` if the file is not what was graded."""
+        if doc_id not in self._places:
+            return None
+        start, number = self._places[doc_id]
+        self._handle.seek(start)
+        row = files.parse_line(self._handle.readline(), self.path, number)
+        if row.get("doc_id") != doc_id:
+            raise ThinkSwitchError(
+                f"{self.path}, line {number}: not the question that was graded; delete {self.path.parent} and run "
+                "`make iterate`."
+            )
+        return row
+
+
+class Prompts:
+    """What a question said to the model, without the marks of the chat format where that can be told."""
+
+    def __init__(self, folder: Path) -> None:
+        """Args: folder: where lm-eval's results file lies, which names the task's template."""
+        configs = files.read_json(newest(folder, "results_*.json")).get("configs") or {}
+        config = next((c for c in configs.values() if isinstance(c, dict)), {})
+        text = config.get("doc_to_text")
+        # As lm-eval sets it up; what it renders is believed only where it stands in the text that was sent.
+        environment = SandboxedEnvironment(keep_trailing_newline=True)
+        try:
+            self._template = environment.from_string(text) if isinstance(text, str) else None
+        except (TemplateError, RecursionError):
+            self._template = None
+
+    def of(self, row: dict[str, Any]) -> str:
+        """The prompt of one row of a samples file."""
+        sent = sent_text(row["arguments"]["gen_args_0"]["arg_0"])
+        if self._template is not None and isinstance(row.get("doc"), dict):
+            try:
+                text = self._template.render(row["doc"])
+            except Exception:  # a template may compute anything with a row
+                return sent
+            if text.strip() and text.strip() in sent:
+                return text.strip()
+        return sent
+
+
+def sent_text(sent: Any) -> str:
+    """What lm-eval sent: rendered text, or the messages of a chat, which it keeps as JSON in a list."""
+    if isinstance(sent, list) and sent:
+        sent = sent[0]
+    if isinstance(sent, str) and sent.startswith("[{"):
+        try:
+            messages = orjson.loads(sent)
+            return "\n\n".join(str(message["content"]) for message in messages)
+        except (orjson.JSONDecodeError, TypeError, KeyError):
+            return sent
+    return str(sent)
+
+
+def shorten(text: str, limit: int) -> str:
+    """A text of at most about `limit` characters: its start and its end, and how much was left out between."""
+    if len(text) <= limit:
+        return text
+    start = limit * 3 // 5
+    end = limit - start
+    return f"{text[:start]}\n[… {len(text) - limit:,} characters left out …]\n{text[-end:]}"
+
+
+def pack(value: Any) -> str:
+    """base64(gzip(JSON)): letters that can stand inside a `<script>` element whatever the texts hold."""
+    return base64.b64encode(gzip.compress(orjson.dumps(value), compresslevel=6, mtime=0)).decode("ascii")

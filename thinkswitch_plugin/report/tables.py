@@ -1,0 +1,152 @@
+"""The tables of a report: Markdown, the terminal, and the cells that the page shows too."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from thinkswitch_plugin.run import MODES
+
+
+def headline(report: dict[str, Any]) -> str:
+    """What the run came to, in one sentence."""
+    first, last = report["iterations"][0], report["iterations"][-1]
+    k = last["iteration"]
+    what = "answers" if last["instruct"]["k"] == 1 else f"has a Mean@{last['instruct']['k']} of"
+    parts = []
+    for mode in MODES:
+        before, after = first[mode], last[mode]
+        verdict = last["paired"][mode][-1]["verdict"]
+        parts.append(
+            f"{mode} {what} {100 * after['mean@k']:.1f} % ({100 * before['mean@k']:.1f} % before, {verdict}) "
+            f"with {after['tokens']:.1f} tokens an answer"
+        )
+    n = last["instruct"]["n"]
+    return f"After {k} iteration{'' if k == 1 else 's'}, on {n} held-out questions: {'; '.join(parts)}."
+
+
+def rows(report: dict[str, Any]) -> Iterator[list[str]]:
+    """The headline table, a row a checkpoint."""
+    first = report["iterations"][0]
+    for entry in report["iterations"]:
+        for mode in MODES:
+            s = entry[mode]
+            low, high = (100 * v for v in s["ci95"])
+            change = 100 * (s["mean@k"] - first[mode]["mean@k"])
+            yield [
+                str(entry["iteration"]),
+                mode,
+                f"{100 * s['mean@k']:.1f} %",
+                f"{low:.1f}–{high:.1f}",
+                "" if entry is first else f"{change:+.1f}",
+                f"{s['tokens']:.1f}",
+                f"{s['think_ratio']:.3f}",
+                f"{100 * s['answered']:.1f} %",
+                f"{100 * s['truncated']:.1f} %",
+            ]
+
+
+HEADER = [
+    "iteration",
+    "checkpoint",
+    "accuracy",
+    "95 % interval",
+    "change",
+    "tokens",
+    "think ratio",
+    "answered",
+    "truncated",
+]
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """`report.md`: what changed, what was trained on, how it was rebuilt, how long it took."""
+    n, k = report["iterations"][0]["instruct"]["n"], report["iterations"][0]["instruct"]["k"]
+    lines = [
+        f"# {report['domain']}, seed {report['seed']}",
+        "",
+        headline(report),
+        "",
+        f"{n} held-out questions, {k} sample{'s' if k > 1 else ''} a question, engine {report['engine']}. "
+        "Change is in points against iteration 0; whether it is noise is said below the tables.",
+        "",
+        *table(HEADER, rows(report)),
+        "",
+        *table(
+            [
+                "iteration",
+                "prompts",
+                "pairs kept",
+                "dropped",
+                "selection",
+                "λ",
+                "think ratio at λ",
+                "σ",
+                "median angle",
+            ],
+            (_made(entry) for entry in report["iterations"][1:]),
+        ),
+        "",
+        *comparisons(report),
+        "",
+        *table(
+            ["iteration", "seconds by stage"],
+            (
+                [str(e["iteration"]), ", ".join(f"{name} {s:.0f}" for name, s in e["seconds"].items())]
+                for e in report["iterations"]
+            ),
+        ),
+        "",
+        f"In all {3600 * report['cost']['hours']:.0f} s of stages. "
+        + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+        + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def comparisons(report: dict[str, Any]) -> list[str]:
+    """Every iteration against the one before and against iteration 0, a list item each."""
+    return [
+        f"- {mode}, iteration {entry['iteration']} against {found['against']}: {found['sentence']}"
+        for entry in report["iterations"][1:]
+        for mode in MODES
+        for found in entry["paired"][mode]
+    ]
+
+
+def _made(entry: dict[str, Any]) -> list[str]:
+    pairs, merge = entry["pairs"], entry["merge"]
+    dropped = ", ".join(f"{n} {reason}" for reason, n in pairs["dropped"].items()) or "none"
+    return [
+        str(entry["iteration"]),
+        str(pairs["prompts"]),
+        str(pairs["kept"]),
+        dropped,
+        pairs["selection"],
+        f"{merge['lambda']:g}",
+        f"{merge['think_ratio']:.3f}",
+        f"{merge['sigma']:.4f}",
+        f"{merge['angle']['median']:.4f}",
+    ]
+
+
+def table(header: list[str], body: Any) -> list[str]:
+    """A Markdown table as lines."""
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body)]
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """The headline table on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(
+        title=f"{report['domain']}, seed {report['seed']}: {report['iterations'][0]['instruct']['n']} held-out questions"
+    )
+    for name in HEADER:
+        shown.add_column(name, justify="left" if name == "checkpoint" else "right")
+    for row in rows(report):
+        shown.add_row(*row)
+    Console(width=None if os.isatty(1) else 120).print(shown)
