@@ -9,14 +9,15 @@ ENGINE     ?= auto
 OVERLAY    ?=
 KEEP       ?= all
 ITER       ?= 1
+PORT       ?= 8000
 LAMBDAS    ?= 0 0.1 … 1
 KILLS      ?= 10
 # Names as short as these may stand in somebody's environment for something else: they count on the command line only.
-$(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
+$(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA RANK BASE,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
 
 # What a setting may hold: `value` looks at it before Make would expand a $(shell …) in it.
 SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITER LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR A B K SAMPLING \
-	TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS
+	TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT
 $(foreach name,$(SETTINGS),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
 HASH := \#
 ODD := : ; | % = & < > ( ) [ ] { } * ? ! ~ ^ " ' ` \ , $(HASH)
@@ -31,7 +32,10 @@ RUN  := $(RUNS)/$(DOMAIN)
 
 # Settings reach the commands through the environment, never through a shell's command line.
 export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY KEEP RUN MODEL CONTROL PRICE_PER_HOUR
-export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KILLS
+export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KILLS BASE PORT
+# Distributed training gives RANK a meaning of its own, and engines would read it.
+unexport RANK
+export LORA_RANK = $(RANK)
 export OMP_NUM_THREADS ?= $(shell nproc)
 export HF_HUB_DISABLE_TELEMETRY := 1
 ifeq ($(MAKELEVEL),0)
@@ -46,7 +50,7 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-vllm iterate loop pair check eval report verify clean-run sweep ablate baselines similarity \
-	control results chaos bench-engines bench-sweep bench-merge bench-faults bench-pairs fuzz bad-input lint test
+	export-loras serve control results chaos bench-engines bench-sweep bench-merge bench-faults bench-pairs fuzz bad-input lint test
 
 ##@ The loop
 
@@ -134,6 +138,16 @@ baselines: setup ## task arithmetic, TIES, DARE, three at once, transplant: make
 
 similarity: setup ## how near two checkpoints are: make similarity A=folder B=folder OUT=similarity
 	@$(TS) similarity "$$A" "$$B" --out "$${OUT:-similarity}"
+
+##@ Both modes from one base
+
+export-loras: setup ## instruct and thinking as two LoRAs of one base: make export-loras ITER=1 RANK="8 16 32 64 128"
+	@$(TS) export-loras --domain "$$DOMAIN" --runs "$$RUNS" --iteration "$$ITER" --instruct "$$A" --thinking "$$B" \
+		--seed "$$SEED" --engine "$$ENGINE" --overlay "$$OVERLAY" --out "$$OUT" --limit "$$LIMIT" --rank "$$LORA_RANK" --base "$$BASE"
+
+serve: setup ## vLLM with both modes of an export, or one checkpoint: make serve ITER=1; make serve MODEL=folder
+	@$(TS) serve --domain "$$DOMAIN" --runs "$$RUNS" --iteration "$$ITER" --overlay "$$OVERLAY" --model "$$MODEL" \
+		--rank "$$LORA_RANK" --port "$$PORT"
 
 ##@ Proof
 

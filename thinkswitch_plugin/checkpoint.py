@@ -94,7 +94,13 @@ def resolve(name: str, revision: str | None, what: str) -> tuple[Path, str | Non
 
 
 def write_card(
-    folder: Path, *, title: str, base_models: list[str], facts: dict[str, Any], merge_yaml: str | None = None
+    folder: Path,
+    *,
+    title: str,
+    base_models: list[str],
+    facts: dict[str, Any],
+    merge_yaml: str | None = None,
+    library: str = "transformers",
 ) -> None:
     """The model card: parents, recipe and how to repeat it, in the form the hub renders."""
     import yaml
@@ -102,7 +108,7 @@ def write_card(
     head = yaml.safe_dump(
         {
             "base_model": base_models,
-            "library_name": "transformers",
+            "library_name": library,
             "tags": ["thinkswitch"] + (["mergekit", "merge"] if merge_yaml else []),
         },
         sort_keys=False,
