@@ -50,7 +50,8 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-vllm iterate loop pair check eval report verify clean-run sweep ablate baselines similarity \
-	export-loras serve control results chaos bench-engines bench-sweep bench-merge bench-faults bench-pairs fuzz bad-input lint test
+	export-loras serve control results chaos bench-engines bench-sweep bench-merge bench-export bench-faults \
+	bench-pairs fuzz bad-input lint test
 
 ##@ The loop
 
@@ -146,8 +147,8 @@ export-loras: setup ## instruct and thinking as two LoRAs of one base: make expo
 		--seed "$$SEED" --engine "$$ENGINE" --overlay "$$OVERLAY" --out "$$OUT" --limit "$$LIMIT" --rank "$$LORA_RANK" --base "$$BASE"
 
 serve: setup ## vLLM with both modes of an export, or one checkpoint: make serve ITER=1; make serve MODEL=folder
-	@$(TS) serve --domain "$$DOMAIN" --runs "$$RUNS" --iteration "$$ITER" --overlay "$$OVERLAY" --model "$$MODEL" \
-		--rank "$$LORA_RANK" --port "$$PORT"
+	@$(TS) serve --domain "$$DOMAIN" --runs "$$RUNS" --iteration "$$ITER" --overlay "$$OVERLAY" --out "$$OUT" \
+		--model "$$MODEL" --rank "$$LORA_RANK" --port "$$PORT"
 
 ##@ Proof
 
@@ -168,6 +169,9 @@ bench-sweep: setup ## an 11-point sweep in memory beside mergekit-yaml + lm_eval
 
 bench-merge: setup ## time and memory of a merge at 4 B parameters beside mergekit's own (50 GB of disk)
 	@$(VENV)/bin/python -m tests.bench_merge $(BENCH)
+
+bench-export: setup ## time and memory of extracting a LoRA at 4 B shape, a few layers of it
+	@$(VENV)/bin/python -m tests.bench_export $(BENCH)
 
 bench-faults: setup ## 10,000 requests through a server that fails in every way: each accounted for once?
 	@$(VENV)/bin/python -m tests.bench_faults

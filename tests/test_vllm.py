@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -140,6 +144,18 @@ def test_without_the_switch_no_trace_is_opened_and_each_mode_does_as_it_learnt(b
         alone = ask(both, "thinking", question)
         assert alone.startswith("<think>") and "</think>" in alone
         assert not ask(both, "thinking", question, enable_thinking=True).startswith("<think>")  # the template wrote it
+
+
+def test_the_requests_of_the_documentation(both: openai.OpenAI, command: Any) -> None:
+    text = (ROOT / "docs" / "serving.md").read_text().replace("127.0.0.1:8000", f"127.0.0.1:{both.base_url.port}")
+    (curl,) = re.findall(r"```sh\n(curl .*?)```", text, re.S)
+    (python,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    if shutil.which("curl"):
+        shown = command("bash", "-c", curl)
+        assert "</think>" in json.loads(shown.stdout)["choices"][0]["message"]["content"], shown.stderr
+    instruct, thinking = command(sys.executable, "-c", python).stdout.splitlines()
+    assert instruct.startswith("instruct ") and "</think>" not in instruct
+    assert thinking.startswith("thinking ") and "</think>" in thinking
 
 
 def test_a_lora_judged_through_vllm_scores_as_in_transformers(exported: Path, tmp_path: Path) -> None:

@@ -387,7 +387,7 @@ def export_loras(rank: str, base: str, **options: Any) -> None:
 @click.option("--domain", required=True, help="Name of a recipe in recipes/; its engine options count.")
 @click.option("--runs", default="runs", show_default=True, type=FOLDER, help="Folder that holds the runs.")
 @click.option("--iteration", default=1, show_default=True, type=click.IntRange(min=0, max=20))
-@click.option("--export", "folder", default="", help="Folder of an export, instead of that of the run's iteration.")
+@click.option("--out", default="", help="Where the export went, instead of the run's iteration.")
 @click.option("--model", default="", help="One checkpoint (folder or hub id) instead of an export.")
 @click.option("--rank", default="", help="One of the exported ranks (default: the one found to be enough).")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(min=0, max=65535), help="0: any free one.")
@@ -397,7 +397,7 @@ def serve(
     domain: str,
     runs: Path,
     iteration: int,
-    folder: str,
+    out: str,
     model: str,
     rank: str,
     port: int,
@@ -412,8 +412,8 @@ def serve(
     from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
 
     keys = load_recipe(recipe_path(domain), tuple(overlay_path(name) for name in overlay.split())).keys
-    export = Path(folder) if folder else runs / domain / f"iter-{iteration}" / "export"
-    serve_both(export, model, whole_number("--rank", rank), keys, port, arguments)
+    folder = Path(out) if out else runs / domain / f"iter-{iteration}"
+    serve_both(folder / "export", model, whole_number("--rank", rank), keys, port, arguments)
 
 
 @main.command()

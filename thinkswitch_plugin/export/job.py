@@ -154,6 +154,7 @@ def export(subject: Subject, base: Base, ranks: Sequence[int]) -> dict[str, Any]
             **subject.described(),
             "base": {"name": base.name, "path": str(base.folder), "revision": base.revision},
             "full": full,
+            "full_bytes": {mode: sum(p.stat().st_size for p in modes[mode].glob("*.safetensors")) for mode in MODES},
             "ranks": every,
             "rank": enough[0] if enough else ranks[-1],
             "kept": bool(enough),
@@ -359,7 +360,8 @@ def markdown(result: dict[str, Any]) -> list[str]:
 def table_rows(result: dict[str, Any]) -> Iterator[list[str]]:
     """The full checkpoints, then both modes of every rank."""
     for mode in MODES:
-        yield ["full", mode, "", "", *_figures(result["full"][mode]), ""]
+        megabytes = f"{result['full_bytes'][mode] / 1e6:.2f}"
+        yield ["full", mode, megabytes, "", *_figures(result["full"][mode]), ""]
     for row in result["ranks"]:
         for mode in MODES:
             if mode in row:
