@@ -9,14 +9,15 @@ ENGINE     ?= auto
 OVERLAY    ?=
 KEEP       ?= all
 ITER       ?= 1
+PORT       ?= 8000
 LAMBDAS    ?= 0 0.1 … 1
 KILLS      ?= 10
 # Names as short as these may stand in somebody's environment for something else: they count on the command line only.
-$(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
+$(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA RANK BASE,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
 
 # What a setting may hold: `value` looks at it before Make would expand a $(shell …) in it.
 SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITER LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR A B K SAMPLING \
-	TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS
+	TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT
 $(foreach name,$(SETTINGS),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
 # A question is free text: taken as it is, never expanded, and read by the command from the environment.
 override QUESTION := $(value QUESTION)
@@ -33,8 +34,11 @@ RUN  := $(RUNS)/$(DOMAIN)
 
 # Settings reach the commands through the environment, never through a shell's command line.
 export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY KEEP RUN MODEL CONTROL PRICE_PER_HOUR
-export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KILLS QUESTION
+export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KILLS BASE PORT QUESTION
 export ITER_GIVEN := $(if $(filter file,$(origin ITER)),,yes)
+# Distributed training gives RANK a meaning of its own, and engines would read it.
+unexport RANK
+export LORA_RANK = $(RANK)
 export OMP_NUM_THREADS ?= $(shell nproc)
 export HF_HUB_DISABLE_TELEMETRY := 1
 ifeq ($(MAKELEVEL),0)
@@ -49,8 +53,8 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines \
-	similarity control results chaos bench-engines bench-sweep bench-merge bench-faults bench-pairs bench-report \
-	screenshots fuzz bad-input lint test
+	similarity export-loras serve control results chaos bench-engines bench-sweep bench-merge bench-export bench-faults \
+	bench-pairs bench-report screenshots fuzz bad-input lint test
 
 ##@ Run
 
@@ -146,6 +150,14 @@ similarity: setup ## how near two checkpoints are: make similarity A=folder B=fo
 
 ##@ Serve
 
+export-loras: setup ## instruct and thinking as two LoRAs of one base: make export-loras ITER=1 RANK="8 16 32 64 128"
+	@$(TS) export-loras --domain "$$DOMAIN" --runs "$$RUNS" --iteration "$$ITER" --instruct "$$A" --thinking "$$B" \
+		--seed "$$SEED" --engine "$$ENGINE" --overlay "$$OVERLAY" --out "$$OUT" --limit "$$LIMIT" --rank "$$LORA_RANK" --base "$$BASE"
+
+serve: setup ## vLLM with both modes of an export, or one checkpoint: make serve ITER=1; make serve MODEL=folder
+	@$(TS) serve --domain "$$DOMAIN" --runs "$$RUNS" --iteration "$$ITER" --overlay "$$OVERLAY" --out "$$OUT" \
+		--model "$$MODEL" --rank "$$LORA_RANK" --port "$$PORT"
+
 ##@ Prove
 
 verify: setup ## do the files of a run still fit together? reads every one of them: make verify DOMAIN=aime
@@ -168,6 +180,9 @@ bench-sweep: setup ## an 11-point sweep in memory beside mergekit-yaml + lm_eval
 
 bench-merge: setup ## time and memory of a merge at 4 B parameters beside mergekit's own (50 GB of disk)
 	@$(VENV)/bin/python -m tests.bench_merge $(BENCH)
+
+bench-export: setup ## time and memory of extracting a LoRA at 4 B shape, a few layers of it
+	@$(VENV)/bin/python -m tests.bench_export $(BENCH)
 
 bench-faults: setup ## 10,000 requests through a server that fails in every way: each accounted for once?
 	@$(VENV)/bin/python -m tests.bench_faults

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,6 +46,16 @@ def finished_run(command: Command, tmp_path_factory: pytest.TempPathFactory) -> 
     done = command("make", "iterate", "ITERATIONS=1", f"RUNS={runs}", "ENGINE=embedded", timeout=1500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return runs / "arithmetic"
+
+
+@pytest.fixture(scope="session")
+def exported(finished_run: Path, command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The export of a finished run's pair, in a copy of the run, at a small and at the full rank."""
+    runs = tmp_path_factory.mktemp("exported") / "runs"
+    shutil.copytree(finished_run, runs / "arithmetic")
+    done = command(BIN / "thinkswitch", "export-loras", "--domain", "arithmetic", "--runs", runs, "--rank", "8 128")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return runs / "arithmetic" / "iter-1" / "export"
 
 
 @pytest.fixture

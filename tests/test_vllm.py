@@ -1,17 +1,32 @@
-"""Real vLLM on the CPU, from its own environment, answers one iteration's requests."""
+"""Real vLLM on the CPU, from its own environment: one iteration's requests, a sweep, both modes from one base."""
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
+import torch
 
-from tests.conftest import BIN
-from thinkswitch_plugin import engines, files
+from tests.conftest import BIN, ROOT
+from thinkswitch_plugin import engines, evaluation, files
 from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.generate import generate
 from thinkswitch_plugin.pairs import write_pairs
+from thinkswitch_plugin.recipe import load_recipe
 
 pytestmark = [
     pytest.mark.slow,
@@ -48,3 +63,108 @@ def test_a_sweep_through_vllm_scores_as_the_sweep_in_memory(finished_run: Path, 
         found[engine] = [(p["lambda"], p["mean@k"], p["tokens"], p["think_ratio"]) for p in points]
         assert not list(out.rglob("*.safetensors"))  # one candidate at a time, and none is left
     assert found["vllm"] == found["embedded"]
+
+
+@pytest.fixture(scope="module")
+def both(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    """`thinkswitch serve` on an export, and a client of it."""
+    port, log = engines.free_port(0), tmp_path_factory.mktemp("serve") / "log"
+    runs = exported.parent.parent.parent
+    words = ["serve", "--domain", "arithmetic", "--runs", runs, "--rank", "128", "--port", port]
+    with log.open("wb") as handle:
+        process = subprocess.Popen(
+            [str(word) for word in (BIN / "thinkswitch", *words)],
+            cwd=ROOT,
+            stdout=handle,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        for _ in range(600):
+            assert process.poll() is None, log.read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+def ask(client: openai.OpenAI, model: str, question: str, **switch: bool) -> str:
+    reply = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": question}],
+        temperature=0,
+        max_tokens=64,
+        extra_body={"chat_template_kwargs": switch} if switch else None,
+    )
+    return str(reply.choices[0].message.content)
+
+
+def greedy(exported: Path, mode: str, questions: list[str]) -> list[str]:
+    """What transformers and PEFT answer."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    adapter = exported / "rank-128" / mode
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    base = AutoModelForCausalLM.from_pretrained(files.read_json(exported / "export.json")["base"]["path"])
+    model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    found = []
+    for question in questions:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt"
+        )
+        with torch.no_grad():
+            ids = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0]
+        found.append(tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return found
+
+
+def test_one_server_answers_in_both_modes_as_transformers_does(both: openai.OpenAI, exported: Path) -> None:
+    assert {model.id for model in both.models.list()} == {"base", "instruct", "thinking"}
+    questions = task.held_out()[:12]
+    asked = [(mode, question) for question in questions for mode in ("instruct", "thinking")]
+    with ThreadPoolExecutor(len(asked)) as pool:  # both adapters are in one batch
+        said = dict(
+            zip(asked, pool.map(lambda a: ask(both, *a, enable_thinking=a[0] == "thinking"), asked), strict=True)
+        )
+    for mode, trace in (("instruct", False), ("thinking", True)):
+        found = [said[mode, question] for question in questions]
+        assert all(("</think>" in text) == trace for text in found)
+        assert found == greedy(exported, mode, questions)
+
+
+def test_without_the_switch_no_trace_is_opened_and_each_mode_does_as_it_learnt(both: openai.OpenAI) -> None:
+    for question in task.held_out()[:4]:
+        assert ask(both, "instruct", question) == ask(both, "instruct", question, enable_thinking=False)
+        alone = ask(both, "thinking", question)
+        assert alone.startswith("<think>") and "</think>" in alone
+        assert not ask(both, "thinking", question, enable_thinking=True).startswith("<think>")  # the template wrote it
+
+
+def test_the_requests_of_the_documentation(both: openai.OpenAI, command: Any) -> None:
+    text = (ROOT / "docs" / "serving.md").read_text().replace("127.0.0.1:8000", f"127.0.0.1:{both.base_url.port}")
+    (curl,) = re.findall(r"```sh\n(curl .*?)```", text, re.S)
+    (python,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    if shutil.which("curl"):
+        shown = command("bash", "-c", curl)
+        assert "</think>" in json.loads(shown.stdout)["choices"][0]["message"]["content"], shown.stderr
+    instruct, thinking = command(sys.executable, "-c", python).stdout.splitlines()
+    assert instruct.startswith("instruct ") and "</think>" not in instruct
+    assert thinking.startswith("thinking ") and "</think>" in thinking
+
+
+def test_a_lora_judged_through_vllm_scores_as_in_transformers(exported: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(ROOT / "recipes" / "arithmetic.yaml")
+    base = files.read_json(exported / "export.json")["base"]["path"]
+    lora, figures = exported / "rank-128" / "thinking", []
+    for backend in ("hf", "server"):
+        keys = recipe.keys.evaluation.model_copy(update={"backend": backend, "limit": 60})
+        out = tmp_path / backend
+        evaluation.run_lm_eval(base, out, keys, "vllm", recipe.keys.engine, logs=tmp_path, title=backend, lora=lora)
+        figures.append(evaluation.summarize(list(evaluation.read_samples(out, keys.task, str(lora), "digit"))))
+    assert figures[0] == figures[1] and figures[0]["think_ratio"] == 1.0

@@ -6,7 +6,7 @@ stamp holds it (`hashes.CARD`), so completing it makes nothing run again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from thinkswitch_plugin.hashes import CARD, Hashes, read_stamp
 from thinkswitch_plugin.run import MODES, Run, versions
 
 if TYPE_CHECKING:
-    from huggingface_hub import EvalResult, ModelCard
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 RESULTS = "<!-- thinkswitch: results -->"  # what follows is written anew by every report
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -32,7 +32,7 @@ ABOUT = {
 
 def write_card(run: Run, k: int, mode: str, folder: Path, merge_yaml: str | None = None) -> None:
     """Write the card of a checkpoint of iteration k into `folder`, as yet without scores."""
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCardData
 
     parents, keys, on_hub = parents_of(run, k, mode), run.recipe.keys, hub_pair(run)
     ancestors = [on_hub[name]["name"] for name in (MODES if mode == "thinking" else ("instruct",)) if name in on_hub]
@@ -46,16 +46,23 @@ def write_card(run: Run, k: int, mode: str, folder: Path, merge_yaml: str | None
         tags=["thinkswitch", keys.domain, *(["mergekit", "merge"] if mode == "thinking" else ["axolotl", "qlora"])],
         **licence(Path(parent) for parent in parents),
     )
-    rows = "".join(f"| {key} | {value} |\n" for key, value in facts(run, k, mode, parents).items())
-    text = (
-        f"\n# {keys.domain}: {mode} checkpoint after iteration {k}\n\n"
-        f"{ABOUT[mode]}, by [ThinkSwitch](https://arxiv.org/abs/2606.01080).\n\n| | |\n|---|---|\n{rows}"
-    )
+    merge = ""
     if merge_yaml:
         for found in on_hub.values():
             merge_yaml = merge_yaml.replace(str(found["path"]), str(found["name"]))
-        text += f"\n## Merge\n\n```yaml\n{merge_yaml.strip()}\n```\n"
-    save(ModelCard(f"---\n{data.to_yaml()}\n---\n{text}\n{RESULTS}\n\nNot evaluated yet.\n"), folder / CARD)
+        merge = f"## Merge\n\n```yaml\n{merge_yaml.strip()}\n```\n\n"
+    title = f"{keys.domain}: {mode} checkpoint after iteration {k}"
+    about = f"{ABOUT[mode]}, by [ThinkSwitch](https://arxiv.org/abs/2606.01080)."
+    rest = f"{merge}{RESULTS}\n\nNot evaluated yet.\n"
+    save(compose(data, title, about, facts(run, k, mode, parents), rest), folder / CARD)
+
+
+def compose(data: ModelCardData, title: str, about: str, rows: Mapping[str, Any], rest: str = "") -> ModelCard:
+    """A card: metadata, a title, what it is in a sentence, a table of facts."""
+    from huggingface_hub import ModelCard
+
+    table = "".join(f"| {key} | {value} |\n" for key, value in rows.items())
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{about}\n\n| | |\n|---|---|\n{table}\n{rest}")
 
 
 def complete_cards(run: Run) -> None:

@@ -20,6 +20,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError, with_next_command
 
 F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path, readable=False)  # whether it can be read is said in our own words
+EXPORT_RANK = 64
 OVERLAY = click.option("--overlay", default="", help="Overlays put on the recipe: names or paths, by spaces.")
 
 
@@ -329,16 +330,18 @@ def pair_options(function: F) -> F:
     return function
 
 
+def whole_number(option: str, text: str) -> int | None:
+    """An option's number; None where it is not given."""
+    if text and not (text.isdigit() and int(text) > 0):
+        raise click.UsageError(f"{option} {text}: give a whole number above 0.")
+    return int(text) if text else None
+
+
 def _subject(options: dict[str, Any]) -> tuple[Any, list[Any], Any]:
     from thinkswitch_plugin.interpolation.subject import find_subject
     from thinkswitch_plugin.interpolation.sweep import parse_sampling
 
-    numbers = {}
-    for name in ("samples", "limit"):
-        text = options.pop(name)
-        if text and not (text.isdigit() and int(text) > 0):
-            raise click.UsageError(f"--{name} {text}: give a whole number above 0.")
-        numbers[name] = int(text) if text else None
+    numbers = {name: whole_number(f"--{name}", options.pop(name)) for name in ("samples", "limit")}
     sampling = parse_sampling(options.pop("sampling"), numbers["samples"])
     template, out = options.pop("template"), options.pop("out")
     subject = find_subject(
@@ -395,6 +398,72 @@ def merge(arguments: tuple[str, ...]) -> None:
     from thinkswitch_plugin.merging.run import command
 
     command.main(args=list(arguments), prog_name="thinkswitch merge", standalone_mode=False)
+
+
+@main.command("export-loras")
+@click.option("--domain", required=True, help="Name of a recipe in recipes/; its task judges.")
+@click.option("--runs", default="runs", show_default=True, type=FOLDER, help="Folder that holds the runs.")
+@click.option("--iteration", default=1, show_default=True, type=click.IntRange(min=0, max=20))
+@click.option("--instruct", default="", help="Another instruct checkpoint (folder or hub id), with --thinking.")
+@click.option("--thinking", default="", help="Another thinking checkpoint (folder or hub id), with --instruct.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Where there is no run.")
+@click.option("--engine", default="auto", show_default=True, help="Where there is no run.")
+@OVERLAY
+@click.option("--out", default="", help="Where the export goes, instead of the run's iteration.")
+@click.option("--limit", default="", help="Judge by the first so many questions only.")
+@click.option("--rank", default="", help=f"Ranks of the adapters, by spaces (default: {EXPORT_RANK}).")
+@click.option(
+    "--base",
+    default="",
+    help="What the adapters are put on: instruct, thinking, instruct-0, a folder or a hub id "
+    "(default: the starting instruct checkpoint).",
+)
+def export_loras(rank: str, base: str, **options: Any) -> None:
+    """Instruct and thinking as two LoRAs of one base (mergekit), judged beside the full checkpoints -> export/."""
+    from thinkswitch_plugin.export.job import export, find_base, find_pair, parse_ranks
+
+    ranks = parse_ranks(rank or str(EXPORT_RANK))
+    limit, out = options.pop("limit"), options.pop("out")
+    subject = find_pair(
+        overlays=options.pop("overlay").split(),
+        out=Path(out) if out else None,
+        limit=whole_number("--limit", limit),
+        **options,
+    )
+    export(subject, find_base(subject, base), ranks)
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.option("--domain", required=True, help="Name of a recipe in recipes/; its engine options count.")
+@click.option("--runs", default="runs", show_default=True, type=FOLDER, help="Folder that holds the runs.")
+@click.option("--iteration", default=1, show_default=True, type=click.IntRange(min=0, max=20))
+@click.option("--out", default="", help="Where the export went, instead of the run's iteration.")
+@click.option("--model", default="", help="One checkpoint (folder or hub id) instead of an export.")
+@click.option("--rank", default="", help="One of the exported ranks (default: the one found to be enough).")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(min=0, max=65535), help="0: any free one.")
+@OVERLAY
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def serve(
+    domain: str,
+    runs: Path,
+    iteration: int,
+    out: str,
+    model: str,
+    rank: str,
+    port: int,
+    overlay: str,
+    arguments: tuple[str, ...],
+) -> None:
+    """Serve both modes of an export from one copy of the weights, by vLLM, to this machine only.
+
+    ARGUMENTS are further options of vLLM; they come last, so they count.
+    """
+    from thinkswitch_plugin.export.serve import serve as serve_both
+    from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
+
+    keys = load_recipe(recipe_path(domain), tuple(overlay_path(name) for name in overlay.split())).keys
+    folder = Path(out) if out else runs / domain / f"iter-{iteration}"
+    serve_both(folder / "export", model, whole_number("--rank", rank), keys, port, arguments)
 
 
 @main.command()

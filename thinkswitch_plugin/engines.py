@@ -16,19 +16,21 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from thinkswitch_plugin import console
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.progress import Bar
 
 LOOPBACK = "127.0.0.1"
 VLLM_VENV = Path(".venv-vllm")  # where `make setup-vllm` puts it; it cannot share axolotl's environment
-
+# The values of vLLM's --max-lora-rank (vllm/config/lora.py).
+MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 NO_VLLM = (
     "vLLM is not installed; run `make setup-vllm`, or point VLLM_PYTHON at the python of an environment that has it."
@@ -104,7 +106,7 @@ def free_port(wanted: int) -> int:
         except OSError as error:
             raise ThinkSwitchError(
                 f"Port {wanted} on {LOOPBACK} is not free ({error.strerror}); set "
-                "`thinkswitch.engine.port: 0` to take any free one."
+                "`thinkswitch.engine.port: 0` (for `make serve`: PORT=0) to take any free one."
             ) from None
         return int(probe.getsockname()[1])
 
@@ -126,6 +128,29 @@ def vllm_command(model: str, port: int, keys: EngineKeys, max_len: int | None) -
         command += ["--gpu-memory-utilization", "0.2", "--enforce-eager", "--dtype", "float32"]
     # Text comes raw: a server's reasoning parser hides what a trace that never ended looks like.
     return command + [arg for arg in keys.vllm_args if not arg.startswith("--reasoning-parser")]
+
+
+def adapter_rank(adapter: Path) -> int:
+    """The largest rank in a PEFT adapter folder. Raises `ThinkSwitchError` if it is none."""
+    path = adapter / "adapter_config.json"
+    config = files.read_json(path)
+    try:
+        return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
+    except (KeyError, TypeError, ValueError):
+        raise ThinkSwitchError(f"{path} names no rank `r`; export the adapter again.") from None
+
+
+def lora_arguments(adapters: Mapping[str, Path]) -> list[str]:
+    """vLLM's options that serve PEFT adapters by name, all of them in one batch if need be.
+
+    Raises `ThinkSwitchError` for a folder that is no adapter, or a rank that vLLM does not serve.
+    """
+    largest = max(map(adapter_rank, adapters.values()))
+    room = next((rank for rank in MAX_LORA_RANKS if rank >= largest), None)
+    if room is None:
+        raise ThinkSwitchError(f"An adapter has rank {largest}; vLLM serves up to {MAX_LORA_RANKS[-1]}.")
+    named = [f"{name}={folder}" for name, folder in adapters.items()]
+    return ["--enable-lora", "--max-loras", str(len(named)), "--max-lora-rank", str(room), "--lora-modules", *named]
 
 
 def has_cuda() -> bool:
@@ -157,9 +182,7 @@ def serving(engine: str, model: str, keys: EngineKeys, log: Path, *, max_len: in
     log.parent.mkdir(parents=True, exist_ok=True)
     console.say(f"  $ {' '.join(command)}")
     with log.open("ab") as handle:
-        process = console.spawn(
-            command, handle, {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
-        )
+        process = console.spawn(command, handle, VLLM_ENVIRONMENT)
         try:
             base_url = f"http://{LOOPBACK}:{port}/v1"
             _wait_until_ready(process, f"http://{LOOPBACK}:{port}/health", keys.start_timeout, engine, log)

@@ -24,7 +24,7 @@ from typing import Any
 from thinkswitch_plugin import answers, files, traces
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
 from thinkswitch_plugin.console import run_logged
-from thinkswitch_plugin.engines import has_cuda, serving
+from thinkswitch_plugin.engines import has_cuda, lora_arguments, serving
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.generate import PROMPT_ROOM, context_length
 
@@ -307,15 +307,20 @@ def run_lm_eval(
     logs: Path,
     title: str,
     answer: str | None = None,
+    lora: Path | None = None,
 ) -> None:
     """Run `lm_eval` on one checkpoint and keep its results and samples files in `out`.
 
     Args:
         answer: how the final answer is read; with it the samples are graded too, into `graded.jsonl`.
+        lora: a PEFT adapter put on the checkpoint; its tokenizer and chat template count then.
 
-    Raises `ThinkSwitchError` with the end of the log if lm-eval fails, or for a name that it would misread.
+    Raises:
+        ThinkSwitchError: lm-eval fails (with the end of the log), or would misread a name.
     """
-    if "," in checkpoint:  # what follows would be further options of lm-eval, `trust_remote_code=True` among them
+    if (
+        "," in f"{checkpoint}{lora or ''}"
+    ):  # what follows would be further options of lm-eval, `trust_remote_code=True` among them
         raise ThinkSwitchError(f"The checkpoint {checkpoint} has a comma in its name; rename the folder.")
     building = files.temporary_sibling(out)
     files.remove(building)
@@ -337,9 +342,14 @@ def run_lm_eval(
     log = logs / f"{title}.log"
     if uses_server(keys, engine):
         room = min(context_length(checkpoint), (keys.max_tokens or LARGEST_BUDGET) + PROMPT_ROOM)
+        name = checkpoint
+        if lora is not None:
+            name = lora.name
+            extra = [*lora_arguments({name: lora}), "--chat-template", str(lora / "chat_template.jinja")]
+            engine_keys = engine_keys.model_copy(update={"vllm_args": [*engine_keys.vllm_args, *extra]})
         with serving("vllm", checkpoint, engine_keys, log, max_len=room) as server:
             model_args = (
-                f"model={checkpoint},base_url={server.base_url}/chat/completions,"
+                f"model={name},base_url={server.base_url}/chat/completions,"
                 f"num_concurrent={engine_keys.concurrency},timeout={engine_keys.timeout:g},tokenizer_backend=none"
             )
             run_logged(
@@ -355,7 +365,7 @@ def run_lm_eval(
                 "--model",
                 "hf",
                 "--model_args",
-                f"pretrained={checkpoint},dtype=auto",
+                f"pretrained={checkpoint},dtype=auto" + (f",peft={lora},tokenizer={lora}" if lora else ""),
                 "--device",
                 device,
                 "--batch_size",

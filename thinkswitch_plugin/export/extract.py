@@ -1,0 +1,161 @@
+"""A checkpoint as a LoRA of another: mergekit extracts it, and what it cannot carry is measured.
+
+mergekit's `mergekit-extract-lora` takes the difference of every matrix inside the layers and keeps its largest
+singular values. Norms are no matrices, and vLLM serves no full-rank module (`modules_to_save`) beside a LoRA,
+so norms and what lies outside the layers (embeddings, output layer) stay as the base has them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from thinkswitch_plugin import console, files
+from thinkswitch_plugin.engines import has_cuda
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.merging.compatibility import list_tensors, require_compatible
+from thinkswitch_plugin.merging.kernel import non_finite
+from thinkswitch_plugin.progress import Bar
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+OUTSIDE_LAYERS = r"^(?!.*\.\d+\.)"  # a module name without a layer's number
+PREFIX = "base_model.model."
+MEANT_OTHERWISE = "+@,"  # mergekit reads `model@revision+lora`, lm-eval `key=value,key=value`
+
+
+def extract(base: Path, checkpoint: Path, out: Path, rank: int, log: Path) -> float:
+    """Have mergekit write the LoRA that turns `base` into `checkpoint` into the folder `out`; return its seconds.
+
+    Args:
+        base, checkpoint: compatible checkpoint folders.
+        rank: the largest rank of a matrix; one that has fewer rows or columns gets as many.
+        log: mergekit's output goes here.
+
+    Raises:
+        ThinkSwitchError: the two are no pair, a folder's name means something else to mergekit, or it failed.
+    """
+    for folder in (base, checkpoint, out):
+        require_plain_name(folder)
+    require_compatible(base, checkpoint)
+    words: list[str | Path] = [
+        Path(sys.executable).with_name("mergekit-extract-lora"),
+        *("--base-model", base, "--model", checkpoint, "--out-path", out, "--max-rank", str(rank)),
+        *("--exclude-regex", OUTSIDE_LAYERS, "--skip-undecomposable"),
+    ]
+    return console.run_logged(words + (["--cuda"] if has_cuda() else []), log, title="mergekit-extract-lora")
+
+
+def require_plain_name(folder: Path) -> None:
+    """Raise `ThinkSwitchError` for a folder whose name an engine would take apart."""
+    for sign in MEANT_OTHERWISE:
+        if sign in str(folder):
+            raise ThinkSwitchError(f"The folder {folder} has a `{sign}` in its name; rename it.")
+
+
+def cut(adapter: Path, out: Path, rank: int, *, base: str, revision: str | None) -> None:
+    """Write a LoRA's leading `rank` singular directions as the PEFT adapter `out`: mergekit's extraction at that rank.
+
+    Args:
+        adapter: what `extract` wrote at this rank or a larger one.
+        base, revision: how users find the base; a hub id, or a folder.
+
+    Raises:
+        ThinkSwitchError: the adapter holds NaN or infinity, so a checkpoint does.
+    """
+    kept: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}
+    for name, tensor in load_file(str(adapter / WEIGHTS)).items():
+        if not name.endswith((".lora_A.weight", ".lora_B.weight")):
+            continue  # the difference of a bias, which neither PEFT nor vLLM would add
+        if not bool(torch.isfinite(tensor).all()):
+            raise ThinkSwitchError(non_finite("The base or the exported checkpoint", name))
+        first = name.endswith(".lora_A.weight")
+        kept[name] = (tensor[:rank] if first else tensor[:, :rank]).contiguous()
+        ranks[_module(name)] = kept[name].shape[0 if first else 1]
+    largest = max(ranks.values())
+    fewer = {module: found for module, found in sorted(ranks.items()) if found < largest}
+    config = {
+        **files.read_json(adapter / CONFIG),
+        "base_model_name_or_path": base,
+        "revision": revision,
+        "r": largest,
+        "lora_alpha": largest,  # the scale alpha / r is 1: the factors are the difference itself
+        "rank_pattern": fewer,
+        "alpha_pattern": fewer,
+        "target_modules": sorted({module.rsplit(".", 1)[-1] for module in ranks}),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(kept, str(out / WEIGHTS), metadata={"format": "pt"})
+    files.write_json(out / CONFIG, config)
+
+
+def _module(tensor: str) -> str:
+    return re.sub(r"\.lora_[AB]\.weight$", "", tensor).removeprefix(PREFIX)
+
+
+def losses(base: Path, checkpoint: Path, adapters: Sequence[Path]) -> list[dict[str, Any]]:
+    """What is lost of the difference D between a checkpoint and its base when adapters stand for it.
+
+    Reads one tensor of each checkpoint at a time, and works in float32 (float64 for float64 tensors).
+
+    Returns:
+        For every adapter, with D̂ the difference that base + adapter makes, and all norms over all weights:
+        ``error`` = ‖D − D̂‖/‖D‖; ``error_in_matrices``, the same over the matrices in the adapter alone;
+        ``left_out`` = the share of ‖D‖² in tensors that it leaves as the base has them;
+        ``tensors_left_out`` = how many of those differ. All are 0 where there is no difference.
+    """
+    there = {checkpoint: list_tensors(checkpoint), base: list_tensors(base)}
+    factors = [{name: t.float() for name, t in load_file(str(adapter / WEIGHTS)).items()} for adapter in adapters]
+    inside, outside, differ = 0.0, 0.0, 0
+    missed = [0.0] * len(adapters)
+    with ExitStack() as stack:
+        handles: dict[Path, Any] = {}
+
+        def read(folder: Path, name: str) -> torch.Tensor:
+            file = there[folder][name].file
+            if file not in handles:
+                handles[file] = stack.enter_context(safe_open(str(file), framework="pt"))
+            found = handles[file].get_tensor(name)
+            return found if found.dtype == torch.float64 else found.float()
+
+        bar = Bar(len(there[base]), f"{checkpoint.name}: what is lost", unit="tensor")
+        for name in sorted(there[base], key=lambda tensor: (there[base][tensor].file, there[base][tensor].start)):
+            difference = read(checkpoint, name) - read(base, name)
+            module = PREFIX + name.removesuffix(".weight")
+            if f"{module}.lora_A.weight" in factors[0]:
+                inside += _squares(difference)
+                for i, found in enumerate(factors):
+                    made = found[f"{module}.lora_B.weight"] @ found[f"{module}.lora_A.weight"]
+                    missed[i] += _squares(difference - made)
+            else:
+                squares = _squares(difference)
+                outside += squares
+                differ += squares > 0
+            bar.update(1)
+        bar.close()
+    return [
+        {
+            "error": _root(found + outside, inside + outside),
+            "error_in_matrices": _root(found, inside),
+            "left_out": outside / (inside + outside) if inside + outside else 0.0,
+            "tensors_left_out": differ,
+        }
+        for found in missed
+    ]
+
+
+def _squares(tensor: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+
+
+def _root(part: float, whole: float) -> float:
+    return math.sqrt(part / whole) if whole else 0.0

@@ -1,0 +1,394 @@
+"""Export both modes as LoRAs of one base, judge them beside the full checkpoints, and say what it costs.
+
+iter-1/export/rank-64/{instruct,thinking}/   PEFT adapters with tokenizer, chat template and card
+iter-1/export/rank-64/{instruct,thinking}.json   what they were made of and what is lost
+iter-1/export/rank-64/eval/…                 lm-eval's results and samples of base + adapter, and the figures
+iter-1/export/full/…                         the full checkpoints, where the run has not judged them so
+iter-1/export/chat_template.jinja            one template for both modes
+iter-1/export/export.json .md                the base, every rank, the scores, the rank that serves
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin import cards, checkpoint, console, files
+from thinkswitch_plugin.args import is_local, resolve_seed
+from thinkswitch_plugin.engines import MAX_LORA_RANKS, adapter_rank
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.evaluation import read_samples, run_lm_eval, summarize, uses_server
+from thinkswitch_plugin.export.extract import WEIGHTS, cut, extract, losses, require_plain_name
+from thinkswitch_plugin.export.template import chat_template, combined_template
+from thinkswitch_plugin.hashes import CARD, Hashes, read_stamp
+from thinkswitch_plugin.interpolation.subject import Subject, few_questions, find_subject, write_results
+from thinkswitch_plugin.merging.compatibility import require_compatible
+from thinkswitch_plugin.report import table
+from thinkswitch_plugin.run import MODES, locked, open_run
+from thinkswitch_plugin.sources import DATA_VARIABLE
+from thinkswitch_plugin.task_files import task_files
+
+LEAST_KEPT = 0.98  # of the full checkpoint's think ratio, as where thinking is rebuilt
+HEADER = ["rank", "mode", "MB", "error", "accuracy", "95 %", "tokens", "think ratio", "keeps its mode and score"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The checkpoint that both adapters are made for: by what name users find it, and where it lies here."""
+
+    name: str
+    folder: Path
+    revision: str | None
+
+
+def parse_ranks(text: str) -> list[int]:
+    """`8 16 32` as numbers in order. Raises `ThinkSwitchError` for what no server takes."""
+    words = text.replace(",", " ").split()
+    largest = MAX_LORA_RANKS[-1]
+    if not words or not all(word.isascii() and word.isdigit() and 0 < int(word) <= largest for word in words):
+        raise ThinkSwitchError(f"RANK={text}: give whole numbers from 1 to {largest}, the largest rank vLLM serves.")
+    return sorted({int(word) for word in words})
+
+
+def find_pair(
+    domain: str,
+    runs: Path,
+    *,
+    seed: int,
+    engine: str,
+    overlays: Sequence[str],
+    iteration: int,
+    instruct: str,
+    thinking: str,
+    out: Path | None,
+    limit: int | None,
+) -> Subject:
+    """The two checkpoints to export: those an iteration of a run ended with, or any two (both given).
+
+    Raises `ThinkSwitchError` as `find_subject` does, or if only one of the two is given.
+    """
+    if bool(instruct) != bool(thinking):
+        raise ThinkSwitchError("Give both checkpoints, A=<instruct> B=<thinking>, or neither for those of a run.")
+    subject = find_subject(
+        domain,
+        runs,
+        seed=seed,
+        engine=engine,
+        overlays=overlays,
+        iteration=iteration,
+        instruct=instruct,
+        thinking=thinking,
+        out=out,
+        limit=limit,
+    )
+    if not subject.of_run:
+        return subject
+    # A sweep is about what thinking is rebuilt from; an export about what came of it.
+    made = Path(open_run(runs / domain).checkpoint("thinking", iteration))
+    if not (made / "config.json").is_file():
+        raise ThinkSwitchError(
+            f"{runs / domain} has no thinking checkpoint of iteration {iteration}; run `make iterate` first."
+        )
+    checkpoint.require_weights(made)
+    return replace(subject, roles={**subject.roles, "thinking": made})
+
+
+def find_base(subject: Subject, given: str) -> Base:
+    """The base: the starting instruct checkpoint, one of the pair's by its role, or any folder or hub id.
+
+    Raises `ThinkSwitchError` if there is none.
+    """
+    start = subject.home / "iter-0" / "pair.json"
+    if not given and subject.of_run:
+        found = files.read_json(start)["instruct"]
+        return Base(found["name"], Path(found["path"]), found["revision"])
+    if given in subject.roles and given != "base":
+        return Base(str(subject.roles[given]), subject.roles[given], None)
+    pair = subject.keys.pair
+    names = {"": (resolve_seed(pair.instruct, subject.seed), pair.revision_instruct)}
+    if pair.base:
+        names["base"] = (resolve_seed(pair.base, subject.seed), None)
+    name, revision = names.get(given, (given, None))
+    folder, commit = checkpoint.resolve(name, revision, "base")
+    return Base(name, folder, commit)
+
+
+def export(subject: Subject, base: Base, ranks: Sequence[int]) -> dict[str, Any]:
+    """Write and judge the adapters of every rank; return what `export.json` holds.
+
+    What is there already and made of the same checkpoints is kept. Where a mode's checkpoint is the base itself,
+    it needs no adapter.
+
+    Raises:
+        ThinkSwitchError: the three checkpoints do not match, an engine failed, the disk is too full.
+    """
+    out = subject.out / "export"
+    modes = {mode: subject.roles[mode] for mode in MODES}
+    for folder in (base.folder, *modes.values(), out):
+        require_plain_name(folder)
+    for folder in modes.values():
+        require_compatible(base.folder, folder)
+    adapted = [mode for mode in MODES if modes[mode].resolve() != base.folder.resolve()]
+    if not adapted:
+        raise ThinkSwitchError("Both checkpoints are the base itself; there is nothing to export.")
+    with locked(subject.home):
+        template = combined_template(modes["instruct"], modes["thinking"])
+        with files.atomic_file(out / "chat_template.jinja") as handle:
+            handle.write(template.encode())
+        hashes = Hashes(subject.home)
+        found = {str(folder): str(hashes.of(folder)) for folder in (base.folder, *modes.values())}
+        hashes.save()
+        job = Job(subject, base, out, found)
+        full = {mode: job.full_figures(mode) for mode in MODES}
+        rows = {mode: job.adapters(mode, ranks) for mode in adapted}
+        every: list[dict[str, Any]] = []
+        for i, rank in enumerate(ranks):
+            one = {mode: rows[mode][i] for mode in adapted}
+            kept = {mode: keeps(full[mode], row["figures"], mode) for mode, row in one.items()}
+            every.append({"rank": rank, "kept": kept, **one})
+        enough = [row["rank"] for row in every if all(row["kept"].values())]
+        result = {
+            **subject.described(),
+            "base": {"name": base.name, "path": str(base.folder), "revision": base.revision},
+            "full": full,
+            "full_bytes": {mode: sum(p.stat().st_size for p in modes[mode].glob("*.safetensors")) for mode in MODES},
+            "ranks": every,
+            "rank": enough[0] if enough else ranks[-1],
+            "kept": bool(enough),
+        }
+        write_results(out / "export.json", result)
+        lines = markdown(result)
+        with files.atomic_file(out / "export.md") as handle:
+            handle.write("\n".join([*lines, ""]).encode())
+    console.say("\n".join(lines))
+    console.say(f"  {out / 'export.json'}, export.md; serve both: make serve, or the command in docs/serving.md")
+    return result
+
+
+@dataclass(frozen=True)
+class Job:
+    """One export: the pair, its base, where the files go, and the hash of every checkpoint by its folder."""
+
+    subject: Subject
+    base: Base
+    out: Path
+    hashes: dict[str, str]
+
+    def made_of(self, mode: str, rank: int | None = None) -> dict[str, Any]:
+        """What a mode's adapter depends on; without a rank, what its full checkpoint is."""
+        whole = {"checkpoint": self.hashes[str(self.subject.roles[mode])]}
+        return {**whole, "base": self.hashes[str(self.base.folder)], "rank": rank} if rank else whole
+
+    def judged_by(self) -> dict[str, Any]:
+        """What figures depend on besides."""
+        keys = self.subject.keys
+        return {
+            "evaluation": keys.evaluation.model_dump(exclude={"contamination_ngram", "contamination_share"}),
+            "task": {path.name: path.read_text(encoding="utf-8") for path in task_files(keys.evaluation.task)},
+            "data": os.environ.get(DATA_VARIABLE, ""),
+            "answer": keys.labels.answer,
+            "server": uses_server(keys.evaluation, self.subject.engine),
+        }
+
+    def full_figures(self, mode: str) -> dict[str, Any]:
+        """The full checkpoint's figures: the run's own where it was judged the same way, else judged here."""
+        subject = self.subject
+        if subject.of_run:
+            run = open_run(subject.home)
+            judged = run.iteration(subject.iteration or 0) / "eval" / mode
+            if judged.is_dir() and run.recipe.keys.evaluation == subject.keys.evaluation:
+                return self._read(mode, judged)
+        return self.figures(mode, self.out / "full", self.made_of(mode), None)
+
+    def figures(self, mode: str, place: Path, made_of: dict[str, Any], lora: Path | None) -> dict[str, Any]:
+        """The figures of a full checkpoint, or of base and adapter, by lm-eval; those stored if nothing has changed."""
+        keys = self.subject.keys
+        judged = place / "eval" / f"{mode}{few_questions(self.subject)}"
+        store = judged.with_name(f"{judged.name}.json")
+        settings = {"made_of": made_of, **self.judged_by()}
+        if (stored := _stored(store, "settings", settings)) is None:
+            store.unlink(missing_ok=True)
+            run_lm_eval(
+                str(self.base.folder if lora else self.subject.roles[mode]),
+                judged,
+                keys.evaluation,
+                self.subject.engine,
+                keys.engine,
+                logs=self.out / "logs",
+                title=f"{place.name}-{mode}",
+                lora=lora,
+            )
+            stored = {"settings": settings, "figures": self._read(mode, judged)}
+            files.write_json(store, stored)
+        return dict(stored["figures"])
+
+    def _read(self, mode: str, judged: Path) -> dict[str, Any]:
+        keys = self.subject.keys
+        return summarize(
+            list(read_samples(judged, keys.evaluation.task, str(self.subject.roles[mode]), keys.labels.answer))
+        )
+
+    def adapters(self, mode: str, ranks: Sequence[int]) -> list[dict[str, Any]]:
+        """What is known of a mode's adapter at every rank, making and judging what is not there yet."""
+        rows = []
+        for rank, made in zip(ranks, self._make(mode, ranks), strict=True):
+            place = self.out / f"rank-{rank}"
+            adapter = place / mode
+            figures = self.figures(mode, place, self.made_of(mode, rank), adapter)
+            self._card(mode, adapter, made, figures)
+            rows.append({**{key: v for key, v in made.items() if key != "made_of"}, "figures": figures})
+        return rows
+
+    def _make(self, mode: str, ranks: Sequence[int]) -> list[dict[str, Any]]:
+        """The adapters of these ranks: the largest is extracted, a smaller one is its leading part."""
+        source = self.subject.roles[mode]
+        places = {rank: self.out / f"rank-{rank}" / mode for rank in ranks}
+        notes = {rank: place.with_name(f"{mode}.json") for rank, place in places.items()}
+
+        def stored(rank: int) -> dict[str, Any] | None:
+            return _stored(notes[rank], "made_of", self.made_of(mode, rank)) if places[rank].is_dir() else None
+
+        waiting = [rank for rank in ranks if stored(rank) is None]
+        if waiting:
+            # Two factors of a matrix are seldom larger than it, so an adapter stays below the checkpoint.
+            files.require_space(self.out, files.size(source), "the export of adapters")
+            largest = files.temporary_sibling(self.out / f"extracted-{mode}")
+            files.remove(largest)
+            try:
+                log = self.out / "logs" / f"extract-{mode}.log"
+                seconds = extract(self.base.folder, source, largest, waiting[-1], log)
+                for rank in waiting:
+                    notes[rank].unlink(missing_ok=True)
+                    self._build(source, largest, places[rank], rank)
+            finally:
+                files.remove(largest)
+            lost = losses(self.base.folder, source, [places[rank] for rank in waiting])
+            for rank, loss in zip(waiting, lost, strict=True):
+                found = {
+                    "made_of": self.made_of(mode, rank),
+                    "path": str(places[rank]),
+                    "largest_rank": adapter_rank(places[rank]),
+                    "bytes": files.size(places[rank] / WEIGHTS),
+                    "seconds_of_extraction": round(seconds, 2),
+                    **loss,
+                }
+                files.write_json(notes[rank], found)
+        return [files.read_json(notes[rank]) for rank in ranks]
+
+    def _build(self, source: Path, largest: Path, adapter: Path, rank: int) -> None:
+        from transformers import AutoTokenizer
+
+        with files.atomic_folder(adapter) as folder:
+            cut(largest, folder, rank, base=self.base.name, revision=self.base.revision)
+            checkpoint.adopt_mode(source, folder)
+            text = chat_template(AutoTokenizer.from_pretrained(source), source)
+            (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+
+    def _card(self, mode: str, adapter: Path, made: dict[str, Any], figures: dict[str, Any]) -> None:
+        from huggingface_hub import ModelCardData
+
+        source = self.subject.roles[mode]
+        low, high = (100 * value for value in figures["ci95"])
+        keys = self.subject.keys
+        data = ModelCardData(
+            base_model=None if is_local(self.base.name) else self.base.name,
+            base_model_relation=None if is_local(self.base.name) else "adapter",
+            library_name="peft",
+            pipeline_tag="text-generation",
+            tags=["thinkswitch", keys.domain, "lora", "mergekit"],
+            model_name=f"thinkswitch-{keys.domain}-{mode}-lora",
+            eval_results=cards.eval_results(keys.evaluation.task, figures),
+        )
+        facts = {
+            "Base": f"`{self.base.name}`" + (f" at {self.base.revision}" if self.base.revision else ""),
+            "Extracted from": f"`{source}` (sha256 {self.hashes[str(source)][:16]}…) by mergekit-extract-lora",
+            "Rank": made["largest_rank"],
+            "Relative error of the difference": f"{made['error']:.4f}",
+            "Left as the base has it": "norms, embeddings and output layer: "
+            f"{100 * made['left_out']:.2f} % of the squared difference",
+            f"mean@{figures['k']} of {figures['n']} questions, base and adapter": f"{100 * figures['mean@k']:.1f} % "
+            f"({low:.1f}–{high:.1f})",
+            "Think ratio": f"{figures['think_ratio']:.3f}",
+        }
+        about = f"The {mode} mode of a pair made by [ThinkSwitch](https://arxiv.org/abs/2606.01080), for its base."
+        cards.save(cards.compose(data, f"{keys.domain}: {mode} mode as a LoRA", about, facts), adapter / CARD)
+
+
+def _stored(path: Path, key: str, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    found = read_stamp(path)
+    return found if found is not None and found.get(key) == wanted else None
+
+
+def keeps(full: dict[str, Any], lora: dict[str, Any], mode: str) -> bool:
+    """Whether an adapter does as its full checkpoint does, as far as so many questions can tell.
+
+    Thinking: its think ratio is at least .98 of the full one's, one completion of tolerance; instruct: it thinks
+    no more often, within the same 2 %. The full checkpoint's score is not above the 95 % interval of the adapter's.
+    """
+    slack = max(1 - LEAST_KEPT, 1 / (full["n"] * full["k"]))
+    if mode == "thinking":
+        same_mode = lora["think_ratio"] >= full["think_ratio"] - slack
+    else:
+        same_mode = lora["think_ratio"] <= full["think_ratio"] + slack
+    return bool(same_mode and full["mean@k"] <= lora["ci95"][1])
+
+
+def markdown(result: dict[str, Any]) -> list[str]:
+    """The table of ranks beside the full checkpoints, and what it says."""
+    base = result["base"]
+    n, k = result["full"]["instruct"]["n"], result["full"]["instruct"]["k"]
+    lines = [
+        f"Base: {base['name']}" + (f" at {base['revision']}" if base["revision"] else ""),
+        f"{n} questions, {k} sample{'s' if k > 1 else ''} a question",
+        "",
+        *table(HEADER, table_rows(result)),
+        "",
+    ]
+    first = result["ranks"][-1]
+    for mode in MODES:
+        if mode in first:
+            lines.append(
+                f"{mode}: {100 * first[mode]['left_out']:.2f} % of the squared difference lies in norms and embeddings "
+                f"({first[mode]['tensors_left_out']} tensors differ), which no rank carries."
+            )
+        else:
+            lines.append(f"{mode}: the base itself, no adapter.")
+    lines.append(
+        f"Rank {result['rank']} is the smallest of these that keeps both modes and both scores."
+        if result["kept"]
+        else f"No rank of these keeps both modes and both scores; rank {result['rank']} is the largest. Give a larger "
+        "RANK=, another BASE=, or serve the full checkpoints one by one."
+    )
+    return lines
+
+
+def table_rows(result: dict[str, Any]) -> Iterator[list[str]]:
+    """The full checkpoints, then both modes of every rank."""
+    for mode in MODES:
+        megabytes = f"{result['full_bytes'][mode] / 1e6:.2f}"
+        yield ["full", mode, megabytes, "", *_figures(result["full"][mode]), ""]
+    for row in result["ranks"]:
+        for mode in MODES:
+            if mode in row:
+                one = row[mode]
+                yield [
+                    str(row["rank"]),
+                    mode,
+                    f"{one['bytes'] / 1e6:.2f}",
+                    f"{one['error']:.4f}",
+                    *_figures(one["figures"]),
+                    "yes" if row["kept"][mode] else "no",
+                ]
+
+
+def _figures(figures: dict[str, Any]) -> list[str]:
+    low, high = (100 * value for value in figures["ci95"])
+    return [
+        f"{100 * figures['mean@k']:.1f} %",
+        f"{low:.1f}–{high:.1f}",
+        f"{figures['tokens']:.1f}",
+        f"{figures['think_ratio']:.3f}",
+    ]
