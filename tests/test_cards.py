@@ -165,23 +165,6 @@ def test_a_card_makes_nothing_run_again() -> None:
     verify(folder)
 
 
-@pytest.mark.usefixtures("place")
-def test_stamps_of_an_earlier_version_that_counted_cards_still_hold() -> None:
-    iterate()
-    folder = Path("runs/arithmetic")
-    opened = run.open_run(folder)
-    for mode in run.MODES:
-        (folder / "iter-1" / mode / "README.md").write_text("as it was made")
-    for stage in run.stages(opened):
-        path = run.stamp_path(opened, stage)
-        files.write_json(path, {**files.read_json(path), **run.fingerprint(stage, Hashes(folder), cards=True)})
-    verify(folder)
-    assert iterate() == []
-    (folder / "iter-1/thinking/README.md").write_text("completed")
-    assert iterate() == []
-    verify(folder)
-
-
 @pytest.mark.slow
 def test_the_cards_of_a_real_run_hold_its_scores(finished_run: Path, command: Any, tmp_path: Path) -> None:
     report = files.read_json(finished_run / "report.json")

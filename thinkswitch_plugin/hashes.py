@@ -42,24 +42,20 @@ class Hashes:
         self.pruned: dict[str, str] = read_stamp(self.prunings) or {}
         self.changed = False
 
-    def of(self, path: Path, *, cards: bool = False) -> str | None:
-        """The hash of a file, or of all files of a folder but its card; None if it is not there.
-
-        Args:
-            cards: count the card too, as stamps of earlier versions did.
-        """
+    def of(self, path: Path) -> str | None:
+        """The hash of a file, or of all files of a folder but its card; None if it is not there."""
         if path.is_dir():
             digest = hashlib.sha256()
-            for file, found in self.files(path, cards=cards).items():
+            for file, found in self.files(path).items():
                 digest.update(f"{Path(file).relative_to(path)}\0{found}\0".encode())
             return digest.hexdigest()
         return self._file(path) if path.is_file() else None
 
-    def files(self, path: Path, *, cards: bool = False) -> dict[str, str]:
+    def files(self, path: Path) -> dict[str, str]:
         """The hash of a file, or of every file of a folder (but cards) by its path, pruned ones among them."""
         if path.is_file():
             return {str(path): self._file(path)}
-        there = {file: self._file(file) for file in path.rglob("*") if file.is_file() and (cards or file.name != CARD)}
+        there = {file: self._file(file) for file in path.rglob("*") if file.is_file() and file.name != CARD}
         gone = {Path(f): h for f, h in self.pruned.items() if path in Path(f).parents}
         return {str(file): found for file, found in sorted((gone | there).items())}
 

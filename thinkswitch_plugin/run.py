@@ -297,9 +297,9 @@ def stamp_path(run: Run, stage: Stage) -> Path:
     return folder / ".stamps" / f"{stage.name}.json"
 
 
-def fingerprint(stage: Stage, hashes: Hashes, *, cards: bool = False) -> dict[str, Any]:
+def fingerprint(stage: Stage, hashes: Hashes) -> dict[str, Any]:
     """What a stage depends on, as its stamp records it (`cards`: as earlier versions recorded it)."""
-    return {"values": stage.values, "inputs": {str(p): hashes.of(p, cards=cards) for p in stage.inputs}}
+    return {"values": stage.values, "inputs": {str(p): hashes.of(p) for p in stage.inputs}}
 
 
 def is_done(run: Run, stage: Stage, hashes: Hashes) -> bool:
@@ -511,8 +511,6 @@ def forget_stale(run: Run) -> tuple[int, list[Stage]]:
     """
     hashes = Hashes(run.folder)
     every = list(stages(run))
-    for stage in every:
-        renew(run, stage, hashes)
     waiting = [stage for stage in every if not is_done(run, stage, hashes)]
     for stage in waiting:
         stamp_path(run, stage).unlink(missing_ok=True)
@@ -520,17 +518,6 @@ def forget_stale(run: Run) -> tuple[int, list[Stage]]:
         clear_leftovers(run, hashes)
         hashes.save()
     return len(every), waiting
-
-
-def renew(run: Run, stage: Stage, hashes: Hashes) -> None:
-    """Write a stamp of an earlier version, which counted model cards among what a stage read, in today's form."""
-    path = stamp_path(run, stage)
-    stamp, now = read_stamp(path) or {}, fingerprint(stage, hashes)
-    before = {k: stamp.get(k) for k in now}
-    if before != now and before == fingerprint(stage, hashes, cards=True):
-        modified = path.stat()
-        files.write_json(path, {**stamp, **now})
-        os.utime(path, ns=(modified.st_atime_ns, modified.st_mtime_ns))  # Make orders by it
 
 
 def versions() -> dict[str, str]:

@@ -105,7 +105,7 @@ def state_of(run: Run, stage: Stage, hashes: Hashes) -> str:
         return CHANGED
     before = {k: stamp.get(k) for k in ("values", "inputs")}
     try:
-        fits = before == fingerprint(stage, hashes) or before == fingerprint(stage, hashes, cards=True)
+        fits = before == fingerprint(stage, hashes)
     except NotRemembered:
         return UNCHECKED if stamp.get("values") == stage.values else CHANGED
     return DONE if fits else CHANGED
