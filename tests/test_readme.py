@@ -1,0 +1,110 @@
+"""What README and docs promise: every command of README is run by a test or marked as needing a GPU; links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NEEDS_A_GPU = "On a GPU"  # the section whose commands do
+# Who runs a command of README: a test or fixture that starts it, at small size where the real one takes long.
+RUN_BY = {
+    "make iterate": "conftest.py::finished_run",
+    "make test": ".ci/run",
+    "make sweep ITER=1": "test_sweep.py::swept",
+    "make ablate ITER=1": "test_sweep.py::test_layers_modules_and_baselines_by_make",
+    "make baselines ITER=1": "test_sweep.py::test_layers_modules_and_baselines_by_make",
+    "make similarity A=instruct B=thinking": "test_readme.py::test_similarity_by_make",
+    "pip install .": "test_readme.py::test_a_wheel_carries_all_that_the_package_needs",
+    "axolotl train recipe.yaml": "test_loop.py::test_plain_axolotl_trains_an_iterations_config_to_the_same_adapter",
+    "thinkswitch merge merge_configs/thinkswitch.yaml out": "test_readme.py::test_merge_as_readme_says_it",
+    "lm_eval --tasks thinkswitch_aime --model hf --model_args pretrained=out --apply_chat_template": (
+        "test_real_domains.py::test_k_samples_are_different_samples_with_hf"
+    ),
+    "thinkswitch score --task aime outputs.jsonl": "test_score.py::test_rows_of_every_format_are_judged_in_order",
+}
+
+
+def commands(text: str) -> list[tuple[str, str]]:
+    """(section, command without its comment) of every line of a shell block."""
+    found = []
+    section, inside = "", False
+    for line in text.splitlines():
+        if line.startswith("```"):
+            inside = line == "```sh" and not inside
+        elif line.startswith("#") and not inside:
+            section = line.lstrip("# ")
+        elif inside and line.strip() and not line.startswith("#"):
+            found.append((section, line.partition("  #")[0].strip()))
+    return found
+
+
+def test_every_command_of_readme_is_run_by_a_test_or_needs_a_gpu() -> None:
+    here = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert {command for section, command in here if section != NEEDS_A_GPU} == set(RUN_BY)
+    for runner in RUN_BY.values():
+        file, _, name = runner.partition("::")
+        text = (ROOT / file if file.startswith(".") else ROOT / "tests" / file).read_text(encoding="utf-8")
+        assert f"def {name}(" in text if name else "make test" in text, runner
+
+
+def test_what_needs_a_gpu_can_at_least_be_planned(command: Any) -> None:
+    here = commands((ROOT / "README.md").read_text(encoding="utf-8"))
+    words = [line.split() for section, line in here if section == NEEDS_A_GPU]
+    assert len(words) >= 4
+    for line in words:
+        done = command(line[0], "-n", *line[1:])
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(["README.md", *(str(p) for p in Path("docs").glob("*.md"))]))
+def test_links_and_pictures_lead_somewhere(path: str) -> None:
+    text = (ROOT / path).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        if "://" not in target:
+            assert ((ROOT / path).parent / target).exists(), target
+
+
+def test_targets_named_in_the_documents_exist() -> None:
+    rules = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        named = set(re.findall(r"(?:`|^)make ([a-z][a-z-]+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+        assert named <= rules, (path.name, named - rules)
+
+
+@pytest.mark.slow
+def test_similarity_by_make(finished_run: Path, command: Any, tmp_path: Path) -> None:
+    pair = [f"{letter}={finished_run / 'iter-1' / mode}" for letter, mode in (("A", "instruct"), ("B", "thinking"))]
+    done = command("make", "similarity", *pair, f"OUT={tmp_path}")
+    assert done.returncode == 0 and "σ" in done.stdout, done.stderr
+    assert (tmp_path / "similarity.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_merge_as_readme_says_it(finished_run: Path, command: Any, tmp_path: Path) -> None:
+    for mode in ("instruct", "thinking"):
+        (tmp_path / mode).symlink_to(finished_run / "iter-1" / mode)
+    config = ROOT / "merge_configs" / "thinkswitch.yaml"
+    done = command(ROOT / ".venv/bin/thinkswitch", "merge", config, "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+
+
+@pytest.mark.slow
+def test_a_wheel_carries_all_that_the_package_needs(command: Any, tmp_path: Path) -> None:
+    """Built without the network, by the build tools of the environment, as `pip install .` builds it."""
+    done = command(
+        ROOT / ".venv/bin/python", "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    from zipfile import ZipFile
+
+    (wheel,) = tmp_path.glob("*.whl")
+    inside = set(ZipFile(wheel).namelist())
+    for path in (ROOT / "thinkswitch_plugin").rglob("*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            assert str(path.relative_to(ROOT)) in inside, path
+    assert "lm_eval/tasks/thinkswitch/thinkswitch_aime.yaml" in inside
