@@ -194,7 +194,7 @@ bench-report: setup ## the report of 10,000 questions x 8 samples (4 GB of TMPDI
 	@$(VENV)/bin/python -m tests.bench_report
 
 screenshots: setup ## docs/pictures/report-*.png of a run's page: make screenshots RUN_FOLDERS=runs/arithmetic
-	@$(VENV)/bin/python -m tests.screenshots $${RUN_FOLDERS:-$(RUN)}
+	@$(VENV)/bin/python -m tests.screenshots "$${RUN_FOLDERS:-$$RUN}"
 
 fuzz: setup ## random inputs through splitting, answers, pairs, recipes, prompts: make fuzz INPUTS=1000000
 	@$(VENV)/bin/python -m tests.fuzz --inputs "$${INPUTS:-100000}"

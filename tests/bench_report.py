@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shutil
 import statistics
 import tempfile
@@ -30,6 +31,14 @@ from thinkswitch_plugin.run import open_run
 write_report(open_run(Path(sys.argv[1])))
 """
 USABLE = "() => /^[0-9,]+ of/.test(document.getElementById('count').textContent)"
+
+
+def written(run: Path) -> tuple[float, float, float]:
+    """Seconds, seconds of processor time and peak megabytes of one report."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds, _, peak, _ = watched(REPORT, run)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, peak
 
 
 def opened(path: Path) -> dict[str, Any]:
@@ -66,13 +75,13 @@ def measure(questions: int, samples: int, iterations: int, characters: int, fold
         started = time.monotonic()
         store_graded(place, TASK, str(run / "pair" / place.name), "digit")
         grading.append(time.monotonic() - started)
-    seconds, _, peak, _ = watched(REPORT, run)
+    seconds, worked, peak = written(run)
     first = (run / "report.json").read_bytes()
     size = (run / "report.html").stat().st_size
     page = opened(run / "report.html")
     for place in judged:
         newest(place, GRADED).unlink()
-    again, _, peak_again, _ = watched(REPORT, run)
+    again, worked_again, peak_again = written(run)
     return {
         "questions": questions,
         "samples a question": samples,
@@ -81,8 +90,10 @@ def measure(questions: int, samples: int, iterations: int, characters: int, fold
         "MB of samples files": round(weight / 1e6),
         "seconds, grading one checkpoint (evaluation stage)": round(statistics.median(grading), 1),
         "seconds, report": round(seconds, 1),
+        "seconds of processor time, report": round(worked, 1),
         "peak MB, report": round(peak),
         "seconds, report without stored verdicts": round(again, 1),
+        "seconds of processor time, without stored verdicts": round(worked_again, 1),
         "peak MB, report without stored verdicts": round(peak_again),
         "same figures both ways": first == (run / "report.json").read_bytes(),
         "MB of report.html": round(size / 1e6, 1),

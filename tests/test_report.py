@@ -274,3 +274,12 @@ def test_the_wheel_carries_the_pages_parts(tmp_path: Path) -> None:
     folder = ROOT / "thinkswitch_plugin" / "report"
     carried = {path.name for pattern in patterns for path in folder.glob(pattern)}
     assert carried == {p.name for p in folder.iterdir() if p.is_file() and p.suffix != ".py"}
+
+
+@pytest.mark.slow
+def test_the_bench_finds_the_same_figures_with_and_without_stored_verdicts(tmp_path: Path) -> None:
+    from tests.bench_report import measure
+
+    result = measure(30, 2, 1, 100, tmp_path)
+    assert result["same figures both ways"] and result["completions"] == 240
+    assert result.get("seconds until usable", 1) > 0
