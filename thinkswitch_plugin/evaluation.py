@@ -33,7 +33,7 @@ LARGEST_BUDGET = 32_768  # tokens a server makes room for, where the recipe name
 GRADED = "graded.jsonl"
 DRAWS = 10_000  # of a bootstrap over questions
 DRAWN_AT_ONCE = 4_000_000  # questions; a bootstrap draws the same in parts as in one piece, in less memory
-BATCH = 500_000  # characters that are tokenized at once; more than one batch is never in memory
+BATCH = 200_000  # characters that are tokenized at once; more than one batch is never in memory
 
 
 def grade(kind: str, text: str, gold: str, *, opened: bool = False, cut: bool = False) -> dict[str, Any]:
