@@ -46,7 +46,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_for(found: Any, seconds: float = 10) -> bool:
+def wait_for(found: Any, seconds: float = 60) -> bool:
     end = time.monotonic() + seconds
     while not found() and time.monotonic() < end:
         time.sleep(0.01)
