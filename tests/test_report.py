@@ -14,8 +14,9 @@ import pytest
 
 from tests.report_run import BUDGET, HOSTILE, TASK, make_run, write_sweep
 from thinkswitch_plugin import evaluation, files, paired, pictures
+from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.report import write_report
-from thinkswitch_plugin.report.build import build_report, evaluations
+from thinkswitch_plugin.report.build import build_report, evaluations, price_per_hour
 from thinkswitch_plugin.report.charts import inline
 from thinkswitch_plugin.report.questions import Limits, Prompts, Questions, sent_text, shorten
 from thinkswitch_plugin.run import REPORT_FILES, open_run
@@ -261,6 +262,13 @@ def test_a_price_gives_money(made: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     opened = open_run(made)
     rows = list(costs(build_report(opened, evaluations(opened))))
     assert rows[0][:3] == ["0", "pair", "2.5"] and rows[0][4] == "0.0250"
+
+
+@pytest.mark.parametrize("text", ["cheap", "nan", "inf", "-1"])
+def test_what_is_no_price_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRICE_PER_HOUR", text)
+    with pytest.raises(ThinkSwitchError, match=f"PRICE_PER_HOUR={text} is no price"):
+        price_per_hour()
 
 
 def test_the_wheel_carries_the_pages_parts(tmp_path: Path) -> None:

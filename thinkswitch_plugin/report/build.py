@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -98,12 +99,15 @@ def build_report(run: Run, judged: Sequence[Evaluation]) -> dict[str, Any]:
 
 
 def price_per_hour() -> float:
-    """PRICE_PER_HOUR of the environment. Raises `ThinkSwitchError` if it is no number."""
+    """PRICE_PER_HOUR of the environment. Raises `ThinkSwitchError` if it is no amount of money."""
     text = os.environ.get("PRICE_PER_HOUR") or "0"
     try:
-        return float(text)
+        price = float(text)
     except ValueError:
-        raise ThinkSwitchError(f"PRICE_PER_HOUR={text} is no number; write it as 0.35.") from None
+        price = math.nan
+    if not (math.isfinite(price) and price >= 0):
+        raise ThinkSwitchError(f"PRICE_PER_HOUR={text} is no price; write it as 0.35.")
+    return price
 
 
 def score(run: Run, folder: Path, checkpoint: str) -> dict[str, Any]:
