@@ -90,7 +90,7 @@ def test_merge_as_readme_says_it(finished_run: Path, command: Any, tmp_path: Pat
     config = ROOT / "merge_configs" / "thinkswitch.yaml"
     done = command(ROOT / ".venv/bin/thinkswitch", "merge", config, "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow
