@@ -34,6 +34,7 @@ WEIGHT = 0.8  # λ of every candidate
 NOISE = 0.054  # relative; makes σ ≈ 0.027, the real pair's
 SHARD = 4 * 10**9  # bytes, about what the real checkpoints have
 SPARE = 5 * 10**9  # bytes of disk left free
+VOCABULARY = 151936
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -42,7 +43,7 @@ CONFIG = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "head_dim": 128,
-    "vocab_size": 151936,
+    "vocab_size": VOCABULARY,
     "tie_word_embeddings": True,
     "dtype": "bfloat16",
 }
@@ -117,10 +118,10 @@ MERGES = {
 OPTIONS = {"alone": ["--num-threads", "1"], "async": ["--async-write", "--out-shard-size", "1B"]}
 
 
-def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of Qwen3-4B's tensors, with a number of layers."""
+def shapes(layers: int, vocabulary: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of Qwen3-4B's tensors, with a number of layers and a vocabulary."""
     hidden, ffn, head = 2560, 9728, 128
-    yield "model.embed_tokens.weight", (151936, hidden)
+    yield "model.embed_tokens.weight", (vocabulary, hidden)
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
         yield from (
@@ -142,7 +143,7 @@ def shapes(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.norm.weight", (hidden,)
 
 
-def make_pair(folder: Path, layers: int) -> tuple[Path, Path]:
+def make_pair(folder: Path, layers: int, vocabulary: int = VOCABULARY) -> tuple[Path, Path]:
     """Write the two checkpoints; random blocks are used again and again, shifted, to save time."""
     generator = torch.Generator().manual_seed(0)
     block, noise = (torch.randn(2**22 + 9, generator=generator) for _ in range(2))
@@ -150,12 +151,12 @@ def make_pair(folder: Path, layers: int) -> tuple[Path, Path]:
     for path, scale in zip(pair, (0.0, NOISE), strict=True):
         writer = StreamingWriter(str(path), SHARD)
         values = (0.02 * (block + scale * noise)).bfloat16()
-        for name, shape in shapes(layers):
+        for name, shape in shapes(layers, vocabulary):
             count = torch.Size(shape).numel()
             shift = hash(shape) % 1000
             writer.save_tensor(name, values[shift:].repeat(count // (2**22 - 991) + 1)[:count].view(shape))
         writer.finalize()
-        files.write_json(path / "config.json", {**CONFIG, "num_hidden_layers": layers})
+        files.write_json(path / "config.json", {**CONFIG, "num_hidden_layers": layers, "vocab_size": vocabulary})
     return pair
 
 
@@ -228,9 +229,9 @@ def compare(left: Path, right: Path) -> dict[str, Any]:
     return {"elements": total, "unequal": unequal, "largest": largest, "beyond_one_unit": beyond}
 
 
-def measure(folder: Path, layers: int, rounds: int) -> dict[str, Any]:
+def measure(folder: Path, layers: int, rounds: int, vocabulary: int = VOCABULARY) -> dict[str, Any]:
     """All candidates, round after round; the first round's outputs are compared."""
-    pair = make_pair(folder, layers)
+    pair = make_pair(folder, layers, vocabulary)
     configs = write_configs(folder, pair)
     sigma = 0.0
     taken: dict[str, list[dict[str, float]]] = {}
@@ -293,10 +294,11 @@ def main() -> None:
     """Make the checkpoints, measure, remove them."""
     parser = argparse.ArgumentParser(prog="bench-merge", description=__doc__)
     parser.add_argument("--layers", type=int, default=36)
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path(), help="where a temporary folder is made")
     options = parser.parse_args()
-    size = 2 * sum(torch.Size(shape).numel() for _, shape in shapes(options.layers))
+    size = 2 * sum(torch.Size(shape).numel() for _, shape in shapes(options.layers, options.vocabulary))
     free = shutil.disk_usage(options.folder).free
     if free < 5 * size + SPARE:
         sys.exit(
@@ -305,7 +307,7 @@ def main() -> None:
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed then too
     with tempfile.TemporaryDirectory(prefix="bench-merge-", dir=options.folder) as temporary:
-        result = measure(Path(temporary).resolve(), options.layers, options.rounds)
+        result = measure(Path(temporary).resolve(), options.layers, options.rounds, options.vocabulary)
     show(result)
 
 

@@ -293,7 +293,8 @@ def test_wrong_usage_is_exit_code_2(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_bench_runs_at_a_small_shape_and_leaves_nothing(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "tests.bench_merge", "--layers", "0", "--rounds", "1", "--folder", str(tmp_path)]
+    words = [sys.executable, "-m", "tests.bench_merge", "--layers", "0", "--vocabulary", "4096", "--rounds", "1"]
+    words += ["--folder", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     assert '"candidates"' in done.stdout.splitlines()[-1]
