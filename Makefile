@@ -35,7 +35,7 @@ RUN  := $(RUNS)/$(DOMAIN)
 # Settings reach the commands through the environment, never through a shell's command line.
 export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY KEEP RUN MODEL CONTROL PRICE_PER_HOUR
 export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KILLS BASE PORT QUESTION
-export ITER_GIVEN := $(if $(filter file,$(origin ITER)),,yes)
+export ITER_GIVEN := $(if $(filter command,$(firstword $(origin ITER))),yes)
 # Distributed training gives RANK a meaning of its own, and engines would read it.
 unexport RANK
 export LORA_RANK = $(RANK)
