@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.evaluation import DRAWN_AT_ONCE, DRAWS, Sample, vote_is_right
+from thinkswitch_plugin.evaluation import Sample, bootstrapped, vote_is_right
 
 LEVEL = 0.05
 FEWEST = 6  # changed questions; with five, even all won, p = 2 · .5⁵ = .0625
@@ -85,24 +85,6 @@ def newcombe(both: int, won: int, lost: int, n: int) -> list[float]:
         return math.sqrt(max(one**2 - 2 * phi * one * other + other**2, 0.0))
 
     return [p - q - distance(p - p_low, q_high - q), p - q + distance(p_high - p, q - q_low)]
-
-
-def bootstrapped(differences: Sequence[float]) -> list[float]:
-    """95 % percentile interval of the mean of differences, one a question (10,000 draws, seed 0)."""
-    import numpy as np
-    from scipy.stats import bootstrap
-
-    if len(set(differences)) == 1:
-        return [differences[0], differences[0]]
-    found = bootstrap(
-        (np.asarray(differences),),
-        np.mean,
-        n_resamples=DRAWS,
-        batch=max(1, DRAWN_AT_ONCE // len(differences)),
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return [float(found.low), float(found.high)]
 
 
 def sentence(found: dict[str, Any]) -> str:
