@@ -14,7 +14,8 @@ from typing import Any
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.interpolation.candidates import Candidate, Sampling, judge_all
+from thinkswitch_plugin.in_process import Sampling
+from thinkswitch_plugin.interpolation.candidates import Candidate, judge_all
 from thinkswitch_plugin.interpolation.subject import Subject, Template, few_questions, write_results
 from thinkswitch_plugin.merging.config import NAME, check_config, fit_layers, named_models, place_models, set_lambda
 

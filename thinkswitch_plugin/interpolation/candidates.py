@@ -12,19 +12,15 @@ which is written last, so a candidate is done or it is not.
 
 from __future__ import annotations
 
-import logging
-import random
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import checkpoint, files
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
 from thinkswitch_plugin.engines import has_cuda, serving
-from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import (
     LARGEST_BUDGET,
     Sample,
@@ -36,30 +32,8 @@ from thinkswitch_plugin.evaluation import (
     vote_is_right,
 )
 from thinkswitch_plugin.generate import PROMPT_ROOM, context_length
+from thinkswitch_plugin.in_process import Sampling, evaluate, quiet
 from thinkswitch_plugin.progress import Bar
-from thinkswitch_plugin.task_files import TASKS
-
-SEEDS = {"random": 0, "numpy": 1234, "torch": 1234}  # lm_eval's own defaults
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a candidate's answers are drawn; None leaves a setting as the task has it."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    samples: int | None = None  # k
-
-    def __str__(self) -> str:
-        parts = [f"T {self.temperature:g}" if self.temperature is not None else ""]
-        parts += [f"top-p {self.top_p:g}" if self.top_p is not None else ""]
-        return ", ".join(p for p in parts if p) or "the task's own"
-
-    @property
-    def slug(self) -> str:
-        """For a folder's name: `-t0.6-p0.95-k8`; empty for the task's own settings."""
-        named = (("t", self.temperature), ("p", self.top_p), ("k", self.samples))
-        return "".join(f"-{letter}{value:g}" for letter, value in named if value is not None)
 
 
 @dataclass(frozen=True)
@@ -75,7 +49,7 @@ class Candidate:
     name: str
     config: dict[str, Any]
     identity: dict[str, Any]
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 @dataclass(frozen=True)
@@ -201,7 +175,7 @@ class InMemoryJudge:
 
         self.bench = bench
         self.log = bench.work / "logs" / "lm_eval.log"
-        with _quiet(self.log):
+        with quiet(self.log):
             self.model = HFLM(
                 pretrained=str(bench.skeleton),
                 tokenizer=str(bench.template),
@@ -215,8 +189,8 @@ class InMemoryJudge:
         from thinkswitch_plugin.merging.in_memory import merge_into
 
         merge_into(self.model.model, candidate.config, seed=self.bench.seed)
-        with _quiet(self.log):
-            evaluate(self.model, self.bench, candidate, out)
+        with quiet(self.log):
+            evaluate(self.model, self.bench.evaluation, candidate.sampling, out, name=Path(candidate.name).name)
 
 
 class CheckpointJudge:
@@ -240,7 +214,7 @@ class CheckpointJudge:
             merge(config, merged, self.bench.work / "logs" / "merge.log")
             checkpoint.adopt_mode(self.bench.template, merged)
             room = min(context_length(str(merged)), (keys.max_tokens or LARGEST_BUDGET) + PROMPT_ROOM)
-            with serving("vllm", str(merged), engine, self.log, max_len=room) as server, _quiet(self.log):
+            with serving("vllm", str(merged), engine, self.log, max_len=room) as server, quiet(self.log):
                 model = LocalChatCompletion(
                     base_url=f"{server.base_url}/chat/completions",
                     model=str(merged),
@@ -248,95 +222,6 @@ class CheckpointJudge:
                     timeout=int(engine.timeout),
                     tokenizer_backend="none",
                 )
-                evaluate(model, self.bench, candidate, out)
+                evaluate(model, keys, candidate.sampling, out, name=Path(candidate.name).name)
         finally:
             files.remove(merged)
-
-
-def evaluate(model: Any, bench: Bench, candidate: Candidate, out: Path) -> None:
-    """lm-eval on a model object, with the seeds and the files of its command line.
-
-    `lm_eval.evaluate` is called and not `simple_evaluate`, which asks pip for the list of
-    installed packages again for every candidate.
-    """
-    import numpy as np
-    import torch
-    from lm_eval.evaluator import evaluate as lm_evaluate
-    from lm_eval.loggers import EvaluationTracker
-
-    random.seed(SEEDS["random"])
-    np.random.seed(SEEDS["numpy"])
-    torch.manual_seed(SEEDS["torch"])
-    tracker = EvaluationTracker(output_path=str(out))
-    tracker.general_config_tracker.log_experiment_args(
-        model_source="candidate",
-        model_args={"pretrained": Path(candidate.name).name},
-        system_instruction=None,
-        chat_template=model.chat_template(True) if hasattr(model, "chat_template") else None,
-        fewshot_as_multiturn=True,
-    )
-    results = lm_evaluate(
-        lm=model,
-        task_dict=load_task(bench.evaluation, candidate.sampling),
-        limit=bench.evaluation.limit,
-        apply_chat_template=True,
-        fewshot_as_multiturn=True,
-        log_samples=True,
-    )
-    samples = results.pop("samples")
-    tracker.save_results_aggregated(results=results, samples=samples)
-    for name, rows in samples.items():
-        tracker.save_results_samples(task_name=name, samples=rows)
-
-
-def load_task(keys: EvaluationKeys, sampling: Sampling) -> dict[str, Any]:
-    """A task as lm-eval loads it, with k and the sampling settings put in.
-
-    Raises `ThinkSwitchError` if there is no such task, or k samples would all be the same.
-    """
-    from lm_eval.tasks import TaskManager, get_task_dict
-
-    ours = (TASKS / f"{keys.task}.yaml").is_file()
-    manager = TaskManager(include_path=str(TASKS), include_defaults=not ours)
-    if keys.task not in manager.all_tasks:
-        raise ThinkSwitchError(f"lm-eval knows no task {keys.task}; `lm_eval ls tasks` lists them.")
-    changes: dict[str, Any] = {"task": keys.task}
-    if sampling.samples is not None:
-        keep_all = {"function": "take_first_k", "k": sampling.samples}
-        changes |= {"repeats": sampling.samples, "filter_list": [{"name": "samples", "filter": [keep_all]}]}
-    loaded = get_task_dict([changes], manager)
-    task = loaded[keys.task]
-    generation = dict(task.config.generation_kwargs or {})
-    if sampling.temperature is not None:
-        for key in ("temperature", "top_p", "top_k", "do_sample"):
-            if sampling.temperature == 0:
-                generation.pop(key, None)
-        generation |= (
-            {"do_sample": False}
-            if sampling.temperature == 0
-            else {
-                "do_sample": True,
-                "temperature": sampling.temperature,
-            }
-        )
-    if sampling.top_p is not None and sampling.temperature != 0:
-        generation["top_p"] = sampling.top_p
-    if keys.max_tokens is not None:
-        generation["max_gen_toks"] = keys.max_tokens
-    if (sampling.samples or 1) > 1 and not generation.get("do_sample"):
-        raise ThinkSwitchError(
-            f"{keys.task} decodes greedily, so K={sampling.samples} samples would be {sampling.samples} times the same "
-            "answer; give a temperature too, such as SAMPLING=0.6/0.95."
-        )
-    task.set_config(key="generation_kwargs", value=generation)
-    task.set_config(key="num_fewshot", value=task.config.num_fewshot or 0)
-    return dict(loaded)
-
-
-@contextmanager
-def _quiet(log: Path) -> Iterator[None]:
-    """Keep lm-eval's own output in a log file."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with log.open("a", encoding="utf-8") as handle, redirect_stdout(handle), redirect_stderr(handle):
-        yield

@@ -19,8 +19,9 @@ from typing import Any
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.in_process import Sampling
 from thinkswitch_plugin.interpolation import stages
-from thinkswitch_plugin.interpolation.candidates import Bench, Candidate, Sampling, finished, judge_all
+from thinkswitch_plugin.interpolation.candidates import Bench, Candidate, finished, judge_all
 from thinkswitch_plugin.interpolation.subject import Subject, Template, few_questions, write_results
 from thinkswitch_plugin.merging.config import check_config, place_models, set_lambda
 
