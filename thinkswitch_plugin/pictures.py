@@ -319,7 +319,7 @@ ADAPTIVE_MARKS = {
     "no_attention": (COLOURS[5], ">", "no cross-attention"),
     "random_mixture": (COLOURS[3], "X", "random mixture"),
     "mlp_baselines": (COLOURS[4], "P", "MLP router"),
-    "words_baselines": (COLOURS[4], "p", "word-count router"),
+    "length_baselines": (COLOURS[4], "p", "length router"),
     "oracle": ("#000000", "+", "oracle"),
 }
 

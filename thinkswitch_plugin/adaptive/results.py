@@ -31,9 +31,9 @@ TITLES = {
     "random_choice": "random choice between the baselines, same share",
     "oracle": "oracle: post where it is right, else pre",
     "mlp_baselines": "MLP router on characters, between the baselines",
-    "words_baselines": "logistic router on word count, between the baselines",
+    "length_baselines": "logistic router on length, between the baselines",
     "mlp_adaptive": "MLP router on characters, steering the adaptive model",
-    "words_adaptive": "logistic router on word count, steering the adaptive model",
+    "length_adaptive": "logistic router on length, steering the adaptive model",
     "forced_pre": "adaptive model, made to think first",
     "forced_post": "adaptive model, made to answer first",
 }

@@ -1,0 +1,353 @@
+"""`make adaptive`: labels, every condition trained and judged, table and picture, over several seeds.
+
+    RUNS/DOMAIN/adaptive/
+      adaptive.json .md .png .svg            all seeds: conditions, claims, prefix swap
+      seed-0/labels/labels.jsonl             what each question needs; see labels.py
+      seed-0/student, student-soft           the model that learns, without and with room for a soft prompt
+      seed-0/conditions/adaptive/            data, axolotl.yaml, adapter/ of one condition
+      seed-0/conditions/adaptive/eval*/      lm-eval's files and every question's verdict
+      seed-0/checkpoint/                     the adaptive model, merged in full precision
+
+Killed at any time, the same command goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from thinkswitch_plugin import console, files
+from thinkswitch_plugin.adaptive import results
+from thinkswitch_plugin.adaptive.formats import ANSWER, PRE, THINK, Format
+from thinkswitch_plugin.adaptive.judging import judge
+from thinkswitch_plugin.adaptive.labels import RATIONALES, Job, label, prepare_student
+from thinkswitch_plugin.adaptive.router import candidates, describe
+from thinkswitch_plugin.adaptive.steps import once
+from thinkswitch_plugin.adaptive.training import PERCEPTION, TYPES, Condition, train_condition
+from thinkswitch_plugin.args import PerceptionKeys
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.hashes import Hashes
+from thinkswitch_plugin.pictures import adaptive_picture, save
+from thinkswitch_plugin.run import locked, versions
+from thinkswitch_plugin.task_files import task_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORCED = {"forced_pre": THINK[0], "forced_post": ANSWER[0]}
+ROUTERS = {"mlp": "length, characters by place; MLP", "length": "length; logistic regression, C 1"}
+SWAPPED = "swapped"  # the adaptive model with every question's soft prompt taken from another question
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One condition: the format that each training question is written in, and the perception module, if any."""
+
+    data: Literal["pre", "post", "labels", "random"]
+    perception: PerceptionKeys | None
+
+
+def plans(keys: PerceptionKeys) -> dict[str, Plan]:
+    """Every condition that is trained; what differs from `adaptive` is what it controls for."""
+    found = {
+        "pre_only": Plan("pre", None),
+        "post_only": Plan("post", None),
+        "adaptive": Plan("labels", keys),
+        "no_prompt": Plan("labels", None),
+        "static_prompt": Plan("labels", keys.model_copy(update={"static": True})),
+        "random_mixture": Plan("random", keys),
+    }
+    if keys.cross_attention and keys.features:
+        found["no_words"] = Plan("labels", keys.model_copy(update={"features": []}))
+        found["no_attention"] = Plan("labels", keys.model_copy(update={"cross_attention": False}))
+    return found
+
+
+def run_experiment(jobs: Sequence[Job]) -> dict[str, Any]:
+    """Label, train and judge for the job of every seed, then write and print the table of all of them.
+
+    Raises:
+        ThinkSwitchError: as `make_labels`, or a training or an evaluation fails; what is done stays done.
+    """
+    with locked(jobs[0].home):
+        seeds = []
+        for number, job in enumerate(jobs, 1):
+            console.say(f"[adaptive] seed {job.seed}, {number} of {len(jobs)}")
+            seeds.append(run_seed(job))
+        result = together(jobs, seeds)
+        folder = jobs[0].home / "adaptive"
+        files.write_json(folder / "adaptive.json", result)
+        text = results.markdown(result)
+        with files.atomic_file(folder / "adaptive.md") as handle:
+            handle.write(text.encode())
+        save(adaptive_picture(result), folder / "adaptive")
+    console.say(text)
+    console.say(f"  {folder / 'adaptive.json'}, adaptive.md, adaptive.png, adaptive.svg")
+    return result
+
+
+@dataclass(frozen=True)
+class Seed:
+    """What one seed came to.
+
+    Attributes:
+        judged: by condition, what `questions.json` holds.
+        routed: by router, whether it sends each held-out question to thinking.
+        swap: what the soft prompts of the held-out questions are like.
+        seconds: of all trainings and evaluations, whenever they were done.
+    """
+
+    judged: dict[str, dict[str, Any]]
+    routed: dict[str, list[bool]]
+    swap: dict[str, float]
+    labels: dict[str, Any]
+    seconds: float
+
+
+def run_seed(job: Job) -> Seed:
+    """Labels, conditions and evaluations of one seed."""
+    hashes = Hashes(job.work)
+    facts = label(job, hashes)
+    rows = [row for _, row in files.read_jsonl(job.work / "labels" / RATIONALES)]
+    labelled = [row for _, row in files.read_jsonl(job.work / "labels" / "labels.jsonl")]
+    labels: dict[str, Format] = {row["prompt_id"]: row["label"] for row in labelled}
+    keys = job.recipe.keys.perception or PerceptionKeys()  # type: ignore[call-arg]
+    seconds = facts["seconds"]
+    judged: dict[str, dict[str, Any]] = {}
+    swap: dict[str, float] = {}
+    planned = plans(keys)
+    for number, (name, plan) in enumerate(planned.items(), 1):
+        here = job.work / "conditions" / name
+        student, _ = prepare_student(job, hashes, soft_tokens=plan.perception.tokens if plan.perception else 0)
+        parts = write_parts(rows, forms_of(plan, labels, job.seed), here)
+        console.say(f"[adaptive] seed {job.seed}: {name}, {number} of {len(planned)}")
+        trained = train_condition(
+            job.recipe,
+            Condition(student, tuple(parts), job.seed, perception=plan.perception, axolotl=extra_keys(job, plan)),
+            here,
+            hashes,
+        )
+        judging = Judging(job, here, student, trained.adapter, plan.perception is not None, hashes)
+        judged[name] = judging.questions("eval")
+        if name == "adaptive":
+            for forced, prefix in FORCED.items():
+                judged[forced] = judging.questions(f"eval-{forced}", prefix=prefix)
+            judged[SWAPPED] = judging.questions(f"eval-{SWAPPED}", swapped=True)
+            swap = judging.prompts()
+        seconds += trained.seconds + judging.seconds
+    hashes.save()
+    asked = [row["question"] for row in _documents(job, "conditions/pre_only/eval")]
+    routed = {name: route(kind, labelled, asked) for name, kind in ROUTERS.items()}
+    return Seed(judged, routed, swap, facts, seconds)
+
+
+def extra_keys(job: Job, plan: Plan) -> dict[str, Any]:
+    """What a perception module adds to a recipe that does not name it: that its weights are saved."""
+    named = job.recipe.axolotl.get("lora_modules_to_save") or []
+    if plan.perception is None or PERCEPTION in named:
+        return {}
+    return {"lora_modules_to_save": [*named, PERCEPTION]}
+
+
+def write_parts(rows: Sequence[dict[str, Any]], forms: Mapping[str, Format], folder: Path) -> list[tuple[Path, str]]:
+    """Write each row into the file of its format; return (file, dataset type) of those that hold any.
+
+    Args:
+        rows: rationales.
+        forms: format by prompt id; a row without one is left out.
+    """
+    parts = []
+    for form, kind in TYPES.items():
+        chosen = [row for row in rows if forms.get(row["prompt_id"]) == form]
+        path = folder / f"{form}.jsonl"
+        if not chosen:
+            files.remove(path)
+            continue
+        with files.atomic_file(path) as handle:
+            for row in chosen:
+                handle.write(files.dumps_line(row))
+        parts.append((path, kind))
+    return parts
+
+
+def forms_of(plan: Plan, labels: Mapping[str, Format], seed: int) -> dict[str, Format]:
+    """Which format every training question is written in.
+
+    `random` hands the labels themselves to other questions, so the share of each format stays.
+    """
+    if plan.data == "labels":
+        return dict(labels)
+    if plan.data == "random":
+        shuffled = list(labels.values())
+        random.Random(f"mixture-{seed}").shuffle(shuffled)
+        return dict(zip(labels, shuffled, strict=True))
+    return dict.fromkeys(labels, plan.data)
+
+
+def route(kind: str, labelled: Sequence[dict[str, Any]], asked: Sequence[str]) -> list[bool]:
+    """Whether a simple router (a name of `router.candidates`) fitted on labels sends each question to thinking."""
+    thinks = [row["label"] == PRE for row in labelled]
+    if len(set(thinks)) < 2:
+        return [thinks[0]] * len(asked)
+    router = candidates(0)[kind].fit(describe([row["prompt"] for row in labelled]), thinks)
+    return [bool(found) for found in router.predict(describe(asked))]
+
+
+class Judging:
+    """Evaluations of one trained condition; the model is loaded once, and only if one of them is missing."""
+
+    def __init__(self, job: Job, here: Path, student: Path, adapter: Path, soft: bool, hashes: Hashes) -> None:
+        self.job, self.here, self.student, self.adapter, self.soft = job, here, student, adapter, soft
+        self.evaluation = job.recipe.keys.evaluation
+        self.key = {
+            "adapter": hashes.of(adapter),
+            "student": hashes.of(student),
+            "evaluation": self.evaluation.model_dump(),
+            "task": {str(path): hashes.of(path) for path in task_files(self.evaluation.task)},
+        }
+        self.seconds = 0.0
+        self.loaded: tuple[Any, Any] | None = None
+
+    def model(self) -> tuple[Any, Any]:
+        """The student with its adapter in full precision, and the tokenizer."""
+        from transformers import AutoTokenizer
+
+        from thinkswitch_plugin.adaptive.model import load
+
+        if self.loaded is None:
+            gc.collect()
+            model = load(self.student, self.adapter) if self.soft else _plain(self.student, self.adapter)
+            self.loaded = model, AutoTokenizer.from_pretrained(self.student, padding_side="left")
+        return self.loaded
+
+    def questions(self, name: str, *, prefix: str = "", swapped: bool = False) -> dict[str, Any]:
+        """One evaluation: what `questions.json` in the folder `name` holds.
+
+        Args:
+            prefix: what every answer is made to begin with.
+            swapped: give every question the soft prompt of the row above it in its batch.
+        """
+        out = self.here / name
+        key = {**self.key, "prefix": prefix, "swapped": swapped}
+
+        def work(_resume: bool) -> dict[str, Any]:
+            within: AbstractContextManager[Any] | None = None
+            model, tokenizer = self.model()
+            if swapped:
+                from thinkswitch_plugin.adaptive.model import replaced_prompts
+
+                within = replaced_prompts(model, _rolled)
+            kind = self.job.recipe.keys.labels.answer
+            return {
+                "questions": judge(
+                    model,
+                    tokenizer,
+                    out,
+                    self.evaluation,
+                    kind,
+                    log=self.here / "logs" / "lm_eval.log",
+                    prefix=prefix,
+                    within=within,
+                )
+            }
+
+        done = once(self.here / f"{name}.json", key, (out,), work)
+        self.seconds += done["seconds"]
+        found: dict[str, Any] = done["questions"]
+        return found
+
+    def prompts(self) -> dict[str, float]:
+        """How much the soft prompts differ between the held-out questions, and how large they are."""
+
+        def work(_resume: bool) -> dict[str, Any]:
+            from thinkswitch_plugin.adaptive.model import soft_prompts
+
+            model, tokenizer = self.model()
+            texts = [
+                tokenizer.apply_chat_template([{"role": "user", "content": row["question"]}], tokenize=False)
+                for row in _documents(self.job, "conditions/adaptive/eval")
+            ]
+            ids = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)["input_ids"]
+            found = soft_prompts(model, ids.to(model.device)).float()
+            return {
+                "prompt_std": float(found.std(dim=0).mean()),
+                "prompt_rms": float(found.square().mean().sqrt()),
+                "embedding_rms": float(model.get_input_embeddings().weight.float().square().mean().sqrt()),
+            }
+
+        done = once(self.here / "prompts.json", self.key, (), work)
+        return {name: done[name] for name in ("prompt_std", "prompt_rms", "embedding_rms")}
+
+
+def _rolled(prompts: Tensor) -> Tensor:
+    if len(prompts) < 2:
+        raise ThinkSwitchError("a soft prompt can be swapped in batches of two questions or more; raise `batch_size`.")
+    return prompts.roll(1, 0)
+
+
+def _plain(student: Path, adapter: Path) -> Any:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(student, dtype="auto", use_safetensors=True)
+    return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().eval()
+
+
+def _documents(job: Job, folder: str) -> Iterator[dict[str, Any]]:
+    """The held-out questions with their fields, in order, as lm-eval's samples file has them."""
+    from thinkswitch_plugin.evaluation import newest
+
+    path = newest(job.work / folder, f"samples_{job.recipe.keys.evaluation.task}_*.jsonl")
+    for row in sorted((row for _, row in files.read_jsonl(path)), key=lambda row: row["doc_id"]):
+        yield row["doc"]
+
+
+def together(jobs: Sequence[Job], seeds: Sequence[Seed]) -> dict[str, Any]:
+    """What `adaptive.json` holds.
+
+    Raises `ThinkSwitchError` if the seeds were judged on different questions.
+    """
+    strata = seeds[0].judged["pre_only"]["stratum"]
+    if any(rows["stratum"] != strata for seed in seeds for rows in seed.judged.values()):
+        raise ThinkSwitchError(
+            "the seeds were judged on different questions; delete the folders `conditions` and run it again."
+        )
+
+    def column(name: str, field: str) -> results.Floats:
+        return np.asarray([seed.judged[name][field] for seed in seeds], dtype=float)
+
+    found = {
+        name: results.Condition(*(column(name, field) for field in ("correct", "tokens", "think")))
+        for name in seeds[0].judged
+    }
+    routed = {name: np.asarray([seed.routed[name] for seed in seeds], dtype=float) for name in seeds[0].routed}
+    swapped = found.pop(SWAPPED)
+    answers_changed = sum(
+        one != other
+        for seed in seeds
+        for one, other in zip(seed.judged["adaptive"]["answer"], seed.judged[SWAPPED]["answer"], strict=True)
+    )
+    every = {**found, **results.derived(found, routed)}
+    return {
+        "domain": jobs[0].recipe.keys.domain,
+        "seeds": [job.seed for job in jobs],
+        **results.summary(every, strata),
+        "swap": {
+            "questions": swapped.think.size,
+            "decisions_changed": int((swapped.think != found["adaptive"].think).sum()),
+            "answers_changed": int(answers_changed),
+            "accuracy": float(swapped.correct.mean()),
+            **{name: float(np.mean([seed.swap[name] for seed in seeds])) for name in seeds[0].swap},
+        },
+        "labels": [seed.labels["labels"] for seed in seeds],
+        "reference_from": seeds[0].labels["reference_from"],
+        "seconds": round(sum(seed.seconds for seed in seeds), 1),
+        "versions": versions(),
+    }
