@@ -66,14 +66,6 @@ def make_student(base: Path, out: Path, *, soft_tokens: int) -> None:
         tokenizer.save_pretrained(building)
 
 
-def new_tokens(student: Path) -> list[int]:
-    """The ids of the format tokens and the placeholder of a student, as axolotl's `peft_trainable_token_indices` takes them."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(student)
-    return sorted(int(tokenizer.convert_tokens_to_ids(token)) for token in (*formats.ANSWER, SOFT))
-
-
 def _add_tokens(tokenizer: Any, config: dict[str, Any], base: Path) -> None:
     from tokenizers import AddedToken
 

@@ -78,4 +78,4 @@ def _train_pair(building: Path, wanted: dict[str, Any]) -> None:
 
 
 def _write_mixed(building: Path, wanted: dict[str, Any]) -> None:
-    mixed.write_training_files(building, wanted["seed"])
+    mixed.write_training_files(building, wanted["seed"], count=wanted["questions"], noise=wanted["noise"])

@@ -103,7 +103,7 @@ def settings() -> dict[str, Any]:
     return {"held_out": HELD_OUT_SIZE, "questions": TRAINING_SIZE, "operands": list(OPERANDS), "noise": NOISE}
 
 
-def write_training_files(folder: Path, seed: int, count: int = TRAINING_SIZE, noise: float = NOISE) -> None:
+def write_training_files(folder: Path, seed: int, *, count: int = TRAINING_SIZE, noise: float = NOISE) -> None:
     """Write `prompts.jsonl`, `requests.jsonl` and the synthetic teacher's `generations.jsonl`."""
     rng = random.Random(f"teacher-{seed}")
     with (
