@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from thinkswitch_plugin import check, files, recipe
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -80,6 +81,29 @@ def test_recipes_pass_axolotls_own_schema_as_they_stand(name: str, overlay: str 
     check.validate(values, name)
     with pytest.raises(ThinkSwitchError, match="axolotl refuses `micro_batch_size`"):
         check.validate({**values, "micro_batch_size": "many"}, name)
+
+
+@pytest.mark.parametrize(
+    ("section", "problem"),
+    [
+        ({}, None),
+        ({"perception": {}, "labels": {"answer": "digit"}, "min_adapter_change": 0}, None),
+        ({"perception": {"tokens": 2, "static": True}}, None),
+        ({"perceptoin": {}}, "thinkswitch.perceptoin"),
+        ({"perception": {"tokens": 0}}, "thinkswitch.perception.tokens"),
+        ({"perception": {"cross_attention": False, "features": []}}, "nothing of the question is read"),
+        ({"prompts": {"path": "p"}, "perception": {}}, "thinkswitch.domain"),
+    ],
+)
+def test_a_plain_recipe_needs_only_the_keys_of_the_plugin(section: dict[str, Any], problem: str | None) -> None:
+    from thinkswitch_plugin.args import ThinkSwitchArgs
+
+    if problem is None:
+        whole = ThinkSwitchArgs.model_validate({"thinkswitch": section}).model_dump(exclude_defaults=True)
+        assert whole == {"thinkswitch": section}
+    else:
+        with pytest.raises(ValidationError, match=problem):
+            ThinkSwitchArgs.model_validate({"thinkswitch": section})
 
 
 def test_an_overlay_merges_mappings_and_null_takes_a_key_away() -> None:

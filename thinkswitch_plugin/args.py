@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 
@@ -159,7 +159,51 @@ class EvaluationKeys(_Keys):
     )
 
 
-class ThinkSwitchKeys(_Keys):
+class PerceptionKeys(_Keys):
+    """The perception module: a soft prompt computed from the question; see docs/adaptive.md."""
+
+    tokens: int = Field(4, gt=0, description="Soft-prompt tokens: as many placeholders as the chat template renders.")
+    queries: int = Field(4, gt=0, description="Learnable queries over the question's token embeddings.")
+    heads: int = Field(4, gt=0, description="Attention heads of the queries; they divide the model's hidden size.")
+    features: list[Literal["words", "readability", "dependency_distance"]] = Field(
+        ["words"], description="Further features of the question's text."
+    )
+    cross_attention: bool = Field(True, description="false: the queries are left out; only the features are read.")
+    static: bool = Field(False, description="One learnt prompt for every question (a control).")
+
+    @model_validator(mode="after")
+    def _something_to_read(self) -> PerceptionKeys:
+        if not (self.static or self.cross_attention or self.features):
+            raise ValueError("nothing of the question is read; name `features`, or set `static: true`")
+        return self
+
+
+class AdaptiveKeys(_Keys):
+    """The adaptive model and its complexity labels; see docs/adaptive.md."""
+
+    student: str | None = Field(
+        None, description="Checkpoint that learns (default: `pair.instruct`); `{seed}` is replaced."
+    )
+    generations: str | None = Field(
+        None, description="Rationales: a generations.jsonl (default: the run's iter-1); `{seed}` is replaced."
+    )
+    gold: str | None = Field(
+        None, description="Prompt field with the right answer (default: the majority of the thinking checkpoint's)."
+    )
+    folds: int = Field(5, ge=2, description="Folds of the cross-validation behind the labels.")
+
+
+class PluginKeys(_Keys):
+    """The keys that the plugin itself reads: all that a plain axolotl recipe needs."""
+
+    labels: LabelKeys = LabelKeys()  # type: ignore[call-arg]
+    perception: PerceptionKeys | None = Field(None, description="Give the model a perception module.")
+    min_adapter_change: float = Field(
+        1e-4, ge=0, description="An adapter that moved less than this (median ‖s·B·A‖/‖A‖) learnt nothing: an error."
+    )
+
+
+class ThinkSwitchKeys(PluginKeys):
     """Everything under `thinkswitch:`."""
 
     domain: str = Field(min_length=1, description="Name of the domain, the same as the recipe's file name.")
@@ -167,40 +211,51 @@ class ThinkSwitchKeys(_Keys):
     pair: PairKeys
     prompts: PromptKeys
     sampling: SamplingKeys = SamplingKeys()  # type: ignore[call-arg]
-    labels: LabelKeys = LabelKeys()  # type: ignore[call-arg]
     engine: EngineKeys = EngineKeys()  # type: ignore[call-arg]
     rebuild: RebuildKeys = RebuildKeys()  # type: ignore[call-arg]
     evaluation: EvaluationKeys
+    adaptive: AdaptiveKeys = AdaptiveKeys()  # type: ignore[call-arg]
     axolotl_args: list[str] = Field([], description="Further options for `axolotl train`, such as its launcher's.")
     merge_on: Literal["auto", "cpu"] = Field(
         "auto", description="Where the adapter is merged in full precision; cpu where the GPU cannot hold the model."
-    )
-    min_adapter_change: float = Field(
-        1e-4, ge=0, description="An adapter that moved less than this (median ‖s·B·A‖/‖A‖) learnt nothing: an error."
     )
 
 
 class ThinkSwitchArgs(BaseModel):
     """What the plugin adds to axolotl's configuration."""
 
-    thinkswitch: ThinkSwitchKeys | None = Field(None, description="Keys of the ThinkSwitch loop.")
+    thinkswitch: SerializeAsAny[PluginKeys] | None = Field(None, description="Keys of the ThinkSwitch loop.")
+
+    @field_validator("thinkswitch", mode="before")
+    @classmethod
+    def _whose_keys(cls, value: Any) -> Any:
+        """Keys of the loop make it the recipe of a domain, which then has to be whole."""
+        loop = ThinkSwitchKeys.model_fields.keys() - PluginKeys.model_fields.keys()
+        return ThinkSwitchKeys.model_validate(value) if isinstance(value, dict) and loop & value.keys() else value
 
 
 def keys_table(model: type[BaseModel] = ThinkSwitchKeys, above: str = "") -> Iterator[list[str]]:
     """Key, type, default and meaning of every key, as rows of docs/recipes.md."""
-    for name, field in model.model_fields.items():
+    for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] not in model.__annotations__):
         key = f"{above}{field.alias or name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from keys_table(field.annotation, f"{key}.")
+        if section := keys_of(field):
+            yield from keys_table(section, f"{key}.")
         else:
             yield [f"`{key}`", _kind(field.annotation), _default(field), field.description or ""]
+
+
+def keys_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The keys inside a section; None for a key that holds a value."""
+    kinds = get_args(field.annotation) or (field.annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _kind(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if get_origin(annotation) is list:
-        return f"list of {_kind(get_args(annotation)[0])}s"
+        (inner,) = get_args(annotation)
+        return f"list of {_kind(inner)}" + ("s" if get_origin(inner) is None else "")
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
     names = {str: "text", int: "whole number", float: "number", bool: "true, false"}
     return " or ".join(names.get(kind, str(kind)) for kind in kinds)

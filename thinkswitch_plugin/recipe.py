@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from thinkswitch_plugin import files
-from thinkswitch_plugin.args import ThinkSwitchKeys
+from thinkswitch_plugin.args import ThinkSwitchKeys, keys_of
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 RECIPES = Path("recipes")
@@ -110,7 +110,7 @@ def shown(value: object) -> str:
 def _did_you_mean(location: tuple[int | str, ...]) -> str:
     model: Any = ThinkSwitchKeys
     for part in location[:-1]:
-        model = model.model_fields[str(part)].annotation
+        model = keys_of(model.model_fields[str(part)])
     names = [field.alias or name for name, field in model.model_fields.items()]
     close = difflib.get_close_matches(str(location[-1]), names, n=1)
     return f"; did you mean `{close[0]}`" if close else f"; known keys: {', '.join(names)}"
