@@ -5,6 +5,8 @@ One row of `pairs.jsonl`:
     {"messages": [{"role": "user", "content": "7*3+4*2"},
                   {"role": "assistant", "content": "0"}],
      "custom_id": "p00000-s0", "prompt_id": "p00000"}
+
+With the trace kept, one row of `rationales.jsonl`: the same and ``"trace": "7*3=1\n1+4=5\n5*2=0"``.
 """
 
 from __future__ import annotations
@@ -19,14 +21,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from thinkswitch_plugin import answers, batch, files
+from thinkswitch_plugin.adaptive import formats
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.traces import Completion, Outcome, control_token, split_message
+from thinkswitch_plugin.traces import Completion, Outcome, control_token, has_tag, split_message
 
 # Reasons beyond `Outcome`, which names what can be wrong with one completion.
 MISSING = "not_generated"
 NOT_CHOSEN = "not_selected"
 NO_MAJORITY = "no_readable_answer"
 CONTROL = "control_token"
+# Only where the trace is kept.
+NO_TRACE = "no_trace"
+ANSWER_TAG = "answer_tag"
 
 
 @dataclass
@@ -66,11 +72,13 @@ class PairReport:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """What a stored line comes to; a whole answer lies in the spill at `start`, `length` bytes long."""
+    """What a stored line comes to; a whole answer lies in the spill at `start`, `length` bytes long,
+    and behind it the trace, if that is kept."""
 
     outcome: str
     start: int = 0
     length: int = 0
+    trace: int = 0  # bytes
 
 
 def build_pairs(
@@ -79,12 +87,13 @@ def build_pairs(
     *,
     selection: str = "first",
     answer_kind: str = "exact",
+    keep_trace: bool = False,
     report: PairReport,
 ) -> Iterator[dict[str, Any]]:
     """Yield the pairs in the order of `requests`, counting into `report` on the way.
 
-    Each file is read from front to back, the generations once: answers, without their traces, wait in
-    an unnamed temporary file, so memory grows with ids only.
+    Each file is read from front to back, the generations once: answers, and traces only where they are kept,
+    wait in an unnamed temporary file, so memory grows with ids only.
 
     Args:
         requests: OpenAI batch file; consecutive lines with one `body.metadata.prompt_id`
@@ -95,6 +104,7 @@ def build_pairs(
         selection: `first` complete sample, `all`, or `vote` (the first complete sample
             that gives the majority answer).
         answer_kind: how `vote` reads a final answer, a key of `answers.EXTRACTORS`.
+        keep_trace: give each pair its `trace`, and drop those that `adaptive.formats` cannot write.
 
     Raises:
         ThinkSwitchError: a file is missing or a line is broken, named by file and line.
@@ -105,7 +115,7 @@ def build_pairs(
     if not opened:
         raise ThinkSwitchError(f"{requests} holds no requests; delete it and run the stage `requests` again.")
     with tempfile.TemporaryFile(dir=_spill_folder(generations)) as spill:
-        stored = _read_generations(generations, opened, spill, report)
+        stored = _read_generations(generations, opened, spill, report, keep_trace=keep_trace)
         rows = (request for _, request in files.read_jsonl(requests))
         for _, group in itertools.groupby(rows, key=batch.prompt_id):
             members = list(group)
@@ -125,11 +135,16 @@ def build_pairs(
             report.kept += len(chosen)
             report.prompts_without_pair += not chosen
             for request, answer in chosen:
-                yield {
+                row = {
                     "messages": [*request["body"]["messages"], {"role": "assistant", "content": answer}],
                     "custom_id": request["custom_id"],
                     "prompt_id": batch.prompt_id(request),
                 }
+                if keep_trace:
+                    found = stored[request["custom_id"]]
+                    spill.seek(found.start + found.length)
+                    row["trace"] = spill.read(found.trace).decode()
+                yield row
 
 
 def _spill_folder(generations: Path) -> Path | None:
@@ -138,9 +153,9 @@ def _spill_folder(generations: Path) -> Path | None:
 
 
 def _read_generations(
-    generations: Path, opened: dict[str, bool], spill: IO[bytes], report: PairReport
+    generations: Path, opened: dict[str, bool], spill: IO[bytes], report: PairReport, *, keep_trace: bool
 ) -> dict[str, _Stored]:
-    """What became of every request, by id; whole answers go into `spill`."""
+    """What became of every request, by id; whole answers, and traces if they are kept, go into `spill`."""
     stored: dict[str, _Stored] = {}
     for number, row in files.read_jsonl(generations, torn_end=True):
         custom_id = batch.stored_id(row, generations, number)
@@ -151,10 +166,10 @@ def _read_generations(
             report.duplicates += 1
             if stored[custom_id].outcome != Outcome.FAILED:
                 continue
-        outcome, answer = judge(row, opened=opened[custom_id])
-        text = answer.encode()
-        stored[custom_id] = _Stored(outcome, spill.tell(), len(text))
-        spill.write(text)
+        outcome, *texts = judge(row, opened=opened[custom_id], keep_trace=keep_trace)
+        answer, trace = (text.encode() for text in texts)
+        stored[custom_id] = _Stored(outcome, spill.tell(), len(answer), len(trace))
+        spill.write(answer + trace)
     return stored
 
 
@@ -167,14 +182,29 @@ def completion_of(row: dict[str, Any], *, opened: bool) -> Completion:
     return split_message(choice["message"], opened=opened, finish_reason=choice.get("finish_reason"))
 
 
-def judge(row: dict[str, Any], *, opened: bool) -> tuple[str, str]:
-    """Outcome and whole answer (empty unless complete) of one line of a batch output file."""
+def judge(row: dict[str, Any], *, opened: bool, keep_trace: bool = False) -> tuple[str, str, str]:
+    """Outcome, whole answer, and trace if it is kept (both empty unless complete), of one line of a batch output."""
     done = completion_of(row, opened=opened)
     if not done.complete or done.answer is None:
-        return done.outcome.value, ""
+        return done.outcome.value, "", ""
     if control_token(done.answer):
-        return CONTROL, ""
-    return done.outcome.value, done.answer
+        return CONTROL, "", ""
+    if not keep_trace:
+        return done.outcome.value, done.answer, ""
+    if problem := _fault_of_trace(done.trace, done.answer):
+        return problem, "", ""
+    return done.outcome.value, done.answer, done.trace or ""
+
+
+def _fault_of_trace(trace: str | None, answer: str) -> str | None:
+    """Why a whole completion is not fit for the formats with a trace, as a reason to drop it."""
+    if not trace:
+        return NO_TRACE
+    if has_tag(trace):
+        return Outcome.AMBIGUOUS.value
+    if control_token(trace):
+        return CONTROL
+    return ANSWER_TAG if formats.has_answer_tag(trace) or formats.has_answer_tag(answer) else None
 
 
 def select(
@@ -192,14 +222,19 @@ def select(
     return complete[:1], NOT_CHOSEN
 
 
-def write_pairs(requests: Path, generations: Path, out: Path, *, selection: str, answer_kind: str) -> PairReport:
-    """Write `pairs.jsonl` atomically, and `pairs.json` beside it with the counts.
+def write_pairs(
+    requests: Path, generations: Path, out: Path, *, selection: str, answer_kind: str, keep_trace: bool = False
+) -> PairReport:
+    """Write `pairs.jsonl` (or, with traces, `rationales.jsonl`) atomically, and beside it the counts as JSON.
 
     Raises `ThinkSwitchError` if not one pair is left.
     """
     report = PairReport()
     with files.atomic_file(out) as handle:
-        for row in build_pairs(requests, generations, selection=selection, answer_kind=answer_kind, report=report):
+        rows = build_pairs(
+            requests, generations, selection=selection, answer_kind=answer_kind, keep_trace=keep_trace, report=report
+        )
+        for row in rows:
             handle.write(files.dumps_line(row))
         if report.kept == 0:
             raise ThinkSwitchError(

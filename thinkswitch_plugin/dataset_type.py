@@ -1,0 +1,182 @@
+"""What the axolotl dataset types `answer_only`, `pre_thinking` and `post_thinking` share.
+
+A file of pairs is used as it is. A `generations.jsonl` (vLLM's batch output, with the `requests.jsonl` it
+answers beside it) is turned into the same pairs by the same function, as `thinkswitch.labels` of the recipe
+says. Rendering and labels are axolotl's own `chat_template`: only the assistant's turn and its end token
+carry a loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from axolotl.datasets import wrap_dataset_for_tokenized_prompt
+from axolotl.prompt_strategies.chat_template import load as load_chat_template
+from axolotl.prompt_tokenizers import DatasetWrappingStrategy
+from datasets import Dataset, Features, Value
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import get_temporary_cache_files_directory
+
+from thinkswitch_plugin import pairs, traces
+from thinkswitch_plugin.adaptive import formats
+from thinkswitch_plugin.args import LabelKeys
+from thinkswitch_plugin.errors import ThinkSwitchError
+
+TURNS = [{"role": Value("string"), "content": Value("string")}]
+
+
+def strategy(tokenizer: Any, cfg: Any, ds_cfg: Any, form: formats.Format | None) -> Completions:
+    """The strategy that turns the rows of one dataset into token ids and labels.
+
+    Args:
+        tokenizer, cfg, ds_cfg: what axolotl gives to a dataset type's `load`.
+        form: how trace and answer are written; None leaves the trace away.
+
+    Raises:
+        ThinkSwitchError: the chat template does not fit the format.
+    """
+    options = ds_cfg if isinstance(ds_cfg, dict) else ds_cfg.model_dump()
+    options = {**options, "roles_to_train": ["assistant"], "train_on_eos": "turn"}
+    if form:
+        options["split_thinking"] = False  # it would hand the trace to the template, which may leave it away
+    labels = LabelKeys.model_validate((cfg.get("thinkswitch") or {}).get("labels") or {})
+    chat_template = load_chat_template(tokenizer, cfg, options)
+    if form:
+        _require_template(chat_template, tokenizer, form)
+    return Completions(chat_template, str(options.get("path")), labels, form)
+
+
+class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
+    """Pairs, their completions written in one format, tokenized by axolotl's chat-template strategy."""
+
+    def __init__(self, chat_template: Any, path: str, labels: LabelKeys, form: formats.Format | None) -> None:
+        self.chat_template = chat_template
+        self.path = path
+        self.labels = labels
+        self.form = form
+
+    def wrap_dataset(
+        self, dataset: Dataset, process_count: int | None = None, keep_in_memory: bool | None = False, **kwargs: Any
+    ) -> Any:
+        """Token ids and labels of every pair.
+
+        Raises `ThinkSwitchError` where a row is no pair, a tag stands where it would be misread, or a trace is
+        needed and missing.
+        """
+        columns = ["messages", "trace"] if self.form else ["messages"]
+        if "custom_id" in dataset.column_names and "response" in dataset.column_names:
+            dataset = self._from_generations()
+        elif "messages" not in dataset.column_names:
+            raise ThinkSwitchError(
+                f"{self.path}: rows have neither `messages` ({'rationales' if self.form else 'pairs'}.jsonl) "
+                "nor `custom_id` and `response` (generations.jsonl)."
+            )
+        elif self.form and "trace" not in dataset.column_names:
+            raise ThinkSwitchError(
+                f"{self.path}: rows have no `trace`, which {self.form}_thinking writes; "
+                "use rationales.jsonl or generations.jsonl (pairs.jsonl has its traces removed)."
+            )
+        dataset = dataset.select_columns(columns)
+        for number, row in enumerate(dataset, 1):
+            where = f"{self.path}, pair {number}"
+            _check_pair(row["messages"], where)
+            if self.form:
+                _check_trace(row["trace"], row["messages"][-1]["content"], where)
+        if self.form:
+            # Never from a cache: its key does not know the rules by which `formats` writes.
+            dataset = dataset.map(
+                self._render, remove_columns=["trace"], keep_in_memory=keep_in_memory, load_from_cache_file=False
+            )
+        return wrap_dataset_for_tokenized_prompt(
+            self.chat_template, dataset, process_count=process_count, keep_in_memory=keep_in_memory, **kwargs
+        )
+
+    def _render(self, row: dict[str, Any]) -> dict[str, Any]:
+        assert self.form is not None
+        *turns, last = row["messages"]
+        return {"messages": [*turns, {**last, "content": formats.render(self.form, row["trace"], last["content"])}]}
+
+    def _from_generations(self) -> Dataset:
+        generations = Path(self.path)
+        report = pairs.PairReport()
+        features: dict[str, Any] = {"messages": TURNS} | ({"trace": Value("string")} if self.form else {})
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for row in pairs.build_pairs(
+                generations.with_name("requests.jsonl"),
+                generations,
+                selection=self.labels.selection,
+                answer_kind=self.labels.answer,
+                keep_trace=self.form is not None,
+                report=report,
+            ):
+                yield {name: row[name] for name in features}
+
+        try:
+            # Through a file that lives as long as this process, so that no trace waits in memory.
+            dataset = Dataset.from_generator(
+                rows, features=Features(features), cache_dir=get_temporary_cache_files_directory()
+            )
+        except DatasetGenerationError as error:
+            raise (error.__cause__ if isinstance(error.__cause__, ThinkSwitchError) else error) from None
+        if not len(dataset):
+            raise ThinkSwitchError(
+                f"{generations} holds no complete answer: {report.summary()}; raise `thinkswitch.sampling.max_tokens` in the recipe."
+            )
+        return dataset
+
+
+def _require_template(chat_template: Any, tokenizer: Any, form: formats.Format) -> None:
+    """Raise `ThinkSwitchError` unless a completion in this format is rendered, and labelled, as it is written."""
+    name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
+    question = {"role": "user", "content": "1"}
+    asked = _ids(chat_template.prompter.build_prompt([question], add_generation_prompt=True))
+    if traces.template_opens_trace(tokenizer.decode(asked)):
+        raise ThinkSwitchError(
+            f"The chat template of {name} opens the trace by itself, so {form}_thinking could not say first which "
+            "format a completion has; use the template of an instruct checkpoint."
+        )
+    turns = [question, {"role": "assistant", "content": formats.render(form, "2", "3")}]
+    row = chat_template.tokenize_prompt({"messages": turns})
+    trained = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
+    before = next((place for place, label in enumerate(row["labels"]) if label != -100), len(row["labels"]))
+    written = tokenizer.decode(trained).removesuffix(tokenizer.eos_token or "")
+    if _ids(row)[:before] != asked or formats.parse(written) != formats.Parsed(form, "3", True):
+        raise ThinkSwitchError(
+            f"The chat template of {name} does not leave a completion of {form}_thinking as it is written; "
+            "use one that prints the assistant's text unchanged, right behind the generation prompt."
+        )
+
+
+def _ids(built: Any) -> list[int]:
+    return list(built["input_ids"] if hasattr(built, "keys") else built)
+
+
+def _check_pair(messages: Any, where: str) -> None:
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ThinkSwitchError(f"{where}: `messages` must be a list of messages; repair or delete the line.")
+    for place, message in enumerate(messages):
+        for name in ("role", "content"):
+            if not isinstance(message.get(name), str):
+                raise ThinkSwitchError(
+                    f"{where}: `messages[{place}].{name}` is missing or not text; repair or delete the line."
+                )
+        if token := traces.control_token(message["content"]):
+            raise ThinkSwitchError(
+                f"{where}: `messages[{place}]` holds {token!r}, which would end its turn; take it out."
+            )
+    if not messages or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+        raise ThinkSwitchError(f"{where}: the last message must be an assistant's answer; repair or delete the line.")
+    if any(m["role"] == "assistant" and traces.has_tag(m["content"]) for m in messages):
+        raise ThinkSwitchError(f"{where}: a trace tag is left in the answer; build the pairs again.")
+
+
+def _check_trace(trace: Any, answer: str, where: str) -> None:
+    if trace is not None and not isinstance(trace, str):
+        raise ThinkSwitchError(f"{where}: `trace` is not text; repair or delete the line.")
+    if problem := formats.fault(trace, answer):
+        raise ThinkSwitchError(f"{where}: {problem}; repair or delete the line.")
+    if token := traces.control_token(trace or ""):
+        raise ThinkSwitchError(f"{where}: the trace holds {token!r}, which would end its turn; take it out.")
