@@ -12,12 +12,13 @@ ITER       ?= 1
 PORT       ?= 8000
 LAMBDAS    ?= 0 0.1 … 1
 KILLS      ?= 10
+BASELINES  ?= post
 # Names as short as these may stand in somebody's environment for something else: they count on the command line only.
 $(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA RANK BASE,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
 
 # What a setting may hold: `value` looks at it before Make would expand a $(shell …) in it.
 SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITER LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR A B K SAMPLING \
-	TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT
+	TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS
 $(foreach name,$(SETTINGS),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
 # A question is free text: taken as it is, never expanded, and read by the command from the environment.
 override QUESTION := $(value QUESTION)
@@ -34,7 +35,8 @@ RUN  := $(RUNS)/$(DOMAIN)
 
 # Settings reach the commands through the environment, never through a shell's command line.
 export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY KEEP RUN MODEL CONTROL PRICE_PER_HOUR
-export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KILLS BASE PORT QUESTION
+export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KILLS BASE PORT QUESTION \
+	FOLDS BASELINES GENERATIONS
 export ITER_GIVEN := $(if $(filter command,$(firstword $(origin ITER))),yes)
 # Distributed training gives RANK a meaning of its own, and engines would read it.
 unexport RANK
@@ -53,7 +55,7 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines \
-	similarity export-loras serve control results chaos bench-engines bench-sweep bench-merge bench-export bench-faults \
+	similarity labels export-loras serve control results chaos bench-engines bench-sweep bench-merge bench-export bench-faults \
 	bench-pairs bench-report screenshots fuzz bad-input lint test
 
 ##@ Run
@@ -147,6 +149,12 @@ baselines: setup ## task arithmetic, TIES, DARE, three at once, transplant: make
 
 similarity: setup ## how near two checkpoints are: make similarity A=folder B=folder OUT=similarity
 	@$(TS) similarity "$$A" "$$B" --out "$${OUT:-similarity}"
+
+##@ Think only where it pays
+
+labels: setup ## which questions need thinking? K-fold cross-validation: make labels DOMAIN=arithmetic FOLDS=5 BASELINES="post pre"
+	@$(TS) labels --domain "$$DOMAIN" --runs "$$RUNS" --seed "$$SEED" --engine "$$ENGINE" --overlay "$$OVERLAY" \
+		--folds "$$FOLDS" --baselines "$$BASELINES" --generations "$$GENERATIONS"
 
 ##@ Serve
 

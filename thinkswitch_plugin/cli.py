@@ -467,6 +467,28 @@ def serve(
 
 
 @main.command()
+@click.option("--domain", required=True, help="Name of a recipe in recipes/.")
+@click.option("--runs", default="runs", show_default=True, type=FOLDER, help="Folder that holds the runs.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option(
+    "--engine",
+    default="auto",
+    show_default=True,
+    help="Who answers: vllm, or embedded (transformers in process); auto is vLLM on a GPU.",
+)
+@OVERLAY
+@click.option("--folds", default="", help="K of the cross-validation (default: the recipe's).")
+@click.option("--baselines", default="post", show_default=True, help='What is trained: "post", or "post pre".')
+@click.option("--generations", default="", help="Another generations.jsonl, requests.jsonl beside it.")
+def labels(folds: str, overlay: str, domain: str, **options: Any) -> None:
+    """Complexity labels by K-fold cross-validation: which questions need thinking? -> adaptive/seed-N/labels/."""
+    from thinkswitch_plugin.adaptive.labels import find_job, make_labels
+
+    count = whole_number("--folds", folds)
+    make_labels(find_job(domain, overlays=overlay.split(), folds=count, **options))
+
+
+@main.command()
 @click.argument("first")
 @click.argument("second")
 @click.option("--out", type=FOLDER, default=Path("similarity"), show_default=True, help="Where the files go.")

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinkswitch_plugin import files
+from thinkswitch_plugin import console, files
+from thinkswitch_plugin.engines import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.recipe import CPU_OVERLAY, Recipe, overlay
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+PREPARED = "prepared"  # axolotl's tokenized data, beside the adapter
 # What axolotl and its engines are told in every stage of ours.
 ENGINE_ENV = {
     "AXOLOTL_DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "warning",  # with less, the trainer writes no progress into its log
 }
+
+
+def tool(name: str) -> str:
+    """An engine's command in the environment that runs us."""
+    return str(Path(sys.executable).with_name(name))
 
 
 def iteration_config(
@@ -39,12 +47,35 @@ def iteration_config(
             axolotl's cache key holds neither the file's content nor plugin keys.
         on_cpu: put the published CPU overlay on top.
     """
-    values = dict(recipe.axolotl)
+    datasets = [dict(entry) for entry in recipe.axolotl.get("datasets") or [{}]]
+    datasets[0] |= {"path": str(pairs), "ds_type": "json", "type": "thinkswitch_plugin.answer_only"}
+    keys = recipe.keys.model_dump(by_alias=True, exclude_defaults=True)
+    return training_config(
+        recipe.axolotl,
+        base_model=base_model,
+        datasets=datasets,
+        adapter=adapter,
+        prepared=prepared,
+        seed=seed,
+        on_cpu=on_cpu,
+    ) | {"thinkswitch": keys}
+
+
+def training_config(
+    values: dict[str, Any],
+    *,
+    base_model: str,
+    datasets: list[dict[str, Any]],
+    adapter: Path,
+    prepared: Path,
+    seed: int,
+    on_cpu: bool,
+) -> dict[str, Any]:
+    """A recipe's axolotl keys for one training, without those under `thinkswitch:`; see `iteration_config`."""
     if on_cpu:
         values = overlay(values, files.read_yaml(CPU_OVERLAY))
-    datasets = [dict(entry) for entry in values.get("datasets") or [{}]]
-    datasets[0] |= {"path": str(pairs), "ds_type": "json", "type": "thinkswitch_plugin.answer_only"}
-    values |= {
+    return {
+        **values,
         "base_model": base_model,
         "datasets": datasets,
         "dataset_prepared_path": str(prepared),
@@ -53,7 +84,56 @@ def iteration_config(
         "merge_method": "legacy",  # axolotl's default rounds every matrix through NF4
         "auto_resume_from_checkpoints": True,  # a killed training goes on from its last whole checkpoint
     }
-    return {**values, "thinkswitch": recipe.keys.model_dump(by_alias=True, exclude_defaults=True)}
+
+
+def train(
+    config: dict[str, Any], here: Path, *, resume: bool, options: Sequence[str], minimum: float
+) -> dict[str, Any]:
+    """Have axolotl train one adapter into `here/adapter`, with its config in `here/axolotl.yaml`.
+
+    Args:
+        config: complete, with `here/adapter` and `here/prepared` in it.
+        resume: what lies half-built there was made from the same inputs; go on with it.
+        options: further options for `axolotl train`.
+        minimum: how far the adapter must have moved; see `require_moved`.
+
+    Returns:
+        `adapter_change`, and `resumed_from`: the trainer's checkpoint that a killed attempt had left, or None.
+
+    Raises:
+        ThinkSwitchError: axolotl fails or the adapter did not move.
+    """
+    adapter, building = here / "adapter", files.temporary_sibling(here / "adapter")
+    prepared = here / PREPARED
+    files.remove(prepared)  # axolotl would take up prepared data of other pairs
+    if not resume:
+        files.remove(building)
+    elif adapter.is_dir() and (here / "axolotl.yaml").is_file():
+        console.say("  the adapter of these pairs is whole")
+        moved = adapter_change(adapter)
+        require_moved(moved, minimum, adapter)
+        return {"adapter_change": moved, "resumed_from": None}
+    before = whole_checkpoints(building)
+    if before:
+        console.say(f"  goes on from {before[-1].name} of the training that was cut short")
+    files.write_yaml(here / "axolotl.yaml", config, header="Runs by itself: axolotl train THIS_FILE")
+    command: list[str | Path] = [tool("axolotl"), "train", here / "axolotl.yaml", "--output-dir", building]
+    if not has_cuda():
+        command += ["--launcher", "python"]
+    command += options
+    try:
+        console.run_logged(command, here / "logs" / "train.log", env=ENGINE_ENV, title="axolotl train")
+    except ThinkSwitchError:
+        if before and whole_checkpoints(building) == before:
+            files.remove(before[-1])  # it may be what failed: the next attempt takes the one before
+        raise
+    moved = adapter_change(building)
+    require_moved(moved, minimum, building)
+    for checkpoint_folder in building.glob("checkpoint-*"):
+        files.remove(checkpoint_folder)
+    files.put_in_place(building, adapter)
+    files.remove(prepared)
+    return {"adapter_change": moved, "resumed_from": before[-1].name if before else None}
 
 
 def whole_checkpoints(building: Path) -> list[Path]:

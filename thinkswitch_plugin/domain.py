@@ -47,7 +47,7 @@ def read_prompts(keys: PromptKeys, seed: int) -> tuple[list[tuple[str, str]], st
             raise ThinkSwitchError(f"{where}: the prompt is empty; fill it or delete the row.")
         if token := control_token(text):
             raise ThinkSwitchError(f"{where}: the prompt holds {token!r}, which would end the turn there; take it out.")
-        prompt_id = str(row.get("id", row.get("pubid", f"p{number - 1:05d}")))
+        prompt_id = _prompt_id(row, number)
         if prompt_id in seen:
             raise ThinkSwitchError(f"{where}: the id {prompt_id!r} occurs twice; give each row its own.")
         seen.add(prompt_id)
@@ -55,6 +55,27 @@ def read_prompts(keys: PromptKeys, seed: int) -> tuple[list[tuple[str, str]], st
     if keys.shuffle:
         random.Random(f"prompts-{seed}").shuffle(found)
     return found, commit
+
+
+def read_field(keys: PromptKeys, seed: int, field: str) -> dict[str, str]:
+    """One field of every row of the recipe's source, such as its right answer, by prompt id.
+
+    Raises `ThinkSwitchError` naming the row that does not have it.
+    """
+    found = {}
+    for where, number, row in _rows(keys, seed)[0]:
+        value = row.get(field)
+        if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+            raise ThinkSwitchError(
+                f"{where}: the field `{field}` is {'missing' if value is None else 'neither text nor a number'}; "
+                f"fields of this row: {', '.join(row)}."
+            )
+        found[_prompt_id(row, number)] = str(value)
+    return found
+
+
+def _prompt_id(row: dict[str, Any], number: int) -> str:
+    return str(row.get("id", row.get("pubid", f"p{number - 1:05d}")))
 
 
 def _template(keys: PromptKeys, undefined: type[Undefined]) -> Template:

@@ -15,16 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 
 class EmbeddedEngine:
     """One checkpoint in memory that answers OpenAI chat requests."""
 
-    def __init__(self, checkpoint: str | Path) -> None:
+    def __init__(self, checkpoint: str | Path, model: PreTrainedModel | None = None) -> None:
+        """Load a checkpoint.
+
+        Args:
+            model: what answers, where it is more than the folder's weights, such as a checkpoint with an adapter.
+        """
         self.name = str(checkpoint)
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
-        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", use_safetensors=True).eval()
+        if model is None:
+            model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", use_safetensors=True)
+        self.model = model.eval()
         if torch.cuda.is_available():
             self.model = self.model.cuda()
         ends = self.model.generation_config.eos_token_id
@@ -45,10 +52,10 @@ class EmbeddedEngine:
 
     @torch.inference_mode()
     def answer(self, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Chat completion bodies for requests that share their sampling settings.
+        """Chat completion bodies for requests that share their sampling settings and stop strings.
 
-        The raw text, tags and all, is in `message.content`; `finish_reason` is exact,
-        since it is read from the generated ids and not from the text.
+        The raw text, tags and all, is in `message.content`, without the stop string that ended it;
+        `finish_reason` is exact: an end of turn is read from the generated ids and not from the text.
         """
         prompts = [
             self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
@@ -56,10 +63,15 @@ class EmbeddedEngine:
         ]
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
         inputs = {k: v.to(self.model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
-        output = self.model.generate(**inputs, generation_config=self._generation_config(bodies[0]))
+        stop = _stop_strings(bodies[0])
+        output = self.model.generate(
+            **inputs,
+            generation_config=self._generation_config(bodies[0]),
+            **({"stop_strings": list(stop), "tokenizer": self.tokenizer} if stop else {}),
+        )
         width = inputs["input_ids"].shape[1]
         return [
-            self._body(ids.tolist(), int(mask.sum()))
+            self._body(ids.tolist(), int(mask.sum()), stop)
             for ids, mask in zip(output[:, width:], inputs["attention_mask"], strict=True)
         ]
 
@@ -79,11 +91,15 @@ class EmbeddedEngine:
             **common,
         )
 
-    def _body(self, ids: list[int], prompt_tokens: int) -> dict[str, Any]:
+    def _body(self, ids: list[int], prompt_tokens: int, stop: tuple[str, ...]) -> dict[str, Any]:
         end = next((i for i, token in enumerate(ids) if token in self.ends), None)
         # Special tokens stay: where a model's trace tags are special, skipping them would hide its trace.
-        text = self.tokenizer.decode([i for i in ids[:end] if i != self.pad], skip_special_tokens=False)
+        text: str = self.tokenizer.decode([i for i in ids[:end] if i != self.pad], skip_special_tokens=False)
         used = len(ids) if end is None else end + 1
+        if found := [place for string in stop if (place := text.find(string)) >= 0]:
+            # The others of the batch went on; what follows a row's stop string is padding.
+            text, end = text[: min(found)], next((i for i, token in enumerate(ids) if token == self.pad), len(ids))
+            used = end
         return {
             "id": f"chatcmpl-{time.time_ns():x}",
             "object": "chat.completion",
@@ -104,4 +120,9 @@ class EmbeddedEngine:
 
 
 def _settings(body: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(body.get(key) for key in ("temperature", "top_p", "top_k", "max_tokens"))
+    return (*(body.get(key) for key in ("temperature", "top_p", "top_k", "max_tokens")), _stop_strings(body))
+
+
+def _stop_strings(body: dict[str, Any]) -> tuple[str, ...]:
+    stop = body.get("stop") or ()
+    return (stop,) if isinstance(stop, str) else tuple(stop)

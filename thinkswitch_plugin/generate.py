@@ -16,10 +16,11 @@ from typing import IO, Any
 
 from thinkswitch_plugin import batch, files
 from thinkswitch_plugin.args import EngineKeys
-from thinkswitch_plugin.engines import Server, serving
+from thinkswitch_plugin.engines import Server, lora_arguments, serving
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.progress import Bar
 
+ADAPTER = "adapter"  # as vLLM serves it
 PROMPT_ROOM = 2048  # tokens left for the prompt beside the completion's budget
 
 
@@ -82,6 +83,7 @@ def generate(
     *,
     retry_max_tokens: int | None = None,
     limit: int | None = None,
+    adapter: Path | None = None,
     log: Path,
     title: str = "generate",
 ) -> GenerationReport:
@@ -94,6 +96,7 @@ def generate(
         engine: `vllm`, `embedded`, or the base URL of a running server.
         retry_max_tokens: ask an answer that the token limit cut once more with this budget.
         limit: only the first so many requests.
+        adapter: a PEFT adapter that is put on the checkpoint (not with a running server).
         log: output of an engine that is started here.
 
     Raises:
@@ -117,11 +120,15 @@ def generate(
     with out.open("ab") as handle:
         keep = _Keeper(handle, report)
         if engine == "embedded":
-            _answer_embedded(rows, keep, title, checkpoint, keys.concurrency, retry_max_tokens)
+            _answer_embedded(rows, keep, title, checkpoint, adapter, keys.concurrency, retry_max_tokens)
         else:
             room = min(max(budget, retry_max_tokens or 0) + PROMPT_ROOM, context_length(checkpoint))
+            asked = ADAPTER if adapter else checkpoint
+            if adapter:
+                options = [*keys.vllm_args, *lora_arguments({ADAPTER: adapter})]
+                keys = keys.model_copy(update={"vllm_args": options})
             with serving(engine, checkpoint, keys, log, max_len=room) as server, keep.progress(title):
-                asyncio.run(_answer_from_server(rows, keep, server, checkpoint, keys, retry_max_tokens))
+                asyncio.run(_answer_from_server(rows, keep, server, asked, keys, retry_max_tokens))
     if report.failed * 2 > report.requests:
         raise ThinkSwitchError(
             f"{report.failed} of {report.requests} requests failed; the last: {keep.last_problem}. "
@@ -185,12 +192,18 @@ def _answer_embedded(
     keep: _Keeper,
     title: str,
     checkpoint: str,
+    adapter: Path | None,
     batch: int,
     retry_max_tokens: int | None,
 ) -> None:
     from thinkswitch_plugin.embedded import EmbeddedEngine
 
-    engine = EmbeddedEngine(checkpoint)
+    model = None
+    if adapter is not None:
+        from thinkswitch_plugin.adaptive.model import load
+
+        model = load(Path(checkpoint), adapter)
+    engine = EmbeddedEngine(checkpoint, model)
     with keep.progress(title):
         for row, body in engine.stream(rows, batch):
             if retry_max_tokens and was_cut(body):

@@ -7,7 +7,6 @@ decides whether it is needed and keeps its stamp. Follow one prompt: `write_requ
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,6 @@ from thinkswitch_plugin import cards, checkpoint, console, files
 from thinkswitch_plugin.engines import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import Run
-
-
-def tool(name: str) -> str:
-    """An engine's command in the environment that runs us."""
-    return str(Path(sys.executable).with_name(name))
 
 
 def prepare_pair(run: Run) -> dict[str, Any]:
@@ -124,55 +118,20 @@ def train(run: Run, k: int) -> dict[str, Any]:
 
 
 def train_adapter(run: Run, *, pairs: Path, base_model: str, here: Path, resume: bool = False) -> dict[str, Any]:
-    """Train one adapter into `here/adapter`, with its config in `here/axolotl.yaml`.
-
-    Args:
-        resume: what lies half-built there was made from the same inputs; go on with it.
-
-    Raises `ThinkSwitchError` if axolotl fails or the adapter did not move.
-    """
+    """Train one adapter on pairs into `here/adapter`; see `distil.train`."""
     from thinkswitch_plugin import distil
 
-    adapter, building = here / "adapter", files.temporary_sibling(here / "adapter")
-    prepared = here / "prepared"
-    files.remove(prepared)  # axolotl would take up prepared data of other pairs
-    if not resume:
-        files.remove(building)
-    elif adapter.is_dir() and (here / "axolotl.yaml").is_file():
-        console.say("  the adapter of these pairs is whole")
-        change = distil.adapter_change(adapter)
-        distil.require_moved(change, run.recipe.keys.min_adapter_change, adapter)
-        return {"adapter_change": change, "resumed_from": None}
-    before = distil.whole_checkpoints(building)
-    if before:
-        console.say(f"  goes on from {before[-1].name} of the training that was cut short")
     config = distil.iteration_config(
         run.recipe,
         base_model=base_model,
         pairs=pairs,
-        adapter=adapter,
-        prepared=prepared,
+        adapter=here / "adapter",
+        prepared=here / distil.PREPARED,
         seed=run.seed,
         on_cpu=not has_cuda(),
     )
-    files.write_yaml(here / "axolotl.yaml", config, header="Runs by itself: axolotl train THIS_FILE")
-    command: list[str | Path] = [tool("axolotl"), "train", here / "axolotl.yaml", "--output-dir", building]
-    if not has_cuda():
-        command += ["--launcher", "python"]
-    command += run.recipe.keys.axolotl_args
-    try:
-        console.run_logged(command, here / "logs" / "train.log", env=distil.ENGINE_ENV, title="axolotl train")
-    except ThinkSwitchError:
-        if before and distil.whole_checkpoints(building) == before:
-            files.remove(before[-1])  # it may be what failed: the next attempt takes the one before
-        raise
-    change = distil.adapter_change(building)
-    distil.require_moved(change, run.recipe.keys.min_adapter_change, building)
-    for checkpoint_folder in building.glob("checkpoint-*"):
-        files.remove(checkpoint_folder)
-    files.put_in_place(building, adapter)
-    files.remove(prepared)
-    return {"adapter_change": change, "resumed_from": before[-1].name if before else None}
+    keys = run.recipe.keys
+    return distil.train(config, here, resume=resume, options=keys.axolotl_args, minimum=keys.min_adapter_change)
 
 
 def merge_lora(run: Run, k: int) -> dict[str, Any]:
@@ -213,7 +172,7 @@ def merge_adapter(
         config = here / "axolotl-rounded.yaml"
         files.write_yaml(config, {**files.read_yaml(here / "axolotl.yaml"), "merge_method": "memory_efficient"})
     console.run_logged(
-        [tool("axolotl"), "merge-lora", config, "--lora-model-dir", here / "adapter", "--output-dir", building],
+        [distil.tool("axolotl"), "merge-lora", config, "--lora-model-dir", here / "adapter", "--output-dir", building],
         here / "logs" / "merge-lora.log",
         env=distil.ENGINE_ENV | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}),
         title="axolotl merge-lora",

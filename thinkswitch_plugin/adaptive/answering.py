@@ -1,0 +1,116 @@
+"""Greedy answers of a student with an adapter, kept as they arrive, in the batch files of the rest of the project."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin import engines, files
+from thinkswitch_plugin.adaptive.formats import STOP
+from thinkswitch_plugin.adaptive.steps import once
+from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.generate import generate
+from thinkswitch_plugin.hashes import Hashes
+
+
+def choose_engine(engine: str) -> str:
+    """What `ENGINE=` means for a student with an adapter: `vllm` or `embedded`.
+
+    `auto` is vLLM where it is installed and there is a GPU: elsewhere its start, once an adapter, costs more
+    than it saves. Raises `ThinkSwitchError` for a server of the user's own, which does not have the adapter.
+    """
+    if engine == "auto":
+        return "vllm" if engines.has_cuda() and engines.vllm_python() else "embedded"
+    chosen = engines.choose(engine)
+    if chosen not in ("vllm", "embedded"):
+        raise ThinkSwitchError(
+            f"ENGINE={engine}: a server of your own does not have the adapters that are trained here; "
+            "use ENGINE=vllm or ENGINE=embedded."
+        )
+    return chosen
+
+
+def write_questions(
+    out: Path,
+    questions: Iterable[tuple[str, list[dict[str, Any]]]],
+    *,
+    max_tokens: int,
+    stop: Sequence[str] = STOP,
+) -> None:
+    """Write `requests.jsonl`: each question once, greedily.
+
+    Args:
+        questions: (prompt id, turns that ask it).
+        max_tokens: budget of one completion, in tokens.
+        stop: strings that end a completion beside the end of turn.
+    """
+    with files.atomic_file(out) as handle:
+        for prompt_id, turns in questions:
+            body = {
+                "model": "student",
+                "messages": turns,
+                "temperature": 0.0,
+                "max_tokens": max_tokens,
+                "stop": list(stop),
+                "metadata": {"prompt_id": prompt_id},
+            }
+            row = {"custom_id": prompt_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
+            handle.write(files.dumps_line(row))
+
+
+def answer(
+    student: Path,
+    adapter: Path | None,
+    requests: Path,
+    out: Path,
+    *,
+    engine: str,
+    keys: EngineKeys,
+    hashes: Hashes,
+    title: str = "answer",
+) -> dict[str, Any]:
+    """Answer every request into `out`, unless it holds the answers of this student and adapter to them.
+
+    Answers that a killed attempt left are kept. Nothing is merged: the adapter lies on the student in
+    memory (peft), or in vLLM's.
+
+    Args:
+        adapter: a PEFT adapter folder, with a perception module or without; None: the student alone.
+        engine: `vllm` or `embedded`; see `choose_engine`.
+
+    Returns:
+        What its stamp holds (`generations.json` beside `generations.jsonl`): `seconds`, `tokens`, …
+
+    Raises:
+        ThinkSwitchError: as `generate`, or a question got no answer.
+    """
+    key = {
+        "student": hashes.of(student),
+        "adapter": hashes.of(adapter) if adapter else None,
+        "requests": hashes.of(requests),
+        "engine": engine,
+        "vllm_args": keys.vllm_args if engine == "vllm" else [],
+    }
+    hashes.save()
+
+    def work(_resume: bool) -> dict[str, Any]:
+        report = generate(
+            requests,
+            out,
+            str(student),
+            engine,
+            keys,
+            adapter=adapter,
+            log=out.parent / "logs" / "answer.log",
+            title=title,
+        )
+        if report.failed:
+            raise ThinkSwitchError(
+                f"{report.failed} of {report.requests} questions got no answer (see {out}); those that have one "
+                "keep it: run the same command again."
+            )
+        return {"questions": report.requests, "tokens": report.tokens}
+
+    return once(out.with_suffix(".json"), key, (out,), work)
