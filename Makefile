@@ -14,11 +14,11 @@ LAMBDAS    ?= 0 0.1 … 1
 KILLS      ?= 10
 BASELINES  ?= post
 # Names as short as these may stand in somebody's environment for something else: they count on the command line only.
-$(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA RANK BASE,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
+$(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA RANK BASE LABELS,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
 
 # What a setting may hold: `value` looks at it before Make would expand a $(shell …) in it.
 SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITER LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR A B K SAMPLING \
-	TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS
+	TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS LABELS SEEDS
 $(foreach name,$(SETTINGS),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
 # A question is free text: taken as it is, never expanded, and read by the command from the environment.
 override QUESTION := $(value QUESTION)
@@ -36,7 +36,7 @@ RUN  := $(RUNS)/$(DOMAIN)
 # Settings reach the commands through the environment, never through a shell's command line.
 export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY KEEP RUN MODEL CONTROL PRICE_PER_HOUR
 export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KILLS BASE PORT QUESTION \
-	FOLDS BASELINES GENERATIONS
+	FOLDS BASELINES GENERATIONS LABELS SEEDS
 export ITER_GIVEN := $(if $(filter command,$(firstword $(origin ITER))),yes)
 # Distributed training gives RANK a meaning of its own, and engines would read it.
 unexport RANK
@@ -55,7 +55,7 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines \
-	similarity labels export-loras serve control results chaos bench-engines bench-sweep bench-merge bench-export bench-faults \
+	similarity labels adaptive switch export-loras serve control results chaos bench-engines bench-sweep bench-merge bench-export bench-faults \
 	bench-pairs bench-report screenshots fuzz bad-input lint test
 
 ##@ Run
@@ -165,6 +165,11 @@ export-loras: setup ## instruct and thinking as two LoRAs of one base: make expo
 serve: setup ## vLLM with both modes of an export, or one checkpoint: make serve ITER=1; make serve MODEL=folder
 	@$(TS) serve --domain "$$DOMAIN" --runs "$$RUNS" --iteration "$$ITER" --overlay "$$OVERLAY" --out "$$OUT" \
 		--model "$$MODEL" --rank "$$LORA_RANK" --port "$$PORT"
+
+##@ Choose a mode for each question
+
+switch: setup ## a router that asks instruct or thinking, judged on held-out questions: make switch ITER=2; LABELS=file LIMIT=n
+	@$(TS) switch "$$RUN" "$$ITER" --labels="$$LABELS" --limit="$$LIMIT"
 
 ##@ Prove
 

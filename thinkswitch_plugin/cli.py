@@ -400,6 +400,20 @@ def merge(arguments: tuple[str, ...]) -> None:
     command.main(args=list(arguments), prog_name="thinkswitch merge", standalone_mode=False)
 
 
+@iteration_stage("switch")
+@click.option(
+    "--labels", default="", help='Labels to learn from, rows {"prompt", "label"}, instead of the pair\'s own.'
+)
+@click.option("--limit", default="", help="At most so many label prompts.")
+def switch(run: Path, iteration: int, labels: str, limit: str) -> None:
+    """Train a router that sends each question to instruct or thinking, and judge it -> switch/."""
+    from thinkswitch_plugin.adaptive.make_switch import make_switch
+    from thinkswitch_plugin.run import open_run
+
+    labels_file = Path(labels) if labels else None
+    make_switch(open_run(run), iteration, labels_file=labels_file, limit=whole_number("--limit", limit))
+
+
 @main.command("export-loras")
 @click.option("--domain", required=True, help="Name of a recipe in recipes/; its task judges.")
 @click.option("--runs", default="runs", show_default=True, type=FOLDER, help="Folder that holds the runs.")

@@ -214,6 +214,66 @@ def sweep_picture(result: dict[str, Any], size: tuple[float, float] = (7, 8), *,
     return figure
 
 
+def switch_picture(result: dict[str, Any]) -> Figure:
+    """A router's accuracy against tokens beside the random mix, and how far it is ahead over the share of thinking.
+
+    Args:
+        result: what `switch.json` holds.
+    """
+    from thinkswitch_plugin.adaptive.make_switch import title_of
+
+    found = result["evaluation"]
+    points, default = found["curve"], found["default"]
+    figure = new_figure(9, 3.8)
+    figure.suptitle(f"{title_of(result)} ({found['n']} questions)", fontsize=10)
+    left, right = figure.subplots(1, 2)
+    ends = [(found[mode]["tokens"], 100 * found[mode]["mean@k"]) for mode in MODE_STYLES]
+    left.plot(*zip(*ends, strict=True), color="#777777", linestyle="--", linewidth=1.2, label="random mix")
+    left.plot(
+        [p["tokens"] for p in points], [100 * p["accuracy"] for p in points], color=COLOURS[2], label="router", zorder=3
+    )
+    for (mode, style), end in zip(MODE_STYLES.items(), ends, strict=True):
+        left.plot(*end, color=style["color"], marker=style["marker"], linestyle="", label=f"always {mode}", zorder=4)
+    left.plot(
+        found["oracle"]["tokens"],
+        100 * found["oracle"]["accuracy"],
+        color=COLOURS[3],
+        marker="^",
+        linestyle="",
+        label="oracle",
+        zorder=4,
+    )
+    star = {
+        "marker": "*",
+        "markersize": 14,
+        "color": COLOURS[2],
+        "markeredgecolor": "black",
+        "linestyle": "",
+        "zorder": 5,
+    }
+    left.plot(default["tokens"], 100 * default["accuracy"], label="default threshold", **star)
+    left.set_xlabel("tokens an answer")
+    left.set_ylabel("accuracy, %" if found["k"] == 1 else f"Mean@{found['k']}, %")
+    left.set_xlim(left=0)
+    left.legend(frameon=False, fontsize=8, loc="lower right")
+    seen = [p for p in points if "ahead_at_same_share" in p]
+    for by, colour, line in (("share", COLOURS[2], "-"), ("tokens", COLOURS[0], "--")):
+        at = [100 * p["share"] for p in seen]
+        right.plot(
+            at, [100 * p[f"ahead_at_same_{by}"] for p in seen], color=colour, linestyle=line, label=f"at the same {by}"
+        )
+        limits = [[100 * p[f"ahead_at_same_{by}_ci95"][side] for p in seen] for side in (0, 1)]
+        right.fill_between(at, *limits, color=colour, alpha=0.15, linewidth=0)
+    right.axhline(0, color="black", linewidth=0.8)
+    right.plot(100 * default["share"], 100 * default["ahead_at_same_share"], **star)
+    right.set_xlabel("questions thought about, %")
+    right.set_ylabel("points ahead of the random mix")
+    right.legend(frameon=False, fontsize=8, title="bands: 95 %", title_fontsize=8)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def _shade(axes: Axes, stages: dict[str, Any], start: float, end: float) -> None:
     lower, upper = stages["lower"], stages["upper"]
     if stages["middle"] is None:
