@@ -13,6 +13,7 @@ PORT       ?= 8000
 LAMBDAS    ?= 0 0.1 … 1
 KILLS      ?= 10
 BASELINES  ?= post
+SEEDS      ?= 0 1 2
 # Names as short as these may stand in somebody's environment for something else: they count on the command line only.
 $(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA RANK BASE LABELS,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
 
@@ -47,8 +48,8 @@ ifeq ($(MAKELEVEL),0)
 # Whoever is killed, the stage at work ends too: it watches this process.
 export THINKSWITCH_OWNER := $(shell echo $$PPID)
 endif
-ifeq ($(DOMAIN),arithmetic)
-# The embedded domain needs no hub, and nothing may be fetched at run time.
+ifneq ($(filter arithmetic arithmetic-mixed,$(DOMAIN)),)
+# The embedded domains need no hub, and nothing may be fetched at run time.
 export HF_HUB_OFFLINE ?= 1
 endif
 
@@ -167,6 +168,12 @@ serve: setup ## vLLM with both modes of an export, or one checkpoint: make serve
 		--model "$$MODEL" --rank "$$LORA_RANK" --port "$$PORT"
 
 ##@ Choose a mode for each question
+
+# The embedded domain of this experiment, where no other is named.
+adaptive: DOMAIN := $(if $(filter file,$(origin DOMAIN)),arithmetic-mixed,$(DOMAIN))
+adaptive: setup ## one model that thinks only where it pays, beside all controls: make adaptive DOMAIN=arithmetic-mixed SEEDS="0 1 2" FOLDS=5
+	@$(TS) adaptive --domain "$$DOMAIN" --runs "$$RUNS" --seeds "$$SEEDS" --engine "$$ENGINE" --overlay "$$OVERLAY" \
+		--folds "$$FOLDS" --generations "$$GENERATIONS"
 
 switch: setup ## a router that asks instruct or thinking, judged on held-out questions: make switch ITER=2; LABELS=file LIMIT=n
 	@$(TS) switch "$$RUN" "$$ITER" --labels="$$LABELS" --limit="$$LIMIT"

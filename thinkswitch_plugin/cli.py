@@ -503,6 +503,33 @@ def labels(folds: str, overlay: str, domain: str, **options: Any) -> None:
 
 
 @main.command()
+@click.option("--domain", required=True, help="Name of a recipe in recipes/; its task judges.")
+@click.option("--runs", default="runs", show_default=True, type=FOLDER, help="Folder that holds the runs.")
+@click.option("--seeds", default="0 1 2", show_default=True, help="One whole experiment each, by spaces.")
+@click.option("--engine", default="auto", show_default=True, help="auto, vllm or embedded: who answers for the labels.")
+@click.option("--folds", default="", help="K of the labels (default: the recipe's).")
+@click.option(
+    "--generations", default="", help="A generations.jsonl, instead of the recipe's or iteration 1 of the run."
+)
+@OVERLAY
+def adaptive(domain: str, runs: Path, seeds: str, folds: str, overlay: str, **options: Any) -> None:
+    """Adaptive thinking with all its controls: labels, training, evaluation, table and picture -> adaptive/."""
+    from thinkswitch_plugin.adaptive.experiment import run_experiment
+    from thinkswitch_plugin.adaptive.labels import find_job
+
+    numbers = seeds.split()
+    if not numbers or len(set(numbers)) < len(numbers) or not all(number.isdigit() for number in numbers):
+        raise click.UsageError(f"--seeds {seeds!r}: give different whole numbers, by spaces.")
+    count = whole_number("--folds", folds)
+    run_experiment(
+        [
+            find_job(domain, runs, seed=int(number), overlays=overlay.split(), folds=count, **options)
+            for number in numbers
+        ]
+    )
+
+
+@main.command()
 @click.argument("first")
 @click.argument("second")
 @click.option("--out", type=FOLDER, default=Path("similarity"), show_default=True, help="Where the files go.")

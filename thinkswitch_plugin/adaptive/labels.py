@@ -339,23 +339,23 @@ def deal(prompt_ids: Sequence[str], folds: int, seed: int) -> dict[str, int]:
     return {prompt_id: place % folds + 1 for place, prompt_id in enumerate(shuffled)}
 
 
-def prepare_student(job: Job, hashes: Hashes) -> tuple[Path, float]:
-    """The checkpoint that the baselines are trained on, without a soft prompt; and its seconds."""
+def prepare_student(job: Job, hashes: Hashes, soft_tokens: int = 0) -> tuple[Path, float]:
+    """The checkpoint that learns, with placeholders for so many soft-prompt tokens; and its seconds."""
     from thinkswitch_plugin.adaptive.student import make_student
 
     keys = job.recipe.keys
     name = keys.adaptive.student or keys.pair.instruct
     revision = None if keys.adaptive.student else keys.pair.revision_instruct
     base, _ = checkpoint.resolve(resolve_seed(name, job.seed), revision, "student")
-    out = job.work / "student"
+    out = job.work / ("student-soft" if soft_tokens else "student")
 
     def work(_resume: bool) -> dict[str, Any]:
-        make_student(base, out, soft_tokens=0)
+        make_student(base, out, soft_tokens=soft_tokens)
         return {}
 
-    key = {"base": hashes.of(base), "soft_tokens": 0}
+    key = {"base": hashes.of(base), "soft_tokens": soft_tokens}
     hashes.save()
-    return out, float(once(job.work / "student.json", key, (out,), work)["seconds"])
+    return out, float(once(out.with_suffix(".json"), key, (out,), work)["seconds"])
 
 
 @dataclass(frozen=True)
