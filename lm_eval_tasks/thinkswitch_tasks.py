@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from thinkswitch_plugin.evaluation import grade_repeats
+from thinkswitch_plugin.evaluation import grade, grade_repeats
 
 
 def arithmetic_dataset(**_: Any) -> dict[str, Any]:
@@ -19,6 +19,15 @@ def arithmetic_dataset(**_: Any) -> dict[str, Any]:
 
     rows = [{"question": q, "answer": task.answer(q)} for q in task.held_out()]
     return {"test": Dataset.from_list(rows)}
+
+
+def arithmetic_mixed_dataset(**_: Any) -> dict[str, Any]:
+    """The held-out questions of the mixed domain, with their strata."""
+    from datasets import Dataset
+
+    from thinkswitch_plugin.demo import mixed
+
+    return {"test": Dataset.from_list(mixed.rows())}
 
 
 def aime_dataset(**_: Any) -> dict[str, Any]:
@@ -45,6 +54,32 @@ def pubmedqa_full_dataset(**_: Any) -> dict[str, Any]:
 def grade_arithmetic(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
     """One digit."""
     return grade_repeats("digit", results, doc["answer"])
+
+
+def grade_arithmetic_mixed(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
+    """One digit, in whichever format; `accuracy_<stratum>` is there for the question's own stratum only.
+
+    lm-eval takes each metric's mean over the questions that have it. A checkpoint that knows no format (one of
+    the loop's) is read as in `thinkswitch_arithmetic`.
+    """
+    from thinkswitch_plugin import answers
+    from thinkswitch_plugin.adaptive import formats
+
+    text, gold = str(results[0]), str(doc["answer"])
+    done = formats.parse(text)
+    if done.form is None:
+        read = grade("digit", text, gold)
+        right, thinks, answered = read["accuracy"], read["think_ratio"], read["answered"]
+    else:
+        found = answers.extract("digit", done.answer)
+        right, thinks, answered = found == gold, done.form == formats.PRE, found is not None
+    accuracy = float(right)
+    return {
+        "accuracy": accuracy,
+        "think_share": float(thinks),
+        "answered": float(answered),
+        f"accuracy_{doc['stratum']}": accuracy,
+    }
 
 
 def grade_aime(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:

@@ -164,7 +164,9 @@ class PerceptionKeys(_Keys):
 
     tokens: int = Field(4, gt=0, description="Soft-prompt tokens: as many placeholders as the chat template renders.")
     queries: int = Field(4, gt=0, description="Learnable queries over the question's token embeddings.")
-    heads: int = Field(4, gt=0, description="Attention heads of the queries; they divide the model's hidden size.")
+    heads: int = Field(
+        4, gt=0, description="Attention heads of the queries; they divide its width (hidden size, at most 256)."
+    )
     features: list[Literal["words", "readability", "dependency_distance"]] = Field(
         ["words"], description="Further features of the question's text."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -19,6 +20,40 @@ MODE_FILES = (
     "chat_template*",
     "generation_config.json",
 )
+
+PLACEHOLDER = "<|soft|>"  # the token whose embeddings a perception module replaces
+MODULE = "perception"  # that module's name in the model, and so the prefix of its tensors; its settings in the config
+MODEL_TYPE = "thinkswitch_"  # in front of the architecture of a checkpoint that has one
+
+
+def perception_of(folder: Path) -> dict[str, Any] | None:
+    """The settings of a checkpoint's (or an adapter's) perception module, None where it has none."""
+    config = folder / "config.json"
+    values = files.read_json(config) if config.is_file() else {}
+    return values.get(MODULE) if isinstance(values, dict) else None
+
+
+def require_plain(folder: Path) -> None:
+    """Raise `ThinkSwitchError` if a checkpoint needs a perception module, which most commands would leave out."""
+    if perception_of(folder) is not None:
+        raise ThinkSwitchError(
+            f"{folder} has a perception module, which this command would leave out; load it by "
+            "`thinkswitch_plugin.adaptive.model.load`, as docs/adaptive.md shows."
+        )
+    if PLACEHOLDER in _chat_template(folder):
+        raise ThinkSwitchError(
+            f"{folder} has {PLACEHOLDER} in its chat template but no perception module; if its adapter was merged by "
+            "axolotl's default, which leaves the module out, merge it again with `merge_method: legacy`."
+        )
+
+
+def _chat_template(folder: Path) -> str:
+    """The text of a checkpoint's chat template, in either place; empty where it has none."""
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.is_file():
+        return file.read_text(encoding="utf-8", errors="replace")
+    values = files.read_json(config) if config.is_file() else {}
+    return str(values.get("chat_template") or "") if isinstance(values, dict) else ""
 
 
 def adopt_mode(source: Path, target: Path) -> None:
@@ -66,7 +101,7 @@ def require_weights(folder: Path) -> None:
 def resolve(name: str, revision: str | None, what: str) -> tuple[Path, str | None]:
     """The folder of a checkpoint, fetched from the hub if it is a hub id; and its commit.
 
-    Raises `ThinkSwitchError` if there is no such folder or the hub cannot give it.
+    Raises `ThinkSwitchError` if there is no such folder, the hub cannot give it, or it has a perception module.
     """
     from thinkswitch_plugin.args import is_local
 
@@ -81,6 +116,7 @@ def resolve(name: str, revision: str | None, what: str) -> tuple[Path, str | Non
                 f"The {what} checkpoint {name} holds no *.safetensors; pickled weights can run code and are not read: "
                 "convert them with transformers' `save_pretrained`."
             )
+        require_plain(folder)
         return folder, None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -93,4 +129,5 @@ def resolve(name: str, revision: str | None, what: str) -> tuple[Path, str | Non
         raise ThinkSwitchError(
             f"The {what} checkpoint {name} cannot be fetched from the hub: {reason.rstrip('.')}; check its name, the network and your access to it."
         ) from None
+    require_plain(folder)
     return folder, folder.name

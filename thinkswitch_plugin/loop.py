@@ -26,9 +26,12 @@ def prepare_pair(run: Run) -> dict[str, Any]:
 
     keys = run.recipe.keys.pair
     if keys.embedded:
-        from thinkswitch_plugin.demo.cache import ensure_pair
+        from thinkswitch_plugin.demo.cache import ensure_mixed, ensure_pair
+        from thinkswitch_plugin.demo.mixed import DOMAIN
 
         ensure_pair(run.seed, Path(run.checkpoint("instruct", 0)), Path(run.checkpoint("thinking", 0)))
+        if run.recipe.keys.domain == DOMAIN:
+            ensure_mixed(run.seed)
     found: dict[str, dict[str, Any]] = {}
     for mode, revision in (("instruct", keys.revision_instruct), ("thinking", keys.revision_thinking)):
         name = run.checkpoint(mode, 0)

@@ -1,4 +1,14 @@
-"""The axolotl plugin: it adds the `thinkswitch:` keys, seeds the adapter, and guards against a silent failure."""
+"""The axolotl plugin: the `thinkswitch:` keys, the perception module, the adapter's seed, and guards against silence.
+
+`thinkswitch.perception` trains a perception module beside the adapter:
+
+    lora_modules_to_save: [perception]
+    merge_method: legacy              # axolotl's default leaves the module out
+    lr_groups:                        # optional: a learning rate of its own
+      - name: perception
+        modules: [perception]
+        lr: 0.003
+"""
 
 from __future__ import annotations
 
@@ -6,8 +16,11 @@ from typing import Any
 
 import torch
 from axolotl.integrations.base import BasePlugin
+from axolotl.loaders import load_tokenizer
 from transformers import set_seed
 
+from thinkswitch_plugin.args import PerceptionKeys
+from thinkswitch_plugin.checkpoint import MODULE
 from thinkswitch_plugin.distil import change, require_moved
 from thinkswitch_plugin.errors import ThinkSwitchError
 
@@ -19,8 +32,20 @@ class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]
         """Where axolotl finds the pydantic keys that this plugin adds."""
         return "thinkswitch_plugin.args.ThinkSwitchArgs"
 
+    def register(self, cfg: Any) -> None:
+        """Refuse what would lose a perception module: axolotl's default merge calls no other hook.
+
+        Checkpoints that hold a module are made known here, before axolotl reads the base model's config.
+        """
+        if isinstance(cfg.get("thinkswitch"), dict) and cfg["thinkswitch"].get("perception") is not None:
+            import thinkswitch_plugin.adaptive.model  # noqa: F401
+
+            require_kept(cfg)
+
     def pre_model_load(self, cfg: Any) -> None:
-        """Seed the adapter's initial weights, and refuse evaluation during 4-bit training on a CPU.
+        """Seed the adapter's initial weights; refuse a perception module that could not be trained or saved.
+
+        Evaluation during 4-bit training on a CPU is refused too.
 
         axolotl seeds only its trainer, which is built after the adapter. And one forward pass without
         gradients repacks bitsandbytes' weights on a CPU: the adapter then silently learns nothing.
@@ -33,6 +58,18 @@ class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]
                 "4-bit training on a CPU does not survive an evaluation pass: "
                 "set `val_set_size: 0` and remove `test_datasets`."
             )
+        if keys := perception_keys(cfg):
+            from thinkswitch_plugin.adaptive.model import find_markers
+
+            require_kept(cfg)
+            find_markers(load_tokenizer(cfg), keys.tokens)
+
+    def post_model_build(self, cfg: Any, model: Any) -> None:
+        """Attach the perception module: before the adapter, which is to hold a trained copy of it."""
+        if keys := perception_keys(cfg):
+            from thinkswitch_plugin.adaptive.model import attach
+
+            attach(model, keys, load_tokenizer(cfg))
 
     def post_train(self, cfg: Any, model: Any) -> None:
         """Stop with an error if the adapter did not move."""
@@ -47,3 +84,25 @@ class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]
         moved = change(matrices, cfg.lora_alpha / cfg.lora_r, cfg.output_dir)
         minimum = (cfg.thinkswitch or {}).get("min_adapter_change", 1e-4)
         require_moved(moved, float(minimum), cfg.output_dir)
+
+
+def perception_keys(cfg: Any) -> PerceptionKeys | None:
+    """`thinkswitch.perception` of axolotl's checked config; None where there is no perception module."""
+    values = (cfg.thinkswitch or {}).get("perception")
+    return None if values is None else PerceptionKeys.model_validate(dict(values))
+
+
+def require_kept(cfg: Any) -> None:
+    """Raise `ThinkSwitchError` if a perception module would not be saved with the adapter, or lost in its merge."""
+    if not cfg.get("adapter"):
+        return
+    if MODULE not in (cfg.get("lora_modules_to_save") or []):
+        raise ThinkSwitchError(
+            f"`thinkswitch.perception` needs `lora_modules_to_save: [{MODULE}]`; without it the module is neither "
+            "trained nor saved."
+        )
+    if cfg.get("merge_method") != "legacy":
+        raise ThinkSwitchError(
+            "`thinkswitch.perception` needs `merge_method: legacy`; axolotl's default leaves the module out of the "
+            "merged checkpoint without a word."
+        )

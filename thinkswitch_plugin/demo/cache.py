@@ -1,17 +1,23 @@
-"""Make the tiny pair once and keep it: `.cache/arithmetic/seed-0/{instruct,thinking,base,prompts.jsonl}`."""
+"""Make what the embedded domains need once and keep it.
+
+.cache/arithmetic/seed-0/{instruct,thinking,base,prompts.jsonl}
+.cache/arithmetic-mixed/seed-0/{requests.jsonl,generations.jsonl,prompts.jsonl}
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import console, files
-from thinkswitch_plugin.demo import task
+from thinkswitch_plugin.demo import mixed, task
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.hashes import read_stamp
 from thinkswitch_plugin.run import locked
 
+CACHE = Path(".cache")
 PROMPTS = 2048  # enough for four iterations of 512 fresh ones
 
 
@@ -19,30 +25,57 @@ def ensure_pair(seed: int, instruct: Path, thinking: Path) -> None:
     """Train the pair into the folder that holds both, unless it is there with these settings."""
     from thinkswitch_plugin.demo.pair import PairSettings
 
-    folder = instruct.parent
     wanted = {"seed": seed, "prompts": PROMPTS, "held_out": task.HELD_OUT_SIZE, **asdict(PairSettings())}
-    with locked(folder.with_name(f".{folder.name}"), patience=3600):  # runs in other folders share the pair
-        _make_pair(folder, wanted, thinking)
+    _ensure(instruct.parent, wanted, thinking, "tiny pair", _train_pair, ", a few minutes on two cores")
 
 
-def _make_pair(folder: Path, wanted: dict[str, Any], thinking: Path) -> None:
+def ensure_mixed(seed: int, cache: Path = CACHE) -> Path:
+    """The folder of the mixed domain's training files, made unless it is there with these settings, and the pair.
+
+    Raises `ThinkSwitchError` if the folder holds something else.
+    """
+    pair = cache / "arithmetic" / f"seed-{seed}"
+    ensure_pair(seed, pair / "instruct", pair / "thinking")
+    folder = cache / mixed.DOMAIN / f"seed-{seed}"
+    wanted = {"seed": seed, **mixed.settings()}
+    _ensure(folder, wanted, folder / "generations.jsonl", "training files", _write_mixed)
+    return folder
+
+
+def _ensure(
+    folder: Path,
+    wanted: dict[str, Any],
+    witness: Path,
+    what: str,
+    make: Callable[[Path, dict[str, Any]], None],
+    duration: str = "",
+) -> None:
+    """Have `make` fill the folder, unless it was filled with these settings and `witness` is there."""
+    with locked(folder.with_name(f".{folder.name}"), patience=3600):  # runs in other folders share it
+        made = folder / "settings.json"
+        if read_stamp(made) == wanted and witness.exists():
+            console.say(f"  {folder} is used again")
+            return
+        if folder.exists() and any(folder.iterdir()) and not made.is_file():
+            raise ThinkSwitchError(
+                f"{folder} holds something that the embedded domain did not make; move it away, or give the {what} "
+                "a folder of its own in the recipe (without `embedded: true` the checkpoints that lie there are used)."
+            )
+        console.say(f"  making the {what} in {folder}{duration}; kept for later runs")
+        with files.atomic_folder(folder) as building:
+            make(building, wanted)
+            files.write_json(building / "settings.json", wanted)
+
+
+def _train_pair(building: Path, wanted: dict[str, Any]) -> None:
     from thinkswitch_plugin.demo.pair import train_pair
 
-    seed = wanted["seed"]
-    made = folder / "settings.json"
-    if read_stamp(made) == wanted and thinking.is_dir():
-        console.say(f"  the pair in {folder} is used again")
-        return
-    if folder.exists() and any(folder.iterdir()) and not made.is_file():
-        raise ThinkSwitchError(
-            f"{folder} holds something that the embedded domain did not make; give the pair a folder of its own, "
-            "or remove `embedded: true` from the recipe to use the checkpoints that lie there."
-        )
-    console.say(f"  training the tiny pair into {folder}, a few minutes on two cores; it is kept for later runs")
-    prompts = task.training_prompts(seed, PROMPTS)
-    with files.atomic_folder(folder) as building:
-        train_pair(building, seed, exclude={*task.held_out(), *prompts})
-        with files.atomic_file(building / "prompts.jsonl") as handle:
-            for number, question in enumerate(prompts):
-                handle.write(files.dumps_line({"id": f"p{number:05d}", "prompt": question}))
-        files.write_json(building / "settings.json", wanted)
+    prompts = task.training_prompts(wanted["seed"], PROMPTS)
+    train_pair(building, wanted["seed"], exclude={*task.held_out(), *prompts})
+    with files.atomic_file(building / "prompts.jsonl") as handle:
+        for number, question in enumerate(prompts):
+            handle.write(files.dumps_line({"id": f"p{number:05d}", "prompt": question}))
+
+
+def _write_mixed(building: Path, wanted: dict[str, Any]) -> None:
+    mixed.write_training_files(building, wanted["seed"], count=wanted["questions"], noise=wanted["noise"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import files
+from thinkswitch_plugin.checkpoint import require_plain
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 CONFIG_FIELDS = ("architectures", "tie_word_embeddings", "vocab_size", "num_hidden_layers", "hidden_size")
@@ -138,6 +139,8 @@ def require_compatible(first: Path, second: Path, allowed: Allowances | None = N
     embeddings, vocabulary, a tensor that only one has, a shape or a dtype.
     """
     allowed = allowed or Allowances()
+    for folder in (first, second):
+        require_plain(folder)
     refusal = f"{first} and {second} are no compatible pair"
     a, b = files.read_json(first / "config.json"), files.read_json(second / "config.json")
     if difference := config_difference(a, b, allowed):

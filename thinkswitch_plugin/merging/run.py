@@ -23,6 +23,7 @@ from pydantic import ValidationError
 from safetensors import safe_open
 
 from thinkswitch_plugin import files
+from thinkswitch_plugin.checkpoint import require_plain
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import Allowances, list_tensors, require_all_compatible
 from thinkswitch_plugin.merging.config import check_config
@@ -148,6 +149,8 @@ def _local_checkpoints(config: MergeConfiguration) -> list[Path]:
 
 
 def _check(config: MergeConfiguration, checkpoints: list[Path], options: MergeOptions) -> None:
+    for folder in checkpoints:
+        require_plain(folder)
     safe = [folder for folder in checkpoints if not any(folder.glob("pytorch_model*"))]
     for folder in safe:
         list_tensors(folder)
