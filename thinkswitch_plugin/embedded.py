@@ -94,7 +94,7 @@ class EmbeddedEngine:
     def _body(self, ids: list[int], prompt_tokens: int, stop: tuple[str, ...]) -> dict[str, Any]:
         end = next((i for i, token in enumerate(ids) if token in self.ends), None)
         # Special tokens stay: where a model's trace tags are special, skipping them would hide its trace.
-        text: str = self.tokenizer.decode([i for i in ids[:end] if i != self.pad], skip_special_tokens=False)
+        text = str(self.tokenizer.decode([i for i in ids[:end] if i != self.pad], skip_special_tokens=False))
         used = len(ids) if end is None else end + 1
         if found := [place for string in stop if (place := text.find(string)) >= 0]:
             # The others of the batch went on; what follows a row's stop string is padding.

@@ -200,9 +200,9 @@ def _answer_embedded(
 
     model = None
     if adapter is not None:
-        from thinkswitch_plugin.adaptive.model import load
+        from thinkswitch_plugin.adaptive.answering import load_model
 
-        model = load(Path(checkpoint), adapter)
+        model = load_model(Path(checkpoint), adapter)
     engine = EmbeddedEngine(checkpoint, model)
     with keep.progress(title):
         for row, body in engine.stream(rows, batch):

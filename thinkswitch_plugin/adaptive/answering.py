@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from thinkswitch_plugin import engines, files
+from thinkswitch_plugin import checkpoint, engines, files
 from thinkswitch_plugin.adaptive.formats import STOP
 from thinkswitch_plugin.adaptive.steps import once
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.generate import generate
 from thinkswitch_plugin.hashes import Hashes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def choose_engine(engine: str) -> str:
@@ -30,6 +33,25 @@ def choose_engine(engine: str) -> str:
             "use ENGINE=vllm or ENGINE=embedded."
         )
     return chosen
+
+
+def load_model(student: Path, adapter: Path) -> PreTrainedModel:
+    """A student with an adapter on it, in memory and in the student's own precision, ready to generate.
+
+    Args:
+        student: the checkpoint folder that the adapter was trained on.
+        adapter: a PEFT adapter folder, with a perception module or without.
+    """
+    if checkpoint.perception_of(adapter) is not None:
+        from thinkswitch_plugin.adaptive.model import load
+
+        return load(student, adapter)
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(student, dtype="auto", use_safetensors=True)
+    merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    return merged
 
 
 def write_questions(
@@ -84,8 +106,13 @@ def answer(
         What its stamp holds (`generations.json` beside `generations.jsonl`): `seconds`, `tokens`, …
 
     Raises:
-        ThinkSwitchError: as `generate`, or a question got no answer.
+        ThinkSwitchError: as `generate`; a question got no answer; or the engine cannot serve the adapter.
     """
+    if engine != "embedded" and adapter and checkpoint.perception_of(adapter) is not None:
+        raise ThinkSwitchError(
+            f"{adapter} has a perception module, which vLLM's adapters leave out; use ENGINE=embedded, or prompt "
+            "embeddings as docs/adaptive.md shows."
+        )
     key = {
         "student": hashes.of(student),
         "adapter": hashes.of(adapter) if adapter else None,

@@ -19,7 +19,6 @@ is right often enough: a question it gets wrong is labelled by agreement with a 
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -148,12 +147,25 @@ def find_job(
     if not generations and not keys.generations:
         found = _of_run(run, home, name, seed)
     job = Job(recipe, seed, chosen, home, found, count, parse_baselines(baselines))
+    if recipe.keys.pair.embedded:
+        make_embedded(recipe, seed)
     for path in (job.generations, job.requests):
         if not path.is_file():
             raise ThinkSwitchError(
                 f"{path} does not exist; the labels need a generations.jsonl and the requests.jsonl it answers beside it."
             )
     return job
+
+
+def make_embedded(recipe: Recipe, seed: int) -> None:
+    """Make what an embedded domain needs, unless it is there: the pair, and the mixed domain's training files."""
+    from thinkswitch_plugin.demo import cache, mixed
+
+    keys = recipe.keys
+    if keys.domain == mixed.DOMAIN:
+        cache.ensure_mixed(seed)
+    else:
+        cache.ensure_pair(seed, *(Path(resolve_seed(name, seed)) for name in (keys.pair.instruct, keys.pair.thinking)))
 
 
 def _of_run(run: Run | None, home: Path, name: str, seed: int) -> Path:
@@ -257,23 +269,15 @@ def read_material(job: Job) -> Material:
     turns: dict[str, list[dict[str, Any]]] = {}
     for _, request in batch.read_requests(job.requests):
         turns.setdefault(batch.prompt_id(request), request["body"]["messages"])
-    report = pairs.PairReport()
     rationales = job.work / "labels" / RATIONALES
-    with files.atomic_file(rationales) as handle:
-        for row in pairs.build_pairs(
-            job.requests,
-            job.generations,
-            selection=keys.labels.selection,
-            answer_kind=keys.labels.answer,
-            report=report,
-            keep_trace=True,
-        ):
-            handle.write(files.dumps_line(row))
-        if not report.kept:
-            raise ThinkSwitchError(
-                f"{job.generations} holds no complete answer with its trace ({report.summary()}); generate it again "
-                "with a larger `thinkswitch.sampling.max_tokens`, or name another by GENERATIONS=."
-            )
+    report = pairs.write_pairs(
+        job.requests,
+        job.generations,
+        rationales,
+        selection=keys.labels.selection,
+        answer_kind=keys.labels.answer,
+        keep_trace=True,
+    )
     references = gold_references(job, turns) if keys.adaptive.gold else majority_references(job)
     questions = [Question(name, asked, references[name]) for name, asked in turns.items() if name in references]
     if len(questions) < job.folds:
@@ -294,13 +298,11 @@ def read_material(job: Job) -> Material:
 def majority_references(job: Job) -> dict[str, str]:
     """The majority of all complete answers to each question (the earliest of equals); none where none can be read."""
     labels = job.recipe.keys.labels
-    rows = pairs.build_pairs(job.requests, job.generations, selection="all", report=pairs.PairReport())
-    found = {}
-    for prompt_id, group in itertools.groupby(rows, key=lambda row: str(row["prompt_id"])):
-        read = [answers.extract(labels.answer, row["messages"][-1]["content"]) for row in group]
-        if (winner := answers.majority(read)) is not None:
-            found[prompt_id] = winner
-    return found
+    read: dict[str, list[str | None]] = {}
+    for row in pairs.build_pairs(job.requests, job.generations, selection="all", report=pairs.PairReport()):
+        read.setdefault(row["prompt_id"], []).append(answers.extract(labels.answer, row["messages"][-1]["content"]))
+    majorities = ((prompt_id, answers.majority(found)) for prompt_id, found in read.items())
+    return {prompt_id: winner for prompt_id, winner in majorities if winner is not None}
 
 
 def gold_references(job: Job, prompts: Mapping[str, Any]) -> dict[str, str]:

@@ -15,12 +15,12 @@ from thinkswitch_plugin import distil
 from thinkswitch_plugin.adaptive.formats import POST, PRE, Format
 from thinkswitch_plugin.adaptive.steps import once
 from thinkswitch_plugin.args import PerceptionKeys, ThinkSwitchKeys
+from thinkswitch_plugin.checkpoint import MODULE
 from thinkswitch_plugin.engines import has_cuda
 from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.recipe import Recipe, overlay
 
 TYPES: dict[Format, str] = {PRE: "thinkswitch_plugin.pre_thinking", POST: "thinkswitch_plugin.post_thinking"}
-PERCEPTION = "perception"  # the module's name inside the model
 PLACES = ("base_model", "datasets", "dataset_prepared_path", "output_dir")  # known by content, not by path
 
 
@@ -118,6 +118,6 @@ def without_perception(values: dict[str, Any]) -> dict[str, Any]:
     kept = dict(values)
     for name, named in (("lora_modules_to_save", str), ("lr_groups", lambda group: " ".join(group["modules"]))):
         if name in kept:
-            rest = [entry for entry in kept.pop(name) or [] if PERCEPTION not in named(entry)]
+            rest = [entry for entry in kept.pop(name) or [] if MODULE not in named(entry)]
             kept |= {name: rest} if rest else {}
     return kept
