@@ -25,6 +25,7 @@ import numpy as np
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.adaptive import results
+from thinkswitch_plugin.adaptive.answering import load_model
 from thinkswitch_plugin.adaptive.formats import ANSWER, PRE, THINK, Format
 from thinkswitch_plugin.adaptive.judging import judge
 from thinkswitch_plugin.adaptive.labels import RATIONALES, Job, label, prepare_student
@@ -134,7 +135,7 @@ def run_seed(job: Job) -> Seed:
             here,
             hashes,
         )
-        judging = Judging(job, here, student, trained.adapter, plan.perception is not None, hashes)
+        judging = Judging(job, here, student, trained.adapter, hashes)
         judged[name] = judging.questions("eval")
         if name == "adaptive":
             for forced, prefix in FORCED.items():
@@ -203,8 +204,8 @@ def route(kind: str, labelled: Sequence[dict[str, Any]], asked: Sequence[str]) -
 class Judging:
     """Evaluations of one trained condition; the model is loaded once, and only if one of them is missing."""
 
-    def __init__(self, job: Job, here: Path, student: Path, adapter: Path, soft: bool, hashes: Hashes) -> None:
-        self.job, self.here, self.student, self.adapter, self.soft = job, here, student, adapter, soft
+    def __init__(self, job: Job, here: Path, student: Path, adapter: Path, hashes: Hashes) -> None:
+        self.job, self.here, self.student, self.adapter = job, here, student, adapter
         self.evaluation = job.recipe.keys.evaluation
         self.key = {
             "adapter": hashes.of(adapter),
@@ -219,11 +220,9 @@ class Judging:
         """The student with its adapter in full precision, and the tokenizer."""
         from transformers import AutoTokenizer
 
-        from thinkswitch_plugin.adaptive.model import load
-
         if self.loaded is None:
             gc.collect()
-            model = load(self.student, self.adapter) if self.soft else _plain(self.student, self.adapter)
+            model = load_model(self.student, self.adapter).eval()
             self.loaded = model, AutoTokenizer.from_pretrained(self.student, padding_side="left")
         return self.loaded
 
@@ -290,14 +289,6 @@ def _rolled(prompts: Tensor) -> Tensor:
     if len(prompts) < 2:
         raise ThinkSwitchError("a soft prompt can be swapped in batches of two questions or more; raise `batch_size`.")
     return prompts.roll(1, 0)
-
-
-def _plain(student: Path, adapter: Path) -> Any:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(student, dtype="auto", use_safetensors=True)
-    return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().eval()
 
 
 def _documents(job: Job, folder: str) -> Iterator[dict[str, Any]]:
