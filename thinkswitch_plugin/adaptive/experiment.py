@@ -31,8 +31,9 @@ from thinkswitch_plugin.adaptive.judging import judge
 from thinkswitch_plugin.adaptive.labels import RATIONALES, Job, label, prepare_student
 from thinkswitch_plugin.adaptive.router import candidates, describe
 from thinkswitch_plugin.adaptive.steps import once
-from thinkswitch_plugin.adaptive.training import PERCEPTION, TYPES, Condition, train_condition
+from thinkswitch_plugin.adaptive.training import TYPES, Condition, train_condition
 from thinkswitch_plugin.args import PerceptionKeys
+from thinkswitch_plugin.checkpoint import MODULE
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.pictures import adaptive_picture, save
@@ -152,9 +153,9 @@ def run_seed(job: Job) -> Seed:
 def extra_keys(job: Job, plan: Plan) -> dict[str, Any]:
     """What a perception module adds to a recipe that does not name it: that its weights are saved."""
     named = job.recipe.axolotl.get("lora_modules_to_save") or []
-    if plan.perception is None or PERCEPTION in named:
+    if plan.perception is None or MODULE in named:
         return {}
-    return {"lora_modules_to_save": [*named, PERCEPTION]}
+    return {"lora_modules_to_save": [*named, MODULE]}
 
 
 def write_parts(rows: Sequence[dict[str, Any]], forms: Mapping[str, Format], folder: Path) -> list[tuple[Path, str]]:
