@@ -8,8 +8,8 @@ clean traces and answers of random chains of two to four operands. Held-out ques
 to four operands may have been among them; chains of five and six operands never were. Held out means here:
 not among the training questions of this domain.
 
-The synthetic teacher slips: each step of a training rationale states a wrong digit with probability
-`NOISE`, drawn once a question; the next step goes on from the right one, and the final answer is right.
+The synthetic teacher slips: each step of a training rationale comes out wrong with probability `NOISE`, drawn
+once a question, and the next step goes on from there; the final answer is right all the same.
 """
 
 from __future__ import annotations
@@ -82,12 +82,14 @@ def training_questions(seed: int, count: int = TRAINING_SIZE) -> list[str]:
 
 
 def noisy_trace(rng: random.Random, question: str, noise: float = NOISE) -> str:
-    """The worked steps of a chain, each one's result wrong with probability `noise`."""
-    lines = []
-    for line in task.steps(question):
-        worked, right = line[:-1], line[-1]
-        wrong = rng.choice([digit for digit in "0123456789" if digit != right])
-        lines.append(worked + (wrong if rng.random() < noise else right))
+    """The worked steps of a chain, each one's result wrong with probability `noise` and carried on."""
+    value, lines = int(question[0]), []
+    for operator, digit in zip(question[1::2], question[2::2], strict=True):
+        result = task.apply(value, operator, int(digit))
+        if rng.random() < noise:
+            result = rng.choice([other for other in range(10) if other != result])
+        lines.append(f"{value}{operator}{digit}={result}")
+        value = result
     return "\n".join(lines)
 
 
