@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import ROOT
 from thinkswitch_plugin import files, pairs
+from thinkswitch_plugin.contamination import overlaps
 from thinkswitch_plugin.demo import cache, mixed, task
 from thinkswitch_plugin.errors import ThinkSwitchError
 
@@ -37,6 +38,8 @@ def test_training_questions_are_distinct_and_never_held_out(seed: int) -> None:
     questions = mixed.training_questions(seed)
     assert len(set(questions)) == 2000 and not set(questions) & set(mixed.held_out())
     assert questions != mixed.training_questions(seed + 1)
+    # What `make iterate` asks of any domain, by the same function.
+    assert not overlaps([(q, q) for q in questions], mixed.held_out(), n=13, share=0.2)
 
 
 @given(seed=SEEDS, length=st.integers(2, 6), easy=st.booleans())

@@ -58,17 +58,26 @@ def draw(rng: random.Random, count: int, *, easy: bool) -> str:
 
 
 def distinct(rng: random.Random, count: int, exclude: Collection[str] = ()) -> list[str]:
-    """`count` different chains outside `exclude`, lengths as in `OPERANDS`, half of the long ones easy; shuffled."""
-    seen, found = set(exclude), []
+    """`count` different chains, lengths as in `OPERANDS`, half of the long ones easy; shuffled.
+
+    None of them is in `exclude`, or holds one of it that is four operands long or longer.
+    """
+    excluded, seen, found = set(exclude), set(exclude), []
     kinds = itertools.cycle([(length, easy) for easy in (False, True) for length in OPERANDS])
     for length, easy in itertools.islice(kinds, count):
         question = draw(rng, length, easy=easy and length >= 4)
-        while question in seen:
+        while question in seen or not _parts(question).isdisjoint(excluded):
             question = draw(rng, length, easy=easy and length >= 4)
         seen.add(question)
         found.append(question)
     rng.shuffle(found)
     return found
+
+
+def _parts(question: str) -> set[str]:
+    """Every chain of four operands or more inside a chain."""
+    ends = range(7, len(question) + 1)
+    return {question[start:end] for end in ends for start in range(0, end - 6, 2) if (end - start) % 2}
 
 
 def held_out() -> list[str]:
