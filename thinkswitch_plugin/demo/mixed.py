@@ -26,7 +26,7 @@ from thinkswitch_plugin.demo import task
 
 DOMAIN = "arithmetic-mixed"
 STRATA = ("short", "easy", "hard")
-OPERANDS = (2, *(3, 4, 5, 6) * 2, 4, 5, 6)  # few of two operands: there are only 300
+OPERANDS = (2, 3, 3, 3, 4, 4, 5, 5, 6, 6)  # few of two operands: there are only 300
 HELD_OUT_SEED = 20_240_409
 HELD_OUT_SIZE = 660
 TRAINING_SIZE = 2000
