@@ -122,6 +122,7 @@ def test_check_goes_through_everything_and_counts_what_would_stop_the_run(comman
     assert "checks would stop `make iterate DOMAIN=aime`" in done.stderr
 
 
-def test_check_finds_the_embedded_domain_ready(command: Any) -> None:
-    done = command(TS, "check", "--domain", "arithmetic", ENGINE="embedded")
-    assert done.returncode == 0 and "Ready: make iterate DOMAIN=arithmetic" in done.stdout
+@pytest.mark.parametrize("domain", ["arithmetic", "arithmetic-mixed"])
+def test_check_finds_the_embedded_domains_ready(command: Any, domain: str) -> None:
+    done = command(TS, "check", "--domain", domain, ENGINE="embedded")
+    assert done.returncode == 0 and f"Ready: make iterate DOMAIN={domain}\n" in done.stdout

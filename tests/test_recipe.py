@@ -72,7 +72,8 @@ def test_broken_yaml_is_named_with_its_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "overlay"), [("aime", None), ("aime", "24gb"), ("pubmedqa", None), ("template", None)]
+    ("name", "overlay"),
+    [("aime", None), ("aime", "24gb"), ("pubmedqa", None), ("template", None), ("arithmetic-mixed", None)],
 )
 def test_recipes_pass_axolotls_own_schema_as_they_stand(name: str, overlay: str | None) -> None:
     values = files.read_yaml(Path(f"recipes/{name}.yaml"))
