@@ -47,8 +47,8 @@ ifeq ($(MAKELEVEL),0)
 # Whoever is killed, the stage at work ends too: it watches this process.
 export THINKSWITCH_OWNER := $(shell echo $$PPID)
 endif
-ifeq ($(DOMAIN),arithmetic)
-# The embedded domain needs no hub, and nothing may be fetched at run time.
+ifneq ($(filter arithmetic arithmetic-mixed,$(DOMAIN)),)
+# The embedded domains need no hub, and nothing may be fetched at run time.
 export HF_HUB_OFFLINE ?= 1
 endif
 

@@ -36,7 +36,8 @@ from pathlib import Path
 from thinkswitch_plugin.pairs import write_pairs
 folder = Path(sys.argv[1])
 report = write_pairs(
-    folder / "requests.jsonl", folder / "generations.jsonl", folder / "pairs.jsonl", selection="first", answer_kind="exact"
+    folder / "requests.jsonl", folder / "generations.jsonl", folder / "pairs.jsonl", selection="first",
+    answer_kind="exact", keep_trace=bool(int(sys.argv[2])),
 )
 print(report.kept, report.samples, sum(report.dropped.values()))
 """
@@ -71,11 +72,13 @@ def write_files(folder: Path, count: int, size: int) -> None:
             )
 
 
-def watched(code: str, folder: Path) -> tuple[float, list[float], float, str]:
+def watched(code: str, folder: Path, *words: str) -> tuple[float, list[float], float, str]:
     """Seconds, resident megabytes at intervals and at their peak, and the output of a Python process."""
     memory, peak = list[float](), 0.0
     started = time.monotonic()
-    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(folder), *words], stdout=subprocess.PIPE, text=True
+    ) as process:
         while process.poll() is None:
             status = Path(f"/proc/{process.pid}/status").read_text()
             found = {
@@ -92,7 +95,7 @@ def watched(code: str, folder: Path) -> tuple[float, list[float], float, str]:
     return seconds, memory, peak, text
 
 
-def measure(count: int, size: int, folder: Path, rounds: int = 3) -> dict[str, Any]:
+def measure(count: int, size: int, folder: Path, rounds: int = 3, keep_trace: bool = False) -> dict[str, Any]:
     """Write the files, then take the two processes in turn, `rounds` times."""
     needed = 1.3 * count * size
     if shutil.disk_usage(folder).free < needed:
@@ -102,7 +105,7 @@ def measure(count: int, size: int, folder: Path, rounds: int = 3) -> dict[str, A
     alone, ours, last, peaks = list[float](), list[float](), list[float](), list[float]()
     for _ in range(rounds):
         alone.append(watched(ALONE, folder)[0])
-        seconds, last, peak, output = watched(PAIRS, folder)
+        seconds, last, peak, output = watched(PAIRS, folder, str(int(keep_trace)))
         ours.append(seconds)
         peaks.append(peak)
     kept, samples, dropped = (int(n) for n in output.split())
@@ -126,9 +129,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--generations", type=int, default=100_000)
     parser.add_argument("--size", type=int, default=20_000, help="characters of one generation")
+    parser.add_argument("--keep-trace", action="store_true", help="rationales instead of pairs")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        result = measure(options.generations, options.size, Path(temporary))
+        result = measure(options.generations, options.size, Path(temporary), keep_trace=options.keep_trace)
     for name, value in result.items():
         print(f"| {name} | {value} |")
     print(json.dumps(result))

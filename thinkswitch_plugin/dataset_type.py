@@ -8,6 +8,7 @@ carry a loss.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,17 +116,18 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
                 yield {name: row[name] for name in features}
 
         try:
-            # Through a file that lives as long as this process, so that no trace waits in memory.
-            dataset = Dataset.from_generator(
-                rows, features=Features(features), cache_dir=get_temporary_cache_files_directory()
-            )
+            # Through a file that lives as long as this process, so that no trace waits in memory; in a folder of
+            # its own, since the key of a cache knows nothing of what is in `generations`.
+            folder = tempfile.mkdtemp(dir=get_temporary_cache_files_directory())
+            return Dataset.from_generator(rows, features=Features(features), cache_dir=folder)
         except DatasetGenerationError as error:
             raise (error.__cause__ if isinstance(error.__cause__, ThinkSwitchError) else error) from None
-        if not len(dataset):
+        except ValueError:
+            if report.kept:
+                raise
             raise ThinkSwitchError(
                 f"{generations} holds no complete answer: {report.summary()}; raise `thinkswitch.sampling.max_tokens` in the recipe."
-            )
-        return dataset
+            ) from None
 
 
 def _require_template(chat_template: Any, tokenizer: Any, form: formats.Format) -> None:
@@ -145,8 +147,9 @@ def _require_template(chat_template: Any, tokenizer: Any, form: formats.Format) 
     written = tokenizer.decode(trained).removesuffix(tokenizer.eos_token or "")
     if _ids(row)[:before] != asked or formats.parse(written) != formats.Parsed(form, "3", True):
         raise ThinkSwitchError(
-            f"The chat template of {name} does not leave a completion of {form}_thinking as it is written; "
-            "use one that prints the assistant's text unchanged, right behind the generation prompt."
+            f"The chat template or the tokenizer of {name} does not leave a completion of {form}_thinking as it is "
+            "written; use a template that prints the assistant's text unchanged, right behind the generation prompt, "
+            "and a tokenizer that can write the tags."
         )
 
 

@@ -8,8 +8,8 @@ clean traces and answers of random chains of two to four operands. Held-out ques
 to four operands may have been among them; chains of five and six operands never were. Held out means here:
 not among the training questions of this domain.
 
-The synthetic teacher slips: each step of a training rationale states a wrong digit with probability
-`NOISE`, drawn once a question; the next step goes on from the right one, and the final answer is right.
+The synthetic teacher slips: each step of a training rationale comes out wrong with probability `NOISE`, drawn
+once a question, and the next step goes on from there; the final answer is right all the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from thinkswitch_plugin.demo import task
 
 DOMAIN = "arithmetic-mixed"
 STRATA = ("short", "easy", "hard")
-OPERANDS = (2, *(3, 4, 5, 6) * 2, 4, 5, 6)  # few of two operands: there are only 300
+OPERANDS = (2, 3, 3, 3, 4, 4, 5, 5, 6, 6)  # few of two operands: there are only 300
 HELD_OUT_SEED = 20_240_409
 HELD_OUT_SIZE = 660
 TRAINING_SIZE = 2000
@@ -58,17 +58,26 @@ def draw(rng: random.Random, count: int, *, easy: bool) -> str:
 
 
 def distinct(rng: random.Random, count: int, exclude: Collection[str] = ()) -> list[str]:
-    """`count` different chains outside `exclude`, lengths as in `OPERANDS`, half of the long ones easy; shuffled."""
-    seen, found = set(exclude), []
+    """`count` different chains, lengths as in `OPERANDS`, half of the long ones easy; shuffled.
+
+    None of them is in `exclude`, or holds one of it that is four operands long or longer.
+    """
+    excluded, seen, found = set(exclude), set(exclude), []
     kinds = itertools.cycle([(length, easy) for easy in (False, True) for length in OPERANDS])
     for length, easy in itertools.islice(kinds, count):
         question = draw(rng, length, easy=easy and length >= 4)
-        while question in seen:
+        while question in seen or not _parts(question).isdisjoint(excluded):
             question = draw(rng, length, easy=easy and length >= 4)
         seen.add(question)
         found.append(question)
     rng.shuffle(found)
     return found
+
+
+def _parts(question: str) -> set[str]:
+    """Every chain of four operands or more inside a chain."""
+    ends = range(7, len(question) + 1)
+    return {question[start:end] for end in ends for start in range(0, end - 6, 2) if (end - start) % 2}
 
 
 def held_out() -> list[str]:
@@ -82,12 +91,14 @@ def training_questions(seed: int, count: int = TRAINING_SIZE) -> list[str]:
 
 
 def noisy_trace(rng: random.Random, question: str, noise: float = NOISE) -> str:
-    """The worked steps of a chain, each one's result wrong with probability `noise`."""
-    lines = []
-    for line in task.steps(question):
-        worked, right = line[:-1], line[-1]
-        wrong = rng.choice([digit for digit in "0123456789" if digit != right])
-        lines.append(worked + (wrong if rng.random() < noise else right))
+    """The worked steps of a chain, each one's result wrong with probability `noise` and carried on."""
+    value, lines = int(question[0]), []
+    for operator, digit in zip(question[1::2], question[2::2], strict=True):
+        result = task.apply(value, operator, int(digit))
+        if rng.random() < noise:
+            result = rng.choice([other for other in range(10) if other != result])
+        lines.append(f"{value}{operator}{digit}={result}")
+        value = result
     return "\n".join(lines)
 
 
