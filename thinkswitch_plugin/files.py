@@ -123,6 +123,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def link(file: Path, target: Path) -> None:
+    """Give a file a second name; a copy where the file system has no hard links, or it is another one."""
+    try:
+        os.link(file.resolve(), target)
+    except OSError:
+        shutil.copy2(file, target)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically."""
     with atomic_file(path) as handle:

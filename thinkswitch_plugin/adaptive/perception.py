@@ -59,8 +59,8 @@ class Perception(nn.Module):
             self.value = _normal(1 / math.sqrt(hidden), self.width, hidden)
             inputs += keys.queries * self.width
         if keys.features:
-            self.feature = _normal(1 / math.sqrt(len(keys.features)), self.width, len(keys.features))
-            self.feature_bias = nn.Parameter(torch.zeros(self.width))
+            self.feature = _normal(1.0, self.width, len(keys.features))
+            self.feature_bias = _normal(math.pi, self.width)
             inputs += self.width
         self.inner = _normal(1 / math.sqrt(inputs), self.width, inputs)
         self.inner_bias = nn.Parameter(torch.zeros(self.width))
@@ -82,10 +82,13 @@ class Perception(nn.Module):
                 return self.prompt.expand(len(embeddings), -1, -1)
             found = []
             if self.keys.cross_attention:
-                found.append(self._attend(embeddings.float(), mask))
+                attended = self._attend(embeddings.float(), mask)
+                found.append(functional.layer_norm(attended, attended.shape[1:]))
             if self.keys.features:
-                found.append(functional.linear(features.float(), self.feature, self.feature_bias))
-            inputs = functional.layer_norm(torch.cat(found, dim=-1), (self.inner.shape[1],))
+                # Waves of unit variance (random Fourier features), which keep small differences of a number apart.
+                angle = functional.linear(features.float(), self.feature, self.feature_bias)
+                found.append(math.sqrt(2) * angle.cos())
+            inputs = torch.cat(found, dim=-1)
             inner = functional.gelu(functional.linear(inputs, self.inner, self.inner_bias))
             # The unit scale that the output weights are made for.
             outer = functional.linear(functional.layer_norm(inner, (self.width,)), self.outer)

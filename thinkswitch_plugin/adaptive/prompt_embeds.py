@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -63,7 +62,7 @@ def write_plain_view(checkpoint: Path, out: Path) -> None:
                 places = {k: v for k, v in index["weight_map"].items() if not k.startswith(PREFIX)}
                 files.write_json(building / INDEX, {**index, "weight_map": places})
             elif file.suffix != ".safetensors" or not _without_module(file, building / file.name):
-                _link(file.resolve(), building / file.name)
+                files.link(file, building / file.name)
 
 
 def _plain_architectures(names: Sequence[str]) -> list[str]:
@@ -83,13 +82,6 @@ def _without_module(shard: Path, target: Path) -> bool:
         if kept:
             save_file({name: handle.get_tensor(name) for name in kept}, str(target), metadata=handle.metadata())
     return True
-
-
-def _link(file: Path, target: Path) -> None:
-    try:
-        os.link(file, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copy2(file, target)
 
 
 @contextmanager

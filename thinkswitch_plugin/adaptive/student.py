@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import files, traces
+from thinkswitch_plugin import checkpoint, files, traces
 from thinkswitch_plugin.adaptive import formats
 from thinkswitch_plugin.errors import ThinkSwitchError
 
-SOFT = "<|soft|>"  # the placeholder that a perception module overwrites; `traces.control_token` keeps it out of prompts
+SOFT = checkpoint.PLACEHOLDER  # a perception module overwrites it; `traces.control_token` keeps it out of prompts
 CONFIGS = ("config.json", "generation_config.json", "*.safetensors.index.json")
 
 # Put before a chat template: it takes another list of messages, and prints the same.
@@ -43,8 +42,6 @@ def make_student(base: Path, out: Path, *, soft_tokens: int) -> None:
     """
     from transformers import AutoTokenizer
 
-    from thinkswitch_plugin import checkpoint
-
     folder, _ = checkpoint.resolve(str(base), None, "student's base")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if not isinstance(tokenizer.chat_template, str):
@@ -62,7 +59,7 @@ def make_student(base: Path, out: Path, *, soft_tokens: int) -> None:
             for file in folder.glob(pattern):
                 shutil.copy2(file, building / file.name)
         for file in folder.glob("*.safetensors"):
-            _link(file.resolve(), building / file.name)
+            files.link(file, building / file.name)
         tokenizer.save_pretrained(building)
 
 
@@ -79,10 +76,3 @@ def _add_tokens(tokenizer: Any, config: dict[str, Any], base: Path) -> None:
             f"{base}: its embedding table has {rows} rows, and with {', '.join(missing)} its tokenizer would need "
             f"{len(tokenizer)}; enlarge the table first (transformers' `resize_token_embeddings`)."
         )
-
-
-def _link(file: Path, target: Path) -> None:
-    try:
-        os.link(file, target)
-    except OSError:  # another file system, or one without hard links
-        shutil.copy2(file, target)
