@@ -7,6 +7,7 @@
       seed-0/conditions/adaptive/            data, axolotl.yaml, adapter/ of one condition
       seed-0/conditions/adaptive/eval*/      lm-eval's files and every question's verdict
       seed-0/checkpoint/                     the adaptive model, merged in full precision
+      seed-0/served.json                     vLLM's answers to prompts sent as embeddings, beside transformers'
 
 Killed at any time, the same command goes on with what is missing.
 """
@@ -34,8 +35,11 @@ from thinkswitch_plugin.adaptive.steps import once
 from thinkswitch_plugin.adaptive.training import TYPES, Condition, train_condition
 from thinkswitch_plugin.args import PerceptionKeys
 from thinkswitch_plugin.checkpoint import MODULE
+from thinkswitch_plugin.engines import vllm_python
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.evaluation import LM_EVAL_BUDGET, newest
 from thinkswitch_plugin.hashes import Hashes
+from thinkswitch_plugin.loop import merge_adapter
 from thinkswitch_plugin.pictures import adaptive_picture, save
 from thinkswitch_plugin.run import locked, versions
 from thinkswitch_plugin.task_files import task_files
@@ -103,12 +107,14 @@ class Seed:
         judged: by condition, what `questions.json` holds.
         routed: by router, whether it sends each held-out question to thinking.
         swap: what the soft prompts of the held-out questions are like.
+        served: how many answers vLLM gave as transformers did; None where there is no vLLM.
         seconds: of all trainings and evaluations, whenever they were done.
     """
 
     judged: dict[str, dict[str, Any]]
     routed: dict[str, list[bool]]
     swap: dict[str, float]
+    served: dict[str, int] | None
     labels: dict[str, Any]
     seconds: float
 
@@ -144,10 +150,68 @@ def run_seed(job: Job) -> Seed:
             judged[SWAPPED] = judging.questions(f"eval-{SWAPPED}", swapped=True)
             swap = judging.prompts()
         seconds += trained.seconds + judging.seconds
+    merge_checkpoint(job, hashes)
+    served = serve_checkpoint(job, hashes) if vllm_python() else None
     hashes.save()
     asked = [row["question"] for row in _documents(job, "conditions/pre_only/eval")]
     routed = {name: route(kind, labelled, asked) for name, kind in ROUTERS.items()}
-    return Seed(judged, routed, swap, facts, seconds)
+    return Seed(judged, routed, swap, served, facts, seconds)
+
+
+def merge_checkpoint(job: Job, hashes: Hashes) -> None:
+    """axolotl merges the adaptive adapter, perception module and all, in full precision: writes `checkpoint/`."""
+    here, out = job.work / "conditions" / "adaptive", job.work / "checkpoint"
+    student, _ = prepare_student(job, hashes, soft_tokens=(job.recipe.keys.perception or PerceptionKeys()).tokens)  # type: ignore[call-arg]
+
+    def work(_resume: bool) -> dict[str, Any]:
+        merge_adapter(here, str(student), out, on_cpu=job.recipe.keys.merge_on == "cpu")
+        return {}
+
+    once(
+        out.with_suffix(".json"), {"adapter": hashes.of(here / "adapter"), "student": hashes.of(student)}, (out,), work
+    )
+
+
+def serve_checkpoint(job: Job, hashes: Hashes) -> dict[str, int]:
+    """Have vLLM answer the held-out questions, sent as embeddings, and compare with what lm-eval got.
+
+    Returns:
+        `questions`, and `equal`: those whose text is the same to the letter.
+    """
+    checkpoint, keys = job.work / "checkpoint", job.recipe.keys
+    samples = newest(job.work / "conditions/adaptive/eval", f"samples_{keys.evaluation.task}_*.jsonl")
+
+    def work(_resume: bool) -> dict[str, Any]:
+        import torch
+        from transformers import AutoTokenizer
+
+        from thinkswitch_plugin.adaptive.model import load, prompt_embeds
+        from thinkswitch_plugin.adaptive.prompt_embeds import complete, serving, write_plain_view
+
+        console.say(f"[adaptive] seed {job.seed}: vLLM answers prompts sent as embeddings")
+        rows = [row for _, row in files.read_jsonl(samples)]
+        arguments = rows[0]["arguments"]["gen_args_0"]["arg_1"]
+        model, tokenizer = load(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+        ids = [
+            tokenizer(row["arguments"]["gen_args_0"]["arg_0"], add_special_tokens=False)["input_ids"] for row in rows
+        ]
+        with torch.inference_mode():
+            prompts = [prompt_embeds(model, tokens) for tokens in ids]
+        view, budget = job.work / "plain-view", int(arguments.get("max_gen_toks", LM_EVAL_BUDGET))
+        write_plain_view(checkpoint, view)
+        longest = max(map(len, ids)) + budget
+        with serving(view, keys.engine, job.work / "logs" / "vllm.log", max_len=longest) as server:
+            found = complete(
+                server, str(view), prompts, keys.engine, max_tokens=budget, stop=arguments.get("until") or ()
+            )
+        files.remove(view)
+        equal = sum(one.text == row["resps"][0][0] for one, row in zip(found, rows, strict=True))
+        return {"questions": len(rows), "equal": equal}
+
+    done = once(
+        job.work / "served.json", {"checkpoint": hashes.of(checkpoint), "samples": hashes.of(samples)}, (), work
+    )
+    return {name: int(done[name]) for name in ("questions", "equal")}
 
 
 def extra_keys(job: Job, plan: Plan) -> dict[str, Any]:
@@ -294,8 +358,6 @@ def _rolled(prompts: Tensor) -> Tensor:
 
 def _documents(job: Job, folder: str) -> Iterator[dict[str, Any]]:
     """The held-out questions with their fields, in order, as lm-eval's samples file has them."""
-    from thinkswitch_plugin.evaluation import newest
-
     path = newest(job.work / folder, f"samples_{job.recipe.keys.evaluation.task}_*.jsonl")
     for row in sorted((row for _, row in files.read_jsonl(path)), key=lambda row: row["doc_id"]):
         yield row["doc"]
@@ -338,6 +400,8 @@ def together(jobs: Sequence[Job], seeds: Sequence[Seed]) -> dict[str, Any]:
             "accuracy": float(swapped.correct.mean()),
             **{name: float(np.mean([seed.swap[name] for seed in seeds])) for name in seeds[0].swap},
         },
+        "served": seeds[0].served
+        and {name: sum((seed.served or {}).get(name, 0) for seed in seeds) for name in ("questions", "equal")},
         "labels": [seed.labels["labels"] for seed in seeds],
         "reference_from": seeds[0].labels["reference_from"],
         "seconds": round(sum(seed.seconds for seed in seeds), 1),

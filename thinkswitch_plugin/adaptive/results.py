@@ -218,4 +218,10 @@ def markdown(result: dict[str, Any]) -> str:
             f"and {swap['answers_changed']} answers change; between questions the prompts differ by a standard "
             f"deviation of {swap['prompt_std']:.4f}, where their root mean square is {swap['prompt_rms']:.4f}.",
         ]
+    if served := result.get("served"):
+        lines += [
+            "",
+            f"vLLM, sent the prompts as embeddings, gave {served['equal']} of {served['questions']} answers to the letter "
+            "as transformers did.",
+        ]
     return "\n".join(lines) + "\n"
