@@ -57,8 +57,8 @@ def find_markers(tokenizer: Any, tokens: int) -> Markers:
     placeholder = tokenizer.get_added_vocab().get(PLACEHOLDER)
     if placeholder is None:
         raise ThinkSwitchError(
-            f"The tokenizer has no token {PLACEHOLDER} for the soft prompt; make a student with `soft_tokens: {tokens}` "
-            "and train on that."
+            f"The tokenizer has no token {PLACEHOLDER} for the soft prompt; train a student that "
+            f"`thinkswitch_plugin.adaptive.student.make_student` made with `soft_tokens={tokens}`."
         )
     question = "1"
     rendered: str = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False)
@@ -154,7 +154,7 @@ class SoftPrompt:
             prompts = self.replace(prompts)
         places = spans[:, 1:2] + torch.arange(self.keys.tokens, device=ids.device)
         # Out of place: the output may be a leaf that gradient checkpointing made differentiable.
-        return embeddings.index_put((spans[:, :1], places), prompts.to(output.dtype)).view_as(output)
+        return embeddings.index_put((spans[:, :1], places), prompts.to(output)).view_as(output)
 
     def prompts(self, ids: Tensor, embeddings: Tensor, spans: Tensor) -> Tensor:
         """The soft prompts of the questions at `spans`, (questions, tokens, hidden)."""
@@ -185,6 +185,8 @@ class PerceptionModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = [MODULE]  # noqa: RUF012 - transformers reads a list
 
     def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
+        if config.perception is None:
+            raise ThinkSwitchError(f"A config of type {config.model_type} needs `perception`; `attach` writes it.")
         super().__init__(config, *arguments, **options)
         keys, markers = _settings(config.perception)
         setattr(self, MODULE, Perception(config.hidden_size, keys))
@@ -320,7 +322,8 @@ def load(folder: str | Path, adapter: str | Path | None = None) -> PreTrainedMod
 def _with_adapter(model: Any, base: Path, adapter: Path) -> PreTrainedModel:
     from peft import PeftModel
 
-    settings = perception_of(adapter)
+    # axolotl writes the config once, the trainer's checkpoints beneath it have none.
+    settings = perception_of(adapter) or perception_of(adapter.parent)
     saved = files.read_json(adapter / "adapter_config.json").get("modules_to_save") or []
     if settings is None or MODULE not in saved:
         raise ThinkSwitchError(
