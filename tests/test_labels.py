@@ -1,0 +1,463 @@
+"""Complexity labels: how questions are dealt out and compared, what is kept and redone, and a real cross-validation."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests import checkpoints
+from tests.conftest import BIN, ROOT
+from tests.test_pairs import answer, request
+from thinkswitch_plugin import check, engines, files
+from thinkswitch_plugin.adaptive import answering, labels, steps, training
+from thinkswitch_plugin.adaptive.formats import POST, PRE, parse
+from thinkswitch_plugin.args import EngineKeys, PerceptionKeys
+from thinkswitch_plugin.batch import read_requests
+from thinkswitch_plugin.demo.tokenizer import build_tokenizer
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.hashes import Hashes
+from thinkswitch_plugin.recipe import load_recipe
+
+Write = Callable[[str, Sequence[object]], Path]
+IDS = st.lists(st.text(min_size=1, max_size=4), unique=True, min_size=2, max_size=60)
+
+
+@given(ids=IDS, folds=st.integers(2, 7), seed=st.integers(0, 99), data=st.data())
+def test_questions_are_dealt_out_evenly_and_whatever_their_order(
+    ids: list[str], folds: int, seed: int, data: st.DataObject
+) -> None:
+    dealt = labels.deal(ids, folds, seed)
+    sizes = Counter(dealt.values())
+    assert set(dealt) == set(ids) and set(sizes) <= set(range(1, folds + 1))
+    assert max(sizes[n] for n in range(1, folds + 1)) - min(sizes[n] for n in range(1, folds + 1)) <= 1
+    assert labels.deal(data.draw(st.permutations(ids)), folds, seed) == dealt
+
+
+def test_another_seed_deals_otherwise() -> None:
+    ids = [f"p{i}" for i in range(50)]
+    assert labels.deal(ids, 5, 0) != labels.deal(ids, 5, 1)
+
+
+def recipe_of(tmp_path: Path, **keys: Any) -> Any:
+    """The embedded recipe with other keys under `thinkswitch:`."""
+    overlay = tmp_path / "keys.overlay.yaml"
+    files.write_yaml(overlay, {"thinkswitch": keys})
+    return load_recipe(Path("recipes/arithmetic.yaml"), (overlay,))
+
+
+@pytest.fixture
+def job(tmp_path: Path, write_jsonl: Write) -> labels.Job:
+    """Six questions, three samples each: p1's answers are 1, 1 and 2; p5 has no readable answer."""
+    said = {f"p{i}": ["0", str(i), str(i)] for i in range(5)} | {"p5": ["none", "at all", "x"]}
+    said["p1"] = ["1", "1", "2"]
+    requests, generations = [], []
+    for prompt, sample in itertools.product(said, range(3)):
+        requests.append(request(prompt, sample, text=f"question {prompt}"))
+        generations.append(answer(f"{prompt}-s{sample}", f"step {sample}\n</think>\n\n{said[prompt][sample]}"))
+    random.Random(0).shuffle(generations)
+    write_jsonl("requests.jsonl", requests)
+    return labels.Job(
+        recipe=recipe_of(tmp_path, labels={"selection": "all"}),
+        seed=0,
+        engine="embedded",
+        home=tmp_path / "home",
+        generations=write_jsonl("generations.jsonl", generations),
+        folds=2,
+        baselines=(POST,),
+    )
+
+
+def test_the_majority_of_all_complete_answers_is_the_reference(job: labels.Job) -> None:
+    assert labels.majority_references(job) == {"p0": "0", "p1": "1", "p2": "2", "p3": "3", "p4": "4"}
+    material = labels.read_material(job)
+    assert [question.prompt_id for question in material.questions] == ["p0", "p1", "p2", "p3", "p4"]
+    assert (material.without_reference, material.repeated) == (1, 0)
+    # What is learnt from is another matter: what the recipe selects.
+    one = replace(job, recipe=job.recipe.__class__(job.recipe.path, job.recipe.axolotl, recipe_first(job)))
+    assert labels.read_material(one).report.kept == 6
+    assert labels.majority_references(one)["p2"] == "2"
+
+
+def recipe_first(job: labels.Job) -> Any:
+    kept = job.recipe.keys.labels.model_copy(update={"selection": "first"})
+    return job.recipe.keys.model_copy(update={"labels": kept})
+
+
+def test_gold_answers_come_from_the_field_that_the_recipe_names(
+    job: labels.Job, tmp_path: Path, write_jsonl: Write
+) -> None:
+    rows = [{"id": f"p{i}", "prompt": f"question p{i}", "right": 9 - i} for i in range(6)]
+    prompts = write_jsonl("prompts.jsonl", rows)
+    keys = {"prompts": {"path": str(prompts)}, "adaptive": {"gold": "right"}}
+    gold = replace(job, recipe=recipe_of(tmp_path, **keys))
+    material = labels.read_material(gold)
+    assert {q.prompt_id: q.reference for q in material.questions} == {f"p{i}": str(9 - i) for i in range(6)}
+    assert material.without_reference == 0  # p5 has no readable answer, and needs none
+
+    with pytest.raises(ThinkSwitchError, match=r"line 1: the field `wrong` is missing; fields of this row: id, prompt"):
+        unknown = {**keys, "adaptive": {"gold": "wrong"}}
+        labels.read_material(replace(job, recipe=recipe_of(tmp_path, **unknown)))
+    write_jsonl("prompts.jsonl", rows[:4])
+    with pytest.raises(ThinkSwitchError, match="has no row for the prompt 'p4'"):
+        labels.read_material(gold)
+    write_jsonl("prompts.jsonl", [*rows[:5], {**rows[5], "right": "several"}])
+    with pytest.raises(ThinkSwitchError, match=r"in which `thinkswitch\.labels\.answer: digit` reads no answer"):
+        labels.read_material(gold)
+
+
+def test_a_fold_learns_from_all_samples_of_the_other_folds_and_asks_each_of_its_questions_once(job: labels.Job) -> None:
+    material = labels.read_material(job)
+    dealt = labels.deal([q.prompt_id for q in material.questions], job.folds, job.seed)
+    seen = Counter[str]()
+    for number in (1, 2):
+        mine = [q for q in material.questions if dealt[q.prompt_id] == number]
+        fold = labels.Fold(job, number, mine, job.home, Hashes(job.home))
+        fold.write(material, dealt)
+        learnt = [row for _, row in files.read_jsonl(fold.here / "rationales.jsonl")]
+        asked = [row for _, row in read_requests(fold.here / "requests.jsonl")]
+        assert Counter(row["prompt_id"] for row in learnt) == {p: 3 for p in dealt if dealt[p] != number}
+        assert all(row["trace"].startswith("step ") for row in learnt)
+        assert [row["custom_id"] for row in asked] == [q.prompt_id for q in mine]
+        assert all(row["body"]["temperature"] == 0 and row["body"]["stop"] == ["</answer>"] for row in asked)
+        seen.update(row["custom_id"] for row in asked)
+    assert seen == dict.fromkeys(dealt, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "cut", "form", "right"),
+    [
+        ("<answer>7", False, POST, True),
+        ("<answer>7</answer>", False, POST, True),
+        ("<answer>8</answer>", False, POST, False),
+        ("<answer>7", True, POST, False),  # cut before its end
+        ("<think>\nt\n</think>\n\n7", False, POST, False),  # right, but not before thinking
+        ("<think>\nt\n</think>\n\n7", False, PRE, True),
+        ("<think>\nt\n", True, PRE, False),
+        ("7", False, POST, False),
+        ("", False, POST, False),
+    ],
+)
+def test_a_baseline_is_right_if_its_whole_answer_in_its_format_is_the_reference(
+    text: str, cut: bool, form: Any, right: bool
+) -> None:
+    assert labels.is_right(parse(text, cut=cut), form, "7", "digit") is right
+
+
+@pytest.mark.parametrize(
+    ("right", "label", "pre"),
+    [
+        ({POST: True}, POST, None),
+        ({POST: False}, PRE, None),
+        ({POST: False, PRE: False}, PRE, False),
+        ({POST: True, PRE: False}, POST, False),
+    ],
+)
+def test_the_label_is_post_where_the_post_baseline_is_right(right: Any, label: str, pre: bool | None) -> None:
+    row = labels.row_of(labels.Question("p0", [{"role": "user", "content": "1+1"}], "2"), 3, right, "gold")
+    assert row == {
+        "prompt_id": "p0",
+        "prompt": "1+1",
+        "fold": 3,
+        "post_correct": right[POST],
+        "pre_correct": pre,
+        "label": label,
+        "reference": "2",
+        "reference_from": "gold",
+    }
+
+
+def test_a_step_is_done_once_gone_on_with_after_a_kill_and_redone_when_its_key_changes(tmp_path: Path) -> None:
+    stamp, out = tmp_path / "step.json", tmp_path / "out"
+    told: list[bool] = []
+
+    def work(resume: bool) -> dict[str, Any]:
+        told.append(resume)
+        if len(told) == 1:
+            out.write_text("half")
+            raise KeyboardInterrupt  # a kill
+        out.write_text("whole")
+        return {"n": len(told)}
+
+    with pytest.raises(KeyboardInterrupt):
+        steps.once(stamp, {"a": 1}, (out,), work)
+    assert steps.stored(stamp, {"a": 1}, (out,)) is None and out.read_text() == "half"
+    assert steps.once(stamp, {"a": 1}, (out,), work)["n"] == 2
+    assert steps.once(stamp, {"a": 1}, (out,), work)["n"] == 2  # not done again
+    assert steps.once(stamp, {"a": 2}, (out,), work)["n"] == 3
+    out.unlink()
+    assert steps.once(stamp, {"a": 2}, (out,), work)["n"] == 4
+    stamp.unlink()
+    steps.once(stamp, {"a": 2}, (out,), work)
+    assert told == [False, True, False, True, True]
+
+
+def test_what_an_attempt_with_another_key_left_is_removed(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.write_text("of another key")
+    files.temporary_sibling(out).mkdir()
+    found = []
+    steps.once(tmp_path / "s.json", {"a": 1}, (out,), lambda _: found.append(list(tmp_path.glob("*out*"))) or {})
+    assert found == [[]]
+
+
+def test_a_conditions_config_is_the_recipes_with_its_rows_its_template_and_no_module_it_does_not_have(
+    tmp_path: Path,
+) -> None:
+    recipe = recipe_of(tmp_path, perception={"tokens": 2})
+    recipe.axolotl.update(
+        chat_template="chatml",
+        lora_modules_to_save=["perception", "lm_head"],
+        lr_groups=[{"name": "p", "modules": ["perception"], "lr": 0.003}],
+    )
+    data = ((tmp_path / "a.jsonl", training.TYPES[PRE]), (tmp_path / "b.jsonl", training.TYPES[POST]))
+    plain = training.Condition(tmp_path / "student", data, seed=5, axolotl={"num_epochs": 2})
+    config = training.condition_config(recipe, plain, tmp_path, on_cpu=True)
+    assert [(Path(d["path"]).name, d["type"]) for d in config["datasets"]] == [
+        ("a.jsonl", "thinkswitch_plugin.pre_thinking"),
+        ("b.jsonl", "thinkswitch_plugin.post_thinking"),
+    ]
+    assert (config["num_epochs"], config["seed"], config["chat_template"]) == (2, 5, "tokenizer_default")
+    assert config["lora_modules_to_save"] == ["lm_head"] and "lr_groups" not in config
+    assert "perception" not in config["thinkswitch"] and config["thinkswitch"]["labels"] == {"answer": "digit"}
+    check.validate(config, "the config")
+
+    keys = PerceptionKeys.model_validate({"static": True})
+    whole = training.condition_config(recipe, replace(plain, perception=keys), tmp_path, on_cpu=True)
+    assert whole["lora_modules_to_save"] == ["perception", "lm_head"] and len(whole["lr_groups"]) == 1
+    assert whole["thinkswitch"]["perception"] == {"static": True}
+    check.validate(whole, "the config")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """An engine on a checkpoint of random weights."""
+    from thinkswitch_plugin.embedded import EmbeddedEngine
+
+    folder = checkpoints.write(tmp_path_factory.mktemp("tiny") / "checkpoint", checkpoints.qwen3(0))
+    build_tokenizer("instruct").save_pretrained(folder)
+    return EmbeddedEngine(folder)
+
+
+def asked(text: str, **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 24, **more}
+
+
+def test_the_embedded_engine_stops_at_a_stop_string_each_row_by_itself(tiny: Any) -> None:
+    questions = ["1+1", "7*3+4", "abc", "9-5*2+1"]
+    plain = [body["choices"][0]["message"]["content"] for body in tiny.answer([asked(q) for q in questions])]
+    stop = [plain[1][3:5], "never written"]  # what the second row writes, and perhaps not the others
+    stopped = tiny.answer([asked(q, stop=stop) for q in questions])
+    assert plain[1].find(stop[0]) >= 0 and stopped[1]["choices"][0]["finish_reason"] == "stop"
+    for text, body in zip(plain, stopped, strict=True):
+        choice = body["choices"][0]
+        assert choice["message"]["content"] == text.partition(stop[0])[0]
+        assert (choice["finish_reason"] == "stop") is (stop[0] in text)
+        assert body["usage"]["completion_tokens"] <= 24
+    alone = tiny.answer([asked(questions[1], stop=stop[0])])[0]
+    assert alone["choices"] == stopped[1]["choices"] and alone["usage"] == stopped[1]["usage"]
+
+
+def test_requests_with_other_stop_strings_are_not_answered_together(tiny: Any) -> None:
+    rows = [{"custom_id": str(i), "body": asked("1+1", **more)} for i, more in enumerate(({}, {"stop": ["0"]}, {}))]
+    texts = [body["choices"][0]["message"]["content"] for _, body in tiny.stream(rows, 8)]
+    assert texts[0] == texts[2] and "0" not in texts[1]
+
+
+def test_words_that_are_no_setting_are_refused() -> None:
+    assert labels.parse_baselines("") == labels.parse_baselines("post") == (POST,)
+    assert labels.parse_baselines("pre, post") == labels.parse_baselines("pre") == (POST, PRE)
+    with pytest.raises(ThinkSwitchError, match="'before' is none; use post, or post and pre"):
+        labels.parse_baselines("post before")
+    assert answering.choose_engine("embedded") == "embedded"
+    with pytest.raises(ThinkSwitchError, match="does not have the adapters that are trained here"):
+        answering.choose_engine("http://127.0.0.1:1/v1")
+
+
+GOOD = [request(f"p{i}", text=f"{i}+1") for i in range(3)]
+ANSWERS = [answer(f"p{i}-s0", f"t\n</think>\n\n{i + 1}") for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("options", "requests", "generations", "message"),
+    [
+        ({"folds": 1}, GOOD, ANSWERS, "FOLDS=1: give 2 or more"),
+        ({"folds": 4}, GOOD, ANSWERS, "FOLDS=4, but .* has only 3 questions with a reference answer"),
+        ({}, GOOD, [], "holds no complete answer"),
+        ({}, [], ANSWERS, "holds no requests"),
+        ({}, None, ANSWERS, r"requests\.jsonl does not exist; the labels need"),
+        ({}, GOOD, [answer("p0-s0", "t", finish="length")], "holds no complete answer"),
+        ({}, GOOD, [answer("p0-s0", "</think>5")], "holds no complete answer .*1 no_trace"),
+        ({}, GOOD, [{"no": "id"}], r"generations\.jsonl, line 1: `custom_id` is missing"),
+        ({"baselines": "both"}, GOOD, ANSWERS, "'both' is none; use post"),
+        ({"engine": "http://127.0.0.1:1/v1"}, GOOD, ANSWERS, "does not have the adapters"),
+        ({"generations": "none.jsonl"}, GOOD, ANSWERS, r"none\.jsonl does not exist"),
+        ({"generations": ""}, GOOD, ANSWERS, "is not a run folder, so there are no generations .* `make iterate"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    tmp_path: Path, write_jsonl: Write, options: dict[str, Any], requests: Any, generations: Any, message: str
+) -> None:
+    if requests is not None:
+        write_jsonl("requests.jsonl", requests)
+    given = {"folds": 2, "engine": "embedded", "generations": str(write_jsonl("generations.jsonl", generations))}
+    # Without `embedded` nothing has to be trained before the files are read.
+    files.write_yaml(tmp_path / "plain.yaml", {"thinkswitch": {"pair": {"embedded": False}}})
+    overlays = [str(tmp_path / "plain.yaml")]
+    with pytest.raises(ThinkSwitchError, match=message) as refused:
+        labels.make_labels(
+            labels.find_job("arithmetic", tmp_path / "runs", seed=0, overlays=overlays, **{**given, **options})
+        )
+    assert "\n" not in str(refused.value)
+
+
+def test_the_command_takes_the_settings_of_make(command: Any, tmp_path: Path) -> None:
+    shown = command("make", "-n", "-o", "setup", "labels", "DOMAIN=arithmetic", "FOLDS=1", f"RUNS={tmp_path}")
+    assert '--folds "$FOLDS" --baselines "$BASELINES" --generations "$GENERATIONS"' in shown.stdout
+    done = command(BIN / "thinkswitch", "labels", "--domain", "arithmetic", "--runs", tmp_path, "--folds", "1")
+    assert done.returncode == 1 and done.stderr.startswith("thinkswitch: FOLDS=1: give 2 or more")
+    assert len(done.stderr.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_generations_or_with_another_seed_says_what_to_do(tmp_path: Path) -> None:
+    values = {"domain": "arithmetic", "recipe": "recipes/arithmetic.yaml", "overlays": [], "seed": 3}
+    files.write_json(tmp_path / "arithmetic" / "run.json", {**values, "engine": "embedded", "iterations": 1})
+    with pytest.raises(ThinkSwitchError, match="was begun with SEED=3; give SEED=3"):
+        labels.find_job("arithmetic", tmp_path, seed=0, engine="embedded")
+    with pytest.raises(ThinkSwitchError, match="has not finished the generations of iteration 1"):
+        labels.find_job("arithmetic", tmp_path, seed=3, engine="embedded")
+
+
+# ---- real axolotl ----
+
+QUESTIONS = 100
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 100 generations of the mixed domain, and an overlay that trains on them for one epoch."""
+    from thinkswitch_plugin.demo import cache, mixed
+
+    cache.ensure_pair(0, *(Path(f".cache/arithmetic/seed-0/{mode}") for mode in ("instruct", "thinking")))
+    folder = tmp_path_factory.mktemp("material")
+    mixed.write_training_files(folder, 0, count=QUESTIONS)
+    files.write_yaml(folder / "short.overlay.yaml", {"num_epochs": 1})
+    return folder
+
+
+def words(material: Path, runs: Path, *more: str) -> list[str | Path]:
+    return [
+        *(BIN / "thinkswitch", "labels", "--domain", "arithmetic-mixed", "--runs", runs, "--engine", "embedded"),
+        *("--folds", "2", "--generations", material / "generations.jsonl"),
+        *("--overlay", material / "short.overlay.yaml", *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def labelled(material: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[int, bytes]]]:
+    """The folder of labels that were killed in the second fold and gone on with; what the first fold was then."""
+    runs = tmp_path_factory.mktemp("runs")
+    work = runs / "arithmetic-mixed" / "adaptive" / "seed-0" / "labels"
+    first = subprocess.Popen(words(material, runs), cwd=ROOT, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 600
+    while not (work / "fold-2" / "post" / "logs" / "train.log").is_file():
+        assert first.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    before = state(work / "fold-1" / "post")
+    assert not (work / "fold-2" / "post" / "adapter").exists() and not (work / "labels.jsonl").exists()
+    again = subprocess.run(words(material, runs), cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert again.stdout.count("$ ") == 1  # one training: that of the second fold
+    return work, before
+
+
+def state(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file's time and content."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.slow
+def test_a_killed_cross_validation_goes_on_with_the_fold_it_was_killed_in(labelled: Any) -> None:
+    work, before = labelled
+    assert state(work / "fold-1" / "post") == before
+    rows = [row for _, row in files.read_jsonl(work / "labels.jsonl")]
+    asked_in = {
+        row["custom_id"]: number
+        for number in (1, 2)
+        for _, row in read_requests(work / f"fold-{number}" / "requests.jsonl")
+    }
+    assert {row["prompt_id"]: row["fold"] for row in rows} == asked_in and len(rows) == QUESTIONS
+    for row in rows:
+        assert row["label"] == (POST if row["post_correct"] else PRE) and row["reference_from"] == "majority"
+        assert row["pre_correct"] is None
+    result = files.read_json(work / "labels.json")
+    assert result["labels"] == dict(Counter(row["label"] for row in rows)) | {
+        form: sum(row["label"] == form for row in rows) for form in (POST, PRE)
+    }
+    assert [fold["post"]["right"] for fold in result["folds"]] == [
+        sum(row["post_correct"] for row in rows if row["fold"] == number) for number in (1, 2)
+    ]
+    config = files.read_yaml(work / "fold-1" / "post" / "axolotl.yaml")
+    assert config["datasets"][0]["type"] == "thinkswitch_plugin.post_thinking" and config["num_epochs"] == 1
+
+
+@pytest.mark.slow
+def test_only_the_folds_that_learnt_from_a_changed_rationale_are_trained_again(
+    labelled: Any, material: Path, tmp_path: Path, command: Any
+) -> None:
+    work, _ = labelled
+    runs = tmp_path / "moved"
+    shutil.copytree(work.parents[3], runs, symlinks=True)
+    here = runs / work.relative_to(work.parents[3])
+    changed = tmp_path / "material"
+    shutil.copytree(material, changed)
+    unchanged = command(*words(changed, runs))
+    assert unchanged.returncode == 0 and "$ " not in unchanged.stdout  # nothing is trained, also after a move
+
+    of_fold_1 = next(row for _, row in read_requests(here / "fold-1" / "requests.jsonl"))["custom_id"]
+    rows = [row for _, row in files.read_jsonl(changed / "generations.jsonl")]
+    for row in rows:
+        if row["custom_id"] == f"{of_fold_1}-s0":
+            message = row["response"]["body"]["choices"][0]["message"]
+            message["content"] = message["content"].replace("</think>", "0=0\n</think>")
+    (changed / "generations.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    before = {number: state(here / f"fold-{number}" / "post" / "adapter") for number in (1, 2)}
+    again = command(*words(changed, runs))
+    assert again.returncode == 0 and again.stdout.count("$ ") == 1, again.stdout
+    after = {number: state(here / f"fold-{number}" / "post" / "adapter") for number in (1, 2)}
+    assert after[1] == before[1] and after[2] != before[2]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.skipif(engines.vllm_python() is None, reason="vLLM is not installed: make setup-vllm")
+def test_vllm_with_the_adapter_answers_as_transformers_does(labelled: Any, tmp_path: Path) -> None:
+    work, _ = labelled
+    fold = work / "fold-1"
+    out = tmp_path / "generations.jsonl"
+    keys = EngineKeys.model_validate({})
+    here = Hashes(tmp_path)
+    adapter = fold / "post" / "adapter"
+    answering.answer(
+        work.parent / "student", adapter, fold / "requests.jsonl", out, engine="vllm", keys=keys, hashes=here
+    )
+    served, embedded = (dict(labels.completions(path)) for path in (out, fold / "post" / "generations.jsonl"))
+    assert served == embedded and len(served) == QUESTIONS // 2
