@@ -229,7 +229,7 @@ class Switch:
 
     def p_think(self, question: Question) -> float:
         """The probability that a question needs thinking; no checkpoint is asked."""
-        return float(self.router.p_think([self._asked(question)[1]])[0])
+        return float(self.router.p_think([self.asked(question)[1]])[0])
 
     def answer(self, question: Question) -> Routed:
         """Ask one question. Raises `ThinkSwitchError` if it cannot be asked or is not answered."""
@@ -244,7 +244,7 @@ class Switch:
         Raises `ThinkSwitchError` if one cannot be asked, or a server goes away; a question that a server refuses
         is in the result with its `problem`.
         """
-        asked = [self._asked(question) for question in questions]
+        asked = [self.asked(question) for question in questions]
         p = self.router.p_think([text for _, text in asked])
         think = p >= self.threshold
         found: dict[int, Routed] = {}
@@ -260,7 +260,7 @@ class Switch:
                     )
         return [found[i] for i in range(len(asked))]
 
-    def _asked(self, question: Question) -> tuple[str, str]:
+    def asked(self, question: Question) -> tuple[str, str]:
         """A question as it was given, and as the domain's template asks it."""
         row = {"question": question} if isinstance(question, str) else dict(question)
         name = next((name for name in ("question", *domain.QUESTION_FIELDS) if name in row), None)
@@ -324,7 +324,7 @@ def answer_file(switch: Switch, source: str, out: Path | None) -> list[Routed]:
     rows = []
     for number, row in files.read_jsonl(path):
         try:
-            switch._asked(row)
+            switch.asked(row)
         except ThinkSwitchError as problem:
             where = "standard input" if source == STDIN else str(path)
             raise ThinkSwitchError(f"{where}, line {number}: {problem}") from None
