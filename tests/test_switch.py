@@ -130,16 +130,31 @@ def test_the_verdict_follows_its_rule() -> None:
     assert worse["lowest"]["ahead"] < -0.05
 
     def point(share: float, low: float, high: float) -> dict[str, Any]:
-        return {"share": share, "ahead_at_same_share": (low + high) / 2, "ahead_at_same_share_ci95": [low, high]}
+        return {"share": share, "ahead_at_same_share": (low + high) / 2, "ahead_at_same_share_band": [low, high]}
 
     limits = [(0, 0), (-0.1, -0.02), (-0.1, 0.1), (0.02, 0.2), (0.01, 0.3), (-0.1, 0.1), (0.03, 0.05), (0, 0)]
     found = curve.verdict([point(i / 7, low, high) for i, (low, high) in enumerate(limits)])
     assert found["worse"] == [[1 / 7, 1 / 7]] and found["better"] == [[3 / 7, 4 / 7], [6 / 7, 6 / 7]]
     assert found["sentence"] == (
-        "The router is worse than the random mix with the same share of thinking at 14 % (outside the 95 % interval), "
-        "and better between 43 and 57 % and at 86 %. Lowest and highest difference: -6.0 points at 14 % thinking, "
-        "+15.5 points at 57 % thinking."
+        "The router is worse than the random mix with the same share of thinking at 14 % (outside the 95 % band), "
+        "and better between 43 and 57 % and at 86 %. Lowest and highest difference, judged from 0 to 100 % "
+        "thinking: -6.0 points at 14 % thinking, +15.5 points at 57 % thinking."
     )
+    few = curve.verdict(curve.curve(drawn(39)))
+    assert few["better"] == few["worse"] == [] and "too few to tell" in few["sentence"]
+
+
+def test_the_band_holds_for_all_shares_at_once() -> None:
+    """A blind router is outside of it at some share in one trial of twenty, where intervals one by one miss far oftener."""
+    outside = {"band": 0, "ci95": 0}
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        gain, order = draw.choice([0.0, 1.0, -1.0], 200, p=[0.6, 0.3, 0.1]), draw.permutation(200)
+        values = np.stack([((order < m) - m / 200) * (gain - gain.mean()) for m in range(20, 181, 8)], axis=1)
+        means, errors = values.mean(axis=0), values.std(axis=0) / np.sqrt(200)
+        outside["band"] += bool(np.any(np.abs(means) > curve.band(values)))
+        outside["ci95"] += bool(np.any(np.abs(means) > 1.96 * errors))
+    assert outside["band"] <= 20 < outside["ci95"]
 
 
 def label_rows(count: int) -> list[dict[str, str]]:
