@@ -22,11 +22,14 @@ import torch
 
 from tests.conftest import BIN, ROOT
 from thinkswitch_plugin import engines, evaluation, files
+from thinkswitch_plugin.adaptive.make_switch import make_switch
+from thinkswitch_plugin.adaptive.switch import Switch
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.generate import generate
 from thinkswitch_plugin.pairs import write_pairs
 from thinkswitch_plugin.recipe import load_recipe
+from thinkswitch_plugin.run import open_run
 
 pytestmark = [
     pytest.mark.slow,
@@ -156,6 +159,23 @@ def test_the_requests_of_the_documentation(both: openai.OpenAI, command: Any) ->
     instruct, thinking = command(sys.executable, "-c", python).stdout.splitlines()
     assert instruct.startswith("instruct ") and "</think>" not in instruct
     assert thinking.startswith("thinking ") and "</think>" in thinking
+
+
+def test_the_switch_asks_the_mode_that_its_router_says_of_one_server(exported: Path, both: openai.OpenAI) -> None:
+    folder = exported.parent.parent
+    labels = folder / "labels.jsonl"
+    texts = task.training_prompts(0, 120)
+    rows = [{"prompt": text, "label": "pre" if "*" in text else "post"} for text in texts]
+    labels.write_bytes(b"".join(map(files.dumps_line, rows)))
+    make_switch(open_run(folder), 1, labels_file=labels)
+    questions = task.held_out(40)
+    there = Switch.open(folder, url=str(both.base_url)).answer_all(questions)
+    here = Switch.open(folder).answer_all(questions)
+    assert [f.mode for f in there] == [f.mode for f in here] and {f.mode for f in there} == {"instruct", "thinking"}
+    for one in there:
+        assert one.said is not None and (one.said.trace is not None) == (one.mode == "thinking")
+    # Norms and embeddings are not in an adapter, so a mode of the export is nearly its checkpoint, not quite.
+    assert sum(a.answer == b.answer for a, b in zip(there, here, strict=True)) >= 38
 
 
 def test_a_lora_judged_through_vllm_scores_as_in_transformers(exported: Path, tmp_path: Path) -> None:

@@ -414,6 +414,35 @@ def switch(run: Path, iteration: int, labels: str, limit: str) -> None:
     make_switch(open_run(run), iteration, labels_file=labels_file, limit=whole_number("--limit", limit))
 
 
+@main.command()
+@click.option("--pair", required=True, type=FOLDER, help="A finished run with a router: RUNS/DOMAIN.")
+@click.option("--iteration", type=click.IntRange(min=0), help="Whose pair (default: the last one with a router).")
+@click.option(
+    "--threshold", type=click.FloatRange(0, 1), help="Think where p(think) is at least this; 0 always, 1 never."
+)
+@click.option("--url", default="", help="A running server for both modes, such as `make serve` starts.")
+@click.option("--instruct-url", default="", help="A running server for instruct; without one: in process.")
+@click.option("--thinking-url", default="", help="A running server for thinking; without one: in process.")
+@click.option("--file", "source", default="", help="Many questions: JSONL with `question`, a row each.")
+@click.option("--out", default="", help="Where the answers to --file go (default: the standard output).")
+@click.argument("question", default="")
+def answer(pair: Path, source: str, out: str, question: str, **options: Any) -> None:
+    """Answer QUESTION by instruct or by thinking, as the run's router decides; `-` reads JSONL from standard input.
+
+    A question that begins with a minus sign goes behind `--`.
+    """
+    from thinkswitch_plugin.adaptive.switch import STDIN, Switch, answer_file, answer_one
+
+    source = STDIN if question == STDIN else source
+    if bool(source) == bool(question.strip() and question != STDIN):
+        raise click.UsageError("give one question, or many by --file (or `-` for standard input).")
+    switch = Switch.open(pair, **options)
+    if source:
+        answer_file(switch, source, Path(out) if out else None)
+    else:
+        answer_one(switch, question)
+
+
 @main.command("export-loras")
 @click.option("--domain", required=True, help="Name of a recipe in recipes/; its task judges.")
 @click.option("--runs", default="runs", show_default=True, type=FOLDER, help="Folder that holds the runs.")

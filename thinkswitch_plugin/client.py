@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -130,6 +132,43 @@ class Client:
         except ValueError:  # whatever it says, it answers
             return True
         return True
+
+
+def ask_all(
+    server: Server,
+    model: str,
+    bodies: Sequence[dict[str, Any]],
+    keys: EngineKeys,
+    answered: Callable[[], object] = lambda: None,
+) -> list[dict[str, Any] | Unanswered]:
+    """The chat completions for these request bodies, in order, or why there is none; `answered` is called after each.
+
+    Raises `ThinkSwitchError` if the server stays away, wants a key, or does not serve the model.
+    """
+
+    async def ask() -> list[dict[str, Any] | Unanswered]:
+        client, room = Client(server, model, keys), asyncio.Semaphore(keys.concurrency)
+
+        async def one(body: dict[str, Any]) -> dict[str, Any] | Unanswered:
+            async with room:
+                try:
+                    return await client.ask(body)
+                except Unanswered as problem:
+                    return problem
+                finally:
+                    answered()
+
+        try:
+            return list(await asyncio.gather(*(one(body) for body in bodies)))
+        finally:
+            await client.close()
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(ask())
+    with ThreadPoolExecutor(1) as thread:  # a notebook's own loop is at work in this one
+        return thread.submit(asyncio.run, ask()).result()
 
 
 def _fault_of_text(reply: Any) -> str | None:

@@ -6,8 +6,6 @@ sampling and budget are those of the recipe.
 
 from __future__ import annotations
 
-import asyncio
-import gc
 import sys
 import time
 import unicodedata
@@ -148,7 +146,11 @@ def ask(title: str, name: str, text: str, keys: ThinkSwitchKeys, engine: str, se
     body = domain.request_body(name, domain.messages(keys.prompts, text), keys.sampling, seed)
     ask_it = in_process if engine == "embedded" else through_server
     reply, seconds = ask_it(name, body, keys, engine, logs)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    return read_reply(title, name, reply, seconds, AutoTokenizer.from_pretrained(name))
+
+
+def read_reply(title: str, name: str, reply: dict[str, Any], seconds: float, tokenizer: Any) -> Answer:
+    """What a chat completion of the checkpoint `name` says; its tokenizer knows whether the template opens the trace."""
     choice = reply["choices"][0]
     cut = choice.get("finish_reason") == "length"
     done = traces.split_message(
@@ -173,7 +175,7 @@ def in_process(
     """The chat completion by transformers, and its seconds; the checkpoint has left the memory afterwards."""
     import torch
 
-    from thinkswitch_plugin.embedded import EmbeddedEngine
+    from thinkswitch_plugin.embedded import EmbeddedEngine, free_memory
 
     loaded = EmbeddedEngine(name)
     torch.manual_seed(body["seed"])
@@ -181,9 +183,7 @@ def in_process(
     reply = loaded.answer([body])[0]
     seconds = time.monotonic() - started
     del loaded
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
     return reply, seconds
 
 
@@ -191,24 +191,17 @@ def through_server(
     name: str, body: dict[str, Any], keys: ThinkSwitchKeys, engine: str, logs: Path
 ) -> tuple[dict[str, Any], float]:
     """The chat completion by vLLM, started for it, or by a server of the user's own; and its seconds."""
-    from thinkswitch_plugin.client import Client, Unanswered
-
-    async def through(server: engines.Server) -> dict[str, Any]:
-        client = Client(server, name, keys.engine)
-        try:
-            return await client.ask(body)
-        finally:
-            await client.close()
+    from thinkswitch_plugin.client import Unanswered, ask_all
 
     room = min(body["max_tokens"] + PROMPT_ROOM, context_length(name))
     with engines.serving(engine, name, keys.engine, logs / "compare.log", max_len=room) as server:
         started = time.monotonic()
-        try:
-            return asyncio.run(through(server)), time.monotonic() - started
-        except Unanswered as problem:
+        (reply,) = ask_all(server, name, [body], keys.engine)
+        if isinstance(reply, Unanswered):
             raise ThinkSwitchError(
-                f"{name} gave no answer through {engine}: {problem}; leave ENGINE= out to ask it in process."
-            ) from None
+                f"{name} gave no answer through {engine}: {reply}; leave ENGINE= out to ask it in process."
+            )
+        return reply, time.monotonic() - started
 
 
 def show(question: str, answers: Sequence[Answer]) -> None:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +105,10 @@ def request_body(model: str, turns: list[dict[str, str]], sampling: SamplingKeys
     return body
 
 
-def as_asked(keys: PromptKeys, question: str) -> tuple[str, list[str]]:
+def as_asked(keys: PromptKeys, question: str, others: Mapping[str, Any] | None = None) -> tuple[str, list[str]]:
     """A question of the user's own as the domain's template asks it, and the template's fields left empty.
 
-    The question takes the place of the field that holds it in the domain's own rows.
+    The question takes the place of the field that holds it in the domain's own rows; `others` are further fields.
     Raises `ThinkSwitchError` if the template has no such field or the question cannot be asked.
     """
     if not question.strip():
@@ -126,13 +126,13 @@ def as_asked(keys: PromptKeys, question: str) -> tuple[str, list[str]]:
             f"name it {' or '.join(QUESTION_FIELDS)} in the recipe."
         )
     try:
-        text = template.render({field: question}).strip("\n")
+        text = template.render({**(others or {}), field: question}).strip("\n")
     except Exception as error:  # a template may compute anything with a row
         raise ThinkSwitchError(
             f"`thinkswitch.prompts.template` cannot ask a question by itself: {_first_line(error)}; "
             "it needs the other fields of the domain's rows."
         ) from None
-    return text, sorted(fields - {field})
+    return text, sorted(fields - {field} - set(others or {}))
 
 
 def _fault_of_row(row: dict[str, Any]) -> str | None:

@@ -8,6 +8,7 @@ greedy decoding repeats exactly, seeds are vLLM's promise alone.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections.abc import Iterable, Iterator
@@ -117,6 +118,13 @@ class EmbeddedEngine:
                 "total_tokens": prompt_tokens + used,
             },
         }
+
+
+def free_memory() -> None:
+    """Give back what an engine that nobody refers to any more held, on the GPU too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _settings(body: dict[str, Any]) -> tuple[Any, ...]:

@@ -215,17 +215,22 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float
             bar.update(0)
 
 
-def _require_model(base_url: str, model: str) -> None:
+def served_models(base_url: str) -> list[str]:
+    """The names of the models that a running server answers as. Raises `ThinkSwitchError` if none answers there."""
     try:
         request = urllib.request.Request(f"{base_url}/models")
         for name, value in _authorization().items():
             request.add_unredirected_header(name, value)  # the key is for this server alone
         with _opener(base_url).open(request, timeout=10) as reply:
-            served = [str(entry["id"]) for entry in json.load(reply)["data"]]
+            return [str(entry["id"]) for entry in json.load(reply)["data"]]
     except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
         raise ThinkSwitchError(
-            f"ENGINE={base_url}: no OpenAI-compatible server answers there ({error}); start it, or leave ENGINE= out."
+            f"{base_url}: no OpenAI-compatible server answers there ({error}); start it, or leave its address out."
         ) from None
+
+
+def _require_model(base_url: str, model: str) -> None:
+    served = served_models(base_url)
     if model not in served:
         raise ThinkSwitchError(
             f"The server at {base_url} serves {', '.join(served) or 'nothing'}, not {model}; start it with "

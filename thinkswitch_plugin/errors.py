@@ -6,7 +6,7 @@ import re
 
 # What a sentence says itself when it names the next command.
 _COMMAND = re.compile(
-    r"\bmake (?:[a-z]+-)*(?:iterate|pair|setup|vllm|status|sweep|compare|check)\b|run the same command"
+    r"\bmake (?:[a-z]+-)*(?:iterate|pair|setup|vllm|status|sweep|compare|check|switch)\b|run the same command"
 )
 AGAIN = "run the same command again"
 

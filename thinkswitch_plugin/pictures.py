@@ -262,13 +262,14 @@ def switch_picture(result: dict[str, Any]) -> Figure:
         right.plot(
             at, [100 * p[f"ahead_at_same_{by}"] for p in seen], color=colour, linestyle=line, label=f"at the same {by}"
         )
-        limits = [[100 * p[f"ahead_at_same_{by}_ci95"][side] for p in seen] for side in (0, 1)]
-        right.fill_between(at, *limits, color=colour, alpha=0.15, linewidth=0)
+        wide = [p for p in seen if f"ahead_at_same_{by}_band" in p]
+        limits = [[100 * p[f"ahead_at_same_{by}_band"][side] for p in wide] for side in (0, 1)]
+        right.fill_between([100 * p["share"] for p in wide], *limits, color=colour, alpha=0.15, linewidth=0)
     right.axhline(0, color="black", linewidth=0.8)
     right.plot(100 * default["share"], 100 * default["ahead_at_same_share"], **star)
     right.set_xlabel("questions thought about, %")
     right.set_ylabel("points ahead of the random mix")
-    right.legend(frameon=False, fontsize=8, title="bands: 95 %", title_fontsize=8)
+    right.legend(frameon=False, fontsize=8, title="bands: 95 %, all shares at once", title_fontsize=8)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -155,7 +155,7 @@ def evaluated(judged: curve.Judged, samples: dict[str, list[Sample]], threshold:
         "oracle": curve.oracle(judged),
         "curve": points,
         "area": curve.area(judged),
-        "verdict": {by: curve.verdict(points, by) for by in ("share", "tokens")},
+        "verdict": {by: curve.verdict(points, by) for by in curve.BY},
     }
 
 
@@ -205,7 +205,7 @@ def _row(name: str, point: dict[str, Any]) -> list[str]:
     cells = _bare(name, point["share"], point["accuracy"], point["tokens"])[:5]
     cells[1] = f"{point['threshold']:.3f}"
     cells.append(f"{100 * point['mix']:.1f} %")
-    for by in ("share", "tokens"):
+    for by in curve.BY:
         low, high = (100 * v for v in point[f"ahead_at_same_{by}_ci95"])
         cells += [f"{100 * point[f'ahead_at_same_{by}']:+.1f}", f"{low:+.1f} to {high:+.1f}"]
     return cells
