@@ -219,6 +219,7 @@ class Job:
                 keys.engine,
                 logs=self.out / "logs",
                 title=f"{place.name}-{mode}",
+                answer=keys.labels.answer,
                 lora=lora,
             )
             stored = {"settings": settings, "figures": self._read(mode, judged)}
