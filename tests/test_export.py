@@ -339,6 +339,7 @@ def test_refusals_are_one_sentence_and_write_nothing(finished_run: Path, command
         (["--base", tmp_path / "none"], "is no checkpoint folder"),
         (["--base", other], "no compatible pair"),
         (["--iteration", "2"], "no instruct checkpoint of iteration 2"),
+        (["--overlay", "24gb"], "was begun with OVERLAY=''"),
         (["--instruct", start, "--thinking", start, "--out", tmp_path / "out"], "nothing to export"),
     ):
         done = command(BIN / "thinkswitch", *words, *extra)
