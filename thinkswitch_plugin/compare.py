@@ -10,7 +10,6 @@ import asyncio
 import gc
 import sys
 import time
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from thinkswitch_plugin import checkpoint, console, domain, engines, files, traces
 from thinkswitch_plugin.args import ThinkSwitchKeys
+from thinkswitch_plugin.console import printable
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.generate import PROMPT_ROOM, context_length
 from thinkswitch_plugin.progress import Bar
@@ -146,9 +146,15 @@ def ask(title: str, name: str, text: str, keys: ThinkSwitchKeys, engine: str, se
     from transformers import AutoTokenizer
 
     body = domain.request_body(name, domain.messages(keys.prompts, text), keys.sampling, seed)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    prompt = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
+    length, limit = len(tokenizer.encode(prompt, add_special_tokens=False)), context_length(name)
+    if length >= limit:
+        raise ThinkSwitchError(
+            f"the question has {length:,} tokens, and {name} reads up to {limit:,}; ask a shorter one."
+        )
     ask_it = in_process if engine == "embedded" else through_server
     reply, seconds = ask_it(name, body, keys, engine, logs)
-    tokenizer = AutoTokenizer.from_pretrained(name)
     choice = reply["choices"][0]
     cut = choice.get("finish_reason") == "length"
     done = traces.split_message(
@@ -260,8 +266,3 @@ def shortened(trace: str) -> str:
     head, tail = SHOWN_TRACE
     text = printable(trace)
     return text if len(text) <= head + tail else f"{text[:head].rstrip()} […] {text[-tail:].lstrip()}"
-
-
-def printable(text: str) -> str:
-    """Text without the control characters with which a model could steer a terminal."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
