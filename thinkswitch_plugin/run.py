@@ -304,7 +304,7 @@ def stamp_path(run: Run, stage: Stage) -> Path:
 
 
 def fingerprint(stage: Stage, hashes: Hashes) -> dict[str, Any]:
-    """What a stage depends on, as its stamp records it (`cards`: as earlier versions recorded it)."""
+    """What a stage depends on, as its stamp records it."""
     return {"values": stage.values, "inputs": {str(p): hashes.of(p) for p in stage.inputs}}
 
 
