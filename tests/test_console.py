@@ -81,6 +81,27 @@ def test_a_bar_within_a_bar_is_a_row_of_the_same_view(tmp_path: Path) -> None:
     assert any(" sweep " in frame and " starting vllm " in frame for frame in shown.split("\x1b[1A"))
 
 
+FAILING = """
+from thinkswitch_plugin import cli, progress
+from thinkswitch_plugin.errors import ThinkSwitchError
+
+@cli.main.command("work")
+def work() -> None:
+    bar = progress.Bar(4, "sweep", unit="candidate")
+    bar.update()
+    raise ThinkSwitchError("the third candidate fell; run the same command again.")
+
+cli.main(["work"])
+"""
+
+
+def test_an_error_is_the_last_thing_on_the_terminal_not_a_bar(tmp_path: Path) -> None:
+    code, shown = run_on_terminal([sys.executable, "-c", FAILING], NO_COLOR="1")
+    assert code == 1 and " sweep " in shown
+    assert shown.endswith("thinkswitch: the third candidate fell; run the same command again.\r\n")
+    assert " sweep " not in shown.rpartition("\x1b[2K")[2]
+
+
 def test_no_color_is_respected(tmp_path: Path) -> None:
     _, coloured = run_on_terminal(words(tmp_path))
     _, plain = run_on_terminal(words(tmp_path), NO_COLOR="1")

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import click
 
-from thinkswitch_plugin import __version__, console
+from thinkswitch_plugin import __version__, console, progress
 from thinkswitch_plugin.errors import ThinkSwitchError, with_next_command
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -43,7 +43,10 @@ class Group(click.Group):
         console.end_on_signals()
         console.end_with_owner()
         try:
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            finally:
+                progress.take_down()
         except console.Interrupted as signal:
             click.echo("\nthinkswitch: stopped; the same command goes on from what is there.", err=True)
             ctx.exit(128 + signal.number)

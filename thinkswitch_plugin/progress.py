@@ -82,6 +82,14 @@ def working(work: Work) -> Iterator[None]:
         _current.reset(before)
 
 
+def take_down() -> None:
+    """Take the view away, whoever left it there: what follows on the terminal is an error, or the shell's prompt."""
+    view = _shown.get()
+    if view is not None:
+        view.stop()
+        _shown.set(None)
+
+
 def last_tqdm(text: str) -> tuple[str, int, int] | None:
     """What the last of tqdm's lines in an engine's output says: (title, done, total); None if there is none."""
     every = list(_TQDM.finditer(text.replace("\r", "\n") + "\n"))
