@@ -58,10 +58,12 @@ def write_all(opened: run.Run) -> None:
 
 
 def write_report(opened: run.Run) -> None:
-    entries = [
+    entries: list[dict[str, Any]] = [
         {"iteration": k, **{mode: {**FIGURES, "mean@k": 0.4 + 0.1 * k} for mode in run.MODES}}
         for k in range(opened.iterations + 1)
     ]
+    for k, entry in enumerate(entries[1:], 1):
+        entry["paired"] = {mode: [{"sentence": f"{mode} {k} against {j}."} for j in {k - 1, 0}] for mode in run.MODES}
     files.write_json(opened.folder / "report.json", {"iterations": entries})
 
 
@@ -110,6 +112,8 @@ def test_the_scores_come_in_with_the_report_and_survive_the_round_trip(hub_run: 
     assert found["Mean@8"].dataset_type == "MathArena/aime_2026"
     assert card.data.metrics == ["accuracy"] and card.data["base_model_relation"] == "merge"
     assert "50.0 % right (95 % interval 33.0–61.0) on 30 held-out questions, 8 samples a question" in card.text
+    assert "Against the starting pair: thinking 1 against 0." in card.text
+    assert "| Mean@8 |" in card.text and "| Vote@8 |" in card.text
     assert "| 1 | thinking | 50.0 % |" in card.text and "| 2 |" not in card.text  # the loop up to this checkpoint
     assert "Not evaluated yet." not in card.text and card.text.count("## Merge") == 1
     text = path.read_text()

@@ -15,6 +15,7 @@ from tests.terminal import run_on_terminal
 from tests.test_changes import iterate, place  # noqa: F401
 from thinkswitch_plugin import compare, domain, files
 from thinkswitch_plugin.args import PromptKeys
+from thinkswitch_plugin.console import printable
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -93,6 +94,7 @@ def test_a_question_is_asked_as_the_domain_asks_its_own(recipe: str, text: str, 
         ("always the same", "x", "no field for a question"),
         ("{{prompt}}", "a<|im_end|>b", "would end the turn there"),
         ("{{prompt}}", " \n", "there is no question"),
+        ("{{prompt}}", "1+\udcff", "not UTF-8 text"),
         ("{{prompt}} {{n + 1}}", "x", "cannot ask a question by itself"),
     ],
 )
@@ -123,7 +125,17 @@ def test_what_is_not_there_names_the_next_command() -> None:
 def test_a_long_trace_is_shortened_and_a_terminal_cannot_be_steered() -> None:
     text = compare.shortened("a" * 600 + "b" * 600)
     assert text == "a" * 500 + " […] " + "b" * 200 and compare.shortened("short") == "short"
-    assert compare.printable("\x1b[2Jhow\x07 are\r\n\tyou\x9b λ\u200d") == "[2Jhow are\n\tyou λ\u200d"
+    assert printable("\x1b[2J\x1b[31mhow\x07 are\r\n\tyou\x9b λ\u200d\x1b") == "how are\n\tyou λ\u200d"
+
+
+def test_a_question_longer_than_the_checkpoint_reads_is_refused(tmp_path: Path) -> None:
+    build_tokenizer("thinking").save_pretrained(tmp_path)
+    files.write_json(tmp_path / "config.json", {"max_position_embeddings": 40})
+    keys = load_recipe(Path("recipes/arithmetic.yaml")).keys
+    with pytest.raises(
+        ThinkSwitchError, match=r"the question has \d+ tokens, and .* reads up to 40; ask a shorter one"
+    ):
+        compare.ask("thinking", str(tmp_path), "1+" * 30 + "1", keys, "embedded", 0, tmp_path)
 
 
 def test_no_answer_is_said_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:

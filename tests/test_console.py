@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
 from tests.terminal import run_on_terminal
-from thinkswitch_plugin import progress, timing
+from thinkswitch_plugin import console, progress, timing
 from thinkswitch_plugin.run import Stage
 
 # Work of two kinds: in process, and an engine that knows only its own progress bar.
@@ -78,6 +79,27 @@ def test_a_bar_within_a_bar_is_a_row_of_the_same_view(tmp_path: Path) -> None:
     code, shown = run_on_terminal([sys.executable, "-c", NESTED])
     assert code == 0 and "Traceback" not in shown and shown.endswith("after it\r\n")
     assert any(" sweep " in frame and " starting vllm " in frame for frame in shown.split("\x1b[1A"))
+
+
+FAILING = """
+from thinkswitch_plugin import cli, progress
+from thinkswitch_plugin.errors import ThinkSwitchError
+
+@cli.main.command("work")
+def work() -> None:
+    bar = progress.Bar(4, "sweep", unit="candidate")
+    bar.update()
+    raise ThinkSwitchError("the third candidate fell; run the same command again.")
+
+cli.main(["work"])
+"""
+
+
+def test_an_error_is_the_last_thing_on_the_terminal_not_a_bar(tmp_path: Path) -> None:
+    code, shown = run_on_terminal([sys.executable, "-c", FAILING], NO_COLOR="1")
+    assert code == 1 and " sweep " in shown
+    assert shown.endswith("thinkswitch: the third candidate fell; run the same command again.\r\n")
+    assert " sweep " not in shown.rpartition("\x1b[2K")[2]
 
 
 def test_no_color_is_respected(tmp_path: Path) -> None:
@@ -163,8 +185,33 @@ def test_an_engine_whose_bar_is_full_is_said_to_be_at_work_and_no_speed_is_made_
 
 def test_work_whose_record_cannot_be_written_goes_on(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with progress.working(progress.Work(tmp_path / "file" / "at-work.json", {}, lambda: "")):
-        progress.Bar(1, "x").update()
+    work = progress.Work(tmp_path / "file" / "at-work.json", {"stage": "train"}, lambda: "")
+    with progress.working(work):
+        bar = progress.Bar(2, "x")
+        bar.update()
+        work.record(progress=bar.facts())
+    assert bar.work is work and (bar.n, bar.left is None) == (1, False)
+    assert work.facts["stage"] == "train" and work.facts["progress"]["done"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_bytes() == b""
+
+
+def test_a_bar_belongs_to_the_stage_around_it_and_to_none_afterwards(tmp_path: Path) -> None:
+    outer, inner = (progress.Work(tmp_path / name, {}, lambda: "") for name in ("outer", "inner"))
+    with progress.working(outer):
+        with pytest.raises(ZeroDivisionError), progress.working(inner):
+            assert progress.Bar(1, "x").work is inner
+            raise ZeroDivisionError
+        assert progress.Bar(1, "x").work is outer
+    assert progress.Bar(1, "x").work is None
+    assert not outer.path.exists() and "ZeroDivisionError" in inner.path.read_text()
+
+
+def test_escape_codes_of_an_engine_stay_in_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(b"  0%|  |\r\x1b[32mINFO\x1b[0m 07:12 ready\r\n\x1b]0;title\x07\x1b[2J\xff gone\n")
+    shown = console.tail(log)
+    assert not {c for c in shown if unicodedata.category(c) == "Cc"} - {"\n"}
+    assert shown.splitlines()[0] == "    INFO 07:12 ready" and shown.endswith("gone")
 
 
 EVERY = [Stage("pair", 0, (), ())]
@@ -186,7 +233,8 @@ def test_the_overall_line_estimates_from_earlier_iterations_and_says_nothing_it_
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0.4, "0 s"), (59.4, "59 s"), (61, "1 min"), (3599, "1 h 0 min"), (7500, "2 h 5 min")]
+    ("seconds", "words"),
+    [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min"), (61, "1 min"), (3599, "1 h 0 min"), (7500, "2 h 5 min")],
 )
 def test_durations_in_words(seconds: float, words: str) -> None:
     assert progress.duration(seconds) == words

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from statistics import mean
 
 import pytest
 
-from thinkswitch_plugin.evaluation import Sample, grade, interval, pass_at_k, summarize
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.evaluation import Sample, grade, interval, pass_at_k, samples_file, summarize
 
 
 def sample(correct: list[bool], found: list[str | None] | None = None, tokens: int = 5, cut: bool = False) -> Sample:
@@ -57,3 +59,14 @@ def test_grading_reads_only_what_follows_the_trace() -> None:
     assert not grade("digit", "1", "1", opened=True)["answered"]
     assert grade("digit", "1", "1")["accuracy"]
     assert not grade("digit", "<think>1</think>", "1")["answered"]
+
+
+def test_a_task_is_not_taken_for_another_whose_name_begins_alike(tmp_path: Path) -> None:
+    stamps = ("2026-01-02T03-04-05.678901", "2026-01-02T03-04-06")  # isoformat leaves out microseconds that are 0
+    for task in ("aime", "aime_k8", "[a]"):
+        for stamp in stamps:
+            (tmp_path / f"samples_{task}_{stamp}.jsonl").touch()
+    for task in ("aime", "aime_k8", "[a]"):
+        assert samples_file(tmp_path, task).name == f"samples_{task}_{stamps[1]}.jsonl"
+    with pytest.raises(ThinkSwitchError, match="holds no samples_aim_"):
+        samples_file(tmp_path, "aim")

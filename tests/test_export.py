@@ -18,6 +18,7 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.engines import adapter_rank, lora_arguments
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.evaluation import GRADED, samples_file
 from thinkswitch_plugin.export.extract import CONFIG, WEIGHTS, cut, extract, losses
 from thinkswitch_plugin.export.job import keeps, parse_ranks
 from thinkswitch_plugin.export.serve import both_modes
@@ -266,7 +267,10 @@ def test_both_modes_are_judged_beside_the_full_checkpoints(exported: Path, finis
         assert large[mode]["figures"]["mean@k"] == pytest.approx(result["full"][mode]["mean@k"], abs=0.03)
         assert large[mode]["error"] < small[mode]["error"] < 1
         assert large[mode]["error_in_matrices"] < 1e-3
-        assert list((exported / "rank-128" / "eval" / mode).rglob("samples_*.jsonl"))
+        (stored,) = (exported / "rank-128" / "eval" / mode).rglob(GRADED)
+        head = next(files.read_jsonl(stored))[1]
+        assert head["opened"] is (mode == "thinking"), "by the adapter's chat template, not the base's"
+        assert samples_file(stored.parent, "thinkswitch_arithmetic").name == head["key"]["samples"]
     assert large["instruct"]["error"] < 1e-3  # QLoRA leaves norms and embeddings alone
     assert large["thinking"]["left_out"] > 0  # full fine-tuning does not
     assert result["kept"] and result["base"]["name"].endswith("instruct")
@@ -335,6 +339,7 @@ def test_refusals_are_one_sentence_and_write_nothing(finished_run: Path, command
         (["--base", tmp_path / "none"], "is no checkpoint folder"),
         (["--base", other], "no compatible pair"),
         (["--iteration", "2"], "no instruct checkpoint of iteration 2"),
+        (["--overlay", "24gb"], "was begun with OVERLAY=''"),
         (["--instruct", start, "--thinking", start, "--out", tmp_path / "out"], "nothing to export"),
     ):
         done = command(BIN / "thinkswitch", *words, *extra)

@@ -180,10 +180,11 @@ def test_a_refusal_names_what_is_wrong_and_leaves_nothing(
     a, b = pair(tmp_path, (1, 2))
     damage(b)
     done = merge(tmp_path, recipe(method, a, b, **({"t": 0.3} if method == "slerp" else {"lambda": 0.3})))
-    refused(tmp_path, done, message)
+    assert_refused(tmp_path, done, message)
 
 
-def refused(folder: Path, done: Result, message: str) -> None:
+def assert_refused(folder: Path, done: Result, message: str) -> None:
+    """Exit code 1 with one sentence that holds `message`, and nothing left where the merge would have gone."""
     assert done.exit_code == 1, done.output
     assert message in done.output and len(done.output.strip().splitlines()) == 1
     assert not (folder / "out").exists() and not (folder / ".out.partial").exists()
@@ -194,13 +195,13 @@ def test_nan_is_found_where_no_angle_is_measured(tmp_path: Path, parameters: dic
     a, b = pair(tmp_path)
     poisoned(math.nan)(b if parameters["lambda"] else a)
     done = merge(tmp_path, recipe("thinkswitch", a, b, **parameters))
-    refused(tmp_path, done, f"{'b' if parameters['lambda'] else 'a'}: the tensor {BAD} holds NaN")
+    assert_refused(tmp_path, done, f"{'b' if parameters['lambda'] else 'a'}: the tensor {BAD} holds NaN")
 
 
 def test_an_overflow_of_finite_inputs_is_told_apart(tmp_path: Path) -> None:
     a, b = (write(tmp_path / n, {k: t * 4e4 for k, t in qwen3(s).items()}) for n, s in (("a", 1), ("b", 2)))
     done = merge(tmp_path, {**recipe("thinkswitch", a, b, **{"lambda": 0.5, "path": "linear"}), "out_dtype": "float16"})
-    refused(tmp_path, done, "though every input is finite")
+    assert_refused(tmp_path, done, "though every input is finite")
 
 
 @pytest.mark.parametrize(
@@ -214,7 +215,7 @@ def test_an_overflow_of_finite_inputs_is_told_apart(tmp_path: Path) -> None:
 def test_a_config_that_mergekit_refuses_is_one_sentence(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     config = {**recipe("slerp", *pair(tmp_path), t=0.5), **change}
     done = merge(tmp_path, config)
-    refused(tmp_path, done, message)
+    assert_refused(tmp_path, done, message)
 
 
 def test_out_is_not_written_over(tmp_path: Path) -> None:
@@ -283,7 +284,7 @@ def test_the_writer_does_without_direct_writes(tmp_path: Path, monkeypatch: pyte
 def test_pickles_are_refused(tmp_path: Path) -> None:
     a, b = pair(tmp_path)
     done = merge(tmp_path, recipe("thinkswitch", a, b, **{"lambda": 0.5}), "--no-safe-serialization")
-    refused(tmp_path, done, "writes safetensors only")
+    assert_refused(tmp_path, done, "writes safetensors only")
 
 
 def test_wrong_usage_is_exit_code_2(tmp_path: Path) -> None:

@@ -126,3 +126,23 @@ def test_questions_are_paired_by_their_id_and_others_left_out() -> None:
     assert (found["n"], found["won"], found["lost"]) == (2, [1], [3])
     with pytest.raises(ThinkSwitchError, match="no question in common"):
         paired.compare(before, [sample(7, [True])])
+
+
+def test_a_p_is_never_written_as_if_it_were_on_the_other_side_of_the_level() -> None:
+    assert [paired.p_value(p) for p in (0.0499, 0.04951, 0.0494, 0.05, 0.0502)] == [
+        "p < .05",
+        "p < .05",
+        "p = .049",
+        "p = .050",
+        "p = .050",
+    ]
+    assert [paired.p_value(p) for p in (0.0, 0.00099, 0.001, 0.9999, 1.0)] == ["p < .001"] * 2 + [
+        "p = .001",
+        "p = 1",
+        "p = 1",
+    ]
+
+
+@pytest.mark.parametrize(("won", "lost", "where"), [(20, 2, "better"), (2, 20, "worse"), (5, 4, ""), (0, 0, "")])
+def test_a_loss_is_not_taken_for_a_gain(won: int, lost: int, where: str) -> None:
+    assert paired.direction(paired.compare(*table(20, won, lost, 10))) == where

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ from tests.conftest import BIN, ROOT
 from thinkswitch_plugin import engines, files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.demo import task
-from thinkswitch_plugin.evaluation import newest
+from thinkswitch_plugin.evaluation import newest, samples_file
 
 pytestmark = pytest.mark.slow
 GREEDY = "temperature=0,do_sample=False,max_gen_toks=40"
+GREEDY_TASKS = ("thinkswitch_aime", "thinkswitch_pubmedqa", "thinkswitch_arithmetic")
 SAMPLED = "temperature=1.5,max_gen_toks=40"
 
 
@@ -69,13 +70,13 @@ def tiny(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return overlay
 
 
-def lm_eval(command: Any, out: Path, data: Path, name: str, gen_kwargs: str, *model: str) -> dict[int, list[str]]:
-    """Run plain lm_eval; the completions by question."""
+def lm_eval(command: Any, out: Path, data: Path, names: Sequence[str], gen_kwargs: str, *model: str) -> None:
+    """Run plain lm_eval on tasks."""
     done = command(
         BIN / "lm_eval",
         *model,
         "--tasks",
-        name,
+        ",".join(names),
         "--apply_chat_template",
         "--gen_kwargs",
         gen_kwargs,
@@ -86,7 +87,11 @@ def lm_eval(command: Any, out: Path, data: Path, name: str, gen_kwargs: str, *mo
         OPENAI_API_KEY="none",
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return {row["doc_id"]: row["resps"][0] for _, row in files.read_jsonl(newest(out, f"samples_{name}_*.jsonl"))}
+
+
+def completions(out: Path, name: str) -> dict[int, list[str]]:
+    """The completions of one task by question."""
+    return {row["doc_id"]: row["resps"][0] for _, row in files.read_jsonl(samples_file(out, name))}
 
 
 def scores(out: Path, name: str) -> dict[str, float]:
@@ -137,8 +142,11 @@ def test_an_evaluation_question_among_the_prompts_stops_the_run(
     planted.write_bytes(b"".join(files.dumps_line(row) for row in rows))
     overlay = tmp_path / "planted.yaml"
     overlay.write_text(yaml.safe_dump({"thinkswitch": {"prompts": {"path": str(planted)}}}))
-    words = ["DOMAIN=aime", f"OVERLAY={tiny} {overlay}", "ITERATIONS=1", f"RUNS={tmp_path}", "ENGINE=embedded"]
-    done = command("make", "iterate", *words, THINKSWITCH_DATA=str(data))
+    words = ["--domain", "aime", "--overlay", f"{tiny} {overlay}", "--runs", tmp_path, "--engine", "embedded"]
+    # Of `make iterate` only what stands before it: the evaluations of the starting pair say nothing here.
+    for stage in (["begin", *words], ["pair", tmp_path / "aime"]):
+        assert command(BIN / "thinkswitch", *stage, THINKSWITCH_DATA=str(data)).returncode == 0
+    done = command(BIN / "thinkswitch", "requests", tmp_path / "aime", "1", THINKSWITCH_DATA=str(data))
     assert done.returncode != 0 and "1 training prompt(s) overlap with the evaluation set" in done.stderr
     assert f"{question}" in done.stderr and not (tmp_path / "aime" / "iter-1" / "requests.jsonl").exists()
 
@@ -146,7 +154,8 @@ def test_an_evaluation_question_among_the_prompts_stops_the_run(
 def test_k_samples_are_different_samples_with_hf(tiny: Path, data: Path, command: Any, tmp_path: Path) -> None:
     thinking = yaml.safe_load(tiny.read_text())["thinkswitch"]["pair"]["thinking"]
     model = ["--model", "hf", "--model_args", f"pretrained={thinking}", "--batch_size", "64"]
-    texts = lm_eval(command, tmp_path, data, "thinkswitch_aime_k8", SAMPLED, *model)
+    lm_eval(command, tmp_path, data, ["thinkswitch_aime_k8"], SAMPLED, *model)
+    texts = completions(tmp_path, "thinkswitch_aime_k8")
     assert {len(samples) for samples in texts.values()} == {8}
     assert sum(len(set(samples)) > 1 for samples in texts.values()) > 15
     found = scores(tmp_path, "thinkswitch_aime_k8")
@@ -169,26 +178,33 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[lis
         ]
 
 
-@pytest.mark.vllm
-@pytest.mark.skipif(engines.vllm_python() is None, reason="vLLM is not installed: make setup-vllm")
-@pytest.mark.parametrize("name", ["thinkswitch_aime", "thinkswitch_pubmedqa", "thinkswitch_arithmetic"])
-def test_hf_and_a_vllm_server_give_the_same_scores(
-    name: str, server: list[str], tiny: Path, data: Path, command: Any, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def judged(
+    server: list[str], tiny: Path, data: Path, command: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """lm-eval's files of every task by transformers, and by vLLM: one call each, since each takes long to start."""
     thinking = yaml.safe_load(tiny.read_text())["thinkswitch"]["pair"]["thinking"]
     hf = ["--model", "hf", "--model_args", f"pretrained={thinking}", "--batch_size", "64"]
-    texts = [
-        lm_eval(command, tmp_path / "hf", data, name, GREEDY, *hf),
-        lm_eval(command, tmp_path / "vllm", data, name, GREEDY, *server),
-    ]
-    assert texts[0] == texts[1]
-    assert scores(tmp_path / "hf", name) == scores(tmp_path / "vllm", name)
+    folders = tmp_path_factory.mktemp("hf"), tmp_path_factory.mktemp("vllm")
+    for folder, model in zip(folders, (hf, server), strict=True):
+        lm_eval(command, folder, data, GREEDY_TASKS, GREEDY, *model)
+    return folders
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(engines.vllm_python() is None, reason="vLLM is not installed: make setup-vllm")
+@pytest.mark.parametrize("name", GREEDY_TASKS)
+def test_hf_and_a_vllm_server_give_the_same_scores(name: str, judged: tuple[Path, Path]) -> None:
+    hf, vllm = judged
+    assert completions(hf, name) == completions(vllm, name)
+    assert scores(hf, name) == scores(vllm, name)
 
 
 @pytest.mark.vllm
 @pytest.mark.skipif(engines.vllm_python() is None, reason="vLLM is not installed: make setup-vllm")
 def test_k_samples_are_different_samples_with_vllm(server: list[str], data: Path, command: Any, tmp_path: Path) -> None:
-    texts = lm_eval(command, tmp_path, data, "thinkswitch_pubmedqa_k8", SAMPLED, *server)
+    lm_eval(command, tmp_path, data, ["thinkswitch_pubmedqa_k8"], SAMPLED, *server)
+    texts = completions(tmp_path, "thinkswitch_pubmedqa_k8")
     assert {len(samples) for samples in texts.values()} == {8}
     assert sum(len(set(samples)) > 1 for samples in texts.values()) > 6
 

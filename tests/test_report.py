@@ -15,7 +15,7 @@ import pytest
 from tests.report_run import BUDGET, HOSTILE, TASK, make_run, write_sweep
 from thinkswitch_plugin import evaluation, files, paired, pictures
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.report import write_report
+from thinkswitch_plugin.report import page, tables, write_report
 from thinkswitch_plugin.report.build import build_report, evaluations, price_per_hour
 from thinkswitch_plugin.report.charts import inline
 from thinkswitch_plugin.report.questions import Limits, Prompts, Questions, sent_text, shorten
@@ -253,6 +253,41 @@ def test_a_sweep_is_shown_where_there_is_one(tmp_path: Path) -> None:
     write_report(open_run(run))
     page = (run / "report.html").read_text()
     assert 'id="interpolation"' in page and "λ* =" in page and "iter-1 over λ" in page
+
+
+def test_a_significant_loss_is_marked_as_one(made: Path) -> None:
+    opened = open_run(made)
+    report = build_report(opened, evaluations(opened))
+    for entry in report["iterations"][1:]:
+        for found in entry["paired"]["instruct"]:
+            found["won"], found["lost"] = found["lost"], found["won"]
+    instruct, thinking = (page.summary(report, mode) for mode in ("instruct", "thinking"))
+    assert (instruct["verdict"], instruct["direction"]) == ("more than noise", "worse")
+    assert (thinking["verdict"], thinking["direction"]) == ("within noise", "")
+    assert [c["direction"] for c in page.compared(report) if c["mode"] == "instruct"] == ["worse", "", "worse"]
+
+
+def test_the_table_says_what_its_scores_are(made: Path, several: Path) -> None:
+    one, four = (build_report(opened, evaluations(opened)) for opened in map(open_run, (made, several)))
+    assert "accuracy" in tables.header(one) and "Vote@4" not in tables.header(one)
+    assert {"Mean@4", "Pass@4", "Vote@4"} <= set(tables.header(four)) and "accuracy" not in tables.header(four)
+    for report in (one, four):
+        assert {len(row) for row in tables.rows(report)} == {len(tables.header(report))}
+    row = dict(zip(tables.header(four), list(tables.rows(four))[-2], strict=True))
+    assert row["Vote@4"] == f"{100 * four['iterations'][-1]['instruct']['vote@k']:.1f} %"
+    assert re.search(r"instruct gets \d+\.\d % right \(\d+\.\d % before, ", tables.headline(one))
+    assert "instruct has a Mean@4 of " in tables.headline(four)
+
+
+def test_the_command_that_made_a_run_names_its_overlays(tmp_path: Path) -> None:
+    here = make_run(tmp_path / "my runs", questions=6, iterations=1)
+    settings = files.read_json(here / "run.json")
+    assert page.provenance(open_run(here))["command"] == (
+        f"make iterate DOMAIN=arithmetic ITERATIONS=1 SEED=0 ENGINE=embedded RUNS='{here.parent}'"
+    )
+    overlays = ["recipes/cpu.overlay.yaml", "recipes/24gb.overlay.yaml"]
+    files.write_json(here / "run.json", {**settings, "overlays": overlays})
+    assert page.provenance(open_run(here))["command"].endswith(f" OVERLAY='{' '.join(overlays)}'")
 
 
 def test_a_price_gives_money(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,24 @@ def test_charts_are_drawn(opened: Opened) -> None:
         assert max(sizes) > 20, "lines or bars have a length"
 
 
+def test_words_of_a_chart_do_not_run_into_each_other(opened: Opened) -> None:
+    lost, won = (
+        opened.page.locator("svg.chart text", has_text=words).first.bounding_box()
+        for words in ("questions lost", "questions won")
+    )
+    assert lost["x"] + lost["width"] + 2 < won["x"]
+
+
+def test_a_text_written_from_right_to_left_turns_nothing_else_around(opened: Opened) -> None:
+    opened.show(search="right to left")
+    opened.page.locator("#list > li > details > summary").first.click()
+    opened.page.locator(".answers").first.wait_for()
+    isolated = "e => ['isolate', 'plaintext'].includes(getComputedStyle(e).unicodeBidi)"
+    for place in (".start bdi", ".gold bdi", ".answer bdi", "pre.prompt", "pre.given", ".trace pre", ".target"):
+        every = opened.page.locator(f"#list {place}").all()
+        assert every and all(element.evaluate(isolated) for element in every), place
+
+
 def test_ink_follows_the_theme(opened: Opened) -> None:
     def colours() -> tuple[str, str]:
         look = "e => getComputedStyle(e).fill"

@@ -72,7 +72,7 @@ def test_a_run_half_way_says_what_is_done_and_left_and_is_not_touched(capsys: py
 
 def test_a_finished_run_names_its_report_and_a_changed_recipe_is_seen(capsys: pytest.CaptureFixture[str]) -> None:
     iterate()
-    assert shown(capsys)[-1] == "All done: see runs/arithmetic/report.md"
+    assert shown(capsys)[-1] == "All done: see runs/arithmetic/report.html"
     replace(RECIPE, "learning_rate: 0.001", "learning_rate: 0.002")()
     lines = shown(capsys)
     (changed,) = [line for line in lines if " changed " in line]
@@ -165,6 +165,54 @@ def test_a_damaged_record_costs_nothing(capsys: pytest.CaptureFixture[str]) -> N
         status.work_path(RUN), {"stage": "train", "iteration": 1, "pid": 1, "began": 0, "progress": {"done": None}}
     )
     assert any(line.startswith("Killed: train of iteration 1") for line in shown(capsys))
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ({"failed": {"at": "noon", "why": "\x1b[2Jit \x07fell"}}, "ago: it fell"),
+        ({"failed": "yes", "progress": []}, "ended without a word"),
+        (
+            {"failed": {"at": None}, "progress": {"at": [], "title": "\x1b[31mx", "done": 1, "total": 2}},
+            "x: 1 of 2 (50 %)",
+        ),
+        ({"stage": "no such stage"}, "Killed: no such stage of iteration 1"),
+    ],
+)
+def test_a_record_of_the_wrong_shape_is_shown_as_far_as_it_goes(
+    capsys: pytest.CaptureFixture[str], record: dict[str, Any], says: str
+) -> None:
+    iterate(until="train-1")
+    files.write_json(status.work_path(RUN), {"stage": "train", "iteration": 1, "pid": 1, "began": 0, **record})
+    lines = shown(capsys)
+    assert any(says in line for line in lines) and not any("\x1b" in line for line in lines)
+    assert lines[-1] == "Next:   make iterate ITERATIONS=1"
+
+
+def test_a_stage_at_work_that_the_run_does_not_know_is_named_without_a_place(
+    working: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = files.read_json(status.work_path(RUN))
+    files.write_json(status.work_path(RUN), {**record, "stage": "elsewhere"})
+    lines = shown(capsys)
+    assert any(line.startswith("Now:    elsewhere of iteration 1, process ") for line in lines)
+    assert not any("stage 5 of" in line for line in lines)
+
+
+@pytest.mark.parametrize("settings", [{"iterations": 0}, {"iterations": 21}, {"iterations": True}, {"seed": False}])
+def test_settings_that_no_run_can_have_are_damage(settings: dict[str, Any]) -> None:
+    iterate(until="train-1")
+    files.write_json(RUN / "run.json", {**files.read_json(RUN / "run.json"), **settings})
+    with pytest.raises(ThinkSwitchError, match=rf"run.json is damaged \(`{next(iter(settings))}`\)"):
+        status.show_status(RUN)
+
+
+@pytest.mark.parametrize("text", ['{"instruct": 3}', "{}", "[]", '{"instruct": {}, "thinking": {}}'])
+def test_a_damaged_pair_is_one_sentence(text: str) -> None:
+    iterate(until="train-1")
+    (RUN / "iter-0" / "pair.json").write_text(text)
+    with pytest.raises(ThinkSwitchError, match=r"pair.json is damaged .*; delete it and run `make iterate`"):
+        status.show_status(RUN)
 
 
 def test_nothing_heavy_is_imported(command: Any) -> None:

@@ -132,7 +132,9 @@ def test_a_sweep_of_no_run_and_no_pair_is_one_sentence(command: Any, tmp_path: P
     done = command(TS, "sweep", "--domain", "arithmetic", "--runs", tmp_path)
     assert done.returncode == 1 and "is not a run folder" in done.stderr and "A=<instruct> B=<thinking>" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and list(tmp_path.iterdir()) == []
-    assert command(TS, "sweep", "--domain", "arithmetic", "--samples", "many").returncode == 2
+    for text in ("many", "²", "0", "-1", "1.5"):
+        done = command(TS, "sweep", "--domain", "arithmetic", "--samples", text)
+        assert done.returncode == 2 and "give a whole number above 0" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_config_that_cannot_be_made_of_the_pair_is_left_out_with_a_reason() -> None:

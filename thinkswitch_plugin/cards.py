@@ -137,9 +137,11 @@ def results(found: dict[str, Any], k: int, mode: str) -> str:
         f"{s['k']} sample{'s' if s['k'] > 1 else ''} a question; {s['tokens']:.1f} tokens a completion, "
         f"think ratio {s['think_ratio']:.3f}.",
         "",
-        "The loop so far; change is in points against iteration 0, and inside the interval it may be noise:",
+        f"Against the starting pair: {found['iterations'][k]['paired'][mode][-1]['sentence']}",
         "",
-        *report.table(report.HEADER, report.rows(upto)),
+        "The loop so far; change is in points against iteration 0:",
+        "",
+        *report.table(report.header(upto), report.rows(upto)),
         "",
     ]
     return "\n".join(lines)

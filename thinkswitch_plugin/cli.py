@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import click
 
-from thinkswitch_plugin import __version__, console
+from thinkswitch_plugin import __version__, console, progress
 from thinkswitch_plugin.errors import ThinkSwitchError, with_next_command
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -43,7 +43,10 @@ class Group(click.Group):
         console.end_on_signals()
         console.end_with_owner()
         try:
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            finally:
+                progress.take_down()
         except console.Interrupted as signal:
             click.echo("\nthinkswitch: stopped; the same command goes on from what is there.", err=True)
             ctx.exit(128 + signal.number)
@@ -303,55 +306,69 @@ def results(part: str, runs: tuple[Path, ...]) -> None:
         print_interpolation(list(runs))
 
 
-def pair_options(function: F) -> F:
-    """The options of commands that work on one pair: that of a run's iteration, or any two checkpoints."""
-    for option in (
-        click.option("--domain", required=True, help="Name of a recipe in recipes/; its task judges."),
-        click.option("--runs", default="runs", show_default=True, type=FOLDER, help="Folder that holds the runs."),
-        click.option("--iteration", default=1, show_default=True, type=click.IntRange(min=0, max=20)),
-        click.option("--instruct", default="", help="Another instruct checkpoint (folder or hub id)."),
-        click.option("--thinking", default="", help="Another thinking checkpoint (folder or hub id)."),
-        click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Where there is no run."),
-        click.option("--engine", default="auto", show_default=True, help="Where there is no run."),
-        OVERLAY,
-        click.option("--out", default="", help="Where the results go, instead of the run's iteration."),
-        click.option(
-            "--template",
-            type=click.Choice(["instruct", "thinking"]),
-            default="instruct",
-            show_default=True,
-            help="Whose tokenizer and chat template; the thinking one may open the trace and so hide the transition.",
-        ),
-        click.option("--sampling", default="", help='Temperature/top-p, such as "0.6/0.95 0.7/0.8".'),
-        click.option("--samples", default="", help="k samples a question (default: the task's own)."),
-        click.option("--limit", default="", help="Only the first so many questions."),
-    ):
-        function = option(function)
-    return function
+def together(*every: Callable[[F], F]) -> Callable[[F], F]:
+    """Several options as one decorator, in the order in which `--help` shows them."""
+
+    def decorate(function: F) -> F:
+        for option in reversed(every):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+# Of commands that work on one pair: that of a run's iteration, or any two checkpoints.
+of_pair = together(
+    click.option("--domain", required=True, help="Name of a recipe in recipes/; its task judges."),
+    click.option("--runs", default="runs", show_default=True, type=FOLDER, help="Folder that holds the runs."),
+    click.option("--iteration", default=1, show_default=True, type=click.IntRange(min=0, max=20)),
+    click.option("--instruct", default="", help="Another instruct checkpoint (folder or hub id)."),
+    click.option("--thinking", default="", help="Another thinking checkpoint (folder or hub id)."),
+    click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Where there is no run."),
+    click.option("--engine", default="auto", show_default=True, help="Where there is no run."),
+    OVERLAY,
+    click.option("--out", default="", help="Where the results go, instead of the run's iteration."),
+    click.option("--limit", default="", help="Judge by the first so many questions only."),
+)
+# Of those that judge candidates made of the pair, besides.
+of_candidates = together(
+    click.option(
+        "--template",
+        type=click.Choice(["instruct", "thinking"]),
+        default="instruct",
+        show_default=True,
+        help="Whose tokenizer and chat template; the thinking one may open the trace and so hide the transition.",
+    ),
+    click.option("--sampling", default="", help='Temperature/top-p, such as "0.6/0.95 0.7/0.8".'),
+    click.option("--samples", default="", help="k samples a question (default: the task's own)."),
+)
 
 
 def whole_number(option: str, text: str) -> int | None:
     """An option's number; None where it is not given."""
-    if text and not (text.isdigit() and int(text) > 0):
+    if text and not (text.isascii() and text.isdigit() and int(text) > 0):
         raise click.UsageError(f"{option} {text}: give a whole number above 0.")
     return int(text) if text else None
 
 
-def _subject(options: dict[str, Any]) -> tuple[Any, list[Any], Any]:
+def _wanted(overlay: str, out: str, limit: str, **others: Any) -> Any:
+    from thinkswitch_plugin.interpolation.subject import Wanted
+
+    where = Path(out) if out else None
+    return Wanted(overlays=overlay.split(), out=where, limit=whole_number("--limit", limit), **others)
+
+
+def _subject(template: str, sampling: str, samples: str, **others: Any) -> tuple[Any, list[Any], Any]:
     from thinkswitch_plugin.interpolation.subject import find_subject
     from thinkswitch_plugin.interpolation.sweep import parse_sampling
 
-    numbers = {name: whole_number(f"--{name}", options.pop(name)) for name in ("samples", "limit")}
-    sampling = parse_sampling(options.pop("sampling"), numbers["samples"])
-    template, out = options.pop("template"), options.pop("out")
-    subject = find_subject(
-        overlays=options.pop("overlay").split(), out=Path(out) if out else None, limit=numbers["limit"], **options
-    )
-    return subject, sampling, template
+    drawn = parse_sampling(sampling, whole_number("--samples", samples))
+    return find_subject(_wanted(**others)), drawn, template
 
 
 @main.command()
-@pair_options
+@of_pair
+@of_candidates
 @click.option("--lambdas", default="0 0.1 … 1", show_default=True, help="Weights of the thinking checkpoint.")
 def sweep(lambdas: str, **options: Any) -> None:
     """Interpolate a pair at many λ, judge each point, find the stages and the sweet spot -> sweep/."""
@@ -359,12 +376,13 @@ def sweep(lambdas: str, **options: Any) -> None:
     from thinkswitch_plugin.interpolation.sweep import sweep as run_sweep
 
     weights = parse_weights(lambdas)
-    subject, sampling, template = _subject(options)
+    subject, sampling, template = _subject(**options)
     run_sweep(subject, weights, sampling, template)
 
 
 @main.command("judge-merges")
-@pair_options
+@of_pair
+@of_candidates
 @click.option("--name", required=True, help="Folder under merges/ for the results.")
 @click.option("--lambda", "weight", default="", help="λ put into every config that has one.")
 @click.argument("configs", nargs=-1, required=True, type=FOLDER)
@@ -374,7 +392,7 @@ def judge_merges(name: str, weight: str, configs: tuple[Path, ...], **options: A
     from thinkswitch_plugin.interpolation.sweep import parse_weights
 
     chosen = parse_weights(weight)[0] if weight.strip() else None
-    subject, sampling, template = _subject(options)
+    subject, sampling, template = _subject(**options)
     if Path(name).name != name:
         raise click.UsageError(f"--name {name}: give a name, not a path.")
     if len(sampling) > 1:
@@ -444,16 +462,7 @@ def answer(pair: Path, source: str, out: str, question: str, **options: Any) -> 
 
 
 @main.command("export-loras")
-@click.option("--domain", required=True, help="Name of a recipe in recipes/; its task judges.")
-@click.option("--runs", default="runs", show_default=True, type=FOLDER, help="Folder that holds the runs.")
-@click.option("--iteration", default=1, show_default=True, type=click.IntRange(min=0, max=20))
-@click.option("--instruct", default="", help="Another instruct checkpoint (folder or hub id), with --thinking.")
-@click.option("--thinking", default="", help="Another thinking checkpoint (folder or hub id), with --instruct.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Where there is no run.")
-@click.option("--engine", default="auto", show_default=True, help="Where there is no run.")
-@OVERLAY
-@click.option("--out", default="", help="Where the export goes, instead of the run's iteration.")
-@click.option("--limit", default="", help="Judge by the first so many questions only.")
+@of_pair
 @click.option("--rank", default="", help=f"Ranks of the adapters, by spaces (default: {EXPORT_RANK}).")
 @click.option(
     "--base",
@@ -466,13 +475,7 @@ def export_loras(rank: str, base: str, **options: Any) -> None:
     from thinkswitch_plugin.export.job import export, find_base, find_pair, parse_ranks
 
     ranks = parse_ranks(rank or str(EXPORT_RANK))
-    limit, out = options.pop("limit"), options.pop("out")
-    subject = find_pair(
-        overlays=options.pop("overlay").split(),
-        out=Path(out) if out else None,
-        limit=whole_number("--limit", limit),
-        **options,
-    )
+    subject = find_pair(_wanted(**options))
     export(subject, find_base(subject, base), ranks)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import time
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from thinkswitch_plugin import checkpoint, console, domain, engines, files, traces
 from thinkswitch_plugin.args import ThinkSwitchKeys
+from thinkswitch_plugin.console import printable
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.generate import PROMPT_ROOM, context_length
 from thinkswitch_plugin.progress import Bar
@@ -144,9 +144,16 @@ def ask(title: str, name: str, text: str, keys: ThinkSwitchKeys, engine: str, se
     from transformers import AutoTokenizer
 
     body = domain.request_body(name, domain.messages(keys.prompts, text), keys.sampling, seed)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    prompt = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
+    length, limit = len(tokenizer.encode(prompt, add_special_tokens=False)), context_length(name)
+    if length >= limit:
+        raise ThinkSwitchError(
+            f"the question has {length:,} tokens, and {name} reads up to {limit:,}; ask a shorter one."
+        )
     ask_it = in_process if engine == "embedded" else through_server
     reply, seconds = ask_it(name, body, keys, engine, logs)
-    return read_reply(title, name, reply, seconds, AutoTokenizer.from_pretrained(name))
+    return read_reply(title, name, reply, seconds, tokenizer)
 
 
 def read_reply(title: str, name: str, reply: dict[str, Any], seconds: float, tokenizer: Any) -> Answer:
@@ -253,8 +260,3 @@ def shortened(trace: str) -> str:
     head, tail = SHOWN_TRACE
     text = printable(trace)
     return text if len(text) <= head + tail else f"{text[:head].rstrip()} […] {text[-tail:].lstrip()}"
-
-
-def printable(text: str) -> str:
-    """Text without the control characters with which a model could steer a terminal."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")

@@ -11,11 +11,14 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO
+
+from click import unstyle
 
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.progress import Bar, last_tqdm
@@ -88,6 +91,11 @@ def fetch_no_code() -> None:
     os.environ.setdefault("LOCAL_KERNELS", "kernels-community/quantization-bitsandbytes=/nonexistent")
 
 
+def printable(text: str) -> str:
+    """Text of a model or an engine without what could steer a terminal: escape codes, and other control characters."""
+    return "".join(c for c in unstyle(text) if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
 def say(text: str) -> None:
     """One line for the user, at once."""
     print(text, flush=True)
@@ -127,7 +135,7 @@ def tail(log: Path, lines: int = TAIL_LINES) -> str:
     with log.open("rb") as handle:
         handle.seek(max(0, handle.seek(0, os.SEEK_END) - 100_000))
         text = handle.read().decode("utf-8", "replace")
-    drawn = [line.rstrip().rsplit("\r", 1)[-1] for line in text.split("\n")]
+    drawn = [printable(line.rstrip().rsplit("\r", 1)[-1]) for line in text.split("\n")]
     kept = [line for line in drawn if line.strip()][-lines:]
     return "\n".join(f"    {line}" for line in kept) or "    (no output)"
 

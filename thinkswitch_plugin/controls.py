@@ -18,7 +18,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import run_lm_eval
 from thinkswitch_plugin.merging.config import place_models, set_lambda
 from thinkswitch_plugin.merging.rebuild import merge
-from thinkswitch_plugin.report import HEADER, rows, score, table
+from thinkswitch_plugin.report import header, rows, score, table
 from thinkswitch_plugin.run import MODES, Run, locked, open_run
 
 NAMES = {
@@ -108,7 +108,7 @@ def print_results(folders: list[Path]) -> None:
         report = files.read_json(folder / "report.json")
         n = report["iterations"][0]["instruct"]["n"]
         console.say(f"### Seed {report['seed']}, {n} held-out questions, engine {report['engine']}\n")
-        console.say("\n".join(table(HEADER, rows(report))) + "\n")
+        console.say("\n".join(table(header(report), rows(report))) + "\n")
         for name, (mode, title) in NAMES.items():
             path = folder / "controls" / name / "result.json"
             if not path.is_file():
@@ -129,7 +129,7 @@ def print_results(folders: list[Path]) -> None:
             )
     if controls:
         console.say("### Controls\n")
-        header = [
+        names = [
             "seed",
             "control",
             "checkpoint",
@@ -138,4 +138,4 @@ def print_results(folders: list[Path]) -> None:
             "control's accuracy (95 %)",
             "think ratio",
         ]
-        console.say("\n".join(table(header, controls)))
+        console.say("\n".join(table(names, controls)))

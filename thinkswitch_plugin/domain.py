@@ -113,6 +113,8 @@ def as_asked(keys: PromptKeys, question: str, others: Mapping[str, Any] | None =
     """
     if not question.strip():
         raise ThinkSwitchError('there is no question; give one: make compare QUESTION="…".')
+    if any("\ud800" <= c <= "\udfff" for c in question):
+        raise ThinkSwitchError("the question holds bytes that are not UTF-8 text; write it in UTF-8.")
     if token := control_token(question):
         raise ThinkSwitchError(f"the question holds {token!r}, which would end the turn there; take it out.")
     template = _template(keys, ChainableUndefined)

@@ -11,6 +11,7 @@ when the checkpoint is judged, and kept beside lm-eval's files: `graded.jsonl`, 
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import math
 import os
@@ -31,6 +32,7 @@ from thinkswitch_plugin.generate import PROMPT_ROOM, context_length
 LM_EVAL_BUDGET = 256  # tokens, where a task names none
 LARGEST_BUDGET = 32_768  # tokens a server makes room for, where the recipe names none
 GRADED = "graded.jsonl"
+DATE = "[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]T*"  # with which lm-eval ends the names of its files
 DRAWS = 10_000  # of a bootstrap over questions
 DRAWN_AT_ONCE = 4_000_000  # questions; a bootstrap draws the same in parts as in one piece, in less memory
 BATCH = 200_000  # characters that are tokenized at once; more than one batch is never in memory
@@ -106,6 +108,14 @@ def newest(folder: Path, pattern: str) -> Path:
     return matches[-1]
 
 
+def samples_file(folder: Path, task: str) -> Path:
+    """lm-eval's newest samples of a task, and of no other whose name only begins alike (`TASK_k8`).
+
+    Raises `ThinkSwitchError` if there is none.
+    """
+    return newest(folder, f"samples_{glob.escape(task)}_{DATE}.jsonl")
+
+
 def read_samples(folder: Path, task: str, checkpoint: str, kind: str) -> Iterator[Sample]:
     """The graded samples of one evaluation: as `graded.jsonl` holds them, else graded again.
 
@@ -123,7 +133,7 @@ def graded(folder: Path, task: str, checkpoint: str, kind: str) -> tuple[bool, I
 
     Raises `ThinkSwitchError` if there is no samples file, or one of another shape.
     """
-    path = newest(folder, f"samples_{task}_*.jsonl")
+    path = samples_file(folder, task)
     stored = path.with_name(GRADED)
     if stored.is_file():
         _, head = next(files.read_jsonl(stored), (0, {}))
@@ -134,7 +144,7 @@ def graded(folder: Path, task: str, checkpoint: str, kind: str) -> tuple[bool, I
 
 def store_graded(folder: Path, task: str, checkpoint: str, kind: str) -> None:
     """Grade the newest samples file of an evaluation once and for all: writes `graded.jsonl` beside it."""
-    path = newest(folder, f"samples_{task}_*.jsonl")
+    path = samples_file(folder, task)
     opened, samples = _grade_file(path, checkpoint, kind)
     with files.atomic_file(path.with_name(GRADED)) as handle:
         handle.write(files.dumps_line({"key": grading_key(path, kind), "opened": opened}))
@@ -382,7 +392,7 @@ def run_lm_eval(
             log,
             title="lm_eval",
         )
-    newest(building, f"samples_{keys.task}_*.jsonl")
+    samples_file(building, keys.task)
     if answer is not None:
-        store_graded(building, keys.task, checkpoint, answer)
+        store_graded(building, keys.task, str(lora or checkpoint), answer)
     files.put_in_place(building, out)

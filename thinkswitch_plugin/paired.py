@@ -95,8 +95,8 @@ def sentence(found: dict[str, Any]) -> str:
     text = (
         f"{won} question{'' if won == 1 else 's'} won and {lost} lost of {found['n']}{by_vote} "
         f"(exact McNemar {p_value(found['p'])}): {found['verdict']}. "
-        f"{'Mean@k' if found['k'] > 1 else 'Accuracy'} {100 * found['difference']:+.1f} points "
-        f"(95 % interval {low:+.1f} to {high:+.1f})."
+        f"{'Mean@k' if found['k'] > 1 else 'Accuracy'} {100 * found['difference']:+z.1f} points "
+        f"(95 % interval {low:+z.1f} to {high:+z.1f})."
     )
     if won + lost < FEWEST:
         few = f"Only {won + lost} changed" if won + lost else "None changed"
@@ -104,10 +104,19 @@ def sentence(found: dict[str, Any]) -> str:
     return text
 
 
+def direction(found: dict[str, Any]) -> str:
+    """Where a comparison went: `better` or `worse` by the questions that changed; empty where that is within noise."""
+    if found["verdict"] == NOISE:
+        return ""
+    return "better" if len(found["won"]) > len(found["lost"]) else "worse"
+
+
 def p_value(p: float) -> str:
-    """`p = .035`, `p < .001`."""
+    """`p = .035`, `p < .001`; never one that reads as if it were on the other side of `LEVEL`."""
     if p < 0.001:
         return "p < .001"
+    if p < LEVEL <= round(p, 3):
+        return "p < .05"
     return "p = 1" if p > 0.9995 else f"p = {p:.3f}".replace("0.", ".")
 
 

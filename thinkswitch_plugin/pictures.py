@@ -126,8 +126,17 @@ def paired_picture(report: dict[str, Any]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlim(-1.25 * max(reach * 0.4, *lost), 1.25 * max(reach * 0.4, *won))
     axes.set_xticks([])
-    for words, side in (("questions lost ", "right"), (" questions won", "left")):
-        axes.annotate(words, (0, 0), xycoords=("data", "axes fraction"), va="top", ha=side, fontsize=9)
+    for words, side, shift in (("questions lost", "right", -4), ("questions won", "left", 4)):
+        axes.annotate(
+            words,
+            (0, 0),
+            (shift, 0),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            va="top",
+            ha=side,
+            fontsize=9,
+        )
     axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
     axes.tick_params(left=False)
     return figure

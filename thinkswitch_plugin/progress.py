@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -59,15 +60,15 @@ class Work:
             self.path.unlink(missing_ok=True)
 
 
-_current: Work | None = None
-_shown: Progress | None = None  # a bar within a bar (an engine's start within a sweep) is a row of the same view
+_current: ContextVar[Work | None] = ContextVar("stage at work", default=None)
+# A bar within a bar (an engine's start within a sweep) is a row of the same view.
+_shown: ContextVar[Progress | None] = ContextVar("view on the terminal", default=None)
 
 
 @contextmanager
 def working(work: Work) -> Iterator[None]:
     """Record a stage for the length of the block, with every bar in it; what fails is recorded and raised again."""
-    global _current
-    _current = work
+    before = _current.set(work)
     work.record()
     try:
         yield
@@ -78,7 +79,15 @@ def working(work: Work) -> Iterator[None]:
     else:
         work.forget()
     finally:
-        _current = None
+        _current.reset(before)
+
+
+def take_down() -> None:
+    """Take the view away, whoever left it there: what follows on the terminal is an error, or the shell's prompt."""
+    view = _shown.get()
+    if view is not None:
+        view.stop()
+        _shown.set(None)
 
 
 def last_tqdm(text: str) -> tuple[str, int, int] | None:
@@ -93,7 +102,7 @@ def last_tqdm(text: str) -> tuple[str, int, int] | None:
 
 def duration(seconds: float) -> str:
     """Seconds in words: `42 s`, `3 min`, `2 h 5 min`."""
-    if seconds < 60:
+    if round(seconds) < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
@@ -123,7 +132,7 @@ class Bar:
         self.text = ""
         self.begun = self.started = self.shown = time.monotonic()
         self.between = False  # an engine's own bar is full, and no other has come yet
-        self.work = _current
+        self.work = _current.get()
         self.view: Progress | None = None
         self.task: TaskID | None = None
         self.owner = False  # of the view, which goes when its owner does
@@ -164,12 +173,11 @@ class Bar:
 
     def close(self) -> None:
         """Take the view away, or this bar's row of it."""
-        global _shown
         if self.view is None or self.task is None:
             return
         if self.owner:
             self.view.stop()
-            _shown = None
+            _shown.set(None)
         else:
             self.view.remove_task(self.task)
         self.view = None
@@ -183,15 +191,15 @@ class Bar:
         self.close()
 
     def _open_view(self) -> None:
-        global _shown
-        self.owner = _shown is None
-        view = _shown or _view(self.work)
+        outer = _shown.get()
+        self.owner = outer is None
+        view = outer or _view(self.work)
         if view is None:
             return
         self.task = view.add_task(self.title, total=self.total or None, completed=int(self.initial), beside="")
         if self.owner:
             view.start()
-            _shown = view
+            _shown.set(view)
         self.view = view
 
     def _show(self) -> None:

@@ -42,6 +42,7 @@ REPORT_FILES = (
     *("report.json", "report.md", "report.html"),
     *(f"{name}.{kind}" for name in OF_REPORT for kind in KINDS),
 )
+MOST_ITERATIONS = 20  # as many rules the Makefile has
 LOCK_PATIENCE = 5.0  # seconds; a command that was just killed takes a moment to let go
 # Options of vLLM that say how fast it answers, not what.
 MACHINE_OPTIONS = (
@@ -77,7 +78,12 @@ class Run:
             return str(self.iteration(k) / mode)
         pair_file = self.iteration(0) / "pair.json"
         if pair_file.is_file():
-            return str(files.read_json(pair_file)[mode]["path"])
+            try:
+                return str(files.read_json(pair_file)[mode]["path"])
+            except (KeyError, TypeError):
+                raise ThinkSwitchError(
+                    f"{pair_file} is damaged (`{mode}`); delete it and run `make iterate`: what is done stays done."
+                ) from None
         return resolve_seed(getattr(self.recipe.keys.pair, mode), self.seed)
 
     def anchor(self, k: int) -> str:
@@ -106,7 +112,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     shape = {"domain": str, "recipe": str, "overlays": list, "seed": int, "engine": str, "iterations": int}
     values = read_stamp(path) or {}
     for key, kind in shape.items():
-        if not isinstance(values.get(key), kind):
+        if type(values.get(key)) is not kind or (key == "iterations" and not 1 <= values[key] <= MOST_ITERATIONS):
             raise ThinkSwitchError(
                 f"{path} is damaged (`{key}`); delete it and run `make iterate` with the DOMAIN, SEED, ENGINE and "
                 "OVERLAY of this run: what is done stays done."
@@ -298,7 +304,7 @@ def stamp_path(run: Run, stage: Stage) -> Path:
 
 
 def fingerprint(stage: Stage, hashes: Hashes) -> dict[str, Any]:
-    """What a stage depends on, as its stamp records it (`cards`: as earlier versions recorded it)."""
+    """What a stage depends on, as its stamp records it."""
     return {"values": stage.values, "inputs": {str(p): hashes.of(p) for p in stage.inputs}}
 
 

@@ -89,11 +89,11 @@ def show_status(folder: Path) -> None:
     for line in table(every, states, seconds):
         console.say(line)
     for line in at_work(run, every, seconds, record, holder):
-        console.say(line)
+        console.say(console.printable(line))
     if done < len(every) and holder is None:
         console.say(f"Next:   {next_command(folder, run)}")
     elif done == len(every):
-        console.say(f"All done: see {folder / 'report.md'}")
+        console.say(f"All done: see {folder / 'report.html'}")
 
 
 def state_of(run: Run, stage: Stage, hashes: Hashes) -> str:
@@ -140,8 +140,9 @@ def at_work(
     now = time.time()
     if holder == record.pid:
         yield f"Now:    {title}, process {record.pid}, for {duration(now - record.began)}{progress}"
-        stage = next(s for s in every if (s.name, s.iteration) == (record.stage, record.iteration))
-        yield f"        {timing.place_of(stage, every, seconds, run.iterations).text(now - record.began)}"
+        for stage in every:
+            if (stage.name, stage.iteration) == (record.stage, record.iteration):
+                yield f"        {timing.place_of(stage, every, seconds, run.iterations).text(now - record.began)}"
     else:
         if holder is not None:
             yield f"Locked: process {holder} holds the run{words_of(holder)}"
@@ -157,11 +158,11 @@ def at_work(
 
 def progress_text(found: dict[str, Any] | None) -> Iterator[str]:
     """What a recorded bar says: how far it is, what stands beside it, how long it may take."""
-    if not isinstance(found, dict):
+    if found is None:
         return
     done, total = found.get("done"), found.get("total")
     if isinstance(done, int | float) and isinstance(total, int | float) and total > 0:
-        unit = str(found.get("unit"))
+        unit = str(found.get("unit") or "it")
         counted = "bytes" if unit == "B" else f"{unit}s" if unit not in ("it", "s") else ""
         what = " ".join(word for word in (amount(done, unit), "of", amount(total, unit), counted) if word)
         yield f"{found.get('title')}: {what} ({100 * done / total:.0f} %)"
@@ -182,11 +183,18 @@ def read_record(path: Path) -> AtWork | None:
             iteration=int(found["iteration"]),
             pid=int(found["pid"]),
             began=float(found["began"]),
-            progress=found.get("progress"),
-            failed=found.get("failed"),
+            progress=_timed(found.get("progress")),
+            failed=_timed(found.get("failed")),
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
+
+
+def _timed(found: Any) -> dict[str, Any] | None:
+    """A part of the record, with its `at` a number or left out; None if it is no such part."""
+    if not isinstance(found, dict):
+        return None
+    return {key: v for key, v in found.items() if key != "at" or isinstance(v, int | float)}
 
 
 def lock_holder(path: Path) -> int | None:

@@ -24,7 +24,7 @@ from thinkswitch_plugin.evaluation import read_samples, run_lm_eval, summarize, 
 from thinkswitch_plugin.export.extract import WEIGHTS, cut, extract, losses, require_plain_name
 from thinkswitch_plugin.export.template import chat_template, combined_template
 from thinkswitch_plugin.hashes import CARD, Hashes, read_stamp
-from thinkswitch_plugin.interpolation.subject import Subject, few_questions, find_subject, write_results
+from thinkswitch_plugin.interpolation.subject import Subject, Wanted, few_questions, find_subject, write_results
 from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.report import table
 from thinkswitch_plugin.run import MODES, locked, open_run
@@ -53,44 +53,21 @@ def parse_ranks(text: str) -> list[int]:
     return sorted({int(word) for word in words})
 
 
-def find_pair(
-    domain: str,
-    runs: Path,
-    *,
-    seed: int,
-    engine: str,
-    overlays: Sequence[str],
-    iteration: int,
-    instruct: str,
-    thinking: str,
-    out: Path | None,
-    limit: int | None,
-) -> Subject:
+def find_pair(wanted: Wanted) -> Subject:
     """The two checkpoints to export: those an iteration of a run ended with, or any two (both given).
 
     Raises `ThinkSwitchError` as `find_subject` does, or if only one of the two is given.
     """
-    if bool(instruct) != bool(thinking):
+    if bool(wanted.instruct) != bool(wanted.thinking):
         raise ThinkSwitchError("Give both checkpoints, A=<instruct> B=<thinking>, or neither for those of a run.")
-    subject = find_subject(
-        domain,
-        runs,
-        seed=seed,
-        engine=engine,
-        overlays=overlays,
-        iteration=iteration,
-        instruct=instruct,
-        thinking=thinking,
-        out=out,
-        limit=limit,
-    )
+    subject = find_subject(wanted)
     if not subject.of_run:
         return subject
     # A sweep is about what thinking is rebuilt from; an export about what came of it.
-    made = Path(open_run(runs / domain).checkpoint("thinking", iteration))
+    made = Path(open_run(wanted.folder).checkpoint("thinking", wanted.iteration))
     if not (made / "config.json").is_file():
         raise ThinkSwitchError(
-            f"{runs / domain} has no thinking checkpoint of iteration {iteration}; run `make iterate` first."
+            f"{wanted.folder} has no thinking checkpoint of iteration {wanted.iteration}; run `make iterate` first."
         )
     checkpoint.require_weights(made)
     return replace(subject, roles={**subject.roles, "thinking": made})
@@ -219,6 +196,7 @@ class Job:
                 keys.engine,
                 logs=self.out / "logs",
                 title=f"{place.name}-{mode}",
+                answer=keys.labels.answer,
                 lora=lora,
             )
             stored = {"settings": settings, "figures": self._read(mode, judged)}

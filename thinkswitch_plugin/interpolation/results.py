@@ -72,7 +72,7 @@ def _stages(sweep: dict[str, Any]) -> list[str]:
     if there := spot["thinking"]:
         below, above = (100 * v for v in there["difference_ci95"])
         cells.append(f"{100 * there['mean@k']:.1f} %, {there['tokens']:.2f} tokens")
-        cells.append(f"{100 * there['difference']:+.1f} ({below:+.1f} to {above:+.1f})")
+        cells.append(f"{100 * there['difference']:+z.1f} ({below:+z.1f} to {above:+z.1f})")
     else:
         cells += ["", ""]
     return cells

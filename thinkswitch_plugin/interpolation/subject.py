@@ -100,19 +100,41 @@ class Subject:
         }
 
 
-def find_subject(
-    domain: str,
-    runs: Path,
-    *,
-    seed: int,
-    engine: str,
-    overlays: Sequence[str],
-    iteration: int,
-    instruct: str,
-    thinking: str,
-    out: Path | None,
-    limit: int | None = None,
-) -> Subject:
+@dataclass(frozen=True)
+class Wanted:
+    """What a command was asked to work on.
+
+    Attributes:
+        runs: the folder that holds the runs.
+        seed, engine, overlays: where there is no run; a run has its own.
+        instruct, thinking: checkpoints (folders or hub ids) in place of the run's; empty where none is given.
+        out: where the results go, instead of the run's iteration.
+        limit: judge by the first so many questions only.
+    """
+
+    domain: str
+    runs: Path
+    seed: int
+    engine: str
+    overlays: Sequence[str]
+    iteration: int
+    instruct: str
+    thinking: str
+    out: Path | None
+    limit: int | None
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return self.runs / self.domain
+
+    @property
+    def of_run(self) -> bool:
+        """Whether both checkpoints are those of the run."""
+        return not (self.instruct or self.thinking)
+
+
+def find_subject(wanted: Wanted) -> Subject:
     """The pair to work on: any two checkpoints (both given), or that of an iteration of a run.
 
     The pair of iteration k is the one its thinking checkpoint is rebuilt from: the instruct
@@ -120,11 +142,12 @@ def find_subject(
     of the two replaces that one.
 
     Raises:
-        ThinkSwitchError: no such run or iteration, or the two checkpoints do not match.
+        ThinkSwitchError: no such run or iteration, other overlays than the run's, or the two checkpoints do not match.
     """
-    folder = runs / domain
+    folder, domain, iteration, seed = wanted.folder, wanted.domain, wanted.iteration, wanted.seed
+    overlays = tuple(overlay_path(name) for name in wanted.overlays)
     begun = settings_file(folder).is_file()
-    if not begun and not (instruct and thinking):
+    if not begun and not (wanted.instruct and wanted.thinking):
         raise ThinkSwitchError(
             f"{folder} is not a run folder; run `make iterate DOMAIN={domain}` first (`make pair` for ITER=0), "
             "or give any two checkpoints: A=<instruct> B=<thinking>."
@@ -133,9 +156,14 @@ def find_subject(
     if begun:
         run = open_run(folder)
         keys, seed, engine = run.recipe.keys, run.seed, run.engine
+        if overlays and overlays != tuple(run.recipe.overlays):
+            raise ThinkSwitchError(
+                f"{folder} was begun with OVERLAY='{' '.join(map(str, run.recipe.overlays))}', which counts here too; "
+                "leave OVERLAY= out, or name another run by RUNS=."
+            )
         if not (run.iteration(0) / "pair.json").is_file():
             raise ThinkSwitchError(f"{folder} has no starting pair yet; run `make pair DOMAIN={domain}` first.")
-        if not (instruct and thinking):
+        if not (wanted.instruct and wanted.thinking):
             roles["instruct-0"] = Path(run.checkpoint("instruct", 0))
             roles["instruct"] = Path(run.checkpoint("instruct", iteration))
             roles["thinking"] = Path(run.anchor(max(iteration, 1)))
@@ -145,30 +173,27 @@ def find_subject(
                     f"run `make iterate DOMAIN={domain} ITERATIONS={max(iteration, 1)}` first."
                 )
     else:
-        recipe = load_recipe(recipe_path(domain), tuple(overlay_path(name) for name in overlays))
-        keys, engine = recipe.keys, engines.choose(engine)
-    if limit:
-        keys = keys.model_copy(update={"evaluation": keys.evaluation.model_copy(update={"limit": limit})})
+        keys, engine = load_recipe(recipe_path(domain), overlays).keys, engines.choose(wanted.engine)
+    if wanted.limit:
+        keys = keys.model_copy(update={"evaluation": keys.evaluation.model_copy(update={"limit": wanted.limit})})
     if keys.pair.base:
         roles["base"] = Path(resolve_seed(keys.pair.base, seed))
-    for name, given in (("instruct", instruct), ("thinking", thinking)):
+    for name, given in (("instruct", wanted.instruct), ("thinking", wanted.thinking)):
         if given:
             roles[name], _ = checkpoint.resolve(given, None, name)
     for role in roles.values():
         checkpoint.require_weights(role)
     require_compatible(roles["instruct"], roles["thinking"])
-    of_run = not (instruct or thinking)
-    where = out or (folder / f"iter-{iteration}" if of_run else Path("sweeps") / domain)
-    home = folder if of_run else where
+    where = wanted.out or (folder / f"iter-{iteration}" if wanted.of_run else Path("sweeps") / domain)
     return Subject(
         keys=keys,
         roles=roles,
         seed=seed,
         engine=engine,
         out=where,
-        home=home,
-        iteration=iteration if of_run else None,
-        of_run=of_run,
+        home=folder if wanted.of_run else where,
+        iteration=iteration if wanted.of_run else None,
+        of_run=wanted.of_run,
     )
 
 

@@ -206,7 +206,7 @@ def sentence(curve: dict[str, Any]) -> str:
         below, above = (100 * v for v in there["difference_ci95"])
         text += (
             f"; λ = 1: {100 * there['mean@k']:.1f} % at {there['tokens']:.1f} tokens "
-            f"(difference {100 * there['difference']:+.1f} points, {below:+.1f} to {above:+.1f})"
+            f"(difference {100 * there['difference']:+z.1f} points, {below:+z.1f} to {above:+z.1f})"
         )
     return text + "."
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from thinkswitch_plugin.report.build import price_per_hour, score
-from thinkswitch_plugin.report.tables import HEADER, headline, markdown, print_table, rows, table
+from thinkswitch_plugin.report.tables import header, headline, markdown, print_table, rows, table
 from thinkswitch_plugin.report.write import write_report
 
 __all__ = [
-    "HEADER",
+    "header",
     "headline",
     "markdown",
     "price_per_hour",

@@ -12,7 +12,7 @@ from typing import Any
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.evaluation import Sample, graded, newest, read_samples, summarize
+from thinkswitch_plugin.evaluation import Sample, graded, read_samples, samples_file, summarize
 from thinkswitch_plugin.paired import compare
 from thinkswitch_plugin.run import MODES, Run, stages, stamp_path, versions
 
@@ -53,7 +53,7 @@ def evaluations(run: Run) -> list[Evaluation]:
         for mode in MODES:
             folder = run.iteration(k) / "eval" / mode
             opened, samples = graded(folder, keys.evaluation.task, run.checkpoint(mode, k), keys.labels.answer)
-            path = newest(folder, f"samples_{keys.evaluation.task}_*.jsonl")
+            path = samples_file(folder, keys.evaluation.task)
             found.append(Evaluation(k, mode, path, opened, list(samples)))
     return found
 

@@ -134,7 +134,7 @@
   function row(n) {
     const details = make("details", {}, make("summary", {},
       make("span", { class: "id" }, `#${index.id[n]}`),
-      make("span", { class: "start" }, index.start[n], " ", make("span", { class: "gold" }, `= ${index.gold[n]}`)),
+      make("span", { class: "start" }, make("bdi", {}, index.start[n]), " ", make("span", { class: "gold" }, "= ", make("bdi", {}, index.gold[n]))),
       make("span", { class: "marks" }, ...marks(n))));
     details.addEventListener("toggle", async () => {
       if (!details.open || details.dataset.filled) return;
@@ -144,8 +144,8 @@
     return make("li", { "data-id": index.id[n] }, details);
   }
   function body(question) {
-    const place = make("div", { class: "body" }, make("h3", {}, "Question"), make("pre", { class: "prompt" }, question.prompt),
-      make("p", {}, "Right answer: ", make("strong", { class: "target" }, question.gold)));
+    const place = make("div", { class: "body" }, make("h3", {}, "Question"), make("pre", { class: "prompt", dir: "auto" }, question.prompt),
+      make("p", {}, "Right answer: ", make("strong", { class: "target", dir: "auto" }, question.gold)));
     for (const mode of modes) {
       const cards = checkpoints.map((c, i) => c.mode === mode && question.checkpoints[i] ? card(c, question.checkpoints[i]) : null);
       place.append(make("h3", {}, mode[0].toUpperCase() + mode.slice(1)), make("div", { class: "answers" }, ...cards));
@@ -157,16 +157,16 @@
     const place = make("div", { class: "answer" }, make("h4", {}, `Iteration ${checkpoint.iteration}`));
     if (given.correct.length > 1) {
       const samples = given.correct.map((right, j) => make("li", {}, make("span", { class: right ? "right" : "wrong" }, right ? "✓" : "✗",
-        make("span", { class: "hidden" }, right ? " right" : " wrong")), ` ${given.found[j] ?? "no answer"}, ${given.tokens[j]}`, given.truncated[j] ? make("span", { class: "cut" }, " cut") : ""));
+        make("span", { class: "hidden" }, right ? " right" : " wrong")), " ", make("bdi", {}, given.found[j] ?? "no answer"), `, ${given.tokens[j]}`, given.truncated[j] ? make("span", { class: "cut" }, " cut") : ""));
       place.append(make("p", {}, `${given.correct.filter(Boolean).length} of ${given.correct.length} samples right (answer, tokens):`), make("ol", { class: "samples" }, ...samples));
     }
     given.texts.forEach((text, j) => {
-      place.append(make("p", {}, given.correct.length > 1 ? `Sample ${j + 1}: ` : "", outcome(given, j), `, read as ${given.found[j] ?? "nothing"}, ${given.tokens[j]} tokens`,
+      place.append(make("p", {}, given.correct.length > 1 ? `Sample ${j + 1}: ` : "", outcome(given, j), ", read as ", make("bdi", {}, given.found[j] ?? "nothing"), `, ${given.tokens[j]} tokens`,
         given.truncated[j] ? make("span", { class: "cut" }, ", cut by the limit") : ""));
       if (text.trace !== null) {
-        place.append(make("details", { class: "trace" }, make("summary", {}, `Trace, ${text.trace.length.toLocaleString("en")} characters`), make("pre", {}, text.trace || "(empty)")));
+        place.append(make("details", { class: "trace" }, make("summary", {}, `Trace, ${text.trace.length.toLocaleString("en")} characters`), make("pre", { dir: "auto" }, text.trace || "(empty)")));
       }
-      place.append(text.answer === null ? make("p", { class: "cut" }, "No answer after the trace.") : make("pre", { class: "given" }, text.answer));
+      place.append(text.answer === null ? make("p", { class: "cut" }, text.trace === null ? "No answer." : "No answer after the trace.") : make("pre", { class: "given", dir: "auto" }, text.answer));
     });
     place.append(make("p", { class: "source" }, `${checkpoint.file}, line ${given.line}`));
     return place;

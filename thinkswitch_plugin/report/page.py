@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def content(run: Run, report: dict[str, Any], judged: Sequence[Evaluation]) -> d
         "report": report,
         "modes": MODES,
         "headline": tables.headline(report),
-        "header": tables.HEADER,
+        "header": tables.header(report),
         "rows": list(tables.rows(report)),
         "summaries": [summary(report, mode) for mode in MODES],
         "compared": list(compared(report)),
@@ -89,12 +90,12 @@ def summary(report: dict[str, Any], mode: str) -> dict[str, Any]:
         "mode": mode,
         "before": f"{100 * before['mean@k']:.1f}",
         "after": f"{100 * after['mean@k']:.1f}",
-        "change": f"{100 * found['difference']:+.1f}",
-        "interval": "{:+.1f} to {:+.1f}".format(*(100 * v for v in found["ci95"])),
+        "change": f"{100 * found['difference']:+z.1f}",
+        "interval": "{:+z.1f} to {:+z.1f}".format(*(100 * v for v in found["ci95"])),
         "tokens": (f"{before['tokens']:.1f}", f"{after['tokens']:.1f}"),
         "think_ratio": (f"{before['think_ratio']:.3f}", f"{after['think_ratio']:.3f}"),
         "verdict": found["verdict"],
-        "beyond": found["verdict"] == paired.MORE,
+        "direction": paired.direction(found),
     }
 
 
@@ -112,11 +113,11 @@ def compared(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
                     "lost": len(found["lost"]),
                     "n": found["n"],
                     "p": paired.p_value(found["p"]),
-                    "change": f"{100 * found['difference']:+.1f}",
-                    "interval": f"{low:+.1f} to {high:+.1f}",
+                    "change": f"{100 * found['difference']:+z.1f}",
+                    "interval": f"{low:+z.1f} to {high:+z.1f}",
                     "verdict": found["verdict"],
                     "few": len(found["won"]) + len(found["lost"]) < paired.FEWEST,
-                    "beyond": found["verdict"] == paired.MORE,
+                    "direction": paired.direction(found),
                 }
 
 
@@ -214,8 +215,14 @@ def provenance(run: Run) -> dict[str, Any]:
                 }
             )
     hashes.save()
-    command = (
-        f"make iterate DOMAIN={run.recipe.keys.domain} ITERATIONS={run.iterations} SEED={run.seed} "
-        f"ENGINE={run.engine} RUNS={run.folder.parent}"
-    )
+    settings = {
+        "DOMAIN": run.recipe.keys.domain,
+        "ITERATIONS": run.iterations,
+        "SEED": run.seed,
+        "ENGINE": run.engine,
+        "RUNS": run.folder.parent,
+        "OVERLAY": " ".join(str(path) for path in run.recipe.overlays),
+    }
+    given = [f"{name}={shlex.quote(str(value))}" for name, value in settings.items() if value != ""]
+    command = " ".join(["make iterate", *given])
     return {"folder": str(run.folder), "recipes": recipes, "stages": done, "command": command}

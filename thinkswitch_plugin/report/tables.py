@@ -13,13 +13,14 @@ def headline(report: dict[str, Any]) -> str:
     """What the run came to, in one sentence."""
     first, last = report["iterations"][0], report["iterations"][-1]
     k = last["iteration"]
-    what = "answers" if last["instruct"]["k"] == 1 else f"has a Mean@{last['instruct']['k']} of"
+    samples = last["instruct"]["k"]
     parts = []
     for mode in MODES:
         before, after = first[mode], last[mode]
         verdict = last["paired"][mode][-1]["verdict"]
         parts.append(
-            f"{mode} {what} {100 * after['mean@k']:.1f} % ({100 * before['mean@k']:.1f} % before, {verdict}) "
+            f"{mode} {'gets' if samples == 1 else f'has a Mean@{samples} of'} {100 * after['mean@k']:.1f} %"
+            f"{' right' if samples == 1 else ''} ({100 * before['mean@k']:.1f} % before, {verdict}) "
             f"with {after['tokens']:.1f} tokens an answer"
         )
     n = last["instruct"]["n"]
@@ -39,7 +40,8 @@ def rows(report: dict[str, Any]) -> Iterator[list[str]]:
                 mode,
                 f"{100 * s['mean@k']:.1f} %",
                 f"{low:.1f}–{high:.1f}",
-                "" if entry is first else f"{change:+.1f}",
+                "" if entry is first else f"{change:+z.1f}",
+                *([f"{100 * s[name]:.1f} %" for name in ("pass@k", "vote@k")] if s["k"] > 1 else []),
                 f"{s['tokens']:.1f}",
                 f"{s['think_ratio']:.3f}",
                 f"{100 * s['answered']:.1f} %",
@@ -47,17 +49,21 @@ def rows(report: dict[str, Any]) -> Iterator[list[str]]:
             ]
 
 
-HEADER = [
-    "iteration",
-    "checkpoint",
-    "accuracy",
-    "95 % interval",
-    "change",
-    "tokens",
-    "think ratio",
-    "answered",
-    "truncated",
-]
+def header(report: dict[str, Any]) -> list[str]:
+    """The names over `rows`."""
+    k = report["iterations"][0]["instruct"]["k"]
+    return [
+        "iteration",
+        "checkpoint",
+        "accuracy" if k == 1 else f"Mean@{k}",
+        "95 % interval",
+        "change",
+        *([f"Pass@{k}", f"Vote@{k}"] if k > 1 else []),
+        "tokens",
+        "think ratio",
+        "answered",
+        "truncated",
+    ]
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -71,7 +77,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"{n} held-out questions, {k} sample{'s' if k > 1 else ''} a question, engine {report['engine']}. "
         "Change is in points against iteration 0; whether it is noise is said below the tables.",
         "",
-        *table(HEADER, rows(report)),
+        *table(header(report), rows(report)),
         "",
         *table(
             [
@@ -145,7 +151,7 @@ def print_table(report: dict[str, Any]) -> None:
     shown = Table(
         title=f"{report['domain']}, seed {report['seed']}: {report['iterations'][0]['instruct']['n']} held-out questions"
     )
-    for name in HEADER:
+    for name in header(report):
         shown.add_column(name, justify="left" if name == "checkpoint" else "right")
     for row in rows(report):
         shown.add_row(*row)
