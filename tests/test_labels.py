@@ -23,6 +23,7 @@ from tests.conftest import BIN, ROOT
 from tests.test_pairs import answer, request
 from thinkswitch_plugin import check, engines, files
 from thinkswitch_plugin.adaptive import answering, labels, steps, training
+from thinkswitch_plugin.adaptive.answering import write_questions
 from thinkswitch_plugin.adaptive.formats import POST, PRE, parse
 from thinkswitch_plugin.args import EngineKeys, PerceptionKeys
 from thinkswitch_plugin.batch import read_requests
@@ -166,17 +167,36 @@ def test_a_baseline_is_right_if_its_whole_answer_in_its_format_is_the_reference(
     ],
 )
 def test_the_label_is_post_where_the_post_baseline_is_right(right: Any, label: str, pre: bool | None) -> None:
-    row = labels.row_of(labels.Question("p0", [{"role": "user", "content": "1+1"}], "2"), 3, right, "gold")
+    shares = {form: float(verdict) for form, verdict in right.items()}
+    row = labels.row_of(labels.Question("p0", [{"role": "user", "content": "1+1"}], "2"), 3, shares, "gold", 0.5)
     assert row == {
         "prompt_id": "p0",
         "prompt": "1+1",
         "fold": 3,
         "post_correct": right[POST],
         "pre_correct": pre,
+        "post_share": float(right[POST]),
+        "pre_share": shares.get(PRE),
         "label": label,
         "reference": "2",
         "reference_from": "gold",
     }
+
+
+@pytest.mark.parametrize(("share", "label"), [(0.0, PRE), (0.49, PRE), (0.5, POST), (1.0, POST)])
+def test_of_several_answers_a_share_has_to_be_right(share: float, label: str) -> None:
+    question = labels.Question("p0", [{"role": "user", "content": "1+1"}], "2")
+    assert labels.row_of(question, 1, {POST: share}, "majority", 0.5)["label"] == label
+
+
+def test_several_answers_are_drawn_and_numbered(tmp_path: Path) -> None:
+    write_questions(
+        tmp_path / "requests.jsonl", [("p0", [{"role": "user", "content": "1+1"}])], max_tokens=8, samples=3
+    )
+    rows = [row for _, row in files.read_jsonl(tmp_path / "requests.jsonl")]
+    assert [row["custom_id"] for row in rows] == ["p0-s0", "p0-s1", "p0-s2"]
+    assert {row["body"]["temperature"] for row in rows} == {1.0}
+    assert len({row["body"]["seed"] for row in rows}) == 3
 
 
 def test_a_step_is_done_once_gone_on_with_after_a_kill_and_redone_when_its_key_changes(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_the_files_are_made_once_and_made_again_when_a_setting_changed(
     folder = cache.ensure_mixed(3, tmp_path)
     assert made == [3] and folder == tmp_path / "arithmetic-mixed" / "seed-3"
     first = (folder / "generations.jsonl").stat()
-    assert files.read_json(folder / "settings.json")["noise"] == 0.25
+    assert files.read_json(folder / "settings.json")["noise"] == mixed.NOISE
     cache.ensure_mixed(3, tmp_path)
     assert (folder / "generations.jsonl").stat().st_mtime_ns == first.st_mtime_ns
     before = (folder / "generations.jsonl").read_bytes()

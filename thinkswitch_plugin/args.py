@@ -193,6 +193,12 @@ class AdaptiveKeys(_Keys):
         None, description="Prompt field with the right answer (default: the majority of the thinking checkpoint's)."
     )
     folds: int = Field(5, ge=2, description="Folds of the cross-validation behind the labels.")
+    samples: int = Field(
+        1, gt=0, description="Answers of a baseline to each question: 1 is greedy, more are drawn at temperature 1."
+    )
+    certainty: float = Field(
+        0.5, gt=0, le=1, description="Share of a baseline's answers that must be right for it to count as right."
+    )
 
 
 class PluginKeys(_Keys):

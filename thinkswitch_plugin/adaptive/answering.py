@@ -1,10 +1,12 @@
-"""Greedy answers of a student with an adapter, kept as they arrive, in the batch files of the rest of the project."""
+"""Answers of a student with an adapter, kept as they arrive, in the batch files of the rest of the project."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from transformers import set_seed
 
 from thinkswitch_plugin import checkpoint, engines, files
 from thinkswitch_plugin.adaptive.formats import STOP
@@ -60,26 +62,32 @@ def write_questions(
     *,
     max_tokens: int,
     stop: Sequence[str] = STOP,
+    samples: int = 1,
+    seed: int = 0,
 ) -> None:
-    """Write `requests.jsonl`: each question once, greedily.
+    """Write `requests.jsonl`: each question once, greedily, or `samples` times at temperature 1.
 
     Args:
         questions: (prompt id, turns that ask it).
         max_tokens: budget of one completion, in tokens.
         stop: strings that end a completion beside the end of turn.
+        seed: sample j is seeded with ``seed * samples + j``, where the engine keeps to seeds.
     """
     with files.atomic_file(out) as handle:
         for prompt_id, turns in questions:
-            body = {
-                "model": "student",
-                "messages": turns,
-                "temperature": 0.0,
-                "max_tokens": max_tokens,
-                "stop": list(stop),
-                "metadata": {"prompt_id": prompt_id},
-            }
-            row = {"custom_id": prompt_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
-            handle.write(files.dumps_line(row))
+            for sample in range(samples):
+                body = {
+                    "model": "student",
+                    "messages": turns,
+                    "temperature": 1.0 if samples > 1 else 0.0,
+                    "max_tokens": max_tokens,
+                    "stop": list(stop),
+                    "seed": seed * samples + sample,
+                    "metadata": {"prompt_id": prompt_id},
+                }
+                custom_id = f"{prompt_id}-s{sample}" if samples > 1 else prompt_id
+                row = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
+                handle.write(files.dumps_line(row))
 
 
 def answer(
@@ -91,6 +99,7 @@ def answer(
     engine: str,
     keys: EngineKeys,
     hashes: Hashes,
+    seed: int = 0,
     title: str = "answer",
 ) -> dict[str, Any]:
     """Answer every request into `out`, unless it holds the answers of this student and adapter to them.
@@ -123,6 +132,8 @@ def answer(
     hashes.save()
 
     def work(_resume: bool) -> dict[str, Any]:
+        if engine == "embedded":
+            set_seed(seed)  # as far as it goes: answers depend on how batches are made up
         report = generate(
             requests,
             out,

@@ -1,8 +1,9 @@
 """Complexity labels by cross-validation: which questions does a student answer right before it thinks?
 
 Questions are dealt out to K folds. For each fold a baseline that answers first (post-thinking) is trained
-on the other folds, and answers this fold's questions greedily. Where it is right the label is `post`: the
-question needs no thinking. Else it is `pre`.
+on the other folds, and answers this fold's questions. Where it is right the label is `post`: the question needs
+no thinking. Else it is `pre`. One greedy answer says so, as in arXiv 2404.09170, or several drawn ones
+(`thinkswitch.adaptive.samples`), of which a share has to be right: a lucky guess is then no skill.
 
 RUNS/DOMAIN/adaptive/seed-0/
   student/                         the student, with the format's tokens in its tokenizer
@@ -209,7 +210,7 @@ def label(job: Job, hashes: Hashes) -> dict[str, Any]:
     if material.repeated:
         console.say(f"  {material.repeated} questions are asked under another id too, perhaps in another fold")
     student, seconds = prepare_student(job, hashes)
-    found: dict[str, dict[Format, bool]] = {question.prompt_id: {} for question in material.questions}
+    found: dict[str, dict[Format, float]] = {question.prompt_id: {} for question in material.questions}
     folds = []
     for fold in range(1, job.folds + 1):
         one = Fold(job, fold, [q for q in material.questions if dealt[q.prompt_id] == fold], student, hashes)
@@ -218,11 +219,12 @@ def label(job: Job, hashes: Hashes) -> dict[str, Any]:
         for form in job.baselines:
             verdicts, facts[form] = one.judge(form)
             seconds += facts[form]["seconds"]
-            for prompt_id, right in verdicts.items():
-                found[prompt_id][form] = right
+            for prompt_id, share in verdicts.items():
+                found[prompt_id][form] = share
         folds.append(facts)
+    certainty = job.recipe.keys.adaptive.certainty
     rows = [
-        row_of(question, dealt[question.prompt_id], found[question.prompt_id], source)
+        row_of(question, dealt[question.prompt_id], found[question.prompt_id], source, certainty)
         for question in material.questions
     ]
     out = job.work / "labels"
@@ -238,6 +240,8 @@ def label(job: Job, hashes: Hashes) -> dict[str, Any]:
         "labels": {form: counts[form] for form in (POST, PRE)},
         "reference_from": source,
         "assumes": ASSUMES[source],
+        "samples": job.recipe.keys.adaptive.samples,
+        "certainty": certainty,
         "without_reference": material.without_reference,
         "repeated": material.repeated,
         "generations": str(job.generations),
@@ -395,10 +399,12 @@ class Fold:
             self.here / "requests.jsonl",
             ((question.prompt_id, question.turns) for question in self.questions),
             max_tokens=self.job.recipe.keys.sampling.max_tokens,
+            samples=self.job.recipe.keys.adaptive.samples,
+            seed=self.job.seed,
         )
 
-    def judge(self, form: Format) -> tuple[dict[str, bool], dict[str, Any]]:
-        """Train one baseline, have it answer, and compare: whether each question is right, and the fold's figures."""
+    def judge(self, form: Format) -> tuple[dict[str, float], dict[str, Any]]:
+        """Train one baseline, have it answer, and compare: each question's share of right answers, and figures."""
         job, place = self.job, self.here / form
         title = f"fold {self.number} of {job.folds}, {form}"
         console.say(f"[labels] {title}")
@@ -412,23 +418,31 @@ class Fold:
             engine=job.engine,
             keys=job.recipe.keys.engine,
             hashes=self.hashes,
+            seed=job.seed,
             title=f"answers, {title}",
         )
         self.hashes.save()
         read = dict(completions(place / "generations.jsonl"))
-        kind = job.recipe.keys.labels.answer
-        right = {q.prompt_id: is_right(read[q.prompt_id], form, q.reference, kind) for q in self.questions}
+        kind, reference = job.recipe.keys.labels.answer, {q.prompt_id: q.reference for q in self.questions}
+        verdicts: dict[str, list[bool]] = {}
+        for _, request in batch.read_requests(self.here / "requests.jsonl"):
+            prompt_id = batch.prompt_id(request)
+            right = is_right(read[request["custom_id"]], form, reference[prompt_id], kind)
+            verdicts.setdefault(prompt_id, []).append(right)
+        shares = {prompt_id: sum(right) / len(right) for prompt_id, right in verdicts.items()}
         seconds = round(trained.seconds + answered["seconds"], 1)
         figures = {
-            "right": sum(right.values()),
+            "right": sum(share >= job.recipe.keys.adaptive.certainty for share in shares.values()),
+            "answers_right": sum(shares.values()) / len(shares),
             "in_format": sum(parsed.form == form and parsed.closed for parsed in read.values()),
             "adapter_change": trained.change,
             "seconds": seconds,
         }
         console.say(
-            f"  {figures['right']} of {len(right)} right, {figures['in_format']} whole and in the format, {seconds:.1f} s"
+            f"  {figures['right']} of {len(shares)} right, {figures['in_format']} of {len(read)} answers whole and in the "
+            f"format, {seconds:.1f} s"
         )
-        return right, figures
+        return shares, figures
 
 
 def completions(generations: Path) -> Iterator[tuple[str, formats.Parsed]]:
@@ -446,15 +460,25 @@ def is_right(parsed: formats.Parsed, form: Format, reference: str, kind: str) ->
     return parsed.closed and parsed.form == form and answers.extract(kind, parsed.answer) == reference
 
 
-def row_of(question: Question, fold: int, right: Mapping[Format, bool], source: str) -> dict[str, Any]:
-    """One row of `labels.jsonl`."""
+def row_of(
+    question: Question, fold: int, right: Mapping[Format, float], source: str, certainty: float
+) -> dict[str, Any]:
+    """One row of `labels.jsonl`.
+
+    Args:
+        right: by baseline, the share of its answers to this question that are right.
+        certainty: the share from which on it counts as right.
+    """
+    verdicts = {form: share >= certainty for form, share in right.items()}
     return {
         "prompt_id": question.prompt_id,
         "prompt": question.prompt,
         "fold": fold,
-        "post_correct": right[POST],
-        "pre_correct": right.get(PRE),
-        "label": POST if right[POST] else PRE,
+        "post_correct": verdicts[POST],
+        "pre_correct": verdicts.get(PRE),
+        "post_share": right[POST],
+        "pre_share": right.get(PRE),
+        "label": POST if verdicts[POST] else PRE,
         "reference": question.reference,
         "reference_from": source,
     }

@@ -179,7 +179,7 @@ class SoftPrompt:
         return features.read(self.tokenizer.decode(question), self.keys.features)
 
 
-class PerceptionModel(PreTrainedModel):
+class PerceptionModel(PreTrainedModel):  # type: ignore[misc]
     """What a causal language model gains by a perception module; the classes below join it with theirs."""
 
     _keep_in_fp32_modules_strict = [MODULE]  # noqa: RUF012 - transformers reads a list
@@ -191,10 +191,10 @@ class PerceptionModel(PreTrainedModel):
         keys, markers = _settings(config.perception)
         setattr(self, MODULE, Perception(config.hidden_size, keys))
         _put_hook(self, keys, markers, None)
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     @classmethod
-    def from_pretrained(cls, name: Any, *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
+    def from_pretrained(cls, name: Any, *arguments: Any, **options: Any) -> Any:
         """As transformers', but a checkpoint that lacks the module's weights is refused."""
         wants_info = options.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(name, *arguments, output_loading_info=True, **options)

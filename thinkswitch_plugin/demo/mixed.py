@@ -30,7 +30,7 @@ OPERANDS = (2, 3, 3, 3, 4, 4, 5, 5, 6, 6)  # few of two operands: there are only
 HELD_OUT_SEED = 20_240_409
 HELD_OUT_SIZE = 660
 TRAINING_SIZE = 2000
-NOISE = 0.25
+NOISE = 1 / 3
 TEACHER = "synthetic-teacher"
 
 
