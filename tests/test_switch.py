@@ -268,7 +268,7 @@ def test_a_question_that_a_server_refuses_is_in_the_output_with_its_reason(
     judged_run: Path, server: FaultyServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     switch = Switch.open(judged_run, threshold=1.0, instruct_url=server.url)
-    with pytest.raises(ThinkSwitchError, match="gave no answer to this question: a 400"):
+    with pytest.raises(ThinkSwitchError, match=r"gave no answer to this question: .*a 400"):
         switch.answer("status-400:* 1")
     source, out = tmp_path / "questions.jsonl", tmp_path / "out" / "answers.jsonl"
     source.write_text('{"question": "answer 1", "id": 7, "answer": "gold"}\n\n{"prompt": "status-400:* 2"}\n')
@@ -280,7 +280,7 @@ def test_a_question_that_a_server_refuses_is_in_the_output_with_its_reason(
     )
     first, second = (row for _, row in files.read_jsonl(out))
     assert (first["id"], first["answer"], first["mode"]) == (7, "echo: answer 1", "instruct")
-    assert second["error"].startswith("a 400") and "answer" not in second
+    assert "a 400" in second["error"] and "answer" not in second
 
 
 @pytest.mark.parametrize(

@@ -100,9 +100,9 @@ def curve(judged: Judged) -> list[dict[str, Any]]:
     On `SHOWN` of them, evenly over the shares, stand how far the router is ahead and the 95 % interval of that; and
     where it sends `FEWEST` questions or more each way, a 95 % band that holds for all these shares at once.
     """
-    every = []
+    every: list[dict[str, Any]] = []
     for threshold in thresholds(judged.p):
-        point = {"threshold": threshold, **chosen(judged, judged.p >= threshold)}
+        point: dict[str, Any] = {"threshold": threshold, **chosen(judged, judged.p >= threshold)}
         every.append({**point, "mix": mixed(judged, point["share"])["accuracy"]})
     shares = np.array([point["share"] for point in every])
     for index in sorted({int(np.abs(shares - wanted).argmin()) for wanted in np.linspace(0, 1, SHOWN)}):
