@@ -19,7 +19,7 @@ $(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA RANK BASE LABELS,$(if $(filt
 
 # What a setting may hold: `value` looks at it before Make would expand a $(shell …) in it.
 SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITER LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR A B K SAMPLING \
-	TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS LABELS SEEDS
+	TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS
 $(foreach name,$(SETTINGS),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
 # A question is free text: taken as it is, never expanded, and read by the command from the environment.
 override QUESTION := $(value QUESTION)
@@ -37,7 +37,7 @@ RUN  := $(RUNS)/$(DOMAIN)
 # Settings reach the commands through the environment, never through a shell's command line.
 export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY KEEP RUN MODEL CONTROL PRICE_PER_HOUR
 export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KILLS BASE PORT QUESTION \
-	FOLDS BASELINES GENERATIONS LABELS SEEDS
+	FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS
 export ITER_GIVEN := $(if $(filter command,$(firstword $(origin ITER))),yes)
 # Distributed training gives RANK a meaning of its own, and engines would read it.
 unexport RANK
@@ -173,7 +173,7 @@ serve: setup ## vLLM with both modes of an export, or one checkpoint: make serve
 adaptive: DOMAIN := $(if $(filter file,$(origin DOMAIN)),arithmetic-mixed,$(DOMAIN))
 adaptive: setup ## one model that thinks only where it pays, beside all controls: make adaptive DOMAIN=arithmetic-mixed SEEDS="0 1 2" FOLDS=5
 	@$(TS) adaptive --domain "$$DOMAIN" --runs "$$RUNS" --seeds "$$SEEDS" --engine "$$ENGINE" --overlay "$$OVERLAY" \
-		--folds "$$FOLDS" --generations "$$GENERATIONS"
+		--folds "$$FOLDS" --generations "$$GENERATIONS" --conditions "$$CONDITIONS"
 
 switch: setup ## a router that asks instruct or thinking, judged on held-out questions: make switch ITER=2; LABELS=file LIMIT=n
 	@$(TS) switch "$$RUN" "$$ITER" --labels="$$LABELS" --limit="$$LIMIT"
@@ -225,6 +225,7 @@ bad-input: setup ## a table of every broken file and what the real command answe
 lint: setup ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
+test: export OMP_NUM_THREADS := 1
 test: setup setup-vllm lint ## lint, types, unit tests, one real iteration, one generation by real vLLM
 	@$(VENV)/bin/pytest
 

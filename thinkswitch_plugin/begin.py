@@ -37,6 +37,11 @@ def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int, 
         raise ThinkSwitchError(
             f"{path}: `thinkswitch.domain` is {recipe.keys.domain!r}, but the file is named {domain}; make the two the same."
         )
+    if recipe.keys.perception:
+        raise ThinkSwitchError(
+            f"{path}: `thinkswitch.perception` belongs to `make adaptive`; the loop's checkpoints have no such module: "
+            "take it out, or put it into an overlay that only `make adaptive` gets."
+        )
     chosen = before["engine"] if before and engine == "auto" else engines.choose(engine)
     if before and (before["seed"], before["engine"]) != (seed, chosen):
         raise ThinkSwitchError(

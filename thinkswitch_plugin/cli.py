@@ -543,8 +543,9 @@ def labels(folds: str, overlay: str, domain: str, **options: Any) -> None:
 @click.option(
     "--generations", default="", help="A generations.jsonl, instead of the recipe's or iteration 1 of the run."
 )
+@click.option("--conditions", default="", help="Some of the controls only, by spaces (default: all).")
 @OVERLAY
-def adaptive(domain: str, runs: Path, seeds: str, folds: str, overlay: str, **options: Any) -> None:
+def adaptive(domain: str, runs: Path, seeds: str, folds: str, conditions: str, overlay: str, **options: Any) -> None:
     """Adaptive thinking with all its controls: labels, training, evaluation, table and picture -> adaptive/."""
     from thinkswitch_plugin.adaptive.experiment import run_experiment
     from thinkswitch_plugin.adaptive.labels import find_job
@@ -557,7 +558,8 @@ def adaptive(domain: str, runs: Path, seeds: str, folds: str, overlay: str, **op
         [
             find_job(domain, runs, seed=int(number), overlays=overlay.split(), folds=count, **options)
             for number in numbers
-        ]
+        ],
+        conditions,
     )
 
 

@@ -76,17 +76,39 @@ def plans(keys: PerceptionKeys) -> dict[str, Plan]:
     return found
 
 
-def run_experiment(jobs: Sequence[Job]) -> dict[str, Any]:
+NEEDED = ("pre_only", "post_only", "adaptive")
+
+
+def choose_plans(keys: PerceptionKeys, names: str) -> dict[str, Plan]:
+    """The conditions of `CONDITIONS="no_prompt static_prompt"`, and those that the table cannot do without.
+
+    Args:
+        names: by spaces; empty for all. Raises `ThinkSwitchError` for one that is none.
+    """
+    every = plans(keys)
+    wanted = names.split() or list(every)
+    for name in wanted:
+        if name not in every:
+            raise ThinkSwitchError(f'CONDITIONS="{names}": {name!r} is none; there are {", ".join(every)}.')
+    return {name: plan for name, plan in every.items() if name in (*NEEDED, *wanted)}
+
+
+def run_experiment(jobs: Sequence[Job], conditions: str = "") -> dict[str, Any]:
     """Label, train and judge for the job of every seed, then write and print the table of all of them.
+
+    Args:
+        jobs: one a seed, of one domain.
+        conditions: see `choose_plans`.
 
     Raises:
         ThinkSwitchError: as `make_labels`, or a training or an evaluation fails; what is done stays done.
     """
+    planned = choose_plans(perception_keys(jobs[0]), conditions)
     with locked(jobs[0].home):
         seeds = []
         for number, job in enumerate(jobs, 1):
             console.say(f"[adaptive] seed {job.seed}, {number} of {len(jobs)}")
-            seeds.append(run_seed(job))
+            seeds.append(run_seed(job, planned))
         result = together(jobs, seeds)
         folder = jobs[0].home / "adaptive"
         files.write_json(folder / "adaptive.json", result)
@@ -119,18 +141,21 @@ class Seed:
     seconds: float
 
 
-def run_seed(job: Job) -> Seed:
+def perception_keys(job: Job) -> PerceptionKeys:
+    """The module's keys: the recipe's, or their defaults."""
+    return job.recipe.keys.perception or PerceptionKeys()  # type: ignore[call-arg]
+
+
+def run_seed(job: Job, planned: Mapping[str, Plan]) -> Seed:
     """Labels, conditions and evaluations of one seed."""
     hashes = Hashes(job.work)
     facts = label(job, hashes)
     rows = [row for _, row in files.read_jsonl(job.work / "labels" / RATIONALES)]
     labelled = [row for _, row in files.read_jsonl(job.work / "labels" / "labels.jsonl")]
     labels: dict[str, Format] = {row["prompt_id"]: row["label"] for row in labelled}
-    keys = job.recipe.keys.perception or PerceptionKeys()  # type: ignore[call-arg]
     seconds = facts["seconds"]
     judged: dict[str, dict[str, Any]] = {}
     swap: dict[str, float] = {}
-    planned = plans(keys)
     for number, (name, plan) in enumerate(planned.items(), 1):
         here = job.work / "conditions" / name
         student, _ = prepare_student(job, hashes, soft_tokens=plan.perception.tokens if plan.perception else 0)
@@ -161,7 +186,7 @@ def run_seed(job: Job) -> Seed:
 def merge_checkpoint(job: Job, hashes: Hashes) -> None:
     """axolotl merges the adaptive adapter, perception module and all, in full precision: writes `checkpoint/`."""
     here, out = job.work / "conditions" / "adaptive", job.work / "checkpoint"
-    student, _ = prepare_student(job, hashes, soft_tokens=(job.recipe.keys.perception or PerceptionKeys()).tokens)  # type: ignore[call-arg]
+    student, _ = prepare_student(job, hashes, soft_tokens=perception_keys(job).tokens)
 
     def work(_resume: bool) -> dict[str, Any]:
         merge_adapter(here, str(student), out, on_cpu=job.recipe.keys.merge_on == "cpu")

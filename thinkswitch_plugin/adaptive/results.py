@@ -136,6 +136,8 @@ def claims(found: Mapping[str, Condition]) -> list[dict[str, Any]]:
         ("no_prompt", "the same model without a soft prompt"),
         ("static_prompt", "the same model with one static soft prompt"),
     ):
+        if name not in against:  # left out by CONDITIONS=
+            continue
         low, high = against[name]["ci95"]
         stated.append(
             _claim(f"adaptive is more accurate than {words}, outside the 95 % interval", low > 0, against[name])
