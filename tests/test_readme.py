@@ -18,7 +18,7 @@ RUN_BY = {
     "make ablate ITER=1": "test_sweep.py::test_layers_modules_and_baselines_by_make",
     "make baselines ITER=1": "test_sweep.py::test_layers_modules_and_baselines_by_make",
     "make similarity A=instruct B=thinking": "test_readme.py::test_similarity_by_make",
-    "make switch ITER=2": "test_switch.py::test_make_switch_hands_its_settings_on",
+    "make switch ITER=2": "test_switch.py::switched",
     "thinkswitch answer --pair runs/arithmetic '7*3+4*2'": "test_switch.py::test_one_question_and_many_in_process",
     "make adaptive": "test_adaptive.py::small",
     "pip install .": "test_readme.py::test_a_wheel_carries_all_that_the_package_needs",
