@@ -172,6 +172,34 @@ def test_a_prefix_that_was_forced_counts_as_the_format(write_jsonl: Any) -> None
     assert next(free).tokens == forced.tokens + len(build_tokenizer("instruct").encode("<answer>")) - 1
 
 
+def test_a_swapped_prompt_is_never_the_questions_own_and_does_not_depend_on_the_batch() -> None:
+    import torch
+
+    from thinkswitch_plugin.adaptive.model import prompts_of_others
+
+    pool = torch.randn(7, 2, 3, generator=torch.Generator().manual_seed(0))
+    swapped = torch.cat([prompts_of_others(pool, seed)(pool[[i]]) for seed in range(20) for i in range(7)])
+    assert not torch.isclose(swapped, pool.repeat(20, 1, 1)).all(dim=(1, 2)).any()
+    assert torch.unique(swapped.flatten(1), dim=0).shape[0] == 7
+    assert torch.equal(prompts_of_others(pool, 1)(pool), prompts_of_others(pool, 1)(pool))
+    with pytest.raises(ThinkSwitchError, match="two questions or more"):
+        prompts_of_others(pool[:1], 0)
+
+
+def test_an_answer_that_comes_first_ends_at_its_tag_in_every_task() -> None:
+    from thinkswitch_plugin.adaptive.formats import STOP
+    from thinkswitch_plugin.args import EvaluationKeys
+    from thinkswitch_plugin.in_process import Sampling, load_task
+
+    for name, before in (("thinkswitch_arithmetic", []), ("thinkswitch_arithmetic_mixed", list(STOP))):
+        plain, ours = (
+            load_task(EvaluationKeys(task=name), Sampling(), stop=stop)[name].config.generation_kwargs["until"]
+            for stop in ((), STOP)
+        )
+        assert [text for text in plain if text in STOP] == before
+        assert set(ours) == {*plain, *STOP} and len(ours) == len(set(ours))
+
+
 def test_rows_of_another_shape_are_one_sentence(write_jsonl: Any) -> None:
     path = write_jsonl("samples.jsonl", [{"doc_id": 4, "resps": []}])
     with pytest.raises(ThinkSwitchError, match="question 4: not a row of lm-eval"):

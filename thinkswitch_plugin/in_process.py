@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,16 @@ class Sampling:
         return "".join(f"-{letter}{value:g}" for letter, value in named if value is not None)
 
 
-def evaluate(model: Any, keys: EvaluationKeys, sampling: Sampling, out: Path, *, name: str, prefix: str = "") -> None:
+def evaluate(
+    model: Any,
+    keys: EvaluationKeys,
+    sampling: Sampling,
+    out: Path,
+    *,
+    name: str,
+    prefix: str = "",
+    stop: Sequence[str] = (),
+) -> None:
     """lm-eval on a model object, with the seeds and the files of its command line.
 
     Args:
@@ -45,6 +54,7 @@ def evaluate(model: Any, keys: EvaluationKeys, sampling: Sampling, out: Path, *,
         out: where its results and samples files go.
         name: how the results call the model.
         prefix: what every answer is made to begin with (lm-eval's `gen_prefix`); it is no part of the completions.
+        stop: strings that end an answer beside the task's own.
 
     `lm_eval.evaluate` is called and not `simple_evaluate`, which asks pip for the list of
     installed packages again for every candidate.
@@ -67,7 +77,7 @@ def evaluate(model: Any, keys: EvaluationKeys, sampling: Sampling, out: Path, *,
     )
     results = lm_evaluate(
         lm=model,
-        task_dict=load_task(keys, sampling, prefix),
+        task_dict=load_task(keys, sampling, prefix, stop),
         limit=keys.limit,
         apply_chat_template=True,
         fewshot_as_multiturn=True,
@@ -79,8 +89,8 @@ def evaluate(model: Any, keys: EvaluationKeys, sampling: Sampling, out: Path, *,
         tracker.save_results_samples(task_name=name, samples=rows)
 
 
-def load_task(keys: EvaluationKeys, sampling: Sampling, prefix: str = "") -> dict[str, Any]:
-    """A task as lm-eval loads it, with k and the sampling settings put in.
+def load_task(keys: EvaluationKeys, sampling: Sampling, prefix: str = "", stop: Sequence[str] = ()) -> dict[str, Any]:
+    """A task as lm-eval loads it, with k, the sampling settings and further stop strings put in.
 
     Raises `ThinkSwitchError` if there is no such task, or k samples would all be the same.
     """
@@ -118,6 +128,10 @@ def load_task(keys: EvaluationKeys, sampling: Sampling, prefix: str = "") -> dic
             f"{keys.task} decodes greedily, so K={sampling.samples} samples would be {sampling.samples} times the same "
             "answer; give a temperature too, such as SAMPLING=0.6/0.95."
         )
+    if stop:
+        until = generation.get("until") or []
+        named = [until] if isinstance(until, str) else list(until)
+        generation["until"] = [*named, *(string for string in stop if string not in named)]
     task.set_config(key="generation_kwargs", value=generation)
     if prefix:
         task.set_config(key="gen_prefix", value=prefix)

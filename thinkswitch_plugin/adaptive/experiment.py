@@ -5,7 +5,7 @@
       seed-0/labels/labels.jsonl             what each question needs; see labels.py
       seed-0/student, student-soft           the model that learns, without and with room for a soft prompt
       seed-0/conditions/adaptive/            data, axolotl.yaml, adapter/ of one condition
-      seed-0/conditions/adaptive/eval*/      lm-eval's files and every question's verdict
+      seed-0/conditions/adaptive/eval*/      lm-eval's files of one evaluation; verdicts are read from them each time
       seed-0/checkpoint/                     the adaptive model, merged in full precision
       seed-0/served.json                     vLLM's answers to prompts sent as embeddings, beside transformers'
 
@@ -14,30 +14,30 @@ Killed at any time, the same command goes on with what is missing.
 
 from __future__ import annotations
 
-import gc
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from thinkswitch_plugin import console, files
+from thinkswitch_plugin import batch, console, files
 from thinkswitch_plugin.adaptive import results
 from thinkswitch_plugin.adaptive.answering import load_model
 from thinkswitch_plugin.adaptive.formats import ANSWER, PRE, THINK, Format
-from thinkswitch_plugin.adaptive.judging import judge
+from thinkswitch_plugin.adaptive.judging import judge, read_columns
 from thinkswitch_plugin.adaptive.labels import RATIONALES, Job, label, prepare_student
 from thinkswitch_plugin.adaptive.router import candidates, describe
 from thinkswitch_plugin.adaptive.steps import once
 from thinkswitch_plugin.adaptive.training import TYPES, Condition, train_condition
 from thinkswitch_plugin.args import PerceptionKeys
 from thinkswitch_plugin.checkpoint import MODULE
-from thinkswitch_plugin.engines import vllm_python
+from thinkswitch_plugin.contamination import require_uncontaminated
+from thinkswitch_plugin.engines import has_cuda, vllm_python
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.evaluation import LM_EVAL_BUDGET, newest
+from thinkswitch_plugin.evaluation import LM_EVAL_BUDGET, samples_file
 from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.loop import merge_adapter
 from thinkswitch_plugin.pictures import adaptive_picture, save
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 FORCED = {"forced_pre": THINK[0], "forced_post": ANSWER[0]}
 ROUTERS = {"mlp": "length, characters by place; MLP", "length": "length; logistic regression, C 1"}
-SWAPPED = "swapped"  # the adaptive model with every question's soft prompt taken from another question
+SWAPPED = "swapped"  # the adaptive model, every question with the soft prompt of another one drawn at random
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,8 @@ def run_experiment(jobs: Sequence[Job], conditions: str = "") -> dict[str, Any]:
         ThinkSwitchError: as `make_labels`, or a training or an evaluation fails; what is done stays done.
     """
     planned = choose_plans(perception_keys(jobs[0]), conditions)
+    for job in jobs:
+        require_held_out(job)
     with locked(jobs[0].home):
         seeds = []
         for number, job in enumerate(jobs, 1):
@@ -121,12 +123,20 @@ def run_experiment(jobs: Sequence[Job], conditions: str = "") -> dict[str, Any]:
     return result
 
 
+def require_held_out(job: Job) -> None:
+    """Raise `ThinkSwitchError` if a question of the evaluation is among those that are learnt from."""
+    asked = {
+        batch.prompt_id(row): row["body"]["messages"][-1]["content"] for _, row in batch.read_requests(job.requests)
+    }
+    require_uncontaminated(list(asked.items()), job.recipe.keys.evaluation)
+
+
 @dataclass(frozen=True)
 class Seed:
     """What one seed came to.
 
     Attributes:
-        judged: by condition, what `questions.json` holds.
+        judged: by condition, what became of every held-out question, column by column.
         routed: by router, whether it sends each held-out question to thinking.
         swap: what the soft prompts of the held-out questions are like.
         served: how many answers vLLM gave as transformers did; None where there is no vLLM.
@@ -175,10 +185,11 @@ def run_seed(job: Job, planned: Mapping[str, Plan]) -> Seed:
             judged[SWAPPED] = judging.questions(f"eval-{SWAPPED}", swapped=True)
             swap = judging.prompts()
         seconds += trained.seconds + judging.seconds
+        judging.release()
     merge_checkpoint(job, hashes)
     served = serve_checkpoint(job, hashes) if vllm_python() else None
     hashes.save()
-    asked = [row["question"] for row in _documents(job, "conditions/pre_only/eval")]
+    asked = held_out_texts(samples_file(job.work / "conditions/pre_only/eval", job.recipe.keys.evaluation.task))
     routed = {name: route(kind, labelled, asked) for name, kind in ROUTERS.items()}
     return Seed(judged, routed, swap, served, facts, seconds)
 
@@ -204,7 +215,7 @@ def serve_checkpoint(job: Job, hashes: Hashes) -> dict[str, int]:
         `questions`, and `equal`: those whose text is the same to the letter.
     """
     checkpoint, keys = job.work / "checkpoint", job.recipe.keys
-    samples = newest(job.work / "conditions/adaptive/eval", f"samples_{keys.evaluation.task}_*.jsonl")
+    samples = samples_file(job.work / "conditions/adaptive/eval", keys.evaluation.task)
 
     def work(_resume: bool) -> dict[str, Any]:
         import torch
@@ -304,67 +315,72 @@ class Judging:
             "task": {str(path): hashes.of(path) for path in task_files(self.evaluation.task)},
         }
         self.seconds = 0.0
-        self.loaded: tuple[Any, Any] | None = None
+        self.loaded: Any = None
 
     def model(self) -> tuple[Any, Any]:
         """The student with its adapter in full precision, and the tokenizer."""
+        if self.loaded is None:
+            model: Any = load_model(self.student, self.adapter).eval()
+            self.loaded = model.to("cuda" if has_cuda() else "cpu")
+        return self.loaded, self.tokenizer
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The student's."""
         from transformers import AutoTokenizer
 
-        if self.loaded is None:
-            gc.collect()
-            model = load_model(self.student, self.adapter).eval()
-            self.loaded = model, AutoTokenizer.from_pretrained(self.student, padding_side="left")
-        return self.loaded
+        return AutoTokenizer.from_pretrained(self.student, padding_side="left")
+
+    def release(self) -> None:
+        """Give the model's memory back, before axolotl or vLLM takes the GPU."""
+        from thinkswitch_plugin.embedded import free_memory
+
+        self.loaded = None
+        free_memory()
 
     def questions(self, name: str, *, prefix: str = "", swapped: bool = False) -> dict[str, Any]:
-        """One evaluation: what `questions.json` in the folder `name` holds.
+        """One evaluation, kept in the folder `name`: what became of every question, column by column.
 
         Args:
             prefix: what every answer is made to begin with.
-            swapped: give every question the soft prompt of the row above it in its batch.
+            swapped: give every question the soft prompt of another one; `eval` has to be there.
         """
         out = self.here / name
-        key = {**self.key, "prefix": prefix, "swapped": swapped}
+        key = {**self.key, "prefix": prefix, "swapped": "drawn at random" if swapped else False}
 
         def work(_resume: bool) -> dict[str, Any]:
-            within: AbstractContextManager[Any] | None = None
             model, tokenizer = self.model()
+            within = None
             if swapped:
-                from thinkswitch_plugin.adaptive.model import replaced_prompts
+                from thinkswitch_plugin.adaptive.model import prompts_of_others, replaced_prompts
 
-                within = replaced_prompts(model, _rolled)
-            kind = self.job.recipe.keys.labels.answer
-            return {
-                "questions": judge(
-                    model,
-                    tokenizer,
-                    out,
-                    self.evaluation,
-                    kind,
-                    log=self.here / "logs" / "lm_eval.log",
-                    prefix=prefix,
-                    within=within,
-                )
-            }
+                within = replaced_prompts(model, prompts_of_others(self.soft_prompts(), self.job.seed))
+            log = self.here / "logs" / "lm_eval.log"
+            judge(model, tokenizer, out, self.evaluation, log=log, prefix=prefix, within=within)
+            return {}
 
-        done = once(self.here / f"{name}.json", key, (out,), work)
-        self.seconds += done["seconds"]
-        found: dict[str, Any] = done["questions"]
-        return found
+        self.seconds += once(self.here / f"{name}.json", key, (out,), work)["seconds"]
+        return read_columns(out, self.evaluation, self.tokenizer, self.job.recipe.keys.labels.answer, prefix)
+
+    def soft_prompts(self) -> Tensor:
+        """The soft prompts of the held-out questions, (questions, tokens, hidden), as `eval` asked them."""
+        import torch
+
+        from thinkswitch_plugin.adaptive.model import soft_prompts
+
+        model, tokenizer = self.model()
+        found = []
+        for _, row in files.read_jsonl(samples_file(self.here / "eval", self.evaluation.task)):
+            text = row["arguments"]["gen_args_0"]["arg_0"]
+            ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+            found.append(soft_prompts(model, ids.to(model.device)).float())
+        return torch.cat(found)
 
     def prompts(self) -> dict[str, float]:
         """How much the soft prompts differ between the held-out questions, and how large they are."""
 
         def work(_resume: bool) -> dict[str, Any]:
-            from thinkswitch_plugin.adaptive.model import soft_prompts
-
-            model, tokenizer = self.model()
-            texts = [
-                tokenizer.apply_chat_template([{"role": "user", "content": row["question"]}], tokenize=False)
-                for row in _documents(self.job, "conditions/adaptive/eval")
-            ]
-            ids = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)["input_ids"]
-            found = soft_prompts(model, ids.to(model.device)).float()
+            found, (model, _) = self.soft_prompts(), self.model()
             return {
                 "prompt_std": float(found.std(dim=0).mean()),
                 "prompt_rms": float(found.square().mean().sqrt()),
@@ -375,17 +391,13 @@ class Judging:
         return {name: done[name] for name in ("prompt_std", "prompt_rms", "embedding_rms")}
 
 
-def _rolled(prompts: Tensor) -> Tensor:
-    if len(prompts) < 2:
-        raise ThinkSwitchError("a soft prompt can be swapped in batches of two questions or more; raise `batch_size`.")
-    return prompts.roll(1, 0)
+def held_out_texts(samples: Path) -> list[str]:
+    """What the task asked in each question, in order: the text that a router sees."""
+    from thinkswitch_plugin.report.questions import Prompts
 
-
-def _documents(job: Job, folder: str) -> Iterator[dict[str, Any]]:
-    """The held-out questions with their fields, in order, as lm-eval's samples file has them."""
-    path = newest(job.work / folder, f"samples_{job.recipe.keys.evaluation.task}_*.jsonl")
-    for row in sorted((row for _, row in files.read_jsonl(path)), key=lambda row: row["doc_id"]):
-        yield row["doc"]
+    prompts = Prompts(samples.parent)
+    rows = sorted((row for _, row in files.read_jsonl(samples)), key=lambda row: row["doc_id"])
+    return [prompts.of(row) for row in rows]
 
 
 def together(jobs: Sequence[Job], seeds: Sequence[Seed]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Judge one adaptive model by lm-eval, in this process, and keep what became of every question.
+"""Judge one adaptive model by lm-eval, in this process, and read what became of every question.
 
+lm-eval's files are kept; verdicts are read from them each time, so they never outlive the rules that made them.
 A completion's tokens are those up to the answer: for an answer that
 comes first the `</answer>` that stops inference is counted, as the end of turn is for the other format.
 """
@@ -13,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import answers, files
-from thinkswitch_plugin.adaptive.formats import PRE, parse
+from thinkswitch_plugin.adaptive.formats import PRE, STOP, parse
 from thinkswitch_plugin.args import EvaluationKeys
-from thinkswitch_plugin.engines import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.evaluation import LM_EVAL_BUDGET, newest
+from thinkswitch_plugin.evaluation import LM_EVAL_BUDGET, samples_file
 from thinkswitch_plugin.in_process import Sampling, evaluate, quiet
 
 
@@ -37,37 +37,37 @@ def judge(
     tokenizer: Any,
     out: Path,
     keys: EvaluationKeys,
-    kind: str,
     *,
     log: Path,
     prefix: str = "",
     within: AbstractContextManager[Any] | None = None,
-) -> dict[str, Any]:
-    """Answer the task's questions with a loaded model; lm-eval's files go to `out`, whole or not at all.
+) -> None:
+    """Answer the task's questions with a loaded model, greedily; lm-eval's files go to `out`, whole or not at all.
+
+    An answer that comes first ends at its closing tag, also where the task's own stop strings do not say so.
 
     Args:
-        model: a transformers model; a perception module in it is at work.
-        kind: how the final answer is read, a key of `answers.EXTRACTORS`.
+        model: a transformers model, on the device that it is to answer on; a perception module in it is at work.
         prefix: what every answer is made to begin with.
         within: entered while the model answers.
-
-    Returns:
-        Column by column what became of the questions: the fields of `Question`.
     """
     from lm_eval.models.huggingface import HFLM
 
-    with files.atomic_folder(out) as building:
-        with quiet(log), within or nullcontext():
-            lm = HFLM(
-                pretrained=model,
-                tokenizer=tokenizer,
-                batch_size=keys.batch_size,
-                device="cuda" if has_cuda() else "cpu",
-            )
-            evaluate(lm, keys, Sampling(), building, name=out.name, prefix=prefix)
-        rows = list(read_questions(newest(building, f"samples_{keys.task}_*.jsonl"), tokenizer, kind, prefix))
-        columns = {name: [getattr(row, name) for row in rows] for name in Question.__dataclass_fields__}
-    return columns
+    with files.atomic_folder(out) as building, quiet(log), within or nullcontext():
+        # A model that is handed over stays on its device, whatever lm-eval is told.
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=keys.batch_size)
+        evaluate(lm, keys, Sampling(temperature=0.0), building, name=out.name, prefix=prefix, stop=STOP)
+
+
+def read_columns(out: Path, keys: EvaluationKeys, tokenizer: Any, kind: str, prefix: str = "") -> dict[str, Any]:
+    """What became of the questions that `judge` asked, column by column: the fields of `Question`.
+
+    Args:
+        kind: how the final answer is read, a key of `answers.EXTRACTORS`.
+        prefix: as `judge` was told.
+    """
+    rows = list(read_questions(samples_file(out, keys.task), tokenizer, kind, prefix))
+    return {name: [getattr(row, name) for row in rows] for name in Question.__dataclass_fields__}
 
 
 def read_questions(samples: Path, tokenizer: Any, kind: str, prefix: str = "") -> Iterator[Question]:

@@ -343,8 +343,7 @@ def replaced_prompts(model: Any, replace: Prompts) -> Iterator[None]:
     Args:
         model: one that has a perception module, under peft or not.
         replace: from the prompts of a batch, (questions, tokens, hidden) in the order of its
-            rows, to others of that shape: `lambda prompts: prompts.roll(1, 0)` gives every
-            question that of the row above.
+            rows, to others of that shape, such as `prompts_of_others`.
     """
     hook: SoftPrompt = model.soft_prompt
     before, hook.replace = hook.replace, replace
@@ -369,6 +368,27 @@ def soft_prompts(model: Any, ids: Tensor) -> Tensor:
     if not found:
         raise ThinkSwitchError(f"No text holds {PLACEHOLDER}; render it by the checkpoint's own chat template.")
     return found[0]
+
+
+def prompts_of_others(pool: Tensor, seed: int) -> Prompts:
+    """For `replaced_prompts`: every question gets the soft prompt of another one, drawn at random.
+
+    Whatever lies in the same batch does not matter: batches are sorted by length and text, and a neighbour's prompt
+    would be that of the most similar question.
+
+    Args:
+        pool: the soft prompts of all questions, (questions, tokens, hidden), as `soft_prompts` gives them.
+    """
+    if len(pool) < 2:
+        raise ThinkSwitchError("Soft prompts can be swapped among two questions or more; raise `evaluation.limit`.")
+    generator = torch.Generator().manual_seed(seed)
+
+    def replace(prompts: Tensor) -> Tensor:
+        own = torch.cdist(prompts.flatten(1).float(), pool.flatten(1).float()).argmin(1)
+        steps = torch.randint(1, len(pool), (len(prompts),), generator=generator)
+        return pool[(own + steps.to(own.device)) % len(pool)]
+
+    return replace
 
 
 @torch.no_grad()
