@@ -177,7 +177,9 @@ def _of_run(run: Run | None, home: Path, name: str, seed: int) -> Path:
             f"{home} is not a run folder, so there are no generations to learn from; {begin}, {other}."
         )
     if run.seed != seed:
-        raise ThinkSwitchError(f"{home} was begun with SEED={run.seed}; give SEED={run.seed}, {other}.")
+        raise ThinkSwitchError(
+            f"{home} was begun with SEED={run.seed}; give SEED={run.seed} (for `make adaptive`: SEEDS={run.seed}), {other}."
+        )
     if not (stamp := run.iteration(1) / ".stamps" / "generate.json").is_file():
         raise ThinkSwitchError(
             f"{home} has not finished the generations of iteration 1 (no {stamp}); {begin}, {other}."
