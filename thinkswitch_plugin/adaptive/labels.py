@@ -202,7 +202,7 @@ def make_labels(job: Job) -> dict[str, Any]:
 def label(job: Job, hashes: Hashes) -> dict[str, Any]:
     """`make_labels` within a job that holds the lock."""
     material = read_material(job)
-    dealt = deal([question.prompt_id for question in material.questions], job.folds, job.seed)
+    dealt = deal_questions(material.questions, job.folds, job.seed)
     source: Source = "gold" if job.recipe.keys.adaptive.gold else "majority"
     console.say(
         f"[labels] {len(material.questions)} questions in {job.folds} folds, compared with the "
@@ -210,7 +210,9 @@ def label(job: Job, hashes: Hashes) -> dict[str, Any]:
     )
     console.say(f"  {material.report.summary()}; {material.without_reference} questions have no reference")
     if material.repeated:
-        console.say(f"  {material.repeated} questions are asked under another id too, perhaps in another fold")
+        console.say(
+            f"  {material.repeated} questions are asked under another id too, and lie in the same fold as that one"
+        )
     student, seconds = prepare_student(job, hashes)
     found: dict[str, dict[Format, float]] = {question.prompt_id: {} for question in material.questions}
     folds = []
@@ -286,12 +288,12 @@ def read_material(job: Job) -> Material:
     )
     references = gold_references(job, turns) if keys.adaptive.gold else majority_references(job)
     questions = [Question(name, asked, references[name]) for name, asked in turns.items() if name in references]
-    if len(questions) < job.folds:
+    texts = Counter(question.prompt for question in questions)
+    if len(texts) < job.folds:
         raise ThinkSwitchError(
-            f"FOLDS={job.folds}, but {job.generations} has only {len(questions)} questions with a reference answer; "
+            f"FOLDS={job.folds}, but {job.generations} has only {len(texts)} questions with a reference answer; "
             "lower FOLDS=, or generate more answers."
         )
-    texts = Counter(question.prompt for question in questions)
     return Material(
         questions,
         rationales,
@@ -345,6 +347,15 @@ def deal(prompt_ids: Sequence[str], folds: int, seed: int) -> dict[str, int]:
     shuffled = sorted(prompt_ids)
     random.Random(f"folds-{seed}").shuffle(shuffled)
     return {prompt_id: place % folds + 1 for place, prompt_id in enumerate(shuffled)}
+
+
+def deal_questions(questions: Sequence[Question], folds: int, seed: int) -> dict[str, int]:
+    """The fold of each question, by prompt id: one text lies in one fold, under however many ids it is asked."""
+    ids: dict[str, list[str]] = {}
+    for question in questions:
+        ids.setdefault(question.prompt, []).append(question.prompt_id)
+    dealt = deal([min(alike) for alike in ids.values()], folds, seed)
+    return {prompt_id: dealt[min(alike)] for alike in ids.values() for prompt_id in alike}
 
 
 def prepare_student(job: Job, hashes: Hashes, soft_tokens: int = 0) -> tuple[Path, float]:
