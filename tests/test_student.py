@@ -29,9 +29,25 @@ def asked(student: Path, *turns: tuple[str, str]) -> str:
     return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
+def test_new_tokens_start_like_trained_ones_and_all_other_rows_stay(tmp_path: Path) -> None:
+    make_student(base(tmp_path / "base"), tmp_path / "student", soft_tokens=0)
+    old, new = checkpoints.read(tmp_path / "base"), checkpoints.read(tmp_path / "student")
+    added = sorted(AutoTokenizer.from_pretrained(tmp_path / "student").convert_tokens_to_ids([*ANSWER, SOFT]))
+    first = added[0]
+    table = "model.embed_tokens.weight"
+    changed = (old[table] != new[table]).any(dim=1).nonzero().flatten().tolist()
+    assert changed == added
+    norms = new[table].float().norm(dim=1)
+    assert 0.5 < float(norms[added].mean() / norms[:first].mean()) < 2
+    make_student(tmp_path / "student", tmp_path / "again", soft_tokens=4)  # nothing is new now
+    assert checkpoints.equal(new, checkpoints.read(tmp_path / "again"))
+
+
 def test_it_has_the_weights_of_its_base_and_every_format_token_is_one_token(tmp_path: Path) -> None:
     make_student(base(tmp_path / "base"), tmp_path / "student", soft_tokens=0)
-    assert checkpoints.equal(checkpoints.read(tmp_path / "base"), checkpoints.read(tmp_path / "student"))
+    old, new = checkpoints.read(tmp_path / "base"), checkpoints.read(tmp_path / "student")
+    tables = ("embed_tokens.weight", "lm_head.weight")
+    assert checkpoints.equal(*({k: v for k, v in held.items() if not k.endswith(tables)} for held in (old, new)))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
     old = build_tokenizer("instruct").get_vocab()
     assert {token: place for token, place in tokenizer.get_vocab().items() if token in old} == old

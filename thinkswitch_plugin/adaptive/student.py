@@ -11,6 +11,7 @@ from thinkswitch_plugin.adaptive import formats
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 SOFT = checkpoint.PLACEHOLDER  # a perception module overwrites it; `traces.control_token` keeps it out of prompts
+TABLES = ("embed_tokens.weight", "lm_head.weight")
 CONFIGS = ("config.json", "generation_config.json", "*.safetensors.index.json")
 
 # Put before a chat template: it takes another list of messages, and prints the same.
@@ -33,8 +34,9 @@ _WITH_SOFT_PROMPT = (
 def make_student(base: Path, out: Path, *, soft_tokens: int) -> None:
     """Write the checkpoint `out`: the weights of `base`, the format tokens, and `soft_tokens` placeholders.
 
-    The weights are hard links where the file system has them, else copies. The placeholders stand
-    at the start of the last user turn; with none of them the chat template stays as it is.
+    The weights are hard links where the file system has them, else copies; only the shards with the
+    embedding tables are written, where a token is new. The placeholders stand at the start of the last
+    user turn; with none of them the chat template stays as it is.
 
     Raises:
         ThinkSwitchError: `base` is no checkpoint with a chat template, its template opens the trace, or
@@ -51,7 +53,7 @@ def make_student(base: Path, out: Path, *, soft_tokens: int) -> None:
             f"The chat template of {base} opens the trace by itself, and a student chooses whether to think; "
             "take the instruct checkpoint or the base."
         )
-    _add_tokens(tokenizer, files.read_json(folder / "config.json"), base)
+    added = _add_tokens(tokenizer, files.read_json(folder / "config.json"), base)
     if soft_tokens:
         tokenizer.chat_template = _WITH_SOFT_PROMPT % (SOFT * soft_tokens) + tokenizer.chat_template
     with files.atomic_folder(out) as building:
@@ -59,11 +61,40 @@ def make_student(base: Path, out: Path, *, soft_tokens: int) -> None:
             for file in folder.glob(pattern):
                 shutil.copy2(file, building / file.name)
         for file in folder.glob("*.safetensors"):
-            files.link(file, building / file.name)
+            if not (added and _write_with_new_rows(file, building / file.name, added)):
+                files.link(file, building / file.name)
         tokenizer.save_pretrained(building)
 
 
-def _add_tokens(tokenizer: Any, config: dict[str, Any], base: Path) -> None:
+def _write_with_new_rows(shard: Path, target: Path, ids: list[int]) -> bool:
+    """Write a shard with the rows of new tokens drawn as if trained; False, and nothing written, where it has no table.
+
+    A row that no training has touched is short, and then its token can hardly win: a low-rank adapter has to
+    shout to write it, and drawn answers miss it. New rows get the mean and the spread of the trained ones, which
+    is how transformers enlarges a table.
+    """
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(str(shard), framework="pt") as handle:
+        tables = [name for name in handle.keys() if name.endswith(TABLES)]  # noqa: SIM118
+        if not tables:
+            return False
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        metadata = handle.metadata()
+    for name in tables:
+        old = tensors[name]
+        trained = old[: min(ids)].float()
+        drawn = torch.randn((len(ids), old.shape[1]), generator=torch.Generator().manual_seed(0))
+        tensors[name] = old.clone()
+        tensors[name][ids] = (trained.mean(dim=0) + drawn * trained.std(dim=0)).to(old.dtype)
+    save_file(tensors, str(target), metadata=metadata)
+    return True
+
+
+def _add_tokens(tokenizer: Any, config: dict[str, Any], base: Path) -> list[int]:
+    """Add what is missing, and return the new ids. Raises `ThinkSwitchError` if the table has no room."""
     from tokenizers import AddedToken
 
     known = tokenizer.get_vocab()
@@ -76,3 +107,4 @@ def _add_tokens(tokenizer: Any, config: dict[str, Any], base: Path) -> None:
             f"{base}: its embedding table has {rows} rows, and with {', '.join(missing)} its tokenizer would need "
             f"{len(tokenizer)}; enlarge the table first (transformers' `resize_token_embeddings`)."
         )
+    return sorted(int(tokenizer.convert_tokens_to_ids(token)) for token in missing)
