@@ -360,7 +360,7 @@ def deal_questions(questions: Sequence[Question], folds: int, seed: int) -> dict
 
 def prepare_student(job: Job, hashes: Hashes, soft_tokens: int = 0) -> tuple[Path, float]:
     """The checkpoint that learns, with placeholders for so many soft-prompt tokens; and its seconds."""
-    from thinkswitch_plugin.adaptive.student import make_student
+    from thinkswitch_plugin.adaptive.student import NEW_ROWS, make_student
 
     keys = job.recipe.keys
     name = keys.adaptive.student or keys.pair.instruct
@@ -372,7 +372,7 @@ def prepare_student(job: Job, hashes: Hashes, soft_tokens: int = 0) -> tuple[Pat
         make_student(base, out, soft_tokens=soft_tokens)
         return {}
 
-    key = {"base": hashes.of(base), "soft_tokens": soft_tokens}
+    key = {"base": hashes.of(base), "soft_tokens": soft_tokens, "new_rows": NEW_ROWS}
     hashes.save()
     return out, float(once(out.with_suffix(".json"), key, (out,), work)["seconds"])
 
