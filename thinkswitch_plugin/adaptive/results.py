@@ -130,7 +130,9 @@ def claims(found: Mapping[str, Condition]) -> list[dict[str, Any]]:
     pre, post = against["pre_only"], against["post_only"]
     stated = [
         _claim("adaptive is on average at least as accurate as pre-thinking only", pre["accuracy"] >= 0, pre),
-        _claim(f"adaptive takes at most {HALF:.0%} of its tokens", pre["tokens"] <= HALF, pre),
+        _claim(
+            f"adaptive takes at most {100 * HALF:.0f} % of the tokens of pre-thinking only", pre["tokens"] <= HALF, pre
+        ),
         _claim(
             f"adaptive is on average at least {100 * POINTS:.0f} points above post-thinking only",
             post["accuracy"] >= POINTS,
