@@ -157,6 +157,15 @@ labels: setup ## which questions need thinking? K-fold cross-validation: make la
 	@$(TS) labels --domain "$$DOMAIN" --runs "$$RUNS" --seed "$$SEED" --engine "$$ENGINE" --overlay "$$OVERLAY" \
 		--folds "$$FOLDS" --baselines "$$BASELINES" --generations "$$GENERATIONS"
 
+# The embedded domain of this experiment, where no other is named.
+adaptive: DOMAIN := $(if $(filter file,$(origin DOMAIN)),arithmetic-mixed,$(DOMAIN))
+adaptive: setup ## one model that chooses by itself, beside all controls: make adaptive DOMAIN=arithmetic-mixed SEEDS="0 1 2" FOLDS=5 CONDITIONS="no_prompt"
+	@$(TS) adaptive --domain "$$DOMAIN" --runs "$$RUNS" --seeds "$$SEEDS" --engine "$$ENGINE" --overlay "$$OVERLAY" \
+		--folds "$$FOLDS" --generations "$$GENERATIONS" --conditions "$$CONDITIONS"
+
+switch: setup ## a router that asks instruct or thinking, judged on held-out questions: make switch ITER=2; LABELS=file LIMIT=n
+	@$(TS) switch "$$RUN" "$$ITER" --labels="$$LABELS" --limit="$$LIMIT"
+
 ##@ Serve
 
 export-loras: setup ## instruct and thinking as two LoRAs of one base: make export-loras ITER=1 RANK="8 16 32 64 128"
@@ -166,17 +175,6 @@ export-loras: setup ## instruct and thinking as two LoRAs of one base: make expo
 serve: setup ## vLLM with both modes of an export, or one checkpoint: make serve ITER=1; make serve MODEL=folder
 	@$(TS) serve --domain "$$DOMAIN" --runs "$$RUNS" --iteration "$$ITER" --overlay "$$OVERLAY" --out "$$OUT" \
 		--model "$$MODEL" --rank "$$LORA_RANK" --port "$$PORT"
-
-##@ Choose a mode for each question
-
-# The embedded domain of this experiment, where no other is named.
-adaptive: DOMAIN := $(if $(filter file,$(origin DOMAIN)),arithmetic-mixed,$(DOMAIN))
-adaptive: setup ## one model that thinks only where it pays, beside all controls: make adaptive DOMAIN=arithmetic-mixed SEEDS="0 1 2" FOLDS=5
-	@$(TS) adaptive --domain "$$DOMAIN" --runs "$$RUNS" --seeds "$$SEEDS" --engine "$$ENGINE" --overlay "$$OVERLAY" \
-		--folds "$$FOLDS" --generations "$$GENERATIONS" --conditions "$$CONDITIONS"
-
-switch: setup ## a router that asks instruct or thinking, judged on held-out questions: make switch ITER=2; LABELS=file LIMIT=n
-	@$(TS) switch "$$RUN" "$$ITER" --labels="$$LABELS" --limit="$$LIMIT"
 
 ##@ Prove
 

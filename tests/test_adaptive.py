@@ -74,7 +74,7 @@ def test_unknown_conditions_are_refused_and_the_table_keeps_what_it_needs() -> N
         experiment.choose_plans(PerceptionKeys(), "statik")
 
 
-@pytest.mark.parametrize("seeds", ["", "0 0", "1 x", "-1"])
+@pytest.mark.parametrize("seeds", ["", "0 0", "0 00", "1 x", "1 ²", "-1"])
 def test_seeds_that_are_none_are_wrong_usage(seeds: str) -> None:
     done = CliRunner().invoke(cli.main, ["adaptive", "--domain", "arithmetic-mixed", "--seeds", seeds])
     assert done.exit_code == 2 and "give different whole numbers" in done.output

@@ -52,6 +52,19 @@ def test_another_seed_deals_otherwise() -> None:
     assert labels.deal(ids, 5, 0) != labels.deal(ids, 5, 1)
 
 
+def test_a_question_under_two_ids_lies_in_one_fold() -> None:
+    def question(number: int, text: str) -> labels.Question:
+        return labels.Question(f"p{number:02d}", [{"role": "user", "content": text}], "0")
+
+    questions = [question(i, f"{i % 10}+1") for i in range(30)]
+    dealt = labels.deal_questions(questions, 5, 0)
+    assert all(dealt[f"p{i:02d}"] == dealt[f"p{i + 10:02d}"] == dealt[f"p{i + 20:02d}"] for i in range(10))
+    assert Counter(dealt.values()) == dict.fromkeys(range(1, 6), 6)
+    assert labels.deal_questions(questions[::-1], 5, 0) == dealt
+    alone = questions[:10]
+    assert labels.deal_questions(alone, 5, 0) == labels.deal([q.prompt_id for q in alone], 5, 0)
+
+
 def recipe_of(tmp_path: Path, **keys: Any) -> Any:
     """The embedded recipe with other keys under `thinkswitch:`."""
     overlay = tmp_path / "keys.overlay.yaml"

@@ -550,15 +550,13 @@ def adaptive(domain: str, runs: Path, seeds: str, folds: str, conditions: str, o
     from thinkswitch_plugin.adaptive.experiment import run_experiment
     from thinkswitch_plugin.adaptive.labels import find_job
 
-    numbers = seeds.split()
-    if not numbers or len(set(numbers)) < len(numbers) or not all(number.isdigit() for number in numbers):
+    words = seeds.split()
+    numbers = [int(word) for word in words if word.isascii() and word.isdigit()]
+    if not numbers or len(set(numbers)) < len(words):
         raise click.UsageError(f"--seeds {seeds!r}: give different whole numbers, by spaces.")
     count = whole_number("--folds", folds)
     run_experiment(
-        [
-            find_job(domain, runs, seed=int(number), overlays=overlay.split(), folds=count, **options)
-            for number in numbers
-        ],
+        [find_job(domain, runs, seed=number, overlays=overlay.split(), folds=count, **options) for number in numbers],
         conditions,
     )
 

@@ -132,6 +132,8 @@ def answer(
     hashes.save()
 
     def work(_resume: bool) -> dict[str, Any]:
+        from thinkswitch_plugin.embedded import free_memory
+
         if engine == "embedded":
             set_seed(seed)  # as far as it goes: answers depend on how batches are made up
         report = generate(
@@ -144,6 +146,8 @@ def answer(
             log=out.parent / "logs" / "answer.log",
             title=title,
         )
+        if engine == "embedded":
+            free_memory()  # the next training is another process on the same GPU
         if report.failed:
             raise ThinkSwitchError(
                 f"{report.failed} of {report.requests} questions got no answer (see {out}); those that have one "

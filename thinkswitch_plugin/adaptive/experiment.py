@@ -233,6 +233,7 @@ def serve_checkpoint(job: Job, hashes: Hashes) -> dict[str, int]:
         ]
         with torch.inference_mode():
             prompts = [prompt_embeds(model, tokens) for tokens in ids]
+        del model  # vLLM loads the weights again
         view, budget = job.work / "plain-view", int(arguments.get("max_gen_toks", LM_EVAL_BUDGET))
         write_plain_view(checkpoint, view)
         longest = max(map(len, ids)) + budget

@@ -177,7 +177,9 @@ def _of_run(run: Run | None, home: Path, name: str, seed: int) -> Path:
             f"{home} is not a run folder, so there are no generations to learn from; {begin}, {other}."
         )
     if run.seed != seed:
-        raise ThinkSwitchError(f"{home} was begun with SEED={run.seed}; give SEED={run.seed}, {other}.")
+        raise ThinkSwitchError(
+            f"{home} was begun with SEED={run.seed}; give SEED={run.seed} (for `make adaptive`: SEEDS={run.seed}), {other}."
+        )
     if not (stamp := run.iteration(1) / ".stamps" / "generate.json").is_file():
         raise ThinkSwitchError(
             f"{home} has not finished the generations of iteration 1 (no {stamp}); {begin}, {other}."
@@ -200,7 +202,7 @@ def make_labels(job: Job) -> dict[str, Any]:
 def label(job: Job, hashes: Hashes) -> dict[str, Any]:
     """`make_labels` within a job that holds the lock."""
     material = read_material(job)
-    dealt = deal([question.prompt_id for question in material.questions], job.folds, job.seed)
+    dealt = deal_questions(material.questions, job.folds, job.seed)
     source: Source = "gold" if job.recipe.keys.adaptive.gold else "majority"
     console.say(
         f"[labels] {len(material.questions)} questions in {job.folds} folds, compared with the "
@@ -208,7 +210,9 @@ def label(job: Job, hashes: Hashes) -> dict[str, Any]:
     )
     console.say(f"  {material.report.summary()}; {material.without_reference} questions have no reference")
     if material.repeated:
-        console.say(f"  {material.repeated} questions are asked under another id too, perhaps in another fold")
+        console.say(
+            f"  {material.repeated} questions are asked under another id too, and lie in the same fold as that one"
+        )
     student, seconds = prepare_student(job, hashes)
     found: dict[str, dict[Format, float]] = {question.prompt_id: {} for question in material.questions}
     folds = []
@@ -284,12 +288,12 @@ def read_material(job: Job) -> Material:
     )
     references = gold_references(job, turns) if keys.adaptive.gold else majority_references(job)
     questions = [Question(name, asked, references[name]) for name, asked in turns.items() if name in references]
-    if len(questions) < job.folds:
+    texts = Counter(question.prompt for question in questions)
+    if len(texts) < job.folds:
         raise ThinkSwitchError(
-            f"FOLDS={job.folds}, but {job.generations} has only {len(questions)} questions with a reference answer; "
+            f"FOLDS={job.folds}, but {job.generations} has only {len(texts)} questions with a reference answer; "
             "lower FOLDS=, or generate more answers."
         )
-    texts = Counter(question.prompt for question in questions)
     return Material(
         questions,
         rationales,
@@ -345,9 +349,18 @@ def deal(prompt_ids: Sequence[str], folds: int, seed: int) -> dict[str, int]:
     return {prompt_id: place % folds + 1 for place, prompt_id in enumerate(shuffled)}
 
 
+def deal_questions(questions: Sequence[Question], folds: int, seed: int) -> dict[str, int]:
+    """The fold of each question, by prompt id: one text lies in one fold, under however many ids it is asked."""
+    ids: dict[str, list[str]] = {}
+    for question in questions:
+        ids.setdefault(question.prompt, []).append(question.prompt_id)
+    dealt = deal([min(alike) for alike in ids.values()], folds, seed)
+    return {prompt_id: dealt[min(alike)] for alike in ids.values() for prompt_id in alike}
+
+
 def prepare_student(job: Job, hashes: Hashes, soft_tokens: int = 0) -> tuple[Path, float]:
     """The checkpoint that learns, with placeholders for so many soft-prompt tokens; and its seconds."""
-    from thinkswitch_plugin.adaptive.student import make_student
+    from thinkswitch_plugin.adaptive.student import NEW_ROWS, make_student
 
     keys = job.recipe.keys
     name = keys.adaptive.student or keys.pair.instruct
@@ -359,7 +372,7 @@ def prepare_student(job: Job, hashes: Hashes, soft_tokens: int = 0) -> tuple[Pat
         make_student(base, out, soft_tokens=soft_tokens)
         return {}
 
-    key = {"base": hashes.of(base), "soft_tokens": soft_tokens}
+    key = {"base": hashes.of(base), "soft_tokens": soft_tokens, "new_rows": NEW_ROWS}
     hashes.save()
     return out, float(once(out.with_suffix(".json"), key, (out,), work)["seconds"])
 

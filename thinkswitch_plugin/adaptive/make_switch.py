@@ -23,7 +23,7 @@ from thinkswitch_plugin.adaptive import curve
 from thinkswitch_plugin.adaptive.agreement import Labels, label_by_agreement, read_labels
 from thinkswitch_plugin.adaptive.router import Router, Trained, threshold_that_keeps, train
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.evaluation import Sample, interval, newest, read_samples, summarize
+from thinkswitch_plugin.evaluation import Sample, interval, read_samples, samples_file, summarize
 from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.paired import compare
 from thinkswitch_plugin.run import MODES, Run, locked, versions
@@ -104,7 +104,7 @@ def held_out(run: Run, k: int) -> tuple[list[str], dict[str, list[Sample]]]:
     samples: dict[str, dict[int, Sample]] = {}
     for mode in MODES:
         folder = run.iteration(k) / "eval" / mode
-        path = newest(folder, f"samples_{keys.evaluation.task}_*.jsonl")
+        path = samples_file(folder, keys.evaluation.task)
         prompts = Prompts(path.parent)
         texts[mode] = {row["doc_id"]: prompts.of(row) for _, row in files.read_jsonl(path)}
         found = read_samples(folder, keys.evaluation.task, run.checkpoint(mode, k), keys.labels.answer)

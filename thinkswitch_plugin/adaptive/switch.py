@@ -299,7 +299,8 @@ class Switch:
 def last_with_router(run: Run) -> int:
     """The last iteration that has a router, or where there is none the last finished one, for the sentence."""
     routers = (k for k in range(run.iterations, -1, -1) if (run.iteration(k) / "switch" / "router.skops").is_file())
-    return next(routers, None) or compare.last_finished(run)
+    found = next(routers, None)
+    return compare.last_finished(run) if found is None else found
 
 
 def answer_one(switch: Switch, question: str) -> Routed:
