@@ -10,7 +10,6 @@ from pathlib import Path
 
 import orjson
 import pytest
-from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = ROOT / ".venv" / "bin"
@@ -44,18 +43,12 @@ def command() -> Command:
 def finished_run(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of one iteration of the embedded domain, by `make iterate`.
 
-    It is made once for all processes of pytest-xdist, and each has a copy of its own.
+    Each process of pytest-xdist makes its own, since stamps name their files by path: a copy would be stale.
     """
-    base = tmp_path_factory.getbasetemp()
-    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished-run"
-    with FileLock(shared.with_suffix(".lock")):
-        if not (shared / "done").is_file():
-            done = command("make", "iterate", "ITERATIONS=1", f"RUNS={shared}", "ENGINE=embedded", timeout=1800)
-            assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-            (shared / "done").touch()
-    run = tmp_path_factory.mktemp("runs") / "arithmetic"
-    shutil.copytree(shared / "arithmetic", run)
-    return run
+    runs = tmp_path_factory.mktemp("runs")
+    done = command("make", "iterate", "ITERATIONS=1", f"RUNS={runs}", "ENGINE=embedded", timeout=1800)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return runs / "arithmetic"
 
 
 @pytest.fixture(scope="session")

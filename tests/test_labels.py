@@ -386,7 +386,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache.ensure_pair(0, *(Path(f".cache/arithmetic/seed-0/{mode}") for mode in ("instruct", "thinking")))
     folder = tmp_path_factory.mktemp("material")
     mixed.write_training_files(folder, 0, count=QUESTIONS)
-    files.write_yaml(folder / "short.overlay.yaml", {"num_epochs": 1})
+    one_answer = {"adaptive": {"samples": 1}}  # greedy, so that engines and repetitions can be compared
+    files.write_yaml(folder / "short.overlay.yaml", {"num_epochs": 1, "thinkswitch": one_answer})
     return folder
 
 

@@ -7,7 +7,7 @@ and packing stay as they are, and decoding steps, which hold no placeholder, are
 
 Importing this module makes transformers' Auto classes know the checkpoints. Without it they
 refuse them: a checkpoint names its own model type, and code (`modeling_thinkswitch.py`) that
-imports this module where `trust_remote_code=True` allows it.
+imports this module where the caller trusts it to.
 """
 
 from __future__ import annotations
