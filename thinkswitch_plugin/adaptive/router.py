@@ -4,7 +4,7 @@ Every part is scikit-learn's. The candidates differ in what they look at; the on
 cross-validation on the label prompts is kept, so its probabilities can be held against a threshold. The questions
 of an evaluation never take part in that choice.
 
-`router.skops` is read by skops, which builds only the types that it knows and those of `ALLOWED`; nothing is unpickled.
+`router.skops` is read by skops, which builds only the types that it knows and those of `ALLOWED`; no other code runs.
 """
 
 from __future__ import annotations
