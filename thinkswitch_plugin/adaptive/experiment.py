@@ -41,6 +41,7 @@ from thinkswitch_plugin.evaluation import LM_EVAL_BUDGET, samples_file
 from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.loop import merge_adapter
 from thinkswitch_plugin.pictures import adaptive_picture, save
+from thinkswitch_plugin.report.questions import asked_texts
 from thinkswitch_plugin.run import locked, versions
 from thinkswitch_plugin.task_files import task_files
 
@@ -189,7 +190,8 @@ def run_seed(job: Job, planned: Mapping[str, Plan]) -> Seed:
     merge_checkpoint(job, hashes)
     served = serve_checkpoint(job, hashes) if vllm_python() else None
     hashes.save()
-    asked = held_out_texts(samples_file(job.work / "conditions/pre_only/eval", job.recipe.keys.evaluation.task))
+    texts = asked_texts(samples_file(job.work / "conditions/pre_only/eval", job.recipe.keys.evaluation.task))
+    asked = [texts[doc_id] for doc_id in sorted(texts)]
     routed = {name: route(kind, labelled, asked) for name, kind in ROUTERS.items()}
     return Seed(judged, routed, swap, served, facts, seconds)
 
@@ -390,15 +392,6 @@ class Judging:
 
         done = once(self.here / "prompts.json", self.key, (), work)
         return {name: done[name] for name in ("prompt_std", "prompt_rms", "embedding_rms")}
-
-
-def held_out_texts(samples: Path) -> list[str]:
-    """What the task asked in each question, in order: the text that a router sees."""
-    from thinkswitch_plugin.report.questions import Prompts
-
-    prompts = Prompts(samples.parent)
-    rows = sorted((row for _, row in files.read_jsonl(samples)), key=lambda row: row["doc_id"])
-    return [prompts.of(row) for row in rows]
 
 
 def together(jobs: Sequence[Job], seeds: Sequence[Seed]) -> dict[str, Any]:

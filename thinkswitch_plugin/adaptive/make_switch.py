@@ -97,16 +97,14 @@ def held_out(run: Run, k: int) -> tuple[list[str], dict[str, list[Sample]]]:
 
     Raises `ThinkSwitchError` if a checkpoint was not evaluated, or the two were asked other questions.
     """
-    from thinkswitch_plugin.report.questions import Prompts
+    from thinkswitch_plugin.report.questions import asked_texts
 
     keys = run.recipe.keys
     texts: dict[str, dict[int, str]] = {}
     samples: dict[str, dict[int, Sample]] = {}
     for mode in MODES:
         folder = run.iteration(k) / "eval" / mode
-        path = samples_file(folder, keys.evaluation.task)
-        prompts = Prompts(path.parent)
-        texts[mode] = {row["doc_id"]: prompts.of(row) for _, row in files.read_jsonl(path)}
+        texts[mode] = asked_texts(samples_file(folder, keys.evaluation.task))
         found = read_samples(folder, keys.evaluation.task, run.checkpoint(mode, k), keys.labels.answer)
         samples[mode] = {sample.doc_id: sample for sample in found}
     asked = texts["instruct"]

@@ -238,6 +238,12 @@ class Prompts:
         return sent
 
 
+def asked_texts(samples: Path) -> dict[int, str]:
+    """What each question of one of lm-eval's samples files said to the model, by doc_id, in the order of the file."""
+    prompts = Prompts(samples.parent)
+    return {row["doc_id"]: prompts.of(row) for _, row in files.read_jsonl(samples)}
+
+
 def sent_text(sent: Any) -> str:
     """What lm-eval sent: rendered text, or the messages of a chat, which it keeps as JSON in a list."""
     if isinstance(sent, list) and sent:
