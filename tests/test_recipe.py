@@ -37,6 +37,7 @@ def test_recipes_of_the_project_are_valid() -> None:
         ("labels", {"selection": "best"}, r"`thinkswitch.labels.selection`: .* \(found 'best'\)"),
         ("sampling", {"max_tokens": "many"}, "`thinkswitch.sampling.max_tokens`"),
         ("prompts", {"hub": "a/b"}, "give either `path`"),
+        ("prompts", {"a\nb": None}, r"unknown key `thinkswitch.prompts.'a\\nb'`"),
         ("", {"domian": "x"}, "unknown key `thinkswitch.domian`; did you mean `domain`"),
     ],
 )

@@ -40,7 +40,8 @@ def read_file(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     from pyarrow import csv, parquet
 
     try:
-        with path.open("rb") as handle:
+        # Arrow's own file: its threads would still let go of one of Python's while the interpreter ends, and abort.
+        with pyarrow.OSFile(str(path)) as handle:
             if path.suffix == ".csv":
                 # A quoted text may go on over several lines.
                 table = csv.read_csv(handle, parse_options=csv.ParseOptions(newlines_in_values=True))
