@@ -71,7 +71,9 @@ def plans(keys: PerceptionKeys) -> dict[str, Plan]:
         "static_prompt": Plan("labels", keys.model_copy(update={"static": True})),
         "random_mixture": Plan("random", keys),
     }
-    if keys.cross_attention and keys.features:
+    if keys.static:  # the adaptive model is that control itself
+        del found["static_prompt"]
+    elif keys.cross_attention and keys.features:
         found["no_words"] = Plan("labels", keys.model_copy(update={"features": []}))
         found["no_attention"] = Plan("labels", keys.model_copy(update={"cross_attention": False}))
     return found

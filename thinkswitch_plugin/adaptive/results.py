@@ -232,7 +232,7 @@ def markdown(result: dict[str, Any]) -> str:
         lines += [
             "",
             f"Prefix swap: with another question's soft prompt, drawn at random, {swap['decisions_changed']} of {swap['questions']} decisions "
-            f"and {swap['answers_changed']} answers change; between questions the prompts differ by a standard "
+            f"and {swap['answers_changed']} answers change, and {100 * swap['accuracy']:.1f} % are right; between questions the prompts differ by a standard "
             f"deviation of {swap['prompt_std']:.4f}, where their root mean square is {swap['prompt_rms']:.4f}.",
         ]
     if served := result.get("served"):
