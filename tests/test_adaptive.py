@@ -41,7 +41,9 @@ def test_every_condition_differs_from_the_adaptive_one_in_one_thing() -> None:
 
 def test_a_module_without_features_or_attention_has_fewer_controls() -> None:
     assert "no_words" not in experiment.plans(PerceptionKeys(features=[]))
-    assert experiment.plans(PerceptionKeys(static=True)).keys().isdisjoint({"static_prompt", "no_words", "no_attention"})
+    assert (
+        experiment.plans(PerceptionKeys(static=True)).keys().isdisjoint({"static_prompt", "no_words", "no_attention"})
+    )
 
 
 def test_the_random_mixture_keeps_the_share_and_hands_the_labels_to_other_questions() -> None:
