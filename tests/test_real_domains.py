@@ -143,12 +143,13 @@ def test_an_evaluation_question_among_the_prompts_stops_the_run(
     overlay = tmp_path / "planted.yaml"
     overlay.write_text(yaml.safe_dump({"thinkswitch": {"prompts": {"path": str(planted)}}}))
     words = ["--domain", "aime", "--overlay", f"{tiny} {overlay}", "--runs", tmp_path, "--engine", "embedded"]
-    # Of `make iterate` only what stands before it: the evaluations of the starting pair say nothing here.
-    for stage in (["begin", *words], ["pair", tmp_path / "aime"]):
-        assert command(BIN / "thinkswitch", *stage, THINKSWITCH_DATA=str(data)).returncode == 0
-    done = command(BIN / "thinkswitch", "requests", tmp_path / "aime", "1", THINKSWITCH_DATA=str(data))
-    assert done.returncode != 0 and "1 training prompt(s) overlap with the evaluation set" in done.stderr
-    assert f"{question}" in done.stderr and not (tmp_path / "aime" / "iter-1" / "requests.jsonl").exists()
+    assert command(BIN / "thinkswitch", "begin", *words, THINKSWITCH_DATA=str(data)).returncode == 0
+    # The first stage of `make iterate` says so, and the one that writes the requests, should prompts change meanwhile.
+    aime = tmp_path / "aime"
+    for stage, made in ((["pair", aime], "iter-0/pair.json"), (["requests", aime, "1"], "iter-1/requests.jsonl")):
+        done = command(BIN / "thinkswitch", *stage, THINKSWITCH_DATA=str(data))
+        assert done.returncode != 0 and "1 training prompt(s) overlap with the evaluation set" in done.stderr
+        assert f"{question}" in done.stderr and not (aime / made).exists()
 
 
 def test_k_samples_are_different_samples_with_hf(tiny: Path, data: Path, command: Any, tmp_path: Path) -> None:

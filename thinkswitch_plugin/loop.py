@@ -22,6 +22,8 @@ def prepare_pair(run: Run) -> dict[str, Any]:
 
     Writes `iter-0/pair.json`: name, folder and hub commit of both checkpoints.
     """
+    from thinkswitch_plugin import domain
+    from thinkswitch_plugin.contamination import require_uncontaminated
     from thinkswitch_plugin.merging.compatibility import require_compatible
 
     keys = run.recipe.keys.pair
@@ -32,6 +34,9 @@ def prepare_pair(run: Run) -> dict[str, Any]:
         ensure_pair(run.seed, Path(run.checkpoint("instruct", 0)), Path(run.checkpoint("thinking", 0)))
         if run.recipe.keys.domain == DOMAIN:
             ensure_mixed(run.seed)
+    # `write_requests` asks again; but that comes after downloads and hours of evaluating the starting pair.
+    prompts, _ = domain.prompts_of_iteration(run.recipe.keys.prompts, run.seed, 1)
+    require_uncontaminated(prompts, run.recipe.keys.evaluation)
     found: dict[str, dict[str, Any]] = {}
     for mode, revision in (("instruct", keys.revision_instruct), ("thinking", keys.revision_thinking)):
         name = run.checkpoint(mode, 0)
