@@ -65,6 +65,13 @@ def show_status(folder: Path) -> None:
 
     Raises `ThinkSwitchError` if the run's own files are damaged.
     """
+    adaptive = list(adaptive_lines(folder))
+    if adaptive and not settings_file(folder).is_file():
+        for line in adaptive:
+            console.say(line)
+        if (worker := lock_holder(folder / ".lock")) is not None:
+            console.say(console.printable(f"Now:    process {worker}{words_of(worker)}"))
+        return
     if not settings_file(folder).is_file():
         console.say(f"There is no run in {folder} yet; begin one with: {next_command(folder)}")
         return
@@ -87,6 +94,8 @@ def show_status(folder: Path) -> None:
         + (f" in {duration(sum(seconds.values()))}" if done else "")
     )
     for line in table(every, states, seconds):
+        console.say(line)
+    for line in adaptive:
         console.say(line)
     for line in at_work(run, every, seconds, record, holder):
         console.say(console.printable(line))
@@ -125,6 +134,21 @@ def table(every: list[Stage], states: dict[tuple[str, int], str], seconds: timin
                 note = f" ({MEANING[state]})" if state in MEANING else ""
                 yield f"  {title:12} {state:11} {', '.join(names)}{note}"
                 title = ""
+
+
+def adaptive_lines(folder: Path) -> Iterator[str]:
+    """A line for each seed of `make labels` and `make adaptive`: what is there, and what was begun."""
+    for seed in sorted((folder / "adaptive").glob("seed-*")):
+        folds = {path.parent.parent for path in seed.glob("labels/fold-*/*/generations.json")}
+        whole = (seed / "labels" / "labels.jsonl").is_file()
+        parts = ["labels" if whole else f"labels begun, folds answered: {len(folds)}"]
+        conditions = sorted(path for path in seed.glob("conditions/*") if path.is_dir())
+        judged = [path.name for path in conditions if (path / "eval.json").is_file()]
+        begun = [path.name for path in conditions if path.name not in judged]
+        parts += [f"judged {', '.join(judged)}"] * bool(judged) + [f"begun {', '.join(begun)}"] * bool(begun)
+        yield console.printable(f"  {'adaptive':12} {seed.name}: {'; '.join(parts)}")
+    if (table := folder / "adaptive" / "adaptive.md").is_file():
+        yield f"  {'':12} last table: {table}"
 
 
 def at_work(
