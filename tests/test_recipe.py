@@ -48,6 +48,13 @@ def test_a_typo_in_our_keys_is_one_sentence(tmp_path: Path, section: str, change
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("key", ["trust_remote_code\n", "a\nb.trust_remote_code"])
+def test_a_line_break_hides_no_trust_and_breaks_no_sentence(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ThinkSwitchError, match="would run code") as caught:
+        recipe.load_recipe(changed(tmp_path, {key: True}))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_typo_in_axolotls_keys_is_caught_too(tmp_path: Path) -> None:
     loaded = recipe.load_recipe(changed(tmp_path, {"learning_rat": 1}))
     with pytest.raises(ThinkSwitchError, match="axolotl knows no key `learning_rat`; did you mean `learning_rate`"):

@@ -22,8 +22,6 @@ def prepare_pair(run: Run) -> dict[str, Any]:
 
     Writes `iter-0/pair.json`: name, folder and hub commit of both checkpoints.
     """
-    from thinkswitch_plugin import domain
-    from thinkswitch_plugin.contamination import require_uncontaminated
     from thinkswitch_plugin.merging.compatibility import require_compatible
 
     keys = run.recipe.keys.pair
@@ -34,9 +32,7 @@ def prepare_pair(run: Run) -> dict[str, Any]:
         ensure_pair(run.seed, Path(run.checkpoint("instruct", 0)), Path(run.checkpoint("thinking", 0)))
         if run.recipe.keys.domain == DOMAIN:
             ensure_mixed(run.seed)
-    # `write_requests` asks again; but that comes after downloads and hours of evaluating the starting pair.
-    prompts, _ = domain.prompts_of_iteration(run.recipe.keys.prompts, run.seed, 1)
-    require_uncontaminated(prompts, run.recipe.keys.evaluation)
+    clean_prompts(run, 1)  # `write_requests` asks again, but after downloads and hours of evaluating the starting pair
     found: dict[str, dict[str, Any]] = {}
     for mode, revision in (("instruct", keys.revision_instruct), ("thinking", keys.revision_thinking)):
         name = run.checkpoint(mode, 0)
@@ -47,17 +43,28 @@ def prepare_pair(run: Run) -> dict[str, Any]:
     return {}
 
 
+def clean_prompts(run: Run, k: int) -> tuple[list[tuple[str, str]], str | None]:
+    """The prompts of iteration k and their hub commit; see `domain.prompts_of_iteration`.
+
+    Raises `ThinkSwitchError` if one of them is an evaluation question.
+    """
+    from thinkswitch_plugin import domain
+    from thinkswitch_plugin.contamination import require_uncontaminated
+
+    prompts, commit = domain.prompts_of_iteration(run.recipe.keys.prompts, run.seed, k)
+    require_uncontaminated(prompts, run.recipe.keys.evaluation)
+    return prompts, commit
+
+
 def write_requests(run: Run, k: int) -> dict[str, Any]:
     """Prompts -> `requests.jsonl`, asked of the thinking checkpoint of iteration k − 1."""
     from transformers import AutoTokenizer
 
     from thinkswitch_plugin import domain, traces
-    from thinkswitch_plugin.contamination import require_uncontaminated
 
     teacher = run.checkpoint("thinking", k - 1)
     keys = run.recipe.keys
-    prompts, commit = domain.prompts_of_iteration(keys.prompts, run.seed, k)
-    require_uncontaminated(prompts, keys.evaluation)
+    prompts, commit = clean_prompts(run, k)
     count = domain.write_requests(
         run.iteration(k) / "requests.jsonl",
         prompts,

@@ -62,9 +62,9 @@ def load_recipe(path: Path, overlays: tuple[Path, ...] = ()) -> Recipe:
     for key, value in values.items():
         if not isinstance(key, str):
             raise ThinkSwitchError(f"{path}: the key {str(key)[:50]!r} is not text; put it in quotes.")
-        if trusts := trusted_code(value, printable(key)):
+        if trusts := trusted_code(value, key):
             raise ThinkSwitchError(
-                f"{path}: `{trusts}` would run code that comes with a model, which no stage of ours does; "
+                f"{path}: `{escaped(trusts)}` would run code that comes with a model, which no stage of ours does; "
                 "take it out, and use a model that transformers knows by itself."
             )
     if "thinkswitch" not in values:
@@ -82,7 +82,7 @@ def trusted_code(value: Any, name: str) -> str | None:
     if re.search(r"(?:^|\.)trust_remote_code[^.]*$", name) and str(value).lower() not in ("false", "none", "0", ""):
         return name
     if isinstance(value, dict):
-        inside = [trusted_code(item, f"{name}.{printable(key)}") for key, item in value.items()]
+        inside = [trusted_code(item, f"{name}.{key}") for key, item in value.items()]
     elif isinstance(value, list):
         inside = [trusted_code(item, f"{name}[{place}]") for place, item in enumerate(value)]
     else:
@@ -93,7 +93,7 @@ def trusted_code(value: Any, name: str) -> str | None:
 def explain(error: ValidationError) -> str:
     """The first problem of a pydantic error as one sentence."""
     first = error.errors()[0]
-    field = ".".join(printable(part) for part in ("thinkswitch", *first["loc"]))
+    field = ".".join(escaped(part) for part in ("thinkswitch", *first["loc"]))
     if first["type"] == "extra_forbidden":
         return f"unknown key `{field}`{_did_you_mean(first['loc'])}."
     if first["type"] == "missing":
@@ -101,7 +101,7 @@ def explain(error: ValidationError) -> str:
     return f"`{field}`: {first['msg'].removeprefix('Value error, ')} (found {shown(first['input'])})."
 
 
-def printable(name: object) -> str:
+def escaped(name: object) -> str:
     """A key as it may stand in a sentence: as it is, or escaped where it would break the line."""
     text = str(name)
     return text if text.isprintable() else repr(text)

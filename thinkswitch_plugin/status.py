@@ -66,14 +66,11 @@ def show_status(folder: Path) -> None:
     Raises `ThinkSwitchError` if the run's own files are damaged.
     """
     adaptive = list(adaptive_lines(folder))
-    if adaptive and not settings_file(folder).is_file():
-        for line in adaptive:
-            console.say(line)
-        if (worker := lock_holder(folder / ".lock")) is not None:
-            console.say(console.printable(f"Now:    process {worker}{words_of(worker)}"))
-        return
     if not settings_file(folder).is_file():
-        console.say(f"There is no run in {folder} yet; begin one with: {next_command(folder)}")
+        for line in adaptive or [f"There is no run in {folder} yet; begin one with: {next_command(folder)}"]:
+            console.say(line)
+        if adaptive and (worker := lock_holder(folder / ".lock")) is not None:
+            console.say(console.printable(f"Now:    process {worker}{words_of(worker)}"))
         return
     run = open_run(folder)
     every = list(stages(run))
@@ -147,8 +144,8 @@ def adaptive_lines(folder: Path) -> Iterator[str]:
         begun = [path.name for path in conditions if path.name not in judged]
         parts += [f"judged {', '.join(judged)}"] * bool(judged) + [f"begun {', '.join(begun)}"] * bool(begun)
         yield console.printable(f"  {'adaptive':12} {seed.name}: {'; '.join(parts)}")
-    if (table := folder / "adaptive" / "adaptive.md").is_file():
-        yield f"  {'':12} last table: {table}"
+    if (written := folder / "adaptive" / "adaptive.md").is_file():
+        yield f"  {'':12} last table: {written}"
 
 
 def at_work(
