@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 import unicodedata
 from pathlib import Path
 
 import pytest
+from click import unstyle
 
 from tests.conftest import ROOT
 from tests.terminal import run_on_terminal
@@ -24,7 +26,8 @@ folder = Path(sys.argv[1])
 engine = '''
 import sys, time
 from tqdm import tqdm
-print("engine chatter")
+print("engine chatter", flush=True)
+time.sleep(0.8)  # as an engine that loads a model
 for _ in tqdm(range(40), desc="Executing graph", mininterval=0):
     time.sleep(0.02)
 sys.exit(int(sys.argv[1]))
@@ -56,7 +59,10 @@ def test_a_terminal_shows_bars_speed_time_left_and_where_the_run_is(tmp_path: Pa
     assert code == 0
     for text in ("40/40", "tokens/s", "stage 7 of 20 · iteration 1 of 2", "Executing graph", "said after it"):
         assert text in shown, text
-    assert "\x1b[" in shown and "engine chatter" not in shown
+    assert "\x1b[" in shown
+    # The engine's last words stand beside its bar until it draws one of its own, and nowhere else.
+    chatter = [row.strip() for row in unstyle(shown).splitlines() if "engine chatter" in row]
+    assert all(row.startswith("axolotl train ") for row in chatter), chatter
     assert "\x1b[?25l" not in shown  # the cursor is never hidden: who kills us would be left without
     assert "engine chatter" in (tmp_path / "train.log").read_text()
 
@@ -180,6 +186,7 @@ def test_an_engine_whose_bar_is_full_is_said_to_be_at_work_and_no_speed_is_made_
     bar.place(100, 400, "Running")
     assert bar.line().startswith("  lm_eval:  25% 100/400 [")
     bar.place(400, 400, "Running")
+    bar.begun = time.monotonic()
     assert bar.line() == "  lm_eval: 0 s so far, Running done"
 
 
@@ -212,6 +219,24 @@ def test_escape_codes_of_an_engine_stay_in_its_log(tmp_path: Path) -> None:
     shown = console.tail(log)
     assert not {c for c in shown if unicodedata.category(c) == "Cc"} - {"\n"}
     assert shown.splitlines()[0] == "    INFO 07:12 ready" and shown.endswith("gone")
+
+
+def test_what_is_shown_of_an_engine_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(b"  9%|x| 1/11 [00:01]\n")
+    earlier = log.stat().st_size  # what another start of the engine had written
+    with log.open("ab") as handle:
+        handle.write(b"\x1b[2J\x07\x1b7 loading\tnow \n")
+    bar = progress.Bar(0, "axolotl train")
+    console.follow(bar, log, earlier)
+    assert (bar.text, bar.total) == ("7 loading now", 0)
+    with log.open("ab") as handle:
+        handle.write(b"\x1b[32mExecuting\x1b[0m graph:  25%|x| 10/40 [00:01]\r")
+    console.follow(bar, log, earlier)
+    assert (bar.text, bar.n, bar.total) == ("Executing graph", 10, 40)
+    log.write_bytes(b"")
+    console.follow(bar, log, 0)
+    assert (bar.text, bar.n) == ("Executing graph", 10)
 
 
 EVERY = [Stage("pair", 0, (), ())]

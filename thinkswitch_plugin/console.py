@@ -26,6 +26,7 @@ from thinkswitch_plugin.progress import Bar, last_tqdm
 TAIL_LINES = 15
 ENGINE_BARS = {"TQDM_MININTERVAL": "0.5"}  # a log of hours must not be a log of bars
 OWNER_VARIABLE = "THINKSWITCH_OWNER"  # process id of the `make` that the user started
+HANDLED: set[int] = set()  # signals that `end_on_signals` has taken over
 HELD_LOCKS: set[int] = set()  # descriptors that a supervisor keeps open until its engine has gone
 
 
@@ -37,22 +38,28 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
+def end_soon(number: int) -> None:
+    """From the first signal on: a second Ctrl-C ends at once, other signals nothing, and 30 seconds anything."""
+    for sign in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sign, signal.SIG_IGN)  # `make` passes on what its whole group was sent
+    signal.signal(signal.SIGINT, lambda *_: os._exit(128 + number))
+    last_resort = threading.Timer(30, os._exit, (128 + number,))  # some library may swallow the exception
+    last_resort.daemon = True
+    last_resort.start()
+
+
 def end_on_signals() -> None:
     """Have SIGINT, SIGTERM and SIGHUP raise `Interrupted` in the main thread, once."""
 
     def interrupt(number: int, _frame: FrameType | None) -> None:
-        for sign in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(sign, signal.SIG_IGN)  # `make` passes on what its whole group was sent
-        signal.signal(signal.SIGINT, lambda *_: os._exit(128 + number))
-        last_resort = threading.Timer(30, os._exit, (128 + number,))  # some library may swallow the exception
-        last_resort.daemon = True
-        last_resort.start()
+        end_soon(number)
         raise Interrupted(number)
 
     if threading.current_thread() is threading.main_thread():
         for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(sign) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(sign, interrupt)
+                HANDLED.add(sign)
 
 
 def end_with_owner() -> None:
@@ -148,13 +155,13 @@ def follow(bar: Bar, log: Path, start: int) -> None:
     """
     with log.open("rb") as handle:
         handle.seek(max(start, handle.seek(0, os.SEEK_END) - 4096))
-        text = handle.read().decode("utf-8", "replace")
+        text = printable(handle.read().decode("utf-8", "replace").replace("\r", "\n"))
     if (found := last_tqdm(text)) is not None:
         title, done, total = found
         bar.place(done, total, title)
         return
-    if not bar.total and (lines := text.split()):
-        bar.note(" ".join(text.rstrip().rsplit("\n", 1)[-1].split())[:60] if lines else "")
+    if not bar.total and text.strip():
+        bar.note(" ".join(text.rstrip().rsplit("\n", 1)[-1].split())[:60])
     bar.update(0)
 
 
@@ -176,6 +183,7 @@ def run_logged(command: Sequence[str | Path], log: Path, *, env: Mapping[str, st
                 while process.poll() is None:
                     time.sleep(0.2)
                     follow(bar, log, before)
+                follow(bar, log, before)  # what it wrote at its very end
         except BaseException:
             stop_group(process)
             raise

@@ -164,11 +164,12 @@ class Bar:
 
     def place(self, done: float, total: float, text: str = "") -> None:
         """What an engine says of itself; the clock starts anew where it has begun another kind of work."""
-        if (text, total) != (self.text, self.total) or done < self.n:
+        anew = (text, total) != (self.text, self.total) or done < self.n
+        self.n, self.between = done, done >= total
+        if anew:
             self.text, self.total, self.initial, self.started = text, total, done, time.monotonic()
             if self.view is not None and self.task is not None:
-                self.view.reset(self.task, total=total or None, completed=int(done))
-        self.n, self.between = done, done >= total
+                self.view.reset(self.task, total=total or None, completed=int(done), beside=self._beside())
         self._show()
 
     def close(self) -> None:
