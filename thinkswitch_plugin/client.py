@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, TypeVar
 
 import openai
 
-from thinkswitch_plugin import batch, files
+from thinkswitch_plugin import batch, console, files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.engines import Server, on_loopback
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -28,8 +31,43 @@ Limits = type(openai.DEFAULT_CONNECTION_LIMITS)  # of whichever HTTP library thi
 TIME_OUTS = 2  # a stalled connection deserves a second try, a prompt that is too long no more
 
 
+T = TypeVar("T")
+
+
 class Unanswered(Exception):
     """A prompt that could not be answered, and why."""
+
+
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run`, ended by a signal between the steps of its tasks, so that none of them prints a traceback.
+
+    Raises `console.Interrupted` then, as the command line's own handlers do everywhere else.
+    """
+    stopped: list[int] = []
+    with asyncio.Runner() as runner, ExitStack() as undo:
+        loop = runner.get_loop()
+        task = loop.create_task(work)
+
+        def stop(number: int) -> None:
+            stopped.append(number)
+            undo.close()  # closing the loop would otherwise undo what comes now
+            console.end_soon(number)
+            task.cancel()
+
+        for number in console.HANDLED if threading.current_thread() is threading.main_thread() else ():
+            undo.callback(signal.signal, number, signal.getsignal(number))
+            loop.add_signal_handler(number, stop, number)
+            undo.callback(loop.remove_signal_handler, number)
+
+        async def finished() -> T:
+            return await task
+
+        try:
+            return runner.run(finished())
+        except asyncio.CancelledError:
+            if stopped:
+                raise console.Interrupted(stopped[0]) from None
+            raise
 
 
 class Client:
@@ -166,9 +204,9 @@ def ask_all(
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(ask())
+        return run_async(ask())
     with ThreadPoolExecutor(1) as thread:  # a notebook's own loop is at work in this one
-        return thread.submit(asyncio.run, ask()).result()
+        return thread.submit(run_async, ask()).result()
 
 
 def _fault_of_text(reply: Any) -> str | None:

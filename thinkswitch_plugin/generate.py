@@ -122,13 +122,15 @@ def generate(
         if engine == "embedded":
             _answer_embedded(rows, keep, title, checkpoint, adapter, keys.concurrency, retry_max_tokens)
         else:
+            from thinkswitch_plugin.client import run_async
+
             room = min(max(budget, retry_max_tokens or 0) + PROMPT_ROOM, context_length(checkpoint))
             asked = ADAPTER if adapter else checkpoint
             if adapter:
                 options = [*keys.vllm_args, *lora_arguments({ADAPTER: adapter})]
                 keys = keys.model_copy(update={"vllm_args": options})
             with serving(engine, checkpoint, keys, log, max_len=room) as server, keep.progress(title):
-                asyncio.run(_answer_from_server(rows, keep, server, asked, keys, retry_max_tokens))
+                run_async(_answer_from_server(rows, keep, server, asked, keys, retry_max_tokens))
     if report.failed * 2 > report.requests:
         raise ThinkSwitchError(
             f"{report.failed} of {report.requests} requests failed; the last: {keep.last_problem}. "
