@@ -11,7 +11,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -99,10 +99,11 @@ def test_exit_codes_are_those_of_a_shell() -> None:
 
 
 COMMAND = """
-import threading
+import signal
 import time
+for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(sign, signal.SIG_DFL)  # who runs the tests may have had some of them ignored
 from thinkswitch_plugin import cli, files
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 @cli.main.command("work")
@@ -187,6 +188,17 @@ def test_a_new_folder_takes_its_name_where_names_cannot_be_swapped(
     assert [p.name for p in (tmp_path / "old").iterdir()] == ["file"] and not (tmp_path / "new").exists()
 
 
+def test_weights_can_be_read_by_whoever_may_read_their_folder(tmp_path: Path) -> None:
+    for folder, mode, expected in (("open", 0o755, 0o644), ("private", 0o700, 0o600)):
+        with files.atomic_folder(tmp_path / folder) as building:
+            building.chmod(mode)
+            (building / "inside").mkdir()
+            for name in ("a.safetensors", "inside/b.safetensors"):
+                (building / name).touch()
+                (building / name).chmod(0o600)
+        assert {p.stat().st_mode & 0o777 for p in (tmp_path / folder).rglob("*.safetensors")} == {expected}
+
+
 def test_a_training_checkpoint_cut_short_is_not_gone_on_with(tmp_path: Path) -> None:
     for step in (9, 16, 120):
         files.write_json(tmp_path / f"checkpoint-{step}" / "trainer_state.json", {})
@@ -199,6 +211,8 @@ def test_a_training_checkpoint_cut_short_is_not_gone_on_with(tmp_path: Path) -> 
 class Stalling(BaseHTTPRequestHandler):
     """Serves the model `m`, and never answers a question."""
 
+    asked: ClassVar[list[str]] = []
+
     def do_GET(self) -> None:
         body = b'{"data": [{"id": "m"}]}'
         self.send_response(200)
@@ -207,16 +221,22 @@ class Stalling(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_POST(self) -> None:
+        self.asked.append(self.path)
         time.sleep(30)
 
     def log_message(self, *_: object) -> None:
         pass
 
 
-@pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sign", "code", "seconds"),
+    # once all are asked, and while connections are made, within the tasks of the client
+    [(signal.SIGINT, 130, None), (signal.SIGTERM, 143, None), (signal.SIGINT, 130, 0.04), (signal.SIGTERM, 143, 0.06)],
+)
 def test_a_signal_while_answers_are_awaited_is_one_sentence(
-    tmp_path: Path, write_jsonl: Any, sign: signal.Signals, code: int
+    tmp_path: Path, write_jsonl: Any, sign: signal.Signals, code: int, seconds: float | None
 ) -> None:
+    Stalling.asked.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Stalling)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -230,9 +250,12 @@ def test_a_signal_while_answers_are_awaited_is_one_sentence(
     )
     process = a_command(tmp_path, ask)
     assert process.stdout is not None and [process.stdout.readline() for _ in range(2)][1] == "asking\n"
-    time.sleep(1.5)
+    if seconds is None:
+        assert wait_for(lambda: len(Stalling.asked) == len(rows))
+    else:
+        time.sleep(seconds)
     process.send_signal(sign)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=25)
     server.shutdown()
     assert process.returncode == code and "Traceback" not in errors
     assert "thinkswitch: stopped; the same command goes on from what is there." in errors

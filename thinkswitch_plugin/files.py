@@ -57,6 +57,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def put_in_place(built: Path, path: Path) -> None:
     """Give what was built whole its name; an old one is there until the very moment the new one is."""
+    _share_as_folder(built)
     sync(built)
     if path.exists() and _exchange(built, path):
         sync_entry(path.parent)
@@ -65,6 +66,15 @@ def put_in_place(built: Path, path: Path) -> None:
     remove(path)
     built.replace(path)
     sync_entry(path.parent)
+
+
+def _share_as_folder(built: Path) -> None:
+    """Give a folder's files to those who may read the folder: safetensors writes them for their owner alone."""
+    if built.is_dir():
+        readers = built.stat().st_mode & 0o444
+        for file in built.rglob("*"):
+            if file.is_file() and not file.is_symlink() and (file.stat().st_mode & 0o444) != readers:
+                file.chmod(file.stat().st_mode & 0o777 | readers)
 
 
 def _exchange(one: Path, other: Path) -> bool:
