@@ -28,7 +28,7 @@ from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.generate import generate
 from thinkswitch_plugin.pairs import write_pairs
-from thinkswitch_plugin.recipe import load_recipe
+from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.run import open_run
 
 pytestmark = [
@@ -36,6 +36,29 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(engines.vllm_python() is None, reason="vLLM is not installed: make setup-vllm"),
 ]
+
+
+UNDERSTOOD = """
+import json, sys
+from vllm.config.quantization import resolve_quantization_config
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+options = make_arg_parser(FlexibleArgumentParser()).parse_args(json.loads(sys.argv[1]))
+found = options.quantization and resolve_quantization_config(options.quantization, None)
+print(json.dumps([options.quantization, bool(found and found.linear)]))
+"""
+
+
+@pytest.mark.parametrize(("domain", "overlays"), [("aime", ()), ("pubmedqa", ()), ("aime", ("24gb",))])
+def test_vllm_knows_a_recipes_options_and_rounds_the_matrices_of_a_dense_model(
+    domain: str, overlays: tuple[str, ...]
+) -> None:
+    keys = load_recipe(recipe_path(domain), tuple(map(overlay_path, overlays))).keys
+    words = [str(engines.vllm_python()), "-c", UNDERSTOOD, json.dumps(keys.engine.vllm_args)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    name, linear = json.loads(done.stdout.splitlines()[-1])
+    assert linear == (keys.needs.gpu_gb == 8), name  # some of its roundings take the experts of a mixture only
 
 
 def test_pairs_from_vllm_equal_those_of_the_embedded_engine(finished_run: Path, tmp_path: Path) -> None:
