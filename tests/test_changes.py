@@ -10,7 +10,9 @@ from pathlib import Path
 
 import orjson
 import pytest
+import torch
 
+from tests.checkpoints import write
 from tests.conftest import ROOT
 from thinkswitch_plugin import begin, files, prune, run
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -172,6 +174,26 @@ def test_a_report_of_two_configurations_is_refused(place: Path) -> None:
 def test_options_that_say_only_how_vllm_uses_the_machine_ask_nothing_again() -> None:
     args = ["--quantization", "fp8", "--gpu-memory-utilization", "0.9", "--max-num-seqs=4", "--enforce-eager"]
     assert run.answering_options(args) == ["--quantization", "fp8"]
+    args = ["--enforce-eager", "-q", "fp8", "--gpu_memory_utilization", "0.9", "-tp", "2", "--seed", "-1"]
+    assert run.answering_options(args) == ["-q", "fp8", "--seed", "-1"]
+
+
+def test_what_lies_beside_a_checkpoint_makes_no_other_checkpoint_of_it(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path / "checkpoint", {"w": torch.zeros(2)})
+    before = Hashes(tmp_path).of(checkpoint)
+    for name in (".git/index", ".gitattributes", "LICENSE", "README.md", "original/consolidated.pth", "model.gguf"):
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).write_text("x")
+    assert Hashes(tmp_path).of(checkpoint) == before
+    for name in ("chat_template.jinja", "tokenizer.json", "merges.txt", "mergekit_config.yml"):
+        (checkpoint / name).write_text("x")
+        assert Hashes(tmp_path).of(checkpoint) != before
+        (checkpoint / name).unlink()
+    other = tmp_path / "adapter"  # of any other folder everything counts
+    files.write_json(other / "adapter_config.json", {})
+    before = Hashes(tmp_path).of(other)
+    (other / "adapter_model.bin").touch()
+    assert Hashes(tmp_path).of(other) != before
 
 
 def test_task_files_follow_includes_functions_and_local_data(place: Path) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import files
+from thinkswitch_plugin.checkpoint import FETCHED
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 CARD = "README.md"  # of a folder; documentation, which may be completed and corrected
+# Of a checkpoint: what the hub's client adds to its folder later, or git keeps there, makes no other checkpoint of it.
+CHECKPOINT_FILES = (*FETCHED, "*.yml")
 CLOCK_TICK = 20_000_000  # ns; two writes within one tick of the file system's clock look alike
 
 
@@ -43,19 +47,33 @@ class Hashes:
         self.changed = False
 
     def of(self, path: Path) -> str | None:
-        """The hash of a file, or of all files of a folder but its card; None if it is not there."""
+        """The hash of a file, or of all files that make up a folder; None if it is not there.
+
+        Cards and hidden files do not count, and of a checkpoint nothing that is no part of it.
+        """
         if path.is_dir():
             digest = hashlib.sha256()
-            for file, found in self.files(path).items():
+            for file, found in self.files(path, parts_only=True).items():
                 digest.update(f"{Path(file).relative_to(path)}\0{found}\0".encode())
             return digest.hexdigest()
         return self._file(path) if path.is_file() else None
 
-    def files(self, path: Path) -> dict[str, str]:
-        """The hash of a file, or of every file of a folder (but cards) by its path, pruned ones among them."""
+    def files(self, path: Path, *, parts_only: bool = False) -> dict[str, str]:
+        """The hash of a file, or of every file of a folder (but cards) by its path, pruned ones among them.
+
+        Args:
+            parts_only: leave out what `of` does not count.
+        """
         if path.is_file():
             return {str(path): self._file(path)}
-        there = {file: self._file(file) for file in path.rglob("*") if file.is_file() and file.name != CARD}
+        patterns = CHECKPOINT_FILES if (path / "config.json").is_file() else ("*",)
+
+        def counts(file: Path) -> bool:
+            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+            return not hidden and any(fnmatch(file.name, pattern) for pattern in patterns)
+
+        every = (file for file in path.rglob("*") if file.is_file() and file.name != CARD)
+        there = {file: self._file(file) for file in every if not parts_only or counts(file)}
         gone = {Path(f): h for f, h in self.pruned.items() if path in Path(f).parents}
         return {str(file): found for file, found in sorted((gone | there).items())}
 
