@@ -205,6 +205,21 @@ def forms() -> Iterator[Form]:
         RECIPE + "  engine: {vllm_args: [--trust-remote-code]}\n",
         r"vllm_args\[0\]` would run code",
     )
+    yield recipe(
+        "the same, its end left out",
+        RECIPE + "  engine: {vllm_args: [--trust-rem]}\n",
+        r"vllm_args\[0\]` would run code",
+    )
+    yield recipe(
+        "traces taken out by vLLM",
+        RECIPE + "  engine: {vllm_args: [--reasoning_parser, qwen3]}\n",
+        "`thinkswitch.engine.vllm_args`: vLLM's reasoning parser would take the trace out",
+    )
+    yield recipe(
+        "options from a file",
+        RECIPE + "  engine: {vllm_args: [--config, x.yaml]}\n",
+        "`--config` would bring options that no stamp sees",
+    )
     yield recipe("another domain's name", RECIPE.replace("domain: mine", "domain: yours"), "the file is named mine")
     yield recipe(
         "a file it names is not there", RECIPE.replace("PROMPTS", "nothing.jsonl"), "nothing.jsonl, which does not"

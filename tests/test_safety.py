@@ -71,6 +71,8 @@ def test_no_recipe_of_a_setting_is_put_into_a_command_line() -> None:
         "datasets: [{path: x, trust_remote_code: true}]",
         "thinkswitch: {engine: {vllm_args: [--trust-remote-code]}}",
         "thinkswitch: {axolotl_args: [--trust_remote_code=true]}",
+        "thinkswitch: {engine: {vllm_args: [--trust-rem]}}",
+        "thinkswitch: {engine: {vllm_args: [--trust_remote=true]}}",
     ],
 )
 def test_no_file_switches_on_code_of_a_model(tmp_path: Path, text: str) -> None:
@@ -82,7 +84,7 @@ def test_no_file_switches_on_code_of_a_model(tmp_path: Path, text: str) -> None:
 
 
 def test_trust_that_is_switched_off_is_no_offence(tmp_path: Path) -> None:
-    assert recipe.trusted_code({"trust_remote_code": False, "note": "none"}, "x") is None
+    assert recipe.trusted_code({"trust_remote_code": False, "note": "none", "a": ["--trace", "--t"]}, "x") is None
 
 
 def test_a_checkpoint_name_cannot_carry_options_of_lm_eval(tmp_path: Path) -> None:

@@ -15,6 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validat
 from pydantic.fields import FieldInfo
 
 
+def option_name(word: str) -> str:
+    """The name of a command line's option as vLLM reads it, with hyphens and without a value: `--max-num-seqs`."""
+    return word.partition("=")[0].replace("_", "-")
+
+
 class _Keys(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
@@ -105,6 +110,20 @@ class EngineKeys(_Keys):
     start_timeout: float = Field(900, gt=0, description="Seconds an engine of ours may take to start.")
     port: int = Field(0, ge=0, le=65535, description="Port for an engine of ours; 0 takes a free one.")
     vllm_args: list[str] = Field([], description="Further options for vLLM's server, such as --quantization.")
+
+    @field_validator("vllm_args")
+    @classmethod
+    def _known_to_the_stamps(cls, words: list[str]) -> list[str]:
+        """Refuse what would take traces out of the answers, or bring options that nobody looked at."""
+        for word in words:
+            name = option_name(word)
+            if name.startswith("--reasoning-p"):
+                raise ValueError(
+                    "vLLM's reasoning parser would take the trace out of answers that are read whole; leave it out"
+                )
+            if name == "--config":
+                raise ValueError("`--config` would bring options that no stamp sees; write them here one by one")
+        return words
 
 
 class NeedKeys(_Keys):

@@ -126,8 +126,7 @@ def vllm_command(model: str, port: int, keys: EngineKeys, max_len: int | None) -
         command += ["--max-model-len", str(max_len)]
     if not has_cuda():
         command += ["--gpu-memory-utilization", "0.2", "--enforce-eager", "--dtype", "float32"]
-    # Text comes raw: a server's reasoning parser hides what a trace that never ended looks like.
-    return command + [arg for arg in keys.vllm_args if not arg.startswith("--reasoning-parser")]
+    return command + keys.vllm_args
 
 
 def adapter_rank(adapter: Path) -> int:

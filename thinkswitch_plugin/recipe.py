@@ -86,7 +86,10 @@ def trusted_code(value: Any, name: str) -> str | None:
     elif isinstance(value, list):
         inside = [trusted_code(item, f"{name}[{place}]") for place, item in enumerate(value)]
     else:
-        inside = [name if isinstance(value, str) and "trust_remote_code" in value.replace("-", "_").lower() else None]
+        text = str(value).replace("-", "_").lower()
+        # vLLM's and accelerate's parsers take the beginning of an option for the whole.
+        shortened = text.startswith("__tr") and "__trust_remote_code".startswith(text.partition("=")[0])
+        inside = [name if isinstance(value, str) and (shortened or "trust_remote_code" in text) else None]
     return next((found for found in inside if found), None)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import console, files, progress, timing
-from thinkswitch_plugin.args import resolve_seed
+from thinkswitch_plugin.args import option_name, resolve_seed
 from thinkswitch_plugin.distil import iteration_config
 from thinkswitch_plugin.engines import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -47,9 +48,13 @@ LOCK_PATIENCE = 5.0  # seconds; a command that was just killed takes a moment to
 # Options of vLLM that say how fast it answers, not what.
 MACHINE_OPTIONS = (
     "--gpu-memory-utilization",
+    "--kv-cache-memory-bytes",
     "--tensor-parallel-size",
+    "-tp",
     "--pipeline-parallel-size",
+    "-pp",
     "--data-parallel-size",
+    "-dp",
     "--max-num-seqs",
     "--max-num-batched-tokens",
     "--swap-space",
@@ -290,8 +295,8 @@ def answering_options(vllm_args: list[str]) -> list[str]:
     kept: list[str] = []
     passing = False
     for word in vllm_args:
-        if word.startswith("--"):
-            passing = word.split("=")[0] in MACHINE_OPTIONS
+        if re.match(r"-+[A-Za-z]", word):  # not a value such as -1
+            passing = option_name(word) in MACHINE_OPTIONS
         if not passing:
             kept.append(word)
     return kept
