@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoints import write
+from tests.checkpoints import qwen3, write
 from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import Allowances, list_tensors, require_compatible
+from thinkswitch_plugin.merging.similarity import similarity
 
 W = {"w": torch.zeros(2, 2)}
 
@@ -22,6 +23,7 @@ W = {"w": torch.zeros(2, 2)}
         ({"w": torch.zeros(2, 2).half()}, {}, "w is stored as F32 and F16"),
         (W, {"vocab_size": 9}, "`vocab_size` is 96 and 9"),
         (W, {"tie_word_embeddings": False}, "`tie_word_embeddings` is True and False"),
+        (W, {"num_key_value_heads": 1}, "`num_key_value_heads` is 2 and 1"),
     ],
 )
 def test_a_pair_that_does_not_match_is_named(
@@ -30,6 +32,27 @@ def test_a_pair_that_does_not_match_is_named(
     a, b = write(tmp_path / "a", W), write(tmp_path / "b", tensors, **config)
     with pytest.raises(ThinkSwitchError, match=message):
         require_compatible(a, b)
+
+
+def test_rotary_bases_are_compared_wherever_they_are_written(tmp_path: Path) -> None:
+    older = write(tmp_path / "older", W, rope_theta=1_000_000)
+    newer = write(tmp_path / "newer", W, rope_parameters={"rope_theta": 5_000_000.0, "rope_type": "default"})
+    same = write(tmp_path / "same", W, rope_theta=5000000)
+    with pytest.raises(ThinkSwitchError, match=r"`rope_theta` is 1e\+06 and 5e\+06"):
+        require_compatible(older, newer)
+    require_compatible(same, newer)
+    require_compatible(older, write(tmp_path / "silent", W))
+
+
+def test_a_tied_head_that_only_one_stores_is_no_difference(tmp_path: Path) -> None:
+    without, tensors = qwen3(1), qwen3(2)
+    with_head = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    a, b = write(tmp_path / "instruct", without), write(tmp_path / "thinking", with_head)
+    require_compatible(a, b)
+    assert similarity(a, b) == similarity(a, write(tmp_path / "plain", tensors))
+    untied = [write(tmp_path / n, t, tie_word_embeddings=False) for n, t in (("c", without), ("d", with_head))]
+    with pytest.raises(ThinkSwitchError, match=r"only .*d holds the tensor lm_head\.weight"):
+        require_compatible(*untied)
 
 
 def test_what_a_config_copes_with_is_allowed(tmp_path: Path) -> None:

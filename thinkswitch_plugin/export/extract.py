@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.engines import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.merging.compatibility import list_tensors, require_compatible
+from thinkswitch_plugin.merging.compatibility import list_weights, require_compatible
 from thinkswitch_plugin.merging.kernel import non_finite
 from thinkswitch_plugin.progress import Bar
 
@@ -113,7 +113,7 @@ def losses(base: Path, checkpoint: Path, adapters: Sequence[Path]) -> list[dict[
         ``left_out`` = the share of ‖D‖² in tensors that it leaves as the base has them;
         ``tensors_left_out`` = how many of those differ. All are 0 where there is no difference.
     """
-    there = {checkpoint: list_tensors(checkpoint), base: list_tensors(base)}
+    there = {checkpoint: list_weights(checkpoint), base: list_weights(base)}
     factors = [{name: t.float() for name, t in load_file(str(adapter / WEIGHTS)).items()} for adapter in adapters]
     inside, outside, differ = 0.0, 0.0, 0
     missed = [0.0] * len(adapters)

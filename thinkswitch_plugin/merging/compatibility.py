@@ -13,7 +13,16 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.checkpoint import require_plain
 from thinkswitch_plugin.errors import ThinkSwitchError
 
-CONFIG_FIELDS = ("architectures", "tie_word_embeddings", "vocab_size", "num_hidden_layers", "hidden_size")
+CONFIG_FIELDS = (
+    "architectures",
+    "tie_word_embeddings",
+    "vocab_size",
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,12 @@ def list_tensors(checkpoint: Path) -> dict[str, TensorInfo]:
     return {name: held[shard][name] for name, shard in places.items()}
 
 
+def list_weights(checkpoint: Path) -> dict[str, TensorInfo]:
+    """`list_tensors` without a head that is the embedding again: some savers store it, others leave it out."""
+    tied = files.read_json(checkpoint / "config.json").get("tie_word_embeddings")
+    return {name: info for name, info in list_tensors(checkpoint).items() if not (tied and name == HEAD)}
+
+
 def config_difference(first: dict[str, Any], second: dict[str, Any], allowed: Allowances | None = None) -> str | None:
     """The first setting of two `config.json` that keeps their checkpoints from being interpolated, in words."""
     allowed = allowed or Allowances()
@@ -111,7 +126,17 @@ def config_difference(first: dict[str, Any], second: dict[str, Any], allowed: Al
             continue
         if first.get(field) != second.get(field):
             return f"`{field}` is {first.get(field)} and {second.get(field)}"
+    bases = [rope_base(config) for config in (first, second)]
+    if not allowed.architecture and None not in bases and bases[0] != bases[1]:
+        return f"`rope_theta` is {bases[0]:g} and {bases[1]:g}"
     return None
+
+
+def rope_base(config: dict[str, Any]) -> float | None:
+    """The base of the rotary embedding, where transformers 5 writes it or where older ones did; None if nowhere."""
+    places = (config.get("rope_parameters"), config)
+    found = next((place["rope_theta"] for place in places if isinstance(place, dict) and "rope_theta" in place), None)
+    return float(found) if isinstance(found, int | float) else None
 
 
 def tensor_difference(
@@ -145,7 +170,7 @@ def require_compatible(first: Path, second: Path, allowed: Allowances | None = N
     a, b = files.read_json(first / "config.json"), files.read_json(second / "config.json")
     if difference := config_difference(a, b, allowed):
         raise ThinkSwitchError(f"{refusal}: {difference}; both must come from one base.")
-    left, right = list_tensors(first), list_tensors(second)
+    left, right = list_weights(first), list_weights(second)
     for name in sorted(left.keys() ^ right.keys()):
         if not allowed.architecture:
             owner = first if name in left else second

@@ -23,7 +23,7 @@ import torch
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.merging.compatibility import TensorInfo, list_tensors, require_compatible
+from thinkswitch_plugin.merging.compatibility import TensorInfo, list_weights, require_compatible
 from thinkswitch_plugin.merging.kernel import (
     CHUNK,
     MERGEKIT_LINEAR,
@@ -150,7 +150,7 @@ def tensor_sums(first: Path, second: Path) -> dict[str, Sums]:
     Reads both checkpoints once, a few MB at a time.
     Raises `ThinkSwitchError` as `similarity` does.
     """
-    left, right = list_tensors(first), list_tensors(second)
+    left, right = list_weights(first), list_weights(second)
     if left.keys() != right.keys():
         name = min(left.keys() ^ right.keys())
         raise ThinkSwitchError(
