@@ -8,7 +8,15 @@ from statistics import mean
 import pytest
 
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.evaluation import Sample, grade, interval, pass_at_k, samples_file, summarize
+from thinkswitch_plugin.evaluation import (
+    Sample,
+    grade,
+    grade_question,
+    interval,
+    pass_at_k,
+    samples_file,
+    summarize,
+)
 
 
 def sample(correct: list[bool], found: list[str | None] | None = None, tokens: int = 5, cut: bool = False) -> Sample:
@@ -30,6 +38,21 @@ def test_interval_of_one_sample_a_question_is_wilsons() -> None:
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
         means = [1.0] * right + [0.0] * (n - right)
         assert interval(means, 1) == pytest.approx([centre - half, centre + half], abs=1e-12)
+
+
+def test_an_interval_of_several_samples_a_question_is_never_a_point() -> None:
+    for value in (0.0, 1.0):
+        assert interval([value] * 30, 8) == interval([value] * 30, 1)
+    assert interval([1.0] * 30, 8)[0] == pytest.approx(0.8865, abs=1e-3)
+
+
+def test_a_text_that_comes_near_its_budget_was_cut_in_every_mode() -> None:
+    texts = [("So far the count is 113", 8190), ("So far the count is 113", 8000), ("It is \\boxed{113}", 8190)]
+    found = grade_question(0, "113", texts, 8192, kind="integer", opened=False)
+    assert found.truncated == [True, False, True] and found.tokens == [8190, 8001, 8190]
+    assert found.correct == [False, True, True]  # what stands in a box was said before the cut
+    short = grade_question(0, "113", [("113", 8)], 9, kind="integer", opened=False)
+    assert short.truncated == [False]
 
 
 def test_summary_of_several_samples_a_question() -> None:

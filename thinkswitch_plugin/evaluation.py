@@ -31,6 +31,7 @@ from thinkswitch_plugin.generate import PROMPT_ROOM, context_length
 
 LM_EVAL_BUDGET = 256  # tokens, where a task names none
 LARGEST_BUDGET = 32_768  # tokens a server makes room for, where the recipe names none
+CUT_FROM = 0.99  # of the budget: text seldom encodes to exactly the ids it was decoded from
 GRADED = "graded.jsonl"
 DATE = "[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]T*"  # with which lm-eval ends the names of its files
 DRAWS = 10_000  # of a bootstrap over questions
@@ -191,7 +192,7 @@ def _grade_file(path: Path, checkpoint: str, kind: str) -> tuple[bool, Iterator[
             lengths = iter([len(ids) for ids in encoded["input_ids"]])
             for doc_id, gold, completions, budget in batch:
                 counted = [(text, next(lengths)) for text in completions]
-                yield _grade_question(doc_id, gold, counted, budget, kind=kind, opened=opened)
+                yield grade_question(doc_id, gold, counted, budget, kind=kind, opened=opened)
 
     return opened, samples()
 
@@ -214,18 +215,17 @@ def _batches(path: Path) -> Iterator[list[tuple[int, str, list[str], int]]]:
         yield batch
 
 
-def _grade_question(
+def grade_question(
     doc_id: int, gold: str, completions: list[tuple[str, int]], budget: int, *, kind: str, opened: bool
 ) -> Sample:
     """The verdicts on one question's completions, each with the tokens of its text.
 
     A completion's tokens are those of its text plus the end token, unless the token
-    limit cut it: then the limit was reached and no end token was written.
+    limit cut it: then the limit was reached, but for what re-encoding loses, and no end token was written.
     """
     sample = Sample(doc_id, [], [], [], [], [])
     for text, length in completions:
-        # Text seldom encodes to exactly the ids it was decoded from, so an open end is given 1 %.
-        cut = length >= budget or (opened and not traces.has_tag(text) and length >= 0.99 * budget)
+        cut = length >= CUT_FROM * budget
         verdict = grade(kind, text, gold, opened=opened, cut=cut)
         sample.correct.append(verdict["accuracy"])
         sample.found.append(verdict["answer"])
@@ -248,7 +248,8 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 def summarize(samples: Sequence[Sample]) -> dict[str, Any]:
     """The figures of one checkpoint as `report.json` holds them.
 
-    ``ci95``: Wilson for k = 1, bootstrap over questions (10,000 draws, seed 0) otherwise.
+    ``ci95``: Wilson for k = 1 and where all questions' means are equal, bootstrap over questions (10,000
+    draws, seed 0) otherwise.
     ``think_ratio``: completions with a closed trace over those that were not cut.
     Raises `ThinkSwitchError` if there is no sample.
     """
@@ -285,7 +286,7 @@ def interval(means: Sequence[float], k: int) -> list[float]:
     """95 % interval of a mean over questions, each question's mean in [0, 1]."""
     from scipy.stats import binomtest
 
-    if k > 1:
+    if k > 1 and len(set(means)) > 1:  # where all are alike a bootstrap has nothing to draw from
         return bootstrapped(means)
     found = binomtest(round(sum(means)), len(means)).proportion_ci(method="wilson")
     return [float(found.low), float(found.high)]
