@@ -79,7 +79,10 @@ def test_help_of_make_groups_all_targets_by_what_one_wants_to_do(command: Any) -
 @pytest.mark.parametrize(
     ("sentence", "printed"),
     [
-        ("ENGINE=x is unknown; use auto.", "ENGINE=x is unknown; use auto. Then run the same command again."),
+        (
+            "ENGINE=x is unknown; use auto.",
+            "ENGINE=x is unknown; use auto. Put that right, then run the same command again.",
+        ),
         ("There is no run; begin one with `make iterate`.", "There is no run; begin one with `make iterate`."),
         ("Make room and run the same command again.", "Make room and run the same command again."),
         (
@@ -118,7 +121,12 @@ def test_check_goes_through_everything_and_counts_what_would_stop_the_run(comman
         "budget:",
     ]
     assert "  ok    recipe: recipes/aime.yaml passes axolotl's schema" in lines
-    assert "at most 983,040 tokens" in done.stdout and "0.3 h at 1000 tokens/s (as you gave it), 0.10 at" in done.stdout
+    assert "983,040 for the pairs (15 prompts × 4 samples × 8192, each iteration)" in done.stdout
+    assert "327,680 for trying λ once an iteration" in done.stdout
+    total = next(int(line.split()[4].replace(",", "")) for line in lines if line.startswith("  ok    budget: at most"))
+    assert total in (1_310_720, 1_310_720 + 6 * 30 * 8192)  # with the questions, where the hub answers
+    hours = total / 1000 / 3600
+    assert f"{hours:.1f} h at 1000 tokens/s (as you gave it), {0.36 * hours:.2f} at 0.36 an hour" in done.stdout
     assert "checks would stop `make iterate DOMAIN=aime`" in done.stderr
 
 

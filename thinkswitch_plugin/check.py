@@ -21,9 +21,11 @@ from thinkswitch_plugin.merging.compatibility import config_difference
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.report import price_per_hour
 from thinkswitch_plugin.run import versions
+from thinkswitch_plugin.task_files import repeats
 
 # What one card generated in a batch, where nobody measured: a cautious guess, said as such.
 GUESSED_TOKENS_PER_SECOND = 300.0
+MIB_OF_A_GB = 950  # a card sold as 24 GB shows 23,028 MiB and more, one of 8 GB a little less than 8,192
 
 
 def check_domain(name: str, overlays: Sequence[str], iterations: int, tokens_per_second: float | None) -> None:
@@ -33,6 +35,7 @@ def check_domain(name: str, overlays: Sequence[str], iterations: int, tokens_per
     """
     recipe = load_recipe(recipe_path(name), tuple(overlay_path(o) for o in overlays))
     keys = recipe.keys
+    counted: list[int] = []  # the questions, once they are loaded
     checks: list[tuple[str, Callable[[], str]]] = [
         ("GPU", lambda: gpu(keys)),
         ("memory", lambda: memory(keys)),
@@ -41,8 +44,8 @@ def check_domain(name: str, overlays: Sequence[str], iterations: int, tokens_per
         ("recipe", lambda: schema(recipe)),
         ("pair", lambda: pair(keys)),
         ("prompts", lambda: prompts(keys)),
-        ("questions", lambda: questions(keys)),
-        ("budget", lambda: budget(keys, iterations, tokens_per_second)),
+        ("questions", lambda: questions(keys, counted)),
+        ("budget", lambda: budget(keys, iterations, tokens_per_second, counted[0] if counted else None)),
     ]
     failed = 0
     for title, find in checks:
@@ -65,9 +68,11 @@ def gpu(keys: ThinkSwitchKeys) -> str:
         return "none needed"
     if not engines.has_cuda():
         raise ThinkSwitchError(f"none found; the recipe needs one with {keys.needs.gpu_gb:g} GB")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = [f"--id={visible}"] if visible else []
     try:
         listed = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"],
+            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits", *chosen],
             capture_output=True,
             text=True,
             check=True,
@@ -75,7 +80,7 @@ def gpu(keys: ThinkSwitchKeys) -> str:
         largest = max(float(line.rsplit(",", 1)[1]) for line in listed.splitlines())
     except (OSError, subprocess.CalledProcessError, ValueError, IndexError) as error:
         raise ThinkSwitchError(f"a driver is there, but nvidia-smi does not say what the GPU is ({error})") from None
-    if largest < keys.needs.gpu_gb * 1000:  # an "8 GB" card shows a little less than 8192 MiB
+    if largest < keys.needs.gpu_gb * MIB_OF_A_GB:
         raise ThinkSwitchError(f"{listed} MiB; the recipe needs {keys.needs.gpu_gb:g} GB")
     return listed.replace("\n", "; ") + " MiB"
 
@@ -179,25 +184,44 @@ def prompts(keys: ThinkSwitchKeys) -> str:
     return f"{len(chosen)}, of commit {commit or '(a local file)'}\n{shown}"
 
 
-def questions(keys: ThinkSwitchKeys) -> str:
-    """The evaluation set, and that no training prompt is in it."""
+def questions(keys: ThinkSwitchKeys, counted: list[int]) -> str:
+    """The evaluation set, and that no training prompt is in it; how many they are is put into `counted`."""
     if keys.pair.embedded:
         return "held out when the pair is made"
     chosen, _ = domain.prompts_of_iteration(keys.prompts, 0, 1)
-    require_uncontaminated(chosen, keys.evaluation)
-    return f"{keys.evaluation.task} loads; no training prompt is in it"
+    counted.append(require_uncontaminated(chosen, keys.evaluation))
+    return f"{keys.evaluation.task} loads, {counted[0]} questions; no training prompt is in it"
 
 
-def budget(keys: ThinkSwitchKeys, iterations: int, tokens_per_second: float | None) -> str:
-    """Tokens at most, and the time and money that would take, with the basis of the estimate."""
-    asked = keys.prompts.count * keys.sampling.samples * keys.sampling.max_tokens * iterations
+def budget(keys: ThinkSwitchKeys, iterations: int, tokens_per_second: float | None, questions: int | None) -> str:
+    """Tokens at most, and the time and money that would take, with the basis of the estimate.
+
+    Args:
+        questions: of the evaluation set; None where it could not be loaded, or is not made yet.
+    """
+    asked, longest = keys.prompts.count * keys.sampling.samples, keys.sampling.max_tokens
+    again = (keys.labels.retry_max_tokens or 2 * longest) if keys.labels.unfinished == "retry" else 0
+    parts = {
+        f"for the pairs ({keys.prompts.count} prompts × {keys.sampling.samples} samples × {longest + again}, each iteration)": (
+            asked * (longest + again) * iterations
+        ),
+        "for trying λ once an iteration": min(asked, keys.rebuild.check_prompts) * longest * iterations,
+    }
+    if questions is not None and keys.evaluation.max_tokens:
+        each = min(questions, keys.evaluation.limit or questions) * repeats(keys.evaluation.task)
+        judged = 2 * (iterations + 1)
+        parts[f"for judging {judged} checkpoints ({each} answers × {keys.evaluation.max_tokens})"] = (
+            judged * each * keys.evaluation.max_tokens
+        )
+    total = sum(parts.values())
     rate = tokens_per_second or GUESSED_TOKENS_PER_SECOND
     basis = "as you gave it" if tokens_per_second else "a guess, nobody measured this card"
-    hours = asked / rate / 3600
+    hours = total / rate / 3600
     price = price_per_hour()
     money = f", {price * hours:.2f} at {price:g} an hour" if price else "; set PRICE_PER_HOUR for the money"
+    rest = "Training and merging come" if len(parts) == 3 else "Evaluation, training and merging come"
+    listed = "\n".join(f"          {tokens:,} {what}" for what, tokens in parts.items())
     return (
-        f"at most {asked:,} tokens for the pairs of {iterations} iterations "
-        f"({keys.prompts.count} prompts × {keys.sampling.samples} samples × {keys.sampling.max_tokens}); "
-        f"{hours:.1f} h at {rate:g} tokens/s ({basis}){money}. Evaluation, training and merging come on top."
+        f"at most {total:,} tokens in {iterations} iterations; {hours:.1f} h at {rate:g} tokens/s ({basis}){money}. "
+        f"{rest} on top.\n{listed}"
     )

@@ -129,8 +129,11 @@ def reason(error: BaseException) -> str:
     return lines[0][:200].rstrip(".")
 
 
-def require_uncontaminated(prompts: Sequence[tuple[str, str]], keys: EvaluationKeys) -> None:
-    """Raise `ThinkSwitchError`, showing the pairs, if a training prompt is in the evaluation set."""
+def require_uncontaminated(prompts: Sequence[tuple[str, str]], keys: EvaluationKeys) -> int:
+    """How many questions the evaluation set has.
+
+    Raises `ThinkSwitchError`, showing the pairs, if a training prompt is in it.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     questions = evaluation_questions(keys.task)
     found = overlaps(prompts, questions, n=keys.contamination_ngram, share=keys.contamination_share)
@@ -142,3 +145,4 @@ def require_uncontaminated(prompts: Sequence[tuple[str, str]], keys: EvaluationK
         raise ThinkSwitchError(
             f"{len(found)} training prompt(s) overlap with the evaluation set of {keys.task}; remove them:\n{shown}"
         )
+    return len(questions)

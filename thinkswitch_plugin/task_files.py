@@ -49,6 +49,15 @@ def task_files(name: str) -> tuple[Path, ...]:
     return tuple(found)
 
 
+def repeats(name: str) -> int:
+    """How many answers to each question a task of ours asks for."""
+    for path in task_files(name):
+        values = yaml.load(path.read_bytes(), Loader=_AnyTag) if path.suffix == ".yaml" else None
+        if isinstance(values, dict) and "repeats" in values:
+            return int(values["repeats"])
+    return 1
+
+
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(value, str):
         yield key, value
