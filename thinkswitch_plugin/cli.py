@@ -18,6 +18,10 @@ import click
 from thinkswitch_plugin import __version__, console, progress
 from thinkswitch_plugin.errors import ThinkSwitchError, with_next_command
 
+NO_GPU_MEMORY = (
+    "the GPU's memory does not hold the model and what it works on; end what else uses it (`nvidia-smi` shows it), or "
+    "have vLLM answer with the recipe's quantization (ENGINE=vllm, or `make serve` and --url), and run the same command again."
+)
 F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path, readable=False)  # whether it can be read is said in our own words
 EXPORT_RANK = 64
@@ -54,6 +58,11 @@ class Group(click.Group):
             if os.environ.get("THINKSWITCH_DEBUG"):
                 raise
             click.echo(f"thinkswitch: {with_next_command(str(error))}", err=True)
+            ctx.exit(1)
+        except RuntimeError as error:  # torch's, which is not imported here
+            if os.environ.get("THINKSWITCH_DEBUG") or type(error).__name__ != "OutOfMemoryError":
+                raise
+            click.echo(f"thinkswitch: {NO_GPU_MEMORY}", err=True)
             ctx.exit(1)
         except OSError as error:
             if os.environ.get("THINKSWITCH_DEBUG") or isinstance(error, BrokenPipeError):
@@ -200,7 +209,12 @@ def status(run: Path) -> None:
 @click.option("--iteration", default="", help="Whose checkpoints (default: the last finished iteration).")
 @click.option("--instruct", default="", help="Another instruct checkpoint (folder or hub id).")
 @click.option("--thinking", default="", help="Another thinking checkpoint (folder or hub id).")
-@click.option("--engine", default="auto", show_default=True, help="auto is transformers in process; vllm, or a URL.")
+@click.option(
+    "--engine",
+    default="auto",
+    show_default=True,
+    help="vllm, embedded (transformers in process), or a URL; auto is vLLM on a GPU.",
+)
 @OVERLAY
 @click.option("--out", default="", help="Write the answers there as JSON.")
 def compare(run: Path, question: str, iteration: str, overlay: str, out: str, **options: str) -> None:

@@ -14,7 +14,7 @@ import yaml
 
 from thinkswitch_plugin import checkpoint, console, files
 from thinkswitch_plugin.args import EngineKeys, RebuildKeys
-from thinkswitch_plugin.engines import has_cuda
+from thinkswitch_plugin.engines import choose, has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.generate import generate
 from thinkswitch_plugin.merging.compatibility import require_compatible
@@ -127,8 +127,9 @@ def rebuild_thinking(
             requests,
             answers,
             str(candidate),
-            # a server of the user's own does not serve a candidate
-            "embedded" if engine.startswith("http") else engine,
+            choose("auto")
+            if engine.startswith("http")
+            else engine,  # a server of the user's does not serve a candidate
             engine_keys,
             limit=keys.check_prompts,
             log=logs / "check.log",
