@@ -75,6 +75,7 @@
   let run = 0, found = [], page = 0;
   async function apply() {
     const mine = ++run;
+    list.ariaBusy = "true";
     const chosen = checkpoints[checkpoint.value], before = checkpoints[against.value];
     const kept = index.id.map((_, n) => n).filter((n) => tests[show.value](n, chosen, before));
     const wanted = search.value.trim().toLowerCase();
@@ -107,6 +108,7 @@
     const what = show.value === "all" ? "" : ` ${show.selectedOptions[0].text} by ${name(checkpoints[checkpoint.value])}`;
     const versus = ["won", "lost"].includes(show.value) && !against.disabled ? ` against ${against.selectedOptions[0].text}` : "";
     count.textContent = `${found.length.toLocaleString("en")} of ${index.id.length.toLocaleString("en")} questions${what}${versus}${search.value.trim() ? `, with “${search.value.trim()}”` : ""}`;
+    list.ariaBusy = "false";
   }
 
   // ---- the list
@@ -190,12 +192,13 @@
   }
 
   let timer = 0;
-  search.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(apply, 150); });
+  const later = (what, milliseconds) => { list.ariaBusy = "true"; clearTimeout(timer); timer = setTimeout(what, milliseconds); };
+  search.addEventListener("input", () => later(apply, 150));
   checkpoint.addEventListener("change", () => { counterparts(); apply(); });
   against.addEventListener("change", apply);
   show.addEventListener("change", apply);
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.addEventListener("reset", () => setTimeout(() => { counterparts(); apply(); }));
+  form.addEventListener("reset", () => later(() => { counterparts(); apply(); }, 0));
   for (const link of document.querySelectorAll("a[data-show]")) {
     link.addEventListener("click", () => {
       const at = (iteration) => checkpoints.findIndex((c) => c.mode === link.dataset.mode && c.iteration === Number(iteration));
