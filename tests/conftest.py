@@ -8,12 +8,16 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import hypothesis
 import orjson
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = ROOT / ".venv" / "bin"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The same examples every time, however slow the machine; `make fuzz` looks further.
+hypothesis.settings.register_profile("thinkswitch", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("thinkswitch")
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

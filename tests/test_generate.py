@@ -170,7 +170,8 @@ def test_a_server_that_stays_away_stops_the_run_with_its_answers_kept(write_json
     stays_away = pytest.raises(ThinkSwitchError, match=r"has not answered for 0\.5 s .*answers so far are kept")
     with FaultyServer(die_after=(20,), return_at_all=False) as dead, stays_away:
         generate(requests, out, "m", dead.url, keys, log=tmp_path / "log")
-    assert 16 <= len(repair(out)) <= 20
+    assert 20 <= dead.answered.total() < 60
+    assert dead.answered.total() - keys.concurrency <= len(repair(out)) <= dead.answered.total()
 
 
 def test_a_second_answer_on_the_connection_is_never_taken_for_the_next_prompts(
@@ -193,7 +194,7 @@ def test_a_second_answer_on_the_connection_is_never_taken_for_the_next_prompts(
         ("no-text", "`message.content` is not text", 2),
         ("surrogate", "cannot be stored", 2),
         ("reset", "connection lost", 6),
-        ("stall", "no answer within 0.3 s", 2),
+        ("stall", "no answer within 1.5 s", 2),
     ],
 )
 def test_a_prompt_that_always_fails_is_asked_a_bounded_number_of_times_and_its_reason_kept(
@@ -202,7 +203,7 @@ def test_a_prompt_that_always_fails_is_asked_a_bounded_number_of_times_and_its_r
     texts = [f"{fault}:* 0", "answer 1", "answer 2"]
     requests, out = write_jsonl("requests.jsonl", requests_for(texts)), tmp_path / "g.jsonl"
     # Long enough for the client's own retries, but for the one prompt that stalls.
-    timeout = 0.3 if fault == "stall" else 10
+    timeout = 1.5 if fault == "stall" else 10
     keys = EngineKeys(concurrency=4, timeout=timeout, attempts=2)  # type: ignore[call-arg]
     with FaultyServer() as server:
         report = generate(requests, out, "m", server.url, keys, log=tmp_path / "log")

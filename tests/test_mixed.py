@@ -32,7 +32,7 @@ def test_held_out_questions_are_fixed_and_of_every_stratum() -> None:
     assert (counts["short", 2], counts["short", 3]) == (66, 198)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(seed=SEEDS)
 def test_training_questions_are_distinct_and_never_held_out(seed: int) -> None:
     questions = mixed.training_questions(seed)

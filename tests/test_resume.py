@@ -13,6 +13,7 @@ import pytest
 
 from tests.chaos import differing_tensors
 from tests.conftest import BIN, ROOT
+from thinkswitch_plugin import hashes
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +49,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_adapter(finis
     words = [BIN / "python", "-c", TRAIN, finished_run, here, overlay]
     first = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 300
-    while not list(here.glob(".adapter.partial/checkpoint-*/trainer_state.json")):
+    while not any(hashes.read_stamp(p) for p in here.glob(".adapter.partial/checkpoint-*/trainer_state.json")):
         assert first.poll() is None and time.monotonic() < end
         time.sleep(0.01)
     first.kill()

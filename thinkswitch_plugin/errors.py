@@ -23,6 +23,5 @@ def with_next_command(sentence: str) -> str:
     """A sentence about an error that ends with the command to run next, unless it names one itself."""
     if _COMMAND.search(sentence.partition("\n")[0]):
         return sentence
-    if "\n" in sentence:  # the end of a log follows
-        return f"{sentence}\nPut that right, then {AGAIN}."
-    return f"{sentence} Then {AGAIN}."
+    gap = "\n" if "\n" in sentence else " "  # the end of a log stands by itself
+    return f"{sentence}{gap}Put that right, then {AGAIN}."
