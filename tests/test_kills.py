@@ -261,6 +261,26 @@ def test_a_signal_while_answers_are_awaited_is_one_sentence(
     assert "thinkswitch: stopped; the same command goes on from what is there." in errors
 
 
+def test_a_hub_that_cannot_be_reached_is_one_sentence_and_its_cache_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import httpx
+    import huggingface_hub
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise httpx.ConnectError("[Errno -2] Name or service not known")
+
+    files.write_json(tmp_path / "abc123" / "config.json", {})
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path / "abc123"))
+    assert checkpoint.resolve("org/model", None, "instruct") == (tmp_path / "abc123", "abc123")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(
+        ThinkSwitchError, match=r"org/model cannot be fetched from the hub: .*Name or service not known; check"
+    ):
+        checkpoint.resolve("org/model", None, "instruct")
+
+
 def test_a_checkpoint_that_does_not_fit_is_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 

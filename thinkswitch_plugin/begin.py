@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from thinkswitch_plugin import console, engines, files
-from thinkswitch_plugin.args import is_local, resolve_seed
+from thinkswitch_plugin.args import resolve_seed
 from thinkswitch_plugin.domain import prompts_of_iteration
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import uses_server
@@ -116,14 +116,6 @@ def _check_merge_config(run: Run) -> None:
         set_lambda(files.read_yaml(config), weight, config)
 
 
-def _name_of(model: str) -> str:
-    """A checkpoint's path or hub id as the name of one folder: two checkpoints never share one."""
-    if not is_local(model):
-        return model.replace("/", "-")
-    place = Path(model).resolve()
-    return "-".join((place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place).parts).strip("/-")
-
-
 def evaluate_model(domain: str, model: str, engine: str, out: Path, overlays: Sequence[str] = ()) -> None:
     """Judge any checkpoint with a domain's task and print its figures."""
     from thinkswitch_plugin import checkpoint
@@ -131,7 +123,7 @@ def evaluate_model(domain: str, model: str, engine: str, out: Path, overlays: Se
 
     keys = load_recipe(recipe_path(domain), tuple(overlay_path(name) for name in overlays)).keys
     folder, _ = checkpoint.resolve(model, None, "evaluated")
-    target = out / domain / _name_of(model)
+    target = out / domain / checkpoint.folder_name(model)
     with locked(target):
         run_lm_eval(
             str(folder),

@@ -71,13 +71,14 @@ FETCHED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "README.md"
 
 def require_room(name: str, revision: str | None, what: str) -> None:
     """Raise `ThinkSwitchError` if what is still to be fetched of a hub checkpoint does not fit on the disk."""
+    import httpx
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         info = HfApi().model_info(name, revision=revision, files_metadata=True)
-    except (HfHubHTTPError, OSError, ValueError):
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError):
         return  # the fetch itself says what is wrong, or all of it is there
     needed = sum(
         file.size or 0
@@ -86,6 +87,16 @@ def require_room(name: str, revision: str | None, what: str) -> None:
         and not isinstance(try_to_load_from_cache(name, file.rfilename, revision=info.sha), str)
     )
     files.require_space(Path(HF_HUB_CACHE), needed, f"Fetching the {what} checkpoint {name}")
+
+
+def folder_name(name: str) -> str:
+    """A checkpoint's path or hub id as the name of one folder: two checkpoints never share one."""
+    from thinkswitch_plugin.args import is_local
+
+    if not is_local(name):
+        return name.replace("/", "-")
+    place = Path(name).resolve()
+    return "-".join((place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place).parts).strip("/-")
 
 
 def require_weights(folder: Path) -> None:
@@ -118,13 +129,14 @@ def resolve(name: str, revision: str | None, what: str) -> tuple[Path, str | Non
             )
         require_plain(folder)
         return folder, None
+    import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     require_room(name, revision, what)
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(FETCHED)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (HfHubHTTPError, httpx.HTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ThinkSwitchError(
             f"The {what} checkpoint {name} cannot be fetched from the hub: {reason.rstrip('.')}; check its name, the network and your access to it."
