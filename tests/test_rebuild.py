@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
 import pytest
 
-from thinkswitch_plugin.merging.rebuild import still_thinks
+from tests.test_pairs import answer, request
+from thinkswitch_plugin.merging.rebuild import asked_ids, still_thinks, think_ratio
 
 
 @pytest.mark.parametrize(
@@ -28,3 +32,15 @@ def test_a_candidate_may_be_cut_as_often_as_the_original_was() -> None:
     assert still_thinks(5, 5, 15, needed=0.98, whole_share=0.5)
     assert not still_thinks(2, 2, 15, needed=0.98, whole_share=0.5)
     assert not still_thinks(0, 0, 15, needed=0.0, whole_share=0.0)
+
+
+def test_the_measure_is_what_the_original_did_on_the_same_requests(
+    write_jsonl: Callable[[str, Sequence[object]], Path],
+) -> None:
+    requests = write_jsonl("requests.jsonl", [request(f"p{i}", text="1+1") for i in range(6)])
+    cut = [answer(f"p{i}-s0", "1+1=", finish="length") for i in range(3)]
+    generations = write_jsonl("g.jsonl", [*cut, *(answer(f"p{i}-s0", "1+1=2\n</think>\n\n2") for i in range(3, 6))])
+    assert asked_ids(requests, 3) == ["p0-s0", "p1-s0", "p2-s0"] and len(asked_ids(requests)) == 6
+    assert think_ratio(requests, generations, asked_ids(requests)) == (3, 3)
+    assert think_ratio(requests, generations, asked_ids(requests, 4)) == (1, 1)
+    assert think_ratio(requests, generations, asked_ids(requests, 3)) == (0, 0)

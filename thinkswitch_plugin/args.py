@@ -165,7 +165,10 @@ class EvaluationKeys(_Keys):
 
     task: str = Field(description="lm-eval task name.")
     limit: int | None = Field(None, gt=0, description="Only the first so many questions.")
-    batch_size: str = Field("auto", description="Batch size of lm-eval's hf backend.")
+    batch_size: str = Field(
+        "auto",
+        description="Batch size of lm-eval's hf backend. `auto` tries the model's whole context first, which comes to 1 for one of 262,144 tokens: give a number for such a model on a GPU.",
+    )
     backend: Literal["auto", "hf", "server"] = Field(
         "auto", description="hf: in process by transformers; server: through vLLM; auto: server if the engine is vLLM."
     )
@@ -246,6 +249,13 @@ class ThinkSwitchKeys(PluginKeys):
     merge_on: Literal["auto", "cpu"] = Field(
         "auto", description="Where the adapter is merged in full precision; cpu where the GPU cannot hold the model."
     )
+
+    @property
+    def retry_budget(self) -> int | None:
+        """Tokens with which a cut completion is asked once more; None where it is not."""
+        if self.labels.unfinished == "drop":
+            return None
+        return self.labels.retry_max_tokens or 2 * self.sampling.max_tokens
 
 
 class ThinkSwitchArgs(BaseModel):

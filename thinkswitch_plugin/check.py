@@ -200,12 +200,12 @@ def budget(keys: ThinkSwitchKeys, iterations: int, tokens_per_second: float | No
         questions: of the evaluation set; None where it could not be loaded, or is not made yet.
     """
     asked, longest = keys.prompts.count * keys.sampling.samples, keys.sampling.max_tokens
-    again = (keys.labels.retry_max_tokens or 2 * longest) if keys.labels.unfinished == "retry" else 0
+    again = keys.retry_budget or 0
     parts = {
         f"for the pairs ({keys.prompts.count} prompts × {keys.sampling.samples} samples × {longest + again}, each iteration)": (
             asked * (longest + again) * iterations
         ),
-        "for trying λ once an iteration": min(asked, keys.rebuild.check_prompts) * longest * iterations,
+        "for trying λ once an iteration": min(asked, keys.rebuild.check_prompts) * (longest + again) * iterations,
     }
     if questions is not None and keys.evaluation.max_tokens:
         each = min(questions, keys.evaluation.limit or questions) * repeats(keys.evaluation.task)

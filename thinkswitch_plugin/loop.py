@@ -83,16 +83,13 @@ def answer_requests(run: Run, k: int) -> dict[str, Any]:
     from thinkswitch_plugin.generate import generate
 
     keys, here = run.recipe.keys, run.iteration(k)
-    retry = None
-    if keys.labels.unfinished == "retry":
-        retry = keys.labels.retry_max_tokens or 2 * keys.sampling.max_tokens
     report = generate(
         here / "requests.jsonl",
         here / "generations.jsonl",
         run.checkpoint("thinking", k - 1),
         run.engine,
         keys.engine,
-        retry_max_tokens=retry,
+        retry_max_tokens=keys.retry_budget,
         log=here / "logs" / "generate.log",
     )
     console.say(
@@ -214,6 +211,7 @@ def rebuild(run: Run, k: int) -> dict[str, Any]:
         requests=here / "requests.jsonl",
         engine=run.engine,
         engine_keys=keys.engine,
+        retry_max_tokens=keys.retry_budget,
         logs=here / "logs",
         cards=lambda folder, text: cards.write_card(run, k, "thinking", folder, text),
     )

@@ -5,8 +5,9 @@ The config used, with the real folders and λ in it, is kept as `iter-k/merge.ya
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,18 @@ from thinkswitch_plugin.traces import Outcome
 SMALL_SET = 100  # up to so many prompts, one may fail to think without failing the check
 
 
-def think_ratio(requests: Path, generations: Path, limit: int | None = None) -> tuple[int, int]:
-    """(completions with a closed trace, completions that were not cut), of the first `limit` requests."""
+def asked_ids(requests: Path, limit: int | None = None) -> list[str]:
+    """The ids of the first `limit` requests."""
+    return [row["custom_id"] for _, row in itertools.islice(files.read_jsonl(requests), limit)]
+
+
+def think_ratio(requests: Path, generations: Path, ids: Sequence[str]) -> tuple[int, int]:
+    """(completions with a closed trace, completions that were not cut), of the requests with these ids."""
+    wanted = set(ids)
     opened: dict[str, bool] = {}
-    for count, (_, row) in enumerate(files.read_jsonl(requests)):
-        if limit is not None and count >= limit:
-            break
-        opened[row["custom_id"]] = (row["body"].get("metadata") or {}).get("trace") == "opened"
+    for _, row in files.read_jsonl(requests):
+        if row["custom_id"] in wanted:
+            opened[row["custom_id"]] = (row["body"].get("metadata") or {}).get("trace") == "opened"
     closed = whole = 0
     for _, row in files.read_jsonl(generations):
         if row.get("custom_id") not in opened or row.get("error"):
@@ -87,6 +93,7 @@ def rebuild_thinking(
     requests: Path,
     engine: str,
     engine_keys: EngineKeys,
+    retry_max_tokens: int | None = None,
     logs: Path,
     cards: Callable[[Path, str], None],
 ) -> dict[str, Any]:
@@ -97,6 +104,7 @@ def rebuild_thinking(
         reference, reference_requests: what the *original* thinking checkpoint answered;
             its think ratio is the measure.
         requests: the training prompts to try the candidate on (no labels needed).
+        retry_max_tokens: as the reference was asked, what was cut is asked again with this budget.
 
     Returns:
         What `rebuild.json` holds: method, λ, every λ tried with its think ratio, σ, angles.
@@ -109,9 +117,16 @@ def rebuild_thinking(
     config_path = Path(keys.config)
     template = files.read_yaml(config_path)
     roles = {"instruct": str(instruct), "thinking": str(anchor)}
-    closed, whole = think_ratio(reference_requests, reference)
+    # The original on the very requests that a candidate answers, where it was asked them: prompts differ in how
+    # many of their traces the token limit cuts.
+    known, tried_on = asked_ids(reference_requests), asked_ids(requests, keys.check_prompts)
+    same = tried_on if set(tried_on) <= set(known) else known
+    closed, whole = think_ratio(reference_requests, reference, same)
+    if not whole:
+        same = known
+        closed, whole = think_ratio(reference_requests, reference, same)
     baseline = closed / whole if whole else 0.0
-    whole_share = whole / sum(1 for _ in files.read_jsonl(reference_requests))
+    whole_before, whole_share = whole, whole / len(same)
     tried: list[dict[str, Any]] = []
     candidates = [keys.lambda_, *(step for step in keys.lambda_steps if step > keys.lambda_)]
     candidate = files.temporary_sibling(out)
@@ -132,10 +147,11 @@ def rebuild_thinking(
             else engine,  # a server of the user's does not serve a candidate
             engine_keys,
             limit=keys.check_prompts,
+            retry_max_tokens=retry_max_tokens,
             log=logs / "check.log",
             title=f"check λ={weight:g}",
         )
-        closed, whole = think_ratio(requests, answers, keys.check_prompts)
+        closed, whole = think_ratio(requests, answers, tried_on)
         asked = sum(1 for _ in files.read_jsonl(answers))
         ratio = closed / whole if whole else 0.0
         tried.append({"lambda": weight, "think_ratio": ratio, "prompts": asked, "cut": asked - whole})
@@ -153,8 +169,10 @@ def rebuild_thinking(
                 **nearness,
             }
     files.remove(candidate)
-    shown = ", ".join(f"{t['lambda']:g} → {t['think_ratio']:.2f}" for t in tried)
+    shown = ", ".join(f"{t['lambda']:g} → {t['think_ratio']:.2f}, {t['cut']} of {t['prompts']} cut" for t in tried)
     raise ThinkSwitchError(
-        f"No λ keeps the rebuilt checkpoint thinking (λ → think ratio: {shown}; the original has {baseline:.2f}). "
-        "The last good pair is kept; raise `thinkswitch.rebuild.lambda`, add to `lambda_steps`, or train less."
+        f"No λ keeps the rebuilt checkpoint thinking (λ → think ratio of what was not cut: {shown}; the "
+        f"original has {baseline:.2f}, {len(same) - whole_before} of {len(same)} cut). The last good pair is kept; raise "
+        "`thinkswitch.rebuild.lambda`, add to `lambda_steps`, or train less; where the token limit cut most, raise "
+        "`thinkswitch.sampling.max_tokens`."
     )
