@@ -16,7 +16,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.in_process import Sampling, load_task
 from thinkswitch_plugin.interpolation.ablation import collect, has_lambda, interpolated_layers
 from thinkswitch_plugin.interpolation.subject import Subject, few_questions
-from thinkswitch_plugin.interpolation.sweep import earlier, parse_sampling, parse_weights
+from thinkswitch_plugin.interpolation.sweep import earlier, parse_sampling, parse_weights, points_of
 from thinkswitch_plugin.merging.config import fit_layers, named_models, place_models
 from thinkswitch_plugin.recipe import load_recipe
 
@@ -257,6 +257,14 @@ def test_several_samples_and_sampling_settings_make_several_curves(finished_run:
     ]
     assert len(found["curves"]) == 2
     assert all(p["mean@k"] <= p["pass@k"] for p in found["points"])
+    # Another k is another curve of the same folder, and mixes with none.
+    done = command("make", "sweep", "LAMBDAS=0 1", *words[3:], f"RUNS={finished_run.parent}")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = files.read_json(finished_run / "sampled" / "sweep" / "sweep.json")
+    assert {c["sampling"] for c in found["curves"]} == {"T 0.6, top-p 0.95, k 2", "T 1, k 2", "the task's own"}
+    for curve in found["curves"]:
+        points = points_of(found, curve)
+        assert [(p["lambda"], p["k"]) for p in points] == [(0, curve["samples"] or 1), (1, curve["samples"] or 1)]
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ class Sampling:
     def __str__(self) -> str:
         parts = [f"T {self.temperature:g}" if self.temperature is not None else ""]
         parts += [f"top-p {self.top_p:g}" if self.top_p is not None else ""]
+        parts += [f"k {self.samples}" if self.samples is not None else ""]
         return ", ".join(p for p in parts if p) or "the task's own"
 
     @property

@@ -16,7 +16,7 @@ from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.in_process import Sampling
 from thinkswitch_plugin.interpolation.candidates import Candidate, judge_all
-from thinkswitch_plugin.interpolation.subject import Subject, Template, few_questions, write_results
+from thinkswitch_plugin.interpolation.subject import Subject, Template, few_questions, of_template, write_results
 from thinkswitch_plugin.merging.config import NAME, check_config, fit_layers, named_models, place_models, set_lambda
 
 SETTABLE = (NAME, "slerp", "linear")  # methods that have a λ
@@ -81,16 +81,17 @@ def judge_configs(
     ends = [(Path(f"{mode} alone"), set_lambda(reference, w, Path())) for mode, w in (("instruct", 0), ("thinking", 1))]
     used = sorted(set().union(*(named_models(config) for _, config in (*ends, *found))))
     folders = {role: str(roles[role]) for role in used}
+    drawn = (f"-lambda-{weight:g}" if weight is not None else "") + sampling.slug
     candidates = [
         Candidate(
-            f"candidates/{path.stem.replace(' ', '-')}{few_questions(subject)}",
+            f"candidates/{path.stem.replace(' ', '-')}{drawn}{few_questions(subject)}",
             place_models(config, folders),
             config,
             sampling,
         )
         for path, config in (*ends, *found)
     ]
-    work = subject.out / "merges" / name
+    work = subject.out / "merges" / (name + of_template(template))
     with subject.bench(work, template, used) as bench:
         stored = judge_all(bench, candidates, f"{name}: {len(candidates)} merges")
     rows = [

@@ -184,7 +184,8 @@ def find_subject(wanted: Wanted) -> Subject:
     for role in roles.values():
         checkpoint.require_weights(role)
     require_compatible(roles["instruct"], roles["thinking"])
-    where = wanted.out or (folder / f"iter-{iteration}" if wanted.of_run else Path("sweeps") / domain)
+    named = "--".join(checkpoint.folder_name(name) for name in (wanted.instruct, wanted.thinking) if name)
+    where = wanted.out or (folder / f"iter-{iteration}" if wanted.of_run else Path("sweeps") / domain / named)
     return Subject(
         keys=keys,
         roles=roles,
@@ -201,6 +202,11 @@ def few_questions(subject: Subject) -> str:
     """For a candidate's folder: `-n20` where only the first 20 questions are asked, so that a trial spoils nothing."""
     limit = subject.keys.evaluation.limit
     return f"-n{limit}" if limit else ""
+
+
+def of_template(template: str) -> str:
+    """For a job's folder: where the template is not the usual one, so that neither replaces the other's results."""
+    return "" if template == "instruct" else f"-template-{template}"
 
 
 def write_results(path: Path, value: dict[str, Any]) -> None:

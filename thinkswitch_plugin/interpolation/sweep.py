@@ -22,7 +22,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.in_process import Sampling
 from thinkswitch_plugin.interpolation import stages
 from thinkswitch_plugin.interpolation.candidates import Bench, Candidate, finished, judge_all
-from thinkswitch_plugin.interpolation.subject import Subject, Template, few_questions, write_results
+from thinkswitch_plugin.interpolation.subject import Subject, Template, few_questions, of_template, write_results
 from thinkswitch_plugin.merging.config import check_config, place_models, set_lambda
 
 ELLIPSIS = ("…", "...")
@@ -84,7 +84,7 @@ def sweep(subject: Subject, weights: Sequence[float], sampling: Sequence[Samplin
     source = Path(subject.keys.rebuild.config)
     check_config(source)
     config = files.read_yaml(source)
-    folder = subject.out / "sweep"
+    folder = subject.out / ("sweep" + of_template(template))
     roles = {name: str(subject.roles[name]) for name in PAIR}
 
     def point(weight: float, drawn: Sampling) -> Candidate:
@@ -140,6 +140,7 @@ def build(
                     "lambda": weight,
                     "temperature": drawn.temperature,
                     "top_p": drawn.top_p,
+                    "samples": drawn.samples,
                     **one["figures"],
                     "seconds": one["seconds"],
                 }
@@ -151,6 +152,7 @@ def build(
                 "sampling": str(drawn),
                 "temperature": drawn.temperature,
                 "top_p": drawn.top_p,
+                "samples": drawn.samples,
                 "stages": found,
                 "stages_in_words": stages.describe(found, curve),
                 "sweet_spot": stages.sweet_spot(curve),
@@ -192,8 +194,8 @@ def table_rows(result: dict[str, Any], curve: dict[str, Any]) -> list[list[str]]
 
 def points_of(result: dict[str, Any], curve: dict[str, Any]) -> list[dict[str, Any]]:
     """The points of one sampling setting, λ ascending."""
-    setting = (curve["temperature"], curve["top_p"])
-    return [p for p in result["points"] if (p["temperature"], p["top_p"]) == setting]
+    keys = ("temperature", "top_p", "samples")
+    return [p for p in result["points"] if all(p.get(key) == curve.get(key) for key in keys)]
 
 
 def sentence(curve: dict[str, Any]) -> str:
@@ -213,10 +215,11 @@ def sentence(curve: dict[str, Any]) -> str:
 
 def title_of(result: dict[str, Any]) -> str:
     """What was swept, in one line."""
-    p = result["points"][0]
+    n = result["points"][0]["n"]
+    every = " and ".join(str(k) for k in sorted({p["k"] for p in result["points"]}))
     where = "" if result["iteration"] is None else f", iteration {result['iteration']}"
     return (
-        f"{result['domain']}, seed {result['seed']}{where}: {result['method']}, {p['n']} questions × {p['k']}, "
+        f"{result['domain']}, seed {result['seed']}{where}: {result['method']}, {n} questions × {every}, "
         f"template of {result['template']}"
     )
 

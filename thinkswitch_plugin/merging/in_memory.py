@@ -49,7 +49,7 @@ class ModelWriter:
         if parameter is None or parameter.shape != tensor.shape:
             raise ThinkSwitchError(
                 f"The merged tensor {name} {list(tensor.shape)} has no place in the loaded model; "
-                "have the candidates written to disk instead: ENGINE=vllm."
+                "have the candidates written to disk instead: `thinkswitch.evaluation.backend: server` in an overlay."
             )
         if not all_finite(tensor):
             raise NonFiniteOutputError(name)
