@@ -76,7 +76,32 @@ def test_the_vote_decides_where_there_are_several_samples_and_the_mean_is_bootst
         (differences,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
     assert found["ci95"] == pytest.approx([expected.low, expected.high], abs=1e-12)
-    assert found["difference"] == pytest.approx(np.mean(differences)) and "by vote" in found["sentence"]
+    assert found["difference"] == pytest.approx(np.mean(differences)) and "By vote, " in found["sentence"]
+    means = [[sum(s.correct) / 8 for s in side] for side in (after, before)]
+    assert found["p"] == pytest.approx(stats.ttest_rel(*means).pvalue, abs=1e-12)
+    assert found["p_of_vote"] == pytest.approx(
+        stats.binomtest(len(found["won"]), len(found["won"]) + len(found["lost"])).pvalue, abs=1e-12
+    )
+
+
+def test_a_mean_that_rises_where_no_vote_changes_is_more_than_noise() -> None:
+    before = [sample(n, [n % 2 == 0] + [False] * 7) for n in range(30)]
+    after = [sample(n, [False] * (5 + n % 3) + [True] * (3 - n % 3)) for n in range(30)]
+    for one in (*before, *after):
+        one.found[:] = ["wrong"] * 8  # the majority is wrong throughout
+        one.correct.sort()
+    found = paired.compare(before, after)
+    assert not found["won"] and not found["lost"] and found["ci95"][0] > 0
+    assert found["verdict"] == paired.MORE and paired.direction(found) == "better"
+    assert found["sentence"].startswith("Mean@8 +") and "too few" not in found["sentence"]
+    assert paired.direction(paired.compare(after, before)) == "worse"
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_equal_differences_of_means_show_nothing(n: int) -> None:
+    before, after = [sample(j, [False, False]) for j in range(n)], [sample(j, [True, False]) for j in range(n)]
+    assert paired.compare(before, after)["verdict"] == paired.NOISE
+    assert paired.compare(before, before)["p"] == 1.0
 
 
 def test_a_bootstrap_in_parts_draws_what_one_in_one_piece_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -261,6 +261,7 @@ def test_a_significant_loss_is_marked_as_one(made: Path) -> None:
     for entry in report["iterations"][1:]:
         for found in entry["paired"]["instruct"]:
             found["won"], found["lost"] = found["lost"], found["won"]
+            found["difference"] *= -1
     instruct, thinking = (page.summary(report, mode) for mode in ("instruct", "thinking"))
     assert (instruct["verdict"], instruct["direction"]) == ("more than noise", "worse")
     assert (thinking["verdict"], thinking["direction"]) == ("within noise", "")

@@ -1,8 +1,9 @@
 """One checkpoint against another on the same questions: what was won and lost, and whether that is noise.
 
 The test is McNemar's, exact, on the questions whose verdict changed: is the share of wins among them
-one half? A verdict is right or wrong; of k > 1 samples it is their vote. The interval is of the
-difference of Mean@k: Newcombe's for k = 1, a bootstrap over questions otherwise.
+one half? A verdict is right or wrong; of k > 1 samples it is their vote. What is more than noise is said of
+Mean@k: by that test and Newcombe's interval for k = 1; for k > 1 by a paired t-test over the questions' means
+and a bootstrap over questions, since a vote need not change where the mean does.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ def compare(before: Sequence[Sample], after: Sequence[Sample]) -> dict[str, Any]
     """Two evaluations, paired by question.
 
     Returns:
-        ``n`` questions that both hold, of ``k`` samples; ``won`` and ``lost``, their doc_ids; ``p`` of the exact
-        McNemar test; ``difference`` of Mean@k, after minus before, and its ``ci95``; ``interval``, by which
-        method; ``verdict``, `NOISE` or `MORE`; ``sentence``, all of it in words.
+        ``n`` questions that both hold, of ``k`` samples; ``won`` and ``lost``, their doc_ids; ``p_of_vote``, of the
+        exact McNemar test; ``p``, the same for k = 1, else of the t-test; ``test``, which one;
+        ``difference`` of Mean@k, after minus before, and its ``ci95``; ``interval``, by which method;
+        ``verdict``, `NOISE` or `MORE`; ``sentence``, all of it in words.
 
     Raises:
         ThinkSwitchError: no question is in both.
     """
-    from scipy.stats import binomtest
+    from scipy.stats import binomtest, ttest_1samp
 
     old = {s.doc_id: s for s in before}
     pairs = [(old[s.doc_id], s) for s in after if s.doc_id in old]
@@ -41,18 +43,24 @@ def compare(before: Sequence[Sample], after: Sequence[Sample]) -> dict[str, Any]
     lost = [doc_id for doc_id, one, other in verdicts if one and not other]
     changed = len(won) + len(lost)
     k = max(len(s.correct) for pair in pairs for s in pair)
+    of_vote = float(binomtest(len(won), changed).pvalue) if changed else 1.0
+    differences = [_mean(s) - _mean(one) for one, s in pairs]
     if k == 1:
         both = sum(one and other for _, one, other in verdicts)
         limits, method = newcombe(both, len(won), len(lost), len(pairs)), "Newcombe"
+        p, test = of_vote, "exact McNemar"
     else:
-        limits, method = bootstrapped([_mean(s) - _mean(one) for one, s in pairs]), "bootstrap over questions"
-    p = float(binomtest(len(won), changed).pvalue) if changed else 1.0
+        limits, method = bootstrapped(differences), "bootstrap over questions"
+        # One question has no spread, and equal differences none either: nothing is shown by them.
+        p, test = float(ttest_1samp(differences, 0).pvalue) if len(set(differences)) > 1 else 1.0, "paired t-test"
     found = {
         "n": len(pairs),
         "k": k,
         "won": won,
         "lost": lost,
         "p": p,
+        "test": test,
+        "p_of_vote": of_vote,
         "difference": sum(_mean(s) for _, s in pairs) / len(pairs) - sum(_mean(one) for one, _ in pairs) / len(pairs),
         "ci95": limits,
         "interval": method,
@@ -91,13 +99,13 @@ def sentence(found: dict[str, Any]) -> str:
     """A comparison in words: `163 questions won and 12 lost of 400 (exact McNemar p < .001): more than noise. …`."""
     won, lost = len(found["won"]), len(found["lost"])
     low, high = (100 * v for v in found["ci95"])
-    by_vote = " by vote" if found["k"] > 1 else ""
-    text = (
-        f"{won} question{'' if won == 1 else 's'} won and {lost} lost of {found['n']}{by_vote} "
-        f"(exact McNemar {p_value(found['p'])}): {found['verdict']}. "
-        f"{'Mean@k' if found['k'] > 1 else 'Accuracy'} {100 * found['difference']:+z.1f} points "
-        f"(95 % interval {low:+z.1f} to {high:+z.1f})."
-    )
+    changed = f"{won} question{'' if won == 1 else 's'} won and {lost} lost of {found['n']}"
+    mcnemar = f"exact McNemar {p_value(found['p_of_vote'])}"
+    change = f"{100 * found['difference']:+z.1f} points (95 % interval {low:+z.1f} to {high:+z.1f}"
+    if found["k"] > 1:
+        test = f"{found['test']} over questions {p_value(found['p'])}"
+        return f"Mean@{found['k']} {change}; {test}): {found['verdict']}. By vote, {changed} ({mcnemar})."
+    text = f"{changed} ({mcnemar}): {found['verdict']}. Accuracy {change})."
     if won + lost < FEWEST:
         few = f"Only {won + lost} changed" if won + lost else "None changed"
         text += f" {few}, and fewer than {FEWEST} cannot reach p < .05: too few to tell."
@@ -105,10 +113,10 @@ def sentence(found: dict[str, Any]) -> str:
 
 
 def direction(found: dict[str, Any]) -> str:
-    """Where a comparison went: `better` or `worse` by the questions that changed; empty where that is within noise."""
+    """Where a comparison went: `better` or `worse`; empty where that is within noise."""
     if found["verdict"] == NOISE:
         return ""
-    return "better" if len(found["won"]) > len(found["lost"]) else "worse"
+    return "better" if found["difference"] > 0 else "worse"
 
 
 def p_value(p: float) -> str:

@@ -116,7 +116,7 @@ def compared(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
                     "change": f"{100 * found['difference']:+z.1f}",
                     "interval": f"{low:+z.1f} to {high:+z.1f}",
                     "verdict": found["verdict"],
-                    "few": len(found["won"]) + len(found["lost"]) < paired.FEWEST,
+                    "few": found["k"] == 1 and len(found["won"]) + len(found["lost"]) < paired.FEWEST,
                     "direction": paired.direction(found),
                 }
 
