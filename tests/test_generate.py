@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests import bench_faults
 from tests.faulty_server import FaultyServer
-from thinkswitch_plugin import engines, files
+from thinkswitch_plugin import embedded, engines, files
 from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.generate import generate, repair
+from thinkswitch_plugin.generate import PROMPT_ROOM, generate, prompt_room, repair
 
 Write = Callable[[str, Sequence[object]], Path]
 KEYS = EngineKeys(concurrency=4, timeout=5)  # type: ignore[call-arg]
@@ -43,7 +45,9 @@ class _Handler(BaseHTTPRequestHandler):
         text = body["messages"][-1]["content"]
         if text.isdigit() and int(text) >= 400:
             return self.reply(int(text), {"error": {"message": f"status {text}"}})
-        finish = "length" if text == "long" and body["max_tokens"] < 20 else "stop"
+        if text == "refused when longer" and body["max_tokens"] > 20:
+            return self.reply(400, {"error": {"message": "too long"}})
+        finish = "length" if text in ("long", "refused when longer") and body["max_tokens"] < 20 else "stop"
         self.reply(
             200,
             {
@@ -139,6 +143,42 @@ def test_a_cut_answer_is_asked_once_more_with_a_larger_budget(
     assert (report.answered, report.retried) == (2, 1)
     assert {b["max_tokens"] for b in server.seen if b["messages"][0]["content"] == "long"} == {10, 40}
     assert all(r["response"]["body"]["choices"][0]["finish_reason"] == "stop" for _, r in files.read_jsonl(out))
+
+
+def test_a_cut_answer_is_kept_where_the_larger_budget_gets_none(
+    server: Answering, write_jsonl: Write, tmp_path: Path
+) -> None:
+    requests = write_jsonl("requests.jsonl", requests_for(["refused when longer", "short"]))
+    out = tmp_path / "generations.jsonl"
+    report = generate(requests, out, "m", url(server), KEYS, retry_max_tokens=40, log=tmp_path / "log")
+    assert (report.answered, report.retried, report.failed) == (2, 1, 0)
+    (cut, _) = sorted((row for _, row in files.read_jsonl(out)), key=lambda row: row["custom_id"])
+    assert cut["response"]["body"]["choices"][0]["finish_reason"] == "length"
+
+
+def test_room_is_left_for_the_longest_prompt(tmp_path: Path) -> None:
+    build_tokenizer("instruct").save_pretrained(tmp_path)
+    assert prompt_room("1+1" * 500, str(tmp_path / "not looked at")) == PROMPT_ROOM
+    assert prompt_room("1+1" * 5000, str(tmp_path)) >= 15_000
+
+
+def test_a_batch_that_the_memory_does_not_hold_is_answered_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = embedded.EmbeddedEngine.__new__(embedded.EmbeddedEngine)
+    sizes: list[int] = []
+
+    def answer(bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        sizes.append(len(bodies))
+        if len(bodies) > 2:
+            raise torch.OutOfMemoryError
+        return [{"of": body["n"]} for body in bodies]
+
+    monkeypatch.setattr(engine, "answer", answer)
+    rows = [{"body": {"n": n}} for n in range(7)]
+    assert [(row["body"]["n"], body["of"]) for row, body in engine.stream(rows, 7)] == [(n, n) for n in range(7)]
+    assert sizes == [7, 3, 1, 2, 4, 2, 2]
+    monkeypatch.setattr(engine, "answer", lambda bodies: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):
+        list(engine.stream(rows, 7))
 
 
 def test_a_server_that_is_not_there_or_serves_another_model(

@@ -49,7 +49,18 @@ class EmbeddedEngine:
         """
         for _, alike in itertools.groupby(rows, key=lambda row: _settings(row["body"])):
             while group := list(itertools.islice(alike, batch)):
-                yield from zip(group, self.answer([row["body"] for row in group]), strict=True)
+                yield from zip(group, self._answer_in_memory([row["body"] for row in group]), strict=True)
+
+    def _answer_in_memory(self, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """`answer`, in halves where the GPU's memory does not hold all of them at once."""
+        try:
+            return self.answer(bodies)
+        except torch.OutOfMemoryError:
+            if len(bodies) == 1:
+                raise
+        free_memory()  # outside the handler, whose traceback holds on to the failed attempt's tensors
+        half = len(bodies) // 2
+        return self._answer_in_memory(bodies[:half]) + self._answer_in_memory(bodies[half:])
 
     @torch.inference_mode()
     def answer(self, bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:

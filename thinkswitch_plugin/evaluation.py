@@ -28,9 +28,10 @@ from thinkswitch_plugin.console import run_logged
 from thinkswitch_plugin.engines import has_cuda, lora_arguments, serving
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.generate import PROMPT_ROOM, context_length
+from thinkswitch_plugin.task_files import budget as task_budget
 
 LM_EVAL_BUDGET = 256  # tokens, where a task names none
-LARGEST_BUDGET = 32_768  # tokens a server makes room for, where the recipe names none
+LARGEST_BUDGET = 32_768  # tokens a server makes room for, where neither recipe nor task names any
 CUT_FROM = 0.99  # of the budget: text seldom encodes to exactly the ids it was decoded from
 GRADED = "graded.jsonl"
 DATE = "[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]T*"  # with which lm-eval ends the names of its files
@@ -359,7 +360,9 @@ def run_lm_eval(
     lm_eval = [str(Path(sys.executable).with_name("lm_eval")), "run"]
     log = logs / f"{title}.log"
     if uses_server(keys, engine):
-        room = min(context_length(checkpoint), (keys.max_tokens or LARGEST_BUDGET) + PROMPT_ROOM)
+        room = min(
+            context_length(checkpoint), (keys.max_tokens or task_budget(keys.task) or LARGEST_BUDGET) + PROMPT_ROOM
+        )
         name = checkpoint
         if lora is not None:
             name = lora.name

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.progress import Bar
 
 ADAPTER = "adapter"  # as vLLM serves it
-PROMPT_ROOM = 2048  # tokens left for the prompt beside the completion's budget
+PROMPT_ROOM = 2048  # tokens left for the prompt beside the completion's budget, if no prompt needs more
 
 
 @dataclass
@@ -104,7 +104,7 @@ def generate(
             serve the checkpoint. Answers so far are kept, and the same call goes on from them.
     """
     done = repair(out)
-    report, budget = GenerationReport(), 0
+    report, budget, longest = GenerationReport(), 0, ""
     for number, row in batch.read_requests(requests, limit):
         if "max_tokens" not in row["body"]:
             raise ThinkSwitchError(
@@ -113,6 +113,7 @@ def generate(
         report.requests += 1
         report.already_stored += row["custom_id"] in done
         budget = max(budget, row["body"]["max_tokens"])
+        longest = max(longest, "\n".join(str(m.get("content")) for m in row["body"]["messages"]), key=len)
     if report.already_stored == report.requests:
         return report
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +125,9 @@ def generate(
         else:
             from thinkswitch_plugin.client import run_async
 
-            room = min(max(budget, retry_max_tokens or 0) + PROMPT_ROOM, context_length(checkpoint))
+            room = min(
+                max(budget, retry_max_tokens or 0) + prompt_room(longest, checkpoint), context_length(checkpoint)
+            )
             asked = ADAPTER if adapter else checkpoint
             if adapter:
                 options = [*keys.vllm_args, *lora_arguments({ADAPTER: adapter})]
@@ -175,6 +178,16 @@ class _Keeper:
         failed = f", {self.report.failed} failed" if self.report.failed else ""
         self.bar.note(f"{self.report.tokens:,} tokens, {speed:,.0f} tokens/s{failed}")
         self.bar.update(1)
+
+
+def prompt_room(longest: str, checkpoint: str) -> int:
+    """Tokens to leave for prompts of which this is the longest in characters, its template included."""
+    if len(longest.encode()) + 256 <= PROMPT_ROOM:  # no token is less than a byte
+        return PROMPT_ROOM
+    from transformers import AutoTokenizer
+
+    ids = AutoTokenizer.from_pretrained(checkpoint)(longest, add_special_tokens=False, verbose=False)["input_ids"]
+    return max(PROMPT_ROOM, len(ids) * 5 // 4 + 256)  # a shorter text may have more tokens
 
 
 def context_length(checkpoint: str) -> int:
@@ -231,7 +244,8 @@ async def _answer_from_server(
             body = await client.ask(row["body"])
             if retry_max_tokens and was_cut(body):
                 keep.report.retried += 1
-                body = await client.ask({**row["body"], "max_tokens": retry_max_tokens})
+                with suppress(Unanswered):  # what was cut is an answer all the same, and counted as cut
+                    body = await client.ask({**row["body"], "max_tokens": retry_max_tokens})
         except Unanswered as problem:
             keep.failure(row, problem)
         else:

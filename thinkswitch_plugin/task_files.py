@@ -51,11 +51,21 @@ def task_files(name: str) -> tuple[Path, ...]:
 
 def repeats(name: str) -> int:
     """How many answers to each question a task of ours asks for."""
+    return next((int(values["repeats"]) for values in _every(name) if "repeats" in values), 1)
+
+
+def budget(name: str) -> int | None:
+    """The tokens that a task of ours gives to an answer; None where it does not say, or is not ours."""
+    settings = (values.get("generation_kwargs") or {} for values in _every(name))
+    return next((int(found["max_gen_toks"]) for found in settings if "max_gen_toks" in found), None)
+
+
+def _every(name: str) -> Iterator[dict[str, Any]]:
+    """A task's YAML file, then what that includes."""
     for path in task_files(name):
         values = yaml.load(path.read_bytes(), Loader=_AnyTag) if path.suffix == ".yaml" else None
-        if isinstance(values, dict) and "repeats" in values:
-            return int(values["repeats"])
-    return 1
+        if isinstance(values, dict):
+            yield values
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
