@@ -69,6 +69,17 @@ def test_text_without_a_tag_is_an_answer_unless_the_template_opened_the_trace(wr
     }
 
 
+def test_an_unclosed_trace_in_content_is_none_the_less(write_jsonl: Write) -> None:
+    rows = [
+        {"content": "so the count is 7", "gold": "7"},
+        {"reasoning": "a trace", "content": "7", "gold": "7"},
+        {"reasoning": "", "content": "so the count is 7", "gold": "7"},
+    ]
+    path = write_jsonl("outputs.jsonl", rows)
+    assert [v["reason"] for v in judged(path, opened=True)] == ["unclosed_trace", "complete", "unclosed_trace"]
+    assert [v["reason"] for v in judged(path)] == ["complete"] * 3
+
+
 def test_of_an_answer_that_was_cut_only_a_whole_box_counts(write_jsonl: Write) -> None:
     rows = [
         {"raw": "t</think>so \\boxed{12} is", "finish_reason": "length", "gold": "12"},

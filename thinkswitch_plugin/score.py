@@ -60,7 +60,7 @@ def completions_of(row: dict[str, Any], where: str, *, opened: bool) -> list[Com
         message: dict[str, Any] = {"content": row["raw"]}
     else:
         message = {"reasoning": row.get("reasoning"), "content": row.get("content")}
-        opened = False
+        opened = opened and not row.get("reasoning")  # a server that parsed the trace has taken it out
     return [split_message(message, opened=opened, finish_reason=row.get("finish_reason"))]
 
 
