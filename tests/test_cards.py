@@ -131,6 +131,20 @@ def test_parents_of_different_licences_and_of_none_leave_it_open(tmp_path: Path)
     assert cards.licence([tmp_path / "broken"]) == cards.licence([tmp_path / "nowhere"]) == cards.licence([]) == {}
 
 
+def test_a_licence_that_each_parent_links_to_its_own_copy_of_is_one_licence(tmp_path: Path) -> None:
+    for name, extra in (
+        ("a", "license: apache-2.0\nlicense_link: https://x/a"),
+        ("b", "license: apache-2.0\nlicense_link: https://x/b"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(f"---\n{extra}\n---\n")
+    assert cards.licence([tmp_path / "a"]) == {"license": "apache-2.0", "license_link": "https://x/a"}
+    assert cards.licence([tmp_path / "a", tmp_path / "b"]) == {"license": "apache-2.0"}
+    (tmp_path / "b/README.md").write_text("---\nlicense: other\nlicense_name: mine\n---\n")
+    (tmp_path / "a/README.md").write_text("---\nlicense: other\nlicense_name: yours\n---\n")
+    assert cards.licence([tmp_path / "a", tmp_path / "b"]) == {}
+
+
 def test_a_card_that_cannot_be_read_is_left_and_stops_nothing(
     hub_run: run.Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

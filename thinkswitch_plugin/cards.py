@@ -171,7 +171,9 @@ def licence(parents: Iterable[Path]) -> dict[str, Any]:
         except (OSError, ValueError, TypeError, yaml.YAMLError):
             return {}
         named.append({key: str(data[key]) for key in LICENCE_KEYS if data.get(key)})
-    return named[0] if named and all(other == named[0] for other in named) else {}
+    same = [key for key in LICENCE_KEYS if len({data.get(key) for data in named}) == 1]
+    # Each parent may link to its own copy of one licence; another name makes it another licence.
+    return {key: named[0][key] for key in same if key in named[0]} if {"license", "license_name"} <= set(same) else {}
 
 
 def facts(run: Run, k: int, mode: str, parents: Sequence[str]) -> dict[str, Any]:
