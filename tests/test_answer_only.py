@@ -47,6 +47,15 @@ def test_only_the_answer_and_its_end_token_carry_a_loss(write_jsonl: Write) -> N
     )
 
 
+@pytest.mark.parametrize("key", [{"roles_to_train": ["user"]}, {"train_on_eos": "none"}])
+def test_a_loss_that_this_type_does_not_have_is_refused(key: dict[str, Any]) -> None:
+    tokenizer = build_tokenizer("instruct")
+    cfg = DictDefault({"sequence_len": 128, "train_on_inputs": False, "chat_template": "tokenizer_default"})
+    with pytest.raises(ThinkSwitchError, match=rf"x.jsonl: `{next(iter(key))}: .*asks for another loss"):
+        load(tokenizer, cfg, DictDefault({"path": "x.jsonl", **key}))
+    load(tokenizer, cfg, DictDefault({"path": "x.jsonl", "roles_to_train": ["assistant"], "train_on_eos": "turn"}))
+
+
 def test_generations_joined_with_their_requests_give_the_same_rows(write_jsonl: Write) -> None:
     texts = ["2+3", "4+4"]
     write_jsonl("requests.jsonl", [request(f"p{i}", text=t) for i, t in enumerate(texts)])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,26 @@ def test_help_of_make_groups_all_targets_by_what_one_wants_to_do(command: Any) -
 )
 def test_every_error_ends_with_the_next_command(sentence: str, printed: str) -> None:
     assert with_next_command(sentence) == printed
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            "ModuleNotFoundError(name='mergekit.merge')",
+            "mergekit is not installed here; `pip install 'thinkswitch[loop]'`",
+        ),
+        ("torch.OutOfMemoryError('CUDA out of memory')", "the GPU's memory does not hold the model"),
+    ],
+)
+def test_what_an_engine_lacks_is_one_sentence(error: str, sentence: str) -> None:
+    code = (
+        "import torch; from thinkswitch_plugin import cli\n@cli.main.command('work')\ndef work() -> None:\n"
+        f"    raise {error}\ncli.main(['work'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(f"thinkswitch: {sentence}")
+    assert len(done.stderr.splitlines()) == 1 and "run the same command again" in done.stderr
 
 
 @pytest.mark.skipif(has_cuda(), reason="this machine has a GPU")

@@ -19,8 +19,8 @@ from thinkswitch_plugin import __version__, console, progress
 from thinkswitch_plugin.errors import ThinkSwitchError, with_next_command
 
 NO_GPU_MEMORY = (
-    "the GPU's memory does not hold the model and what it works on; end what else uses it (`nvidia-smi` shows it), or "
-    "have vLLM answer with the recipe's quantization (ENGINE=vllm, or `make serve` and --url), and run the same command again."
+    "the GPU's memory does not hold the model and what it works on; end what else uses it (`nvidia-smi` shows it), lower "
+    "`thinkswitch.engine.concurrency` or `evaluation.batch_size`, or have vLLM answer with the recipe's quantization (ENGINE=vllm, or `make serve` and --url), and run the same command again."
 )
 F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path, readable=False)  # whether it can be read is said in our own words
@@ -58,6 +58,16 @@ class Group(click.Group):
             if os.environ.get("THINKSWITCH_DEBUG"):
                 raise
             click.echo(f"thinkswitch: {with_next_command(str(error))}", err=True)
+            ctx.exit(1)
+        except ModuleNotFoundError as error:
+            if os.environ.get("THINKSWITCH_DEBUG") or not error.name or error.name.startswith("thinkswitch_plugin"):
+                raise
+            missing = error.name.partition(".")[0]
+            click.echo(
+                f"thinkswitch: {missing} is not installed here; `pip install 'thinkswitch[loop]'` brings all that the "
+                "commands need (from a checkout: `make setup`). Then run the same command again.",
+                err=True,
+            )
             ctx.exit(1)
         except RuntimeError as error:  # torch's, which is not imported here
             if os.environ.get("THINKSWITCH_DEBUG") or type(error).__name__ != "OutOfMemoryError":

@@ -37,6 +37,7 @@ def run_control(run: Run, name: str) -> None:
     loop.require_finished(run, 1)
     mode, title = NAMES[name]
     here = run.folder / "controls" / name
+    on_cpu = run.recipe.keys.merge_on == "cpu"
     with locked(run.folder):
         console.say(f"[control {name}] {title}")
         out = here / mode
@@ -46,14 +47,14 @@ def run_control(run: Run, name: str) -> None:
                 for row in relabelled(run, name):
                     handle.write(files.dumps_line(row))
             loop.train_adapter(run, pairs=pairs, base_model=run.checkpoint("instruct", 0), here=here)
-            loop.merge_adapter(here, run.checkpoint("instruct", 0), out)
+            loop.merge_adapter(here, run.checkpoint("instruct", 0), out, on_cpu=on_cpu)
         elif name == "rounded":
             first = run.iteration(1)
             files.remove(here)
             here.mkdir(parents=True)
             files.write_yaml(here / "axolotl.yaml", files.read_yaml(first / "axolotl.yaml"))
             (here / "adapter").symlink_to((first / "adapter").resolve())
-            loop.merge_adapter(here, run.checkpoint("instruct", 0), out, rounded=True)
+            loop.merge_adapter(here, run.checkpoint("instruct", 0), out, on_cpu=on_cpu, rounded=True)
         else:
             weight = files.read_json(run.iteration(1) / "rebuild.json")["lambda"]
             config = Path(run.recipe.keys.rebuild.config)

@@ -25,6 +25,7 @@ from thinkswitch_plugin.adaptive import formats
 from thinkswitch_plugin.args import LabelKeys
 from thinkswitch_plugin.errors import ThinkSwitchError
 
+TRAINED = {"roles_to_train": ["assistant"], "train_on_eos": "turn"}  # as axolotl names it
 TURNS = [{"role": Value("string"), "content": Value("string")}]
 
 
@@ -38,8 +39,14 @@ def strategy(tokenizer: Any, cfg: Any, ds_cfg: Any, form: formats.Format | None)
     Raises:
         ThinkSwitchError: the chat template does not fit the format.
     """
-    options = ds_cfg if isinstance(ds_cfg, dict) else ds_cfg.model_dump()
-    options = {**options, "roles_to_train": ["assistant"], "train_on_eos": "turn"}
+    options = dict(ds_cfg) if isinstance(ds_cfg, dict) else ds_cfg.model_dump()
+    for key, value in TRAINED.items():
+        if options.get(key) not in (None, value):
+            raise ThinkSwitchError(
+                f"{options.get('path')}: `{key}: {options[key]}` asks for another loss than this dataset type has, which is on "
+                "the assistant's turn and its end token; leave the key out, or use axolotl's own `chat_template`."
+            )
+    options |= TRAINED
     if form:
         options["split_thinking"] = False  # it would hand the trace to the template, which may leave it away
     labels = LabelKeys.model_validate((cfg.get("thinkswitch") or {}).get("labels") or {})
