@@ -162,6 +162,13 @@ def test_room_is_left_for_the_longest_prompt(tmp_path: Path) -> None:
     assert prompt_room("1+1" * 5000, str(tmp_path)) >= 15_000
 
 
+def test_a_long_prompt_to_a_server_of_the_users_own_needs_no_tokenizer_here(
+    server: Answering, write_jsonl: Write, tmp_path: Path
+) -> None:
+    requests = write_jsonl("requests.jsonl", requests_for(["word " * 2000]))
+    assert generate(requests, tmp_path / "g.jsonl", "m", url(server), KEYS, log=tmp_path / "log").answered == 1
+
+
 def test_a_batch_that_the_memory_does_not_hold_is_answered_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = embedded.EmbeddedEngine.__new__(embedded.EmbeddedEngine)
     sizes: list[int] = []

@@ -6,6 +6,7 @@ Every finding is a line; the exit code is 1 if one of them would stop the run.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -68,8 +69,9 @@ def gpu(keys: ThinkSwitchKeys) -> str:
         return "none needed"
     if not engines.has_cuda():
         raise ThinkSwitchError(f"none found; the recipe needs one with {keys.needs.gpu_gb:g} GB")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    chosen = [f"--id={visible}"] if visible else []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    # Names that nvidia-smi takes too; parts of a card (MIG) and whatever else there is it does not.
+    chosen = [f"--id={visible}"] if re.fullmatch(r"(\d+|GPU-[\w-]+)(,(\d+|GPU-[\w-]+))*", visible) else []
     try:
         listed = subprocess.run(
             ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits", *chosen],

@@ -223,7 +223,7 @@ def status(run: Path) -> None:
     "--engine",
     default="auto",
     show_default=True,
-    help="vllm, embedded (transformers in process), or a URL; auto is vLLM on a GPU.",
+    help="vllm, embedded (transformers in process), or a URL; auto is vLLM where the recipe needs a GPU.",
 )
 @OVERLAY
 @click.option("--out", default="", help="Write the answers there as JSON.")

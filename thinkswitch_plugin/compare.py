@@ -67,8 +67,8 @@ def compare(
         folder: the run, RUNS/DOMAIN; there need not be one where both checkpoints are given.
         iteration: whose checkpoints; None is the last one that has both.
         instruct, thinking: other checkpoints (folders or hub ids) in place of the iteration's.
-        engine: `embedded` is transformers in process; `vllm`, or the URL of a server; `auto` is vLLM, with the
-            recipe's options, where it and a GPU are there.
+        engine: `embedded` is transformers in process; `vllm`, or the URL of a server; `auto` is in process,
+            but for recipes that need a GPU vLLM with the recipe's options, where it is installed.
         out: write the answers there too, as JSON.
 
     Raises:
@@ -85,7 +85,8 @@ def compare(
     asked = speakers(run, iteration, instruct, thinking)
     if empty:
         console.say(f"  the domain's template is asked with nothing for {', '.join(empty)}")
-    chosen = "embedded" if engine == "auto" and not engines.has_cuda() else engines.choose(engine)
+    # A model that needs a GPU may fit on it only as the recipe's options have vLLM round it.
+    chosen = "embedded" if engine == "auto" and not recipe.keys.needs.gpu_gb else engines.choose(engine)
     answers = []
     with Bar(len(asked), "compare", unit="answer") as bar:
         for title, name in asked.items():

@@ -125,9 +125,10 @@ def generate(
         else:
             from thinkswitch_plugin.client import run_async
 
-            room = min(
-                max(budget, retry_max_tokens or 0) + prompt_room(longest, checkpoint), context_length(checkpoint)
-            )
+            room = None  # a server of the user's own has its own
+            if engine == "vllm":
+                needed = max(budget, retry_max_tokens or 0) + prompt_room(longest, checkpoint)
+                room = min(needed, context_length(checkpoint))
             asked = ADAPTER if adapter else checkpoint
             if adapter:
                 options = [*keys.vllm_args, *lora_arguments({ADAPTER: adapter})]

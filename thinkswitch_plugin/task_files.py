@@ -29,13 +29,7 @@ def task_files(name: str) -> tuple[Path, ...]:
         if not path.is_file() or path in found:
             return
         found[path] = None
-        if path.suffix != ".yaml":
-            return
-        try:
-            values = yaml.load(path.read_bytes(), Loader=_AnyTag)
-        except (yaml.YAMLError, UnicodeDecodeError):
-            return  # lm-eval says what is wrong with it
-        for key, text in _texts(values):
+        for key, text in _texts(_read(path)):
             if key == "include":
                 visit(path.parent / text)
             elif key == "function":
@@ -62,10 +56,16 @@ def budget(name: str) -> int | None:
 
 def _every(name: str) -> Iterator[dict[str, Any]]:
     """A task's YAML file, then what that includes."""
-    for path in task_files(name):
-        values = yaml.load(path.read_bytes(), Loader=_AnyTag) if path.suffix == ".yaml" else None
-        if isinstance(values, dict):
-            yield values
+    yield from (values for path in task_files(name) if isinstance(values := _read(path), dict))
+
+
+def _read(path: Path) -> Any:
+    if path.suffix != ".yaml":
+        return None
+    try:
+        return yaml.load(path.read_bytes(), Loader=_AnyTag)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None  # lm-eval says what is wrong with it
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
