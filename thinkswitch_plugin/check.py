@@ -15,7 +15,7 @@ from typing import Any
 
 from thinkswitch_plugin import console, distil, domain, engines, files
 from thinkswitch_plugin.args import ThinkSwitchKeys, is_local, resolve_seed
-from thinkswitch_plugin.contamination import require_uncontaminated
+from thinkswitch_plugin.contamination import reason, require_uncontaminated
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import uses_server
 from thinkswitch_plugin.merging.compatibility import config_difference
@@ -170,8 +170,9 @@ def pair(keys: ThinkSwitchKeys) -> str:
         try:
             configs.append(files.read_json(Path(hf_hub_download(name, "config.json", revision=revision))))
         except Exception as error:  # the hub's client raises many types; all mean no access
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ThinkSwitchError(f"{name} cannot be reached on the hub: {reason}") from None
+            raise ThinkSwitchError(
+                f"{name} cannot be reached on the hub: {reason(error)}; check its name, the network and your access to it."
+            ) from None
     if difference := config_difference(*configs):
         raise ThinkSwitchError(f"no compatible pair: {difference}")
     return f"{keys.pair.instruct} and {keys.pair.thinking} have one architecture, size and vocabulary"
