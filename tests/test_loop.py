@@ -179,7 +179,8 @@ def test_a_lambda_that_stops_the_thinking_is_refused_and_the_old_pair_kept(
     (out / "old").touch()
     keys = RebuildKeys.model_validate({"lambda": -1, "lambda_steps": [-0.5], "check_prompts": 16})
     with pytest.raises(
-        ThinkSwitchError, match=r"No λ keeps the rebuilt checkpoint thinking \(.*: -1 → 0.*, \d+ of 16 cut"
+        ThinkSwitchError,
+        match=r"No λ keeps the rebuilt checkpoint thinking \(λ → think ratio of what was not cut: -1 → 0.*, \d+ of 16 cut",
     ):
         rebuild_thinking(
             instruct=here / "instruct",

@@ -15,8 +15,8 @@ from typing import Any
 
 from thinkswitch_plugin import console, distil, domain, engines, files
 from thinkswitch_plugin.args import ThinkSwitchKeys, is_local, resolve_seed
-from thinkswitch_plugin.contamination import reason, require_uncontaminated
-from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.contamination import require_uncontaminated
+from thinkswitch_plugin.errors import ThinkSwitchError, reason
 from thinkswitch_plugin.evaluation import uses_server
 from thinkswitch_plugin.merging.compatibility import config_difference
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path

@@ -90,7 +90,7 @@ def require_room(name: str, revision: str | None, what: str) -> None:
 
 
 def folder_name(name: str) -> str:
-    """A checkpoint's path or hub id as the name of one folder: two checkpoints never share one."""
+    """A checkpoint's whole path or hub id as the name of one folder, its parts joined by hyphens."""
     from thinkswitch_plugin.args import is_local
 
     if not is_local(name):

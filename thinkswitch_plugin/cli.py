@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 import click
 
 from thinkswitch_plugin import __version__, console, progress
-from thinkswitch_plugin.errors import ThinkSwitchError, with_next_command
+from thinkswitch_plugin.errors import AGAIN, ThinkSwitchError, with_next_command
 
 NO_GPU_MEMORY = (
     "the GPU's memory does not hold the model and what it works on; end what else uses it (`nvidia-smi` shows it), lower "
-    "`thinkswitch.engine.concurrency` or `evaluation.batch_size`, or have vLLM answer with the recipe's quantization (ENGINE=vllm, or `make serve` and --url), and run the same command again."
+    "`thinkswitch.engine.concurrency` or `evaluation.batch_size`, or have vLLM answer with the recipe's quantization (ENGINE=vllm, or `make serve` and --url), "
+    f"and {AGAIN}."
 )
 F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path, readable=False)  # whether it can be read is said in our own words
@@ -39,6 +40,22 @@ def disk_problem(error: OSError) -> str:
     return f"{error.strerror or error}{where}; put that right and run the same command again."
 
 
+def sentence_of(error: Exception) -> str | None:
+    """What an error says to the user; None for one that is a defect of ours, or click's own."""
+    if isinstance(error, ThinkSwitchError):
+        return with_next_command(str(error))
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("thinkswitch_plugin"):
+        return (
+            f"{error.name.partition('.')[0]} is not installed here; `pip install 'thinkswitch[loop]'` brings all that the "
+            f"commands need (from a checkout: `make setup`). Then {AGAIN}."
+        )
+    if isinstance(error, RuntimeError) and type(error).__name__ == "OutOfMemoryError":  # torch's, not imported here
+        return NO_GPU_MEMORY
+    if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+        return disk_problem(error)
+    return None
+
+
 class Group(click.Group):
     """Prints our errors as one sentence and exits 1."""
 
@@ -54,30 +71,11 @@ class Group(click.Group):
         except console.Interrupted as signal:
             click.echo("\nthinkswitch: stopped; the same command goes on from what is there.", err=True)
             ctx.exit(128 + signal.number)
-        except ThinkSwitchError as error:
-            if os.environ.get("THINKSWITCH_DEBUG"):
+        except Exception as error:
+            sentence = sentence_of(error)
+            if sentence is None or os.environ.get("THINKSWITCH_DEBUG"):
                 raise
-            click.echo(f"thinkswitch: {with_next_command(str(error))}", err=True)
-            ctx.exit(1)
-        except ModuleNotFoundError as error:
-            if os.environ.get("THINKSWITCH_DEBUG") or not error.name or error.name.startswith("thinkswitch_plugin"):
-                raise
-            missing = error.name.partition(".")[0]
-            click.echo(
-                f"thinkswitch: {missing} is not installed here; `pip install 'thinkswitch[loop]'` brings all that the "
-                "commands need (from a checkout: `make setup`). Then run the same command again.",
-                err=True,
-            )
-            ctx.exit(1)
-        except RuntimeError as error:  # torch's, which is not imported here
-            if os.environ.get("THINKSWITCH_DEBUG") or type(error).__name__ != "OutOfMemoryError":
-                raise
-            click.echo(f"thinkswitch: {NO_GPU_MEMORY}", err=True)
-            ctx.exit(1)
-        except OSError as error:
-            if os.environ.get("THINKSWITCH_DEBUG") or isinstance(error, BrokenPipeError):
-                raise
-            click.echo(f"thinkswitch: {disk_problem(error)}", err=True)
+            click.echo(f"thinkswitch: {sentence}", err=True)
             ctx.exit(1)
 
 

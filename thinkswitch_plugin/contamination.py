@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from thinkswitch_plugin.args import EvaluationKeys
-from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.errors import ThinkSwitchError, reason
 
 SHOWN = 5  # offending pairs in the message
 SHORTEST = 6  # words from which on a short question inside a prompt counts
@@ -119,14 +119,6 @@ def evaluation_questions(task: str) -> list[str]:
     if not questions:
         raise ThinkSwitchError(f"lm-eval's task {task} has no questions.")
     return [question for question, _ in questions]
-
-
-def reason(error: BaseException) -> str:
-    """The first line of the error that started it all."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__ or error
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200].rstrip(".")
 
 
 def require_uncontaminated(prompts: Sequence[tuple[str, str]], keys: EvaluationKeys) -> int:

@@ -25,3 +25,11 @@ def with_next_command(sentence: str) -> str:
         return sentence
     gap = "\n" if "\n" in sentence else " "  # the end of a log stands by itself
     return f"{sentence}{gap}Put that right, then {AGAIN}."
+
+
+def reason(error: BaseException) -> str:
+    """The first line of the error that started it all."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__ or error
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200].rstrip(".")

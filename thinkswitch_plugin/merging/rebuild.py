@@ -121,12 +121,13 @@ def rebuild_thinking(
     # many of their traces the token limit cuts.
     known, tried_on = asked_ids(reference_requests), asked_ids(requests, keys.check_prompts)
     same = tried_on if set(tried_on) <= set(known) else known
-    closed, whole = think_ratio(reference_requests, reference, same)
-    if not whole:
+    closed_before, whole_before = think_ratio(reference_requests, reference, same)
+    if not whole_before:
         same = known
-        closed, whole = think_ratio(reference_requests, reference, same)
-    baseline = closed / whole if whole else 0.0
-    whole_before, whole_share = whole, whole / len(same)
+        closed_before, whole_before = think_ratio(reference_requests, reference, same)
+    baseline = closed_before / whole_before if whole_before else 0.0
+    # A server of the user's own does not serve a candidate.
+    judge = choose("auto") if engine.startswith("http") else engine
     tried: list[dict[str, Any]] = []
     candidates = [keys.lambda_, *(step for step in keys.lambda_steps if step > keys.lambda_)]
     candidate = files.temporary_sibling(out)
@@ -142,9 +143,7 @@ def rebuild_thinking(
             requests,
             answers,
             str(candidate),
-            choose("auto")
-            if engine.startswith("http")
-            else engine,  # a server of the user's does not serve a candidate
+            judge,
             engine_keys,
             limit=keys.check_prompts,
             retry_max_tokens=retry_max_tokens,
@@ -156,7 +155,8 @@ def rebuild_thinking(
         ratio = closed / whole if whole else 0.0
         tried.append({"lambda": weight, "think_ratio": ratio, "prompts": asked, "cut": asked - whole})
         console.say(f"  λ {weight:g}: think ratio {ratio:.3f} on {asked} training prompts (original {baseline:.3f})")
-        if still_thinks(closed, whole, asked, needed=keys.min_think_ratio * baseline, whole_share=whole_share):
+        needed, whole_share = keys.min_think_ratio * baseline, whole_before / len(same)
+        if still_thinks(closed, whole, asked, needed=needed, whole_share=whole_share):
             cards(candidate, text)
             files.put_in_place(candidate, out)
             return {
