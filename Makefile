@@ -57,7 +57,7 @@ endif
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines \
 	similarity labels adaptive switch export-loras serve control results chaos bench-engines bench-sweep bench-merge bench-export bench-faults \
-	bench-pairs bench-report screenshots fuzz bad-input lint test
+	bench-pairs bench-report gpu-check screenshots fuzz bad-input lint test
 
 ##@ Run
 
@@ -219,6 +219,9 @@ fuzz: setup ## random inputs through splitting, answers, pairs, recipes, prompts
 
 bad-input: setup ## a table of every broken file and what the real command answers to it
 	@$(VENV)/bin/python -m tests.bad_input
+
+gpu-check: ## what the recipe costs on this GPU, in under 8 minutes, with no network: make gpu-check OUT=gpu-check.json
+	@$$(ls $(VENV)/bin/python 2>/dev/null || echo python3) experiments/gpu_check.py --out "$${OUT:-gpu-check.json}"
 
 lint: setup ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
