@@ -36,10 +36,11 @@ def test_the_tiny_check_prints_a_table_and_the_same_as_json(command: Command, tm
 
 
 def test_a_part_that_fails_leaves_its_reason_and_the_rest_goes_on(tmp_path: Path) -> None:
-    rows = gpu_check.measure(["generation", "merges"], tmp_path, True)  # there is no checkpoint to generate with
-    assert rows[0]["case"] == "stopped early" and rows[0]["note"].startswith("failed: ")
-    assert any(row["case"].startswith("ThinkSwitch's kernel") for row in rows)
-    assert "failed: " in gpu_check.table(rows)
+    (tmp_path / "checkpoint").touch()  # in the way of the folder
+    rows = gpu_check.measure(["checkpoint", "live"], tmp_path, True)
+    assert rows[0]["case"] == "stopped early" and rows[0]["note"].startswith("failed: FileExistsError")
+    assert any(row["case"].startswith("in GPU memory, linear") and "rate" in row for row in rows)
+    assert "failed: FileExistsError" in gpu_check.table(rows)
 
 
 def test_a_part_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
