@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-TOTAL = 470  # seconds for everything
+SECONDS = 470  # for everything
 ROOM = 12 * 10**9  # bytes for the checkpoint
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "axolotl", "mergekit", "triton")
 COLUMNS = ("part", "case", "seconds", "rate", "allocated GB", "reserved GB", "note")
@@ -137,13 +137,13 @@ def machine(tiny: bool) -> dict[str, str]:
     return {"card": f"{card}, {memory}", "driver": driver, **found}
 
 
-def measure(names: list[str], work: Path, tiny: bool) -> list[dict[str, Any]]:
+def measure(names: list[str], work: Path, tiny: bool, seconds: float = SECONDS) -> list[dict[str, Any]]:
     """Run the parts in order, each with what is left of the time."""
     began = time.monotonic()
     rows: list[dict[str, Any]] = []
     empty: set[str] = set()
     for name in names:
-        part, left = PARTS[name], TOTAL - (time.monotonic() - began)
+        part, left = PARTS[name], seconds - (time.monotonic() - began)
         if part.instead_of and part.instead_of in names and part.instead_of not in empty:
             continue
         if left < 5:
@@ -183,6 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="also write the figures to this file, and the logs beside it")
     parser.add_argument("--tiny", action="store_true", help="small sizes on the CPU")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything (default: %(default)s)")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -192,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu-check-", dir=None if options.tiny else roomy_folder()) as folder:
         work = Path(folder)
-        rows = measure([name for name in PARTS if name in options.only], work, options.tiny)
+        rows = measure([name for name in PARTS if name in options.only], work, options.tiny, options.seconds)
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             logs = [f"=== {log.stem}\n{log.read_text(errors='replace')}" for log in sorted(work.glob("*.log"))]

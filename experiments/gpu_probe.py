@@ -18,6 +18,7 @@ class Probe(TrainerCallback):
     def __init__(self, setting: Setting, accumulation: int, record: Record) -> None:
         self.setting, self.accumulation, self.record = setting, accumulation, record
         self.times: list[float] = []
+        self.most: dict[str, float] = {}
         self.step = 0
 
     @property
@@ -31,7 +32,7 @@ class Probe(TrainerCallback):
         if self.step == 0:
             self.record("model and adapter loaded", **peak(self.setting))
         if self.step % self.setting.steps == 0:
-            self.times = []
+            self.times, self.most = [], {}
             gc.collect()
             if self.setting.on_gpu:
                 torch.cuda.empty_cache()
@@ -43,6 +44,8 @@ class Probe(TrainerCallback):
         """Stop the clock; after the last step of a length, record the median without the first, which warms up."""
         synchronize(self.setting)
         self.times.append(time.perf_counter() - self.began)
+        # step by step, since axolotl resets torch's peak whenever it logs
+        self.most = {key: max(value, self.most.get(key, 0.0)) for key, value in peak(self.setting).items()}
         if len(self.times) < self.setting.steps:
             return
         seconds = statistics.median(self.times[1:])
@@ -56,7 +59,7 @@ class Probe(TrainerCallback):
             rate=self.length * self.accumulation / seconds,
             unit="tokens/s",
             note=note,
-            **peak(self.setting),
+            **self.most,
         )
 
 
