@@ -43,10 +43,10 @@ class Part(NamedTuple):
 # In the order of what matters: a part gets what is left of the time, at most its limit.
 PARTS = {
     "checkpoint": Part(75, "random checkpoint"),
-    "axolotl-limited": Part(150, "QLoRA by axolotl, held to 8 GB"),
+    "axolotl-limited": Part(180, "QLoRA by axolotl, held to 8 GB"),
     "peft-limited": Part(100, "QLoRA by peft, held to 8 GB", instead_of="axolotl-limited"),
     "merges": Part(60, "merge"),
-    "live": Part(75, "λ in place"),
+    "live": Part(90, "λ in place"),
     "axolotl": Part(120, "QLoRA by axolotl, no limit"),
     "peft": Part(90, "QLoRA by peft, no limit", instead_of="axolotl"),
     "generation": Part(100, "generation by transformers"),
