@@ -44,3 +44,19 @@ def test_the_measure_is_what_the_original_did_on_the_same_requests(
     assert think_ratio(requests, generations, asked_ids(requests)) == (3, 3)
     assert think_ratio(requests, generations, asked_ids(requests, 4)) == (1, 1)
     assert think_ratio(requests, generations, asked_ids(requests, 3)) == (0, 0)
+
+
+def test_what_counts_is_what_finished_and_the_first_line_of_an_id(
+    write_jsonl: Callable[[str, Sequence[object]], Path],
+) -> None:
+    requests = write_jsonl("requests.jsonl", [request(f"p{i}", text="1+1") for i in range(3)])
+    failed = {"custom_id": "p1-s0", "response": None, "error": {"message": "no"}}
+    lines = [
+        answer("p0-s0", "1+1=2\n</think>\n\n2"),
+        answer("p0-s0", "1+1"),
+        failed,
+        answer("p1-s0", "1+1=2\n</think>\n\n2"),
+        answer("p2-s0", "1+1=2\n</think>\n\n2", finish="content_filter"),
+        answer("p9-s0", "1+1"),
+    ]
+    assert think_ratio(requests, write_jsonl("g.jsonl", lines), asked_ids(requests)) == (2, 2)
