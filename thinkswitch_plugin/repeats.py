@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 
-STRETCH = 200  # characters in a row from its trace with which an answer is none of its own; of a short trace three fifths
+STRETCH = (
+    200  # characters in a row from its trace with which an answer is none of its own; of a short trace three fifths
+)
 SHORT = 60  # an answer below this length is no stretch
 
 
