@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests import traces_table
+from tests.conftest import ROOT
 from tests.traces_table import closing, opening, stored, written
 from thinkswitch_plugin import conventions, files, marks, traces
 from thinkswitch_plugin.args import PluginKeys
@@ -30,6 +31,10 @@ def test_no_cell_of_the_table_leaks_and_every_convention_with_an_end_gives_a_pai
     raw = {name: what for name, shape, what, _ in cells if shape == "raw"}
     assert [name for name, what in raw.items() if what != "pair"] == [c.name for c in CONVENTIONS if not c.closes]
     assert all(what != "pair" for _, shape, what, _ in cells if shape.startswith("cut") or shape == "doubled")
+
+
+def test_the_document_holds_the_table() -> None:
+    assert traces_table.documented() in (ROOT / "docs" / "how-it-works.md").read_text(encoding="utf-8")
 
 
 _noise = st.sampled_from(

@@ -28,6 +28,15 @@ ANSWER = "The answer is 42."
 TAG = re.compile(r"<[^<>]*>|\[[A-Z/ ]+\]|◁[^▷]*▷")
 
 
+def documented() -> str:
+    """The table of docs/how-it-works.md: name, families, and the usual opening and closing of every convention."""
+    lines = ["| name | opens | ends | families |", "|---|---|---|---|"]
+    for each in CONVENTIONS:
+        opens, closes = (f"`{end[0].strip()}`".replace("|", "\\|") if end else "" for end in (each.opens, each.closes))
+        lines.append(f"| `{each.name}` | {opens} | {closes.replace(chr(10), '')} | {each.families} |")
+    return "\n".join(lines) + "\n"
+
+
 def opening(convention: Convention) -> str:
     """What opens a trace in a convention, as it is usually written."""
     return convention.opens[0].replace("…", ' type="reasoning"').replace("# ", "## ")

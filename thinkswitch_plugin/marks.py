@@ -41,19 +41,15 @@ _INVISIBLE = "\u00ad\u180e\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
 _PLAIN: dict[int, int | str | None] = {0xFF01 + n: 0x21 + n for n in range(94)}
 _PLAIN |= {ord(c): None for c in _INVISIBLE + "\\"} | {ord("▁"): "_"}
 # After its bracket and white space no tag goes on with what follows `<` in mathematics and code.
-_TAG = re.compile(r"<(\s{0,4}[^\s\d<>=.,;:()+*~-][^<>]{0,63})>")
-_UNENDED = re.compile(
-    r"<\s{0,4}[/\\]?\s{0,4}([A-Za-z][\w:-]{2,24})\b(?![^<>]{0,63}>)"
-)  # `</think` at the end of a line
-_BRACKET = re.compile(r"\[([^\[\]\d]{3,40})\]")
+_TAG = re.compile(r"<\s{0,4}[^\s\d<>=.,;:()+*~-][^<>]{0,63}>?")
+_BRACKET = re.compile(r"\[[^\[\]\d]{3,40}\]")
 _ESCAPED = (
-    re.compile(r"&(?:amp;)*(?:lt|#0*60|#x0*3c);([^&<>]{1,64})&(?:amp;)*(?:gt|#0*62|#x0*3e);", re.IGNORECASE),
-    re.compile(r"\\u003c([^<>]{1,64}?)\\u003e", re.IGNORECASE),
+    re.compile(r"&(?:amp;)*(?:[lL][tT]|#0*60|#[xX]0*3[cC]);([^&<>]{1,64})&(?:amp;)*(?:[gG][tT]|#0*62|#[xX]0*3[eE]);"),
+    re.compile(r"\\u003[cC]([^<>]{1,64}?)\\u003[eE]"),
 )
-_NOT_ASCII = tuple(
-    re.compile(rf"{a}([^<>{a}{b}]{{1,64}})[{b}>]") for a, b in ("＜＞", "〈〉", "⟨⟩", "‹›", "«»", "【】")
-)
+_NOT_ASCII = tuple(re.compile(rf"{a}([^<>{a}{b}]{{1,64}})[{b}>]") for a, b in ("＜＞", "⟨⟩", "【】"))
 _KIMI = re.compile(r"◁([^<>◁▷]{1,64})▷")
+_NAME = re.compile(r"<\s*[/\\]?\s*([A-Za-z][\w:-]{2,24})\b")
 _ATTRIBUTES = re.compile(r"(\s*/?\s*[\w:.-]+)\s+[\w:-]+\s*=", re.DOTALL)
 _SUFFIX = re.compile(r"(</?think):[\w-]+>")  # Hunyuan: <think:6124c78e>
 _LIKE_A_TRACE = re.compile(r"think|thought|reasoning|scratchpad|monolog|reflect|chainof")
@@ -190,10 +186,12 @@ def _candidates(text: str) -> Iterator[tuple[int, int, str]]:
 def tags(text: str) -> Iterator[Mark]:
     """Every tag of the table in a text, in no order, and what looks like a tag of a trace."""
     table = _table()
-    for m in _UNENDED.finditer(text):
-        if any(e.kind in (Kind.OPEN, Kind.CLOSE) for e in table.get(key(f"<{m[1]}>"), ())):
-            yield Mark(*m.span(), Kind.GUARD, m[0])
     for start, end, tag in _candidates(text):
+        if tag[-1] not in ">]▷":  # `</think` at the end of a line
+            name = _NAME.match(tag)
+            if name and any(e.kind in (Kind.OPEN, Kind.CLOSE) for e in table.get(key(f"<{name[1]}>"), ())):
+                yield Mark(start, start + name.end(), Kind.GUARD, name[0])
+            continue
         found = key(tag)
         for entry in table.get(found, ()):
             if not text.endswith(entry.before, 0, start):
@@ -214,7 +212,7 @@ def find(text: str, convention: Convention | None = None) -> list[Mark]:
         convention: the one that splits this text, so that every other's marks are `GUARD`s; None for any.
     """
     found = list(tags(text))
-    for word in _SPOKEN:
+    for word in _SPOKEN if "assistant" in text else ():
         if word in text:
             found += (Mark(*m.span(), Kind.GUARD, word) for m in re.finditer(word, text))
     splits = (Kind.OPEN, Kind.CLOSE)
@@ -244,7 +242,7 @@ def _without_mentions(text: str, found: list[Mark]) -> list[Mark]:
     """A mark in quotes or in a block of code is spoken of: it opens and ends nothing."""
     if not found:
         return found
-    fences = [m.start() for m in re.finditer("```", text)] if "```" in text else []
+    fences = [m.start() for m in re.finditer("```", text)] if "`" in text else []
     kept, passed = [], 0
     for mark in found:
         while passed < len(fences) and fences[passed] < mark.start:

@@ -17,7 +17,7 @@ def repeats(trace: str | None, answer: str) -> bool:
     """
     text = " ".join(answer.split())
     # A longer trace than this cannot stand whole in a short answer.
-    reasoning = " ".join(((trace or "") if len(text) >= SHORT else (trace or "")[:2000]).split())
+    reasoning = " ".join(((trace or "") if len(text) >= SHORT else (trace or "")[:300]).split())
     if text.startswith(reasoning):
         return len(reasoning) >= 8
     if reasoning in text:
