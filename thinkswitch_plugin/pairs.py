@@ -291,7 +291,14 @@ def select(
 
 
 def write_pairs(
-    requests: Path, generations: Path, out: Path, *, selection: str, answer_kind: str, keep_trace: bool = False
+    requests: Path,
+    generations: Path,
+    out: Path,
+    *,
+    selection: str,
+    answer_kind: str,
+    keep_trace: bool = False,
+    convention: Convention | None = None,
 ) -> PairReport:
     """Write `pairs.jsonl` (or, with traces, `rationales.jsonl`) atomically, and beside it the counts as JSON.
 
@@ -300,7 +307,13 @@ def write_pairs(
     report = PairReport()
     with files.atomic_file(out) as handle:
         rows = build_pairs(
-            requests, generations, selection=selection, answer_kind=answer_kind, keep_trace=keep_trace, report=report
+            requests,
+            generations,
+            selection=selection,
+            answer_kind=answer_kind,
+            keep_trace=keep_trace,
+            convention=convention,
+            report=report,
         )
         for row in rows:
             handle.write(files.dumps_line(row))
