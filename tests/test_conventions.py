@@ -174,7 +174,7 @@ def test_every_finish_reason_but_stop_means_cut_and_is_counted_under_its_name(re
     [
         ("thinkng", "'thinkng', and the nearest convention is 'thinking'"),
         ({"open": "<a>"}, "neither the name of a convention nor {open"),
-        ({"open": "<a>", "close": " "}, "`close` of it is not a text"),
+        ({"open": "<a>", "close": " "}, "`close` of the value is not a text"),
         ({"open": "---", "close": "---"}, "the same text"),
         (7, "neither the name"),
     ],
@@ -197,6 +197,8 @@ def test_the_names_of_the_table_are_told_apart_and_read_back_from_a_request() ->
         assert asked({"body": {"metadata": how.metadata()}}) == how
     assert asked({"body": {}}, NONE) == Asked(False, NONE)
     assert asked({"body": {"metadata": {"trace": "opened"}}}, NONE) == Asked(True)
+    granite = conventions.from_key("granite")
+    assert asked({"body": {"metadata": Asked(True, CONVENTIONS[3]).metadata()}}, granite) == Asked(True, granite)
 
 
 def test_a_checkpoints_template_tells_its_convention() -> None:

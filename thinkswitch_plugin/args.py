@@ -243,7 +243,7 @@ class PluginKeys(_Keys):
     @field_validator("trace", mode="before")
     @classmethod
     def _is_a_convention(cls, value: Any) -> Any:
-        if fault := conventions.fault(value, "it"):
+        if fault := conventions.fault(value, "the value"):
             raise ValueError(fault)
         return value
 

@@ -120,15 +120,18 @@ def prompt_id(request: dict[str, Any]) -> str:
 
 
 def asked(request: dict[str, Any], key: Convention | None = None) -> Asked:
-    """How the completion of a request is read: as its metadata says, else as `key`, the recipe's convention."""
+    """How the completion of a request is read: as `key`, the recipe's convention, else as its metadata says.
+
+    So a key that is set when the answers are there already needs none of them asked again. A template that opened the
+    trace is a fact, whatever the key.
+    """
     metadata = request["body"].get("metadata", {})
     opened = metadata.get("trace") == "opened"
-    if metadata.get("trace") == "none":
-        convention: Convention | None = NONE
-    elif "convention" in metadata:
+    convention = None if key is NONE and opened else key
+    if convention is None and metadata.get("trace") == "none":
+        convention = NONE
+    if convention is None and "convention" in metadata:
         convention = conventions.from_key(metadata["convention"])
-    else:
-        convention = None if key is NONE and opened else key
     return Asked(opened, convention, tuple(metadata.get("ends", ())))
 
 

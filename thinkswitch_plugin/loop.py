@@ -110,6 +110,7 @@ def build_pairs(run: Run, k: int) -> dict[str, Any]:
         here / "pairs.jsonl",
         selection=labels.selection,
         answer_kind=labels.answer,
+        convention=run.recipe.keys.convention,
     )
     console.say(f"  {report.summary()}")
     return report.as_json()
@@ -211,6 +212,7 @@ def rebuild(run: Run, k: int) -> dict[str, Any]:
         requests=here / "requests.jsonl",
         engine=run.engine,
         engine_keys=keys.engine,
+        convention=keys.convention,
         retry_max_tokens=keys.retry_budget,
         logs=here / "logs",
         cards=lambda folder, text: cards.write_card(run, k, "thinking", folder, text),

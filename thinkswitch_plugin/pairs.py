@@ -116,7 +116,7 @@ def build_pairs(
             that gives the majority answer).
         answer_kind: how `vote` reads a final answer, a key of `answers.EXTRACTORS`.
         keep_trace: give each pair its `trace`, and drop those that `adaptive.formats` cannot write.
-        convention: how traces are written where a request does not say it.
+        convention: how the recipe says that traces are written; None leaves it to each request.
 
     Raises:
         ThinkSwitchError: a file is missing, or a line is broken, named by file and line; or a trace is expected

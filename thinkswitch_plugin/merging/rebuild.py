@@ -16,6 +16,7 @@ import yaml
 
 from thinkswitch_plugin import checkpoint, console, files, pairs
 from thinkswitch_plugin.args import EngineKeys, RebuildKeys
+from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.engines import choose, has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.generate import generate
@@ -32,10 +33,12 @@ def asked_ids(requests: Path, limit: int | None = None) -> list[str]:
     return [row["custom_id"] for _, row in itertools.islice(files.read_jsonl(requests), limit)]
 
 
-def think_ratio(requests: Path, generations: Path, ids: Sequence[str]) -> tuple[int, int]:
+def think_ratio(
+    requests: Path, generations: Path, ids: Sequence[str], convention: Convention | None = None
+) -> tuple[int, int]:
     """(completions with a closed trace, completions that were not cut), of the requests with these ids."""
     wanted = set(ids)
-    asked = {custom_id: how for custom_id, how in pairs.read_asked(requests).items() if custom_id in wanted}
+    asked = {custom_id: how for custom_id, how in pairs.read_asked(requests, convention).items() if custom_id in wanted}
     found = [done for _, _, done in pairs.completions(generations, asked, pairs.PairReport())]
     whole = [done for done in found if not done.cut and done.outcome is not Outcome.FAILED]
     return sum(done.closed_trace for done in whole), len(whole)
@@ -65,16 +68,19 @@ class Baseline:
             )
 
 
-def baseline(requests: Path, generations: Path, tried_on: Sequence[str]) -> Baseline:
+def baseline(
+    requests: Path, generations: Path, tried_on: Sequence[str], convention: Convention | None = None
+) -> Baseline:
     """The original on the very requests that a candidate answers, if it was asked them and one was not cut, else on all.
 
     Prompts differ in how many of their traces the token limit cuts.
     """
     known = asked_ids(requests)
-    closed, whole = think_ratio(requests, generations, tried_on) if set(tried_on) <= set(known) else (0, 0)
-    if whole:
-        return Baseline(closed, whole, len(tried_on))
-    return Baseline(*think_ratio(requests, generations, known), len(known))
+    for ids in (tried_on, known):
+        closed, whole = think_ratio(requests, generations, ids, convention) if set(ids) <= set(known) else (0, 0)
+        if whole or ids is known:
+            break
+    return Baseline(closed, whole, len(ids))
 
 
 def still_thinks(closed: int, whole: int, asked: int, *, needed: float, whole_share: float) -> bool:
@@ -119,6 +125,7 @@ def rebuild_thinking(
     requests: Path,
     engine: str,
     engine_keys: EngineKeys,
+    convention: Convention | None = None,
     retry_max_tokens: int | None = None,
     logs: Path,
     cards: Callable[[Path, str], None],
@@ -130,6 +137,7 @@ def rebuild_thinking(
         reference, reference_requests: what the *original* thinking checkpoint answered;
             its think ratio is the measure.
         requests: the training prompts to try the candidate on (no labels needed).
+        convention: how the recipe says that traces are written.
         retry_max_tokens: as the reference was asked, what was cut is asked again with this budget.
 
     Returns:
@@ -139,7 +147,7 @@ def rebuild_thinking(
         ThinkSwitchError: the pair does not match, or no λ of the list keeps the checkpoint thinking.
     """
     tried_on = asked_ids(requests, keys.check_prompts)
-    before = baseline(reference_requests, reference, tried_on)
+    before = baseline(reference_requests, reference, tried_on, convention)
     before.require_traces(reference, keys)
     require_compatible(instruct, anchor)
     nearness = similarity(instruct, anchor)
@@ -170,7 +178,7 @@ def rebuild_thinking(
             log=logs / "check.log",
             title=f"check λ={weight:g}",
         )
-        closed, whole = think_ratio(requests, answers, tried_on)
+        closed, whole = think_ratio(requests, answers, tried_on, convention)
         asked = sum(1 for _ in files.read_jsonl(answers))
         ratio = closed / whole if whole else 0.0
         tried.append({"lambda": weight, "think_ratio": ratio, "prompts": asked, "cut": asked - whole})
