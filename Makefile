@@ -57,7 +57,7 @@ endif
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines \
 	similarity labels adaptive switch export-loras serve control results chaos bench-engines bench-sweep bench-merge bench-export bench-faults \
-	bench-pairs bench-report gpu-check screenshots fuzz bad-input lint test
+	bench-pairs bench-report gpu-check screenshots fuzz bad-input traces lint test
 
 ##@ Run
 
@@ -222,6 +222,9 @@ bad-input: setup ## a table of every broken file and what the real command answe
 
 gpu-check: ## what the recipe costs on this GPU, in under 8 minutes, with no network: make gpu-check OUT=gpu-check.json
 	@$$(ls $(VENV)/bin/python 2>/dev/null || echo python3) experiments/gpu_check.py --out "$${OUT:-gpu-check.json}"
+
+traces: setup ## a table of every trace convention in every shape: pair, dropped and why, or refused
+	@$(VENV)/bin/python -m tests.traces_table
 
 lint: setup ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

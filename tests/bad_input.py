@@ -282,13 +282,28 @@ def forms() -> Iterator[Form]:
         works=True,
     )
     yield stage(
-        "generations", "control token in an answer", lines(answer(), answer("t</think>5<|im_end|>", "p1-s0")), "1 control_token",
+        "generations", "control token in an answer", lines(answer(), answer("t</think>5<|im_end|>6", "p1-s0")), "1 control_token",
         works=True,
     )  # fmt: skip
     yield stage(
         "generations", "think tags in an answer", lines(answer(), answer("t</think>5</think>6", "p1-s0")), "1 ambiguous_tags",
         works=True,
     )  # fmt: skip
+    yield stage(
+        "generations", "a trace in a way that nobody knows", lines(answer("<zork>2+3</zork>5")),
+        r"generations.jsonl, line 1: of 1 finished .*begins '<zork>2\+3</zork>5': set `thinkswitch.trace`",
+    )  # fmt: skip
+    yield stage(
+        "generations", "an answer that was filtered",
+        lines(answer(), answer(custom_id="p1-s0")).replace(b'"stop"', b'"content_filter"', 1), "1 content_filter", works=True,
+    )  # fmt: skip
+    yield stage(
+        "requests", "a convention that nobody knows", lines(request(metadata={"convention": "thnk"})),
+        "line 1: `body.metadata.convention` is 'thnk', and the nearest convention is 'think'",
+    )  # fmt: skip
+    yield recipe(
+        "a trace convention that nobody knows", RECIPE + "  trace: granit\n", "nearest convention is 'granite'"
+    )
     yield stage(
         "generations", "content of another type", lines(answer(), answer(["x"], "p1-s0")), "1 failed", works=True
     )

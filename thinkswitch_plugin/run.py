@@ -215,7 +215,7 @@ def stages(run: Run) -> Iterator[Stage]:
             k,
             (requests, generations),
             (pairs, pairs.with_suffix(".json")),
-            {"selection": keys.labels.selection, "answer": keys.labels.answer},
+            {"selection": keys.labels.selection, "answer": keys.labels.answer, "trace": keys.trace},
         )
         yield Stage(
             "train",
@@ -247,7 +247,7 @@ def stages(run: Run) -> Iterator[Stage]:
                 run.iteration(1) / "generations.jsonl",
             ),
             (here / "thinking", here / "rebuild.json", here / "merge.yaml"),
-            {"rebuild": keys.rebuild.model_dump(), "engine": answering},
+            {"rebuild": keys.rebuild.model_dump(), "engine": answering, "trace": keys.trace},
             resume_on=("rebuild", "engine"),
             scratch=tuple((here / "logs").glob("check-lambda-*.jsonl")),
             writes_like=Path(run.anchor(k)),

@@ -71,7 +71,7 @@ def parse(text: str, *, cut: bool = False) -> Parsed:
     if text.startswith(THINK[0]):
         done = traces.split(text, cut=cut)
         closed = done.outcome not in (traces.Outcome.UNCLOSED, traces.Outcome.CUT)
-        return Parsed(PRE, _clean(done.answer) if done.complete else None, closed)
+        return Parsed(PRE, _clean(done.answer) if done.complete and not done.wrapped else None, closed)
     if text.startswith(ANSWER[0]):
         answer, end, _ = text.removeprefix(ANSWER[0]).partition(ANSWER[1])
         closed = bool(end) or not cut
@@ -90,14 +90,14 @@ def fault(trace: str | None, answer: str) -> str | None:
         return "it has no trace"
     if not answer.strip():
         return "it has no answer"
-    for name, text in (("trace", trace), ("answer", answer)):
-        if traces.has_tag(text):
+    for name, text, found in (("trace", trace, traces.has_tag(trace)), ("answer", answer, traces.trace_mark(answer))):
+        if found:
             return f"a trace tag stands inside the {name}"
-        if has_answer_tag(text):
+        if has_answer_tag(text) or (name == "answer" and traces.wrapper_mark(text)):
             return f"an answer tag stands inside the {name}"
     return None
 
 
 def _clean(answer: str | None) -> str | None:
     text = (answer or "").strip()
-    return text if text and not traces.has_tag(text) and not has_answer_tag(text) else None
+    return text if text and not traces.trace_mark(text) and not has_answer_tag(text) else None

@@ -285,6 +285,7 @@ def read_material(job: Job) -> Material:
         selection=keys.labels.selection,
         answer_kind=keys.labels.answer,
         keep_trace=True,
+        convention=keys.convention,
     )
     references = gold_references(job, turns) if keys.adaptive.gold else majority_references(job)
     questions = [Question(name, asked, references[name]) for name, asked in turns.items() if name in references]
@@ -305,9 +306,10 @@ def read_material(job: Job) -> Material:
 
 def majority_references(job: Job) -> dict[str, str]:
     """The majority of all complete answers to each question (the earliest of equals); none where none can be read."""
-    labels = job.recipe.keys.labels
+    labels, convention = job.recipe.keys.labels, job.recipe.keys.convention
     read: dict[str, list[str | None]] = {}
-    for row in pairs.build_pairs(job.requests, job.generations, selection="all", report=pairs.PairReport()):
+    report = pairs.PairReport()
+    for row in pairs.build_pairs(job.requests, job.generations, selection="all", convention=convention, report=report):
         read.setdefault(row["prompt_id"], []).append(answers.extract(labels.answer, row["messages"][-1]["content"]))
     majorities = ((prompt_id, answers.majority(found)) for prompt_id, found in read.items())
     return {prompt_id: winner for prompt_id, winner in majorities if winner is not None}

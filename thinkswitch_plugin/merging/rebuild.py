@@ -8,20 +8,21 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from thinkswitch_plugin import checkpoint, console, files
+from thinkswitch_plugin import checkpoint, console, files, pairs
 from thinkswitch_plugin.args import EngineKeys, RebuildKeys
+from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.engines import choose, has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.generate import generate
 from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.merging.config import place_models, set_lambda
 from thinkswitch_plugin.merging.similarity import similarity
-from thinkswitch_plugin.pairs import completion_of
 from thinkswitch_plugin.traces import Outcome
 
 SMALL_SET = 100  # up to so many prompts, one may fail to think without failing the check
@@ -32,23 +33,54 @@ def asked_ids(requests: Path, limit: int | None = None) -> list[str]:
     return [row["custom_id"] for _, row in itertools.islice(files.read_jsonl(requests), limit)]
 
 
-def think_ratio(requests: Path, generations: Path, ids: Sequence[str]) -> tuple[int, int]:
+def think_ratio(
+    requests: Path, generations: Path, ids: Sequence[str], convention: Convention | None = None
+) -> tuple[int, int]:
     """(completions with a closed trace, completions that were not cut), of the requests with these ids."""
     wanted = set(ids)
-    opened: dict[str, bool] = {}
-    for _, row in files.read_jsonl(requests):
-        if row["custom_id"] in wanted:
-            opened[row["custom_id"]] = (row["body"].get("metadata") or {}).get("trace") == "opened"
-    closed = whole = 0
-    for _, row in files.read_jsonl(generations):
-        if row.get("custom_id") not in opened or row.get("error"):
-            continue
-        done = completion_of(row, opened=opened[row["custom_id"]])
-        if row["response"]["body"]["choices"][0].get("finish_reason") == "length":
-            continue
-        whole += 1
-        closed += done.closed_trace and done.outcome is not Outcome.FAILED
-    return closed, whole
+    asked = {custom_id: how for custom_id, how in pairs.read_asked(requests, convention).items() if custom_id in wanted}
+    found = [done for _, _, done in pairs.completions(generations, asked, pairs.PairReport())]
+    whole = [done for done in found if not done.cut and done.outcome is not Outcome.FAILED]
+    return sum(done.closed_trace for done in whole), len(whole)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """How often the original thinking checkpoint thought: completions with a closed trace, not cut, and all."""
+
+    closed: int
+    whole: int
+    asked: int
+
+    @property
+    def ratio(self) -> float:
+        """The think ratio."""
+        return self.closed / self.whole if self.whole else 0.0
+
+    def require_traces(self, reference: Path, keys: RebuildKeys) -> None:
+        """Raise `ThinkSwitchError` where it (nearly) never thought: any λ would do as well."""
+        if self.ratio < pairs.FEWEST_TRACES and keys.min_think_ratio:
+            raise ThinkSwitchError(
+                f"{reference}: {self.closed} of {self.whole} finished completions of the original thinking checkpoint have "
+                "a closed trace, so a rebuilt one cannot be compared with it: set `thinkswitch.trace` to the convention in "
+                "which it writes its trace, raise `thinkswitch.sampling.max_tokens` if its traces are cut, or set "
+                "`thinkswitch.rebuild.min_think_ratio: 0` if it writes none."
+            )
+
+
+def baseline(
+    requests: Path, generations: Path, tried_on: Sequence[str], convention: Convention | None = None
+) -> Baseline:
+    """The original on the very requests that a candidate answers, if it was asked them and one was not cut, else on all.
+
+    Prompts differ in how many of their traces the token limit cuts.
+    """
+    known = asked_ids(requests)
+    for ids in (tried_on, known):
+        closed, whole = think_ratio(requests, generations, ids, convention) if set(ids) <= set(known) else (0, 0)
+        if whole or ids is known:
+            break
+    return Baseline(closed, whole, len(ids))
 
 
 def still_thinks(closed: int, whole: int, asked: int, *, needed: float, whole_share: float) -> bool:
@@ -93,6 +125,7 @@ def rebuild_thinking(
     requests: Path,
     engine: str,
     engine_keys: EngineKeys,
+    convention: Convention | None = None,
     retry_max_tokens: int | None = None,
     logs: Path,
     cards: Callable[[Path, str], None],
@@ -104,6 +137,7 @@ def rebuild_thinking(
         reference, reference_requests: what the *original* thinking checkpoint answered;
             its think ratio is the measure.
         requests: the training prompts to try the candidate on (no labels needed).
+        convention: how the recipe says that traces are written.
         retry_max_tokens: as the reference was asked, what was cut is asked again with this budget.
 
     Returns:
@@ -112,20 +146,14 @@ def rebuild_thinking(
     Raises:
         ThinkSwitchError: the pair does not match, or no λ of the list keeps the checkpoint thinking.
     """
+    tried_on = asked_ids(requests, keys.check_prompts)
+    before = baseline(reference_requests, reference, tried_on, convention)
+    before.require_traces(reference, keys)
     require_compatible(instruct, anchor)
     nearness = similarity(instruct, anchor)
     config_path = Path(keys.config)
     template = files.read_yaml(config_path)
     roles = {"instruct": str(instruct), "thinking": str(anchor)}
-    # The original on the very requests that a candidate answers, where it was asked them: prompts differ in how
-    # many of their traces the token limit cuts.
-    known, tried_on = asked_ids(reference_requests), asked_ids(requests, keys.check_prompts)
-    same = tried_on if set(tried_on) <= set(known) else known
-    closed_before, whole_before = think_ratio(reference_requests, reference, same)
-    if not whole_before:
-        same = known
-        closed_before, whole_before = think_ratio(reference_requests, reference, same)
-    baseline = closed_before / whole_before if whole_before else 0.0
     # A server of the user's own does not serve a candidate.
     judge = choose("auto") if engine.startswith("http") else engine
     tried: list[dict[str, Any]] = []
@@ -150,12 +178,14 @@ def rebuild_thinking(
             log=logs / "check.log",
             title=f"check λ={weight:g}",
         )
-        closed, whole = think_ratio(requests, answers, tried_on)
+        closed, whole = think_ratio(requests, answers, tried_on, convention)
         asked = sum(1 for _ in files.read_jsonl(answers))
         ratio = closed / whole if whole else 0.0
         tried.append({"lambda": weight, "think_ratio": ratio, "prompts": asked, "cut": asked - whole})
-        console.say(f"  λ {weight:g}: think ratio {ratio:.3f} on {asked} training prompts (original {baseline:.3f})")
-        needed, whole_share = keys.min_think_ratio * baseline, whole_before / len(same)
+        console.say(
+            f"  λ {weight:g}: think ratio {ratio:.3f} on {asked} training prompts (original {before.ratio:.3f})"
+        )
+        needed, whole_share = keys.min_think_ratio * before.ratio, before.whole / before.asked
         if still_thinks(closed, whole, asked, needed=needed, whole_share=whole_share):
             cards(candidate, text)
             files.put_in_place(candidate, out)
@@ -164,7 +194,7 @@ def rebuild_thinking(
                 "lambda": weight,
                 "anchor": str(anchor),
                 "think_ratio": ratio,
-                "think_ratio_original": baseline,
+                "think_ratio_original": before.ratio,
                 "tried": tried,
                 **nearness,
             }
@@ -172,7 +202,7 @@ def rebuild_thinking(
     shown = ", ".join(f"{t['lambda']:g} → {t['think_ratio']:.2f}, {t['cut']} of {t['prompts']} cut" for t in tried)
     raise ThinkSwitchError(
         f"No λ keeps the rebuilt checkpoint thinking (λ → think ratio of what was not cut: {shown}; the "
-        f"original has {baseline:.2f}, {len(same) - whole_before} of {len(same)} cut). The last good pair is kept; raise "
+        f"original has {before.ratio:.2f}, {before.asked - before.whole} of {before.asked} cut). The last good pair is kept; raise "
         "`thinkswitch.rebuild.lambda`, add to `lambda_steps`, or train less; where the token limit cut most, raise "
         "`thinkswitch.sampling.max_tokens`."
     )

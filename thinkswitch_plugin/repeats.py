@@ -1,0 +1,40 @@
+"""Whether an answer repeats the trace that it should come without."""
+
+from __future__ import annotations
+
+import itertools
+
+STRETCH = (
+    200  # characters in a row from its trace with which an answer is none of its own; of a short trace three fifths
+)
+SHORT = 60  # an answer below this length is no stretch
+
+
+def repeats(trace: str | None, answer: str) -> bool:
+    """Whether an answer repeats the trace: all of it, or a long stretch, white space aside.
+
+    What is short may be in both: a trace that ends in `4` has the answer `4`.
+    """
+    text = " ".join(answer.split())
+    # A longer trace than this cannot stand whole in a short answer.
+    reasoning = " ".join(((trace or "") if len(text) >= SHORT else (trace or "")[:300]).split())
+    if text.startswith(reasoning):
+        return len(reasoning) >= 8
+    if reasoning in text:
+        return len(reasoning) >= 20
+    stretch = min(STRETCH, max(SHORT, 3 * len(reasoning) // 5))
+    piece = stretch // 2  # every stretch holds one of these pieces whole; of a very long answer some are looked for
+    places = range(0, len(text) - piece + 1, max(piece, len(text) // 200)) if len(text) >= SHORT else ()
+    return any(_in_common(text, at, reasoning, piece) >= stretch for at in places)
+
+
+def _in_common(text: str, at: int, other: str, piece: int) -> int:
+    """How long the stretch around a piece of a text is that stands in the other text too, 0 if the piece does not."""
+    there = other.find(text[at : at + piece])
+    if there < 0:
+        return 0
+    before = itertools.takewhile(lambda n: text[at - n] == other[there - n], range(1, min(at, there, STRETCH) + 1))
+    end, after_end = at + piece, there + piece
+    room = min(len(text) - end, len(other) - after_end, STRETCH)
+    after = itertools.takewhile(lambda n: text[end + n] == other[after_end + n], range(room))
+    return sum(1 for _ in before) + piece + sum(1 for _ in after)
