@@ -14,8 +14,8 @@ Write = Callable[[str, Sequence[object]], Path]
 OUTPUTS = Path("../shared/data/outputs")
 
 
-def judged(path: Path, task: str = "aime", opened: bool = False) -> list[dict[str, Any]]:
-    return [one for group in score.verdicts(task, path, opened=opened) for one in group]
+def judged(path: Path, kind: str = "integer", opened: bool = False) -> list[dict[str, Any]]:
+    return [one for group in score.verdicts(kind, path, opened=opened) for one in group]
 
 
 def test_rows_of_every_format_are_judged_in_order(write_jsonl: Write, tmp_path: Path, command: Any) -> None:
@@ -94,7 +94,7 @@ def test_letters_follow_the_options_of_the_row(write_jsonl: Write) -> None:
         {"raw": "B", "gold": "no"},
         {"raw": "B", "gold": "maybe", "note": 'options={"A": "yes", "B": "maybe", "C": "no"} x'},
     ]
-    assert all(v["correct"] for v in judged(write_jsonl("o.jsonl", rows), "pubmedqa"))
+    assert all(v["correct"] for v in judged(write_jsonl("o.jsonl", rows), "decision"))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import click
 
 from thinkswitch_plugin import __version__, console, progress
+from thinkswitch_plugin.answers import EXTRACTORS
 from thinkswitch_plugin.errors import AGAIN, ThinkSwitchError, with_next_command
 
 NO_GPU_MEMORY = (
@@ -276,7 +277,8 @@ def check(domain: str, overlay: str, iterations: int, tokens_per_second: float |
 
 
 @main.command()
-@click.option("--task", required=True, type=click.Choice(["aime", "pubmedqa", "arithmetic"]))
+@click.option("--task", help="Read answers as this lm-eval task does: aime, pubmedqa, …, or a file of lm_eval_tasks/.")
+@click.option("--answer", type=click.Choice(list(EXTRACTORS)), help="Read answers as this kind, instead of --task.")
 @click.option("--rows", type=FOLDER, help="Write one verdict a row, in the order of the input.")
 @click.option(
     "--trace",
@@ -286,11 +288,17 @@ def check(domain: str, overlay: str, iterations: int, tokens_per_second: float |
     help="opened: the chat template had opened the trace, so text without a tag is an unfinished trace.",
 )
 @click.argument("file", type=FOLDER)
-def score(task: str, rows: Path | None, trace: str, file: Path) -> None:
+def score(task: str | None, answer: str | None, rows: Path | None, trace: str, file: Path) -> None:
     """Grade saved outputs again: JSONL rows, lm-eval sample files, OpenAI or vLLM batch files."""
-    from thinkswitch_plugin.score import score_file
+    from thinkswitch_plugin.score import kind_of, score_file
 
-    score_file(task, file, rows, opened=trace == "opened")
+    if (task is None) == (answer is None):
+        raise click.UsageError("Give either --task or --answer.")
+    try:
+        kind = kind_of(task, answer)
+    except ThinkSwitchError as error:
+        raise click.UsageError(str(error)) from None
+    score_file(kind, file, rows, opened=trace == "opened")
 
 
 @main.command()

@@ -49,12 +49,14 @@ def grade(kind: str, text: str, gold: str, *, opened: bool = False, cut: bool = 
             known when the samples file is read again.
 
     Returns:
-        ``accuracy``, ``think_ratio`` (a closed trace), ``answered`` as booleans, ``answer``.
+        ``accuracy`` (None if the kind cannot read the gold answer), ``think_ratio`` (a closed trace), ``answered``
+        as booleans, ``answer``.
     """
     done = traces.split(text, opened=opened, cut=cut)
     found = final_answer(kind, done)
+    right = answers.gold(kind, gold)
     return {
-        "accuracy": found is not None and found == answers.gold(kind, gold),
+        "accuracy": None if right is None else found == right,
         "think_ratio": done.closed_trace,
         "answered": found is not None,
         "answer": found,
@@ -64,28 +66,37 @@ def grade(kind: str, text: str, gold: str, *, opened: bool = False, cut: bool = 
 def grade_repeats(kind: str, results: Sequence[Any], gold: str) -> dict[str, float]:
     """What a task reports of one question, from its k completions.
 
-    lm-eval hands over one text, or one list of k texts where a filter kept them all.
+    A question whose gold answer the kind cannot read has no scores: lm-eval takes each mean over the questions that
+    have the metric.
     """
-    texts = [str(t) for t in (results[0] if results and isinstance(results[0], list) else results)]
-    graded = [grade(kind, text, gold) for text in texts]
+    graded = [grade(kind, text, gold) for text in completions(results)]
     k = len(graded)
-    right = sum(g["accuracy"] for g in graded)
     found = [g["answer"] for g in graded]
+    reported = {
+        "think_ratio": sum(g["think_ratio"] for g in graded) / k,
+        "answered": sum(f is not None for f in found) / k,
+    }
+    if graded[0]["accuracy"] is None:
+        return reported
+    right = sum(g["accuracy"] for g in graded)
     winner = answers.majority(found)
     return {
         "mean@k": right / k,
         "pass@k": pass_at_k(k, right, k),
         "vote@k": float(winner is not None and graded[found.index(winner)]["accuracy"]),
-        "think_ratio": sum(g["think_ratio"] for g in graded) / k,
-        "answered": sum(f is not None for f in found) / k,
+        **reported,
     }
 
 
+def completions(results: Sequence[Any]) -> list[str]:
+    """The k completions that lm-eval hands to a task: one text, or one list of k texts if a filter kept them all."""
+    return [str(text) for text in (results[0] if results and isinstance(results[0], list) else results)]
+
+
 def final_answer(kind: str, done: traces.Completion, letters: Mapping[str, str] | None = None) -> str | None:
-    """The final answer of a split completion; of an answer that the limit cut, only a whole box counts."""
-    if done.outcome is traces.Outcome.CUT and not any(answers.boxed(done.answer or "")):
-        return None
-    return answers.extract(kind, done.answer, letters)
+    """The final answer of a split completion; of an unfinished one, what it had stated as final."""
+    read = answers.extract_unfinished if done.outcome is traces.Outcome.CUT else answers.extract
+    return read(kind, done.answer, letters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,14 +237,23 @@ def grade_question(
     """
     sample = Sample(doc_id, [], [], [], [], [])
     for text, length in completions:
-        cut = length >= CUT_FROM * budget
+        cut = is_cut(length, budget)
         verdict = grade(kind, text, gold, opened=opened, cut=cut)
+        if verdict["accuracy"] is None:
+            raise ThinkSwitchError(
+                f"Question {doc_id} (from 0) cannot be graded: {answers.unread(kind, gold)}; correct it in the task's data."
+            )
         sample.correct.append(verdict["accuracy"])
         sample.found.append(verdict["answer"])
         sample.closed_trace.append(verdict["think_ratio"])
         sample.tokens.append(length if cut else length + 1)
         sample.truncated.append(cut)
     return sample
+
+
+def is_cut(length: int, budget: int) -> bool:
+    """Whether a completion of so many tokens, counted by encoding its text again, was cut by its budget."""
+    return length >= CUT_FROM * budget
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

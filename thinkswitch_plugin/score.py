@@ -1,4 +1,4 @@
-"""Grade saved outputs again, without generating: `thinkswitch score --task aime FILE`.
+"""Grade saved outputs again, without generating: `thinkswitch score --task aime FILE`, or `--answer integer`.
 
 A row of the input is one of
 
@@ -8,7 +8,8 @@ A row of the input is one of
     {"resps": [["…", "…"]], "target": "55", "doc": {…}}                    lm-eval samples, k a row
 
 and a verdict is {"correct", "answer", "complete", "has_trace", "reason"}; `correct` is null
-where the row has no gold. `finish_reason` and `options` (what letters stand for) are optional.
+where the row has no gold, or one that cannot be read, which `gold_not_read` then holds. `finish_reason` and
+`options` (what letters stand for) are optional.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from thinkswitch_plugin import answers, console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import final_answer
 from thinkswitch_plugin.report import table
+from thinkswitch_plugin.task_files import answer_kind
 from thinkswitch_plugin.traces import Completion, Outcome, split_message
 
-KINDS = {"aime": "integer", "pubmedqa": "decision", "arithmetic": "digit"}
 NO_ANSWER = "no_readable_answer"
 
 
@@ -95,26 +96,42 @@ def letters_of(row: dict[str, Any]) -> dict[str, str] | None:
 def verdict(kind: str, done: Completion, gold: str | None, letters: dict[str, str] | None = None) -> dict[str, Any]:
     """One completion judged, in the form that `--rows` writes."""
     found = final_answer(kind, done, letters)
-    right = None if gold is None else found is not None and found == answers.gold(kind, gold)
+    right = None if gold is None else answers.gold(kind, gold)
     reason = done.outcome.value
     if done.outcome in (Outcome.COMPLETE, Outcome.AMBIGUOUS) and found is None:
         reason = NO_ANSWER
     return {
-        "correct": right,
+        "correct": None if right is None else found == right,
         "answer": found,
         "complete": done.outcome in (Outcome.COMPLETE, Outcome.AMBIGUOUS),
         "has_trace": done.trace is not None,
         "reason": reason,
+        **({"gold_not_read": gold} if gold is not None and right is None else {}),
     }
 
 
-def verdicts(task: str, path: Path, *, opened: bool) -> Iterator[list[dict[str, Any]]]:
+def verdicts(kind: str, path: Path, *, opened: bool) -> Iterator[list[dict[str, Any]]]:
     """The verdicts of every row, in order: one a row, or k where a row holds k samples."""
-    kind = KINDS[task]
+    removed = trace_removed(path)
     for number, row in files.read_jsonl(path):
         gold, letters = gold_of(row), letters_of(row)
         done = completions_of(row, f"{path}, line {number}", opened=opened)
-        yield [verdict(kind, one, gold, letters) for one in done]
+        found = [verdict(kind, one, gold, letters) for one in done]
+        yield [{**one, "has_trace": None} for one in found] if removed else found
+
+
+def trace_removed(path: Path) -> bool:
+    """Whether lm-eval removed the traces before it wrote a samples file: `think_end_token` is a model argument.
+
+    lm-eval writes the arguments of the run into the results file of the same date, beside the samples.
+    """
+    date = re.fullmatch(r"samples_.*_(\d{4}-\d\d-\d\dT[^_]*)\.jsonl", path.name)
+    results = path.with_name(f"results_{date.group(1)}.json") if date else None
+    if results is None or not results.is_file():
+        return False
+    found = files.read_json(results)
+    config = found.get("config") if isinstance(found, dict) else None
+    return "think_end_token" in ((config.get("model_args") if isinstance(config, dict) else None) or "")
 
 
 def _require_rows(counts: Counter[str], path: Path) -> None:
@@ -122,8 +139,26 @@ def _require_rows(counts: Counter[str], path: Path) -> None:
         raise ThinkSwitchError(f"{path} holds no rows; name a file of saved outputs.")
 
 
-def score_file(task: str, path: Path, rows: Path | None, *, opened: bool) -> None:
+def kind_of(task: str | None, answer: str | None) -> str:
+    """How answers are read: as `answer` says, or as an lm-eval task of ours reads them.
+
+    Raises `ThinkSwitchError` if there is no such task, or it does not grade by a kind.
+    """
+    if answer is not None:
+        return answer
+    kind = answer_kind(task or "")
+    if kind is None:
+        raise ThinkSwitchError(
+            f"The task {task!r} grades by a function of its own; use `--answer KIND` to grade its outputs."
+        )
+    return kind
+
+
+def score_file(kind: str, path: Path, rows: Path | None, *, opened: bool) -> None:
     """Print a table for a file of outputs and, on request, write the verdicts.
+
+    Args:
+        kind: how answers are read, a key of `answers.EXTRACTORS`.
 
     Raises `ThinkSwitchError` if the file is missing, empty, or a row cannot be read.
     """
@@ -131,13 +166,14 @@ def score_file(task: str, path: Path, rows: Path | None, *, opened: bool) -> Non
     reasons: Counter[str] = Counter()
 
     def judged() -> Iterator[bytes]:
-        for group in verdicts(task, path, opened=opened):
+        for group in verdicts(kind, path, opened=opened):
             for one in group:
                 counts["completions"] += 1
-                counts["with a trace"] += one["has_trace"]
+                counts["with a trace"] += one["has_trace"] is True
                 counts["complete"] += one["complete"]
                 counts["answered"] += one["answer"] is not None
                 counts["with a gold answer"] += one["correct"] is not None
+                counts["gold not read"] += "gold_not_read" in one
                 counts["correct"] += one["correct"] is True
                 reasons[one["reason"]] += 1
             yield files.dumps_line(group[0] if len(group) == 1 else {"samples": group})
@@ -156,3 +192,12 @@ def score_file(task: str, path: Path, rows: Path | None, *, opened: bool) -> Non
     body.append(["correct", str(counts["correct"]), f"{100 * counts['correct'] / graded:.1f} %" if graded else ""])
     body += [[f"reason: {reason}", str(n), ""] for reason, n in reasons.most_common()]
     console.say("\n".join(table([path.name, "rows", "of graded"], body)))
+    if counts["gold not read"]:
+        console.say(
+            f"Not graded: completions whose gold answer cannot be read as `{kind}`; `--answer` chooses another kind."
+        )
+    if trace_removed(path):
+        console.say(
+            "lm-eval removed the traces from these outputs (`think_end_token` among its model arguments), so nothing "
+            "here shows which of them had one."
+        )
