@@ -21,6 +21,7 @@ import openai
 
 from thinkswitch_plugin import domain, engines, files
 from thinkswitch_plugin.args import PromptKeys, SamplingKeys
+from thinkswitch_plugin.batch import Asked
 from thinkswitch_plugin.demo import task
 
 CHECKPOINT = Path(".cache/arithmetic/seed-0/thinking")
@@ -112,7 +113,7 @@ def main() -> None:
                 folder / "requests.jsonl",
                 prompts,
                 model=str(CHECKPOINT),
-                opened=True,
+                how=Asked(opened=True),
                 keys=PromptKeys(path="-"),
                 sampling=sampling,
                 seed=0,  # type: ignore[call-arg]

@@ -9,6 +9,7 @@ import yaml
 from tests.conftest import ROOT
 from thinkswitch_plugin import domain, files
 from thinkswitch_plugin.args import PromptKeys, SamplingKeys
+from thinkswitch_plugin.batch import Asked
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 Write = Callable[[str, Sequence[object]], Path]
@@ -76,7 +77,7 @@ def test_a_request_for_every_sample_in_openais_batch_format(tmp_path: Path) -> N
     sampling = SamplingKeys(samples=2, temperature=0.6, top_p=0.95, top_k=20, max_tokens=99)
     asked = PromptKeys.model_validate({"path": "-", "system": "Be brief."})
     count = domain.write_requests(
-        out, [("a", "1+1"), ("b", "2+2")], model="m", opened=True, keys=asked, sampling=sampling, seed=3
+        out, [("a", "1+1"), ("b", "2+2")], model="m", how=Asked(opened=True), keys=asked, sampling=sampling, seed=3
     )
     rows = [row for _, row in files.read_jsonl(out)]
     assert count == 4 and [r["custom_id"] for r in rows] == ["a-s0", "a-s1", "b-s0", "b-s1"]

@@ -61,6 +61,7 @@ def test_everything_that_is_dropped_is_counted_and_order_is_that_of_the_requests
         "samples": 7,
         "kept": 2,
         "prompts_without_pair": 5,
+        "unwrapped": 0,
         "duplicates": 1,
         "unknown_ids": 0,
         "dropped": {"ambiguous_tags": 1, "empty_answer": 1, "failed": 1, "not_generated": 1, "unclosed_trace": 1},

@@ -17,6 +17,7 @@ from thinkswitch_plugin import domain, files
 from thinkswitch_plugin.adaptive import router
 from thinkswitch_plugin.adaptive.agreement import label_of, prompts_to_label, read_labels
 from thinkswitch_plugin.adaptive.router import Router, describe, threshold_that_keeps, train
+from thinkswitch_plugin.batch import Asked
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import Run, open_run
@@ -244,6 +245,6 @@ def begun(
     for k, (start, end) in asked.items():
         out = run.iteration(k) / "requests.jsonl"
         domain.write_requests(
-            out, every[start:end], model="m", opened=True, keys=keys.prompts, sampling=keys.sampling, seed=0
+            out, every[start:end], model="m", how=Asked(opened=True), keys=keys.prompts, sampling=keys.sampling, seed=0
         )
     return run, every

@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
+from thinkswitch_plugin import conventions
+
 
 def option_name(word: str) -> str:
     """The name of a command line's option as vLLM reads it, with hyphens and without a value: `--max-num-seqs`."""
@@ -227,10 +229,28 @@ class PluginKeys(_Keys):
     """The keys that the plugin itself reads: all that a plain axolotl recipe needs."""
 
     labels: LabelKeys = LabelKeys()  # type: ignore[call-arg]
+    trace: str | dict[str, str] = Field(
+        "auto",
+        description="How the thinking checkpoint writes its trace: `auto` (by its chat template, else any convention "
+        "of the table in docs/how-it-works.md), a convention's name, `none` (it answers directly), or "
+        "`{open: …, close: …}`.",
+    )
     perception: PerceptionKeys | None = Field(None, description="Give the model a perception module.")
     min_adapter_change: float = Field(
         1e-4, ge=0, description="An adapter that moved less than this (median ‖s·B·A‖/‖A‖) learnt nothing: an error."
     )
+
+    @field_validator("trace", mode="before")
+    @classmethod
+    def _is_a_convention(cls, value: Any) -> Any:
+        if fault := conventions.fault(value, "it"):
+            raise ValueError(fault)
+        return value
+
+    @property
+    def convention(self) -> conventions.Convention | None:
+        """The convention that `trace` names, None for `auto`."""
+        return conventions.from_key(self.trace)
 
 
 class ThinkSwitchKeys(PluginKeys):
@@ -295,7 +315,7 @@ def _kind(annotation: Any) -> str:
         return f"list of {_kind(inner)}" + ("s" if get_origin(inner) is None else "")
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
     names = {str: "text", int: "whole number", float: "number", bool: "true, false"}
-    return " or ".join(names.get(kind, str(kind)) for kind in kinds)
+    return " or ".join("mapping" if get_origin(kind) is dict else names.get(kind, str(kind)) for kind in kinds)
 
 
 def _default(field: FieldInfo) -> str:

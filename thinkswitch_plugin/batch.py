@@ -9,13 +9,60 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import files
+from thinkswitch_plugin import conventions, files, traces
+from thinkswitch_plugin.conventions import NONE, Convention
 from thinkswitch_plugin.errors import ThinkSwitchError
 
-TRACES = ("inline", "opened")
+TRACES = ("inline", "opened", "none")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How the completion of a request is read.
+
+    Args:
+        opened: the chat template opens the trace.
+        convention: how the trace is written; None for any of the table, `NONE` for a checkpoint that answers directly.
+        ends: further strings that end this tokenizer's turns.
+    """
+
+    opened: bool = False
+    convention: Convention | None = None
+    ends: tuple[str, ...] = ()
+
+    @property
+    def thinks(self) -> bool:
+        """Whether a trace is expected; a completion without one is then not an answer."""
+        return self.convention is not NONE
+
+    def metadata(self) -> dict[str, Any]:
+        """What a request keeps of it, in its `metadata`."""
+        trace = "opened" if self.opened else "inline" if self.thinks else "none"
+        return {
+            "trace": trace,
+            **conventions.as_metadata(self.convention),
+            **({"ends": list(self.ends)} if self.ends else {}),
+        }
+
+
+def asked_of(tokenizer: Any, key: Convention | None = None) -> Asked:
+    """How a checkpoint's completions are read, from its tokenizer, its chat template and the recipe's convention.
+
+    Raises `ThinkSwitchError` if the recipe says that it writes no trace, and its template opens one.
+    """
+    opened = traces.opens_trace(tokenizer, None if key is NONE else key)
+    if opened and key is NONE:
+        raise ThinkSwitchError(
+            f"`thinkswitch.trace` is none, but the chat template of {getattr(tokenizer, 'name_or_path', '') or 'the checkpoint'} "
+            "opens a trace; leave the key out, or name the convention."
+        )
+    known = (getattr(tokenizer, "eos_token", None), getattr(tokenizer, "eot_token", None))
+    ends = tuple(dict.fromkeys(end for end in known if isinstance(end, str) and traces.without_end(end)))
+    return Asked(opened, key or traces.convention_of(tokenizer), ends)
 
 
 def read_requests(path: Path, limit: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -60,7 +107,10 @@ def _fault_of_request(row: dict[str, Any]) -> str | None:
         return "`body.metadata.prompt_id` is not text"
     if metadata.get("trace", "inline") not in TRACES:
         return f"`body.metadata.trace` is {metadata['trace']!r}; use {' or '.join(TRACES)}"
-    return None
+    ends = metadata.get("ends", [])
+    if not isinstance(ends, list) or not all(isinstance(end, str) and end for end in ends):
+        return "`body.metadata.ends` is not a list of texts"
+    return conventions.fault(metadata.get("convention", "auto"), "`body.metadata.convention`")
 
 
 def prompt_id(request: dict[str, Any]) -> str:
@@ -68,9 +118,17 @@ def prompt_id(request: dict[str, Any]) -> str:
     return str(request["body"].get("metadata", {}).get("prompt_id", request["custom_id"]))
 
 
-def opens_trace(request: dict[str, Any]) -> bool:
-    """Whether the chat template opens the trace of a request."""
-    return bool(request["body"].get("metadata", {}).get("trace") == "opened")
+def asked(request: dict[str, Any], key: Convention | None = None) -> Asked:
+    """How the completion of a request is read: as its metadata says, else as `key`, the recipe's convention."""
+    metadata = request["body"].get("metadata", {})
+    opened = metadata.get("trace") == "opened"
+    if metadata.get("trace") == "none":
+        convention: Convention | None = NONE
+    elif "convention" in metadata:
+        convention = conventions.from_key(metadata["convention"])
+    else:
+        convention = None if key is NONE and opened else key
+    return Asked(opened, convention, tuple(metadata.get("ends", ())))
 
 
 def stored_id(row: dict[str, Any], path: Path, number: int) -> str:
@@ -92,14 +150,17 @@ def fault_of_completion(body: object) -> str | None:
     if not isinstance(message, dict):
         return "its first choice has no `message`"
     for name in ("content", "reasoning", "reasoning_content"):
-        if not isinstance(message.get(name), str | None):
+        value = message.get(name)
+        parts = isinstance(value, list) and name == "content" and all(isinstance(part, dict) for part in value)
+        if not isinstance(value, str | None) and not parts:
             return f"`message.{name}` is not text"
     if not isinstance(choice.get("finish_reason"), str | None):
         return "`finish_reason` is not text"
     usage = body.get("usage")
     if not isinstance(usage, dict | None):
         return "`usage` is no object"
-    if not isinstance((usage or {}).get("completion_tokens"), int | None):
+    tokens = (usage or {}).get("completion_tokens")
+    if not isinstance(tokens, int | None) and not (isinstance(tokens, float) and tokens.is_integer()):
         return "`usage.completion_tokens` is no whole number"
     return None
 
@@ -109,3 +170,25 @@ def completion_body(row: dict[str, Any]) -> dict[str, Any] | None:
     response = row.get("response")
     body = response.get("body") if isinstance(response, dict) else None
     return None if row.get("error") or fault_of_completion(body) else body
+
+
+def completion_of(row: dict[str, Any], how: Asked) -> traces.Completion:
+    """The split completion of one line of a batch output file."""
+    body = completion_body(row)
+    if body is None:
+        return traces.Completion(None, None, traces.Outcome.FAILED)
+    choice = body["choices"][0]
+    message = choice["message"]
+    if how.ends:
+        message = {**message, "content": _without(traces.content_of(message), how.ends)}
+    return traces.split_message(
+        message, opened=how.opened, finish_reason=choice.get("finish_reason"), convention=how.convention
+    )
+
+
+def _without(text: str, ends: tuple[str, ...]) -> str:
+    """A text without the strings of `ends` that it ends with."""
+    text = text.rstrip()
+    while found := next((end for end in ends if text.endswith(end)), None):
+        text = text.removesuffix(found).rstrip()
+    return text

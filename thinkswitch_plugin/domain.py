@@ -3,7 +3,7 @@
 {"custom_id": "p00007-s0", "method": "POST", "url": "/v1/chat/completions",
  "body": {"model": "...", "messages": [{"role": "user", "content": "7*3+4*2"}],
           "temperature": 0.0, "max_tokens": 64, "seed": 0,
-          "metadata": {"prompt_id": "p00007", "trace": "opened"}}}
+          "metadata": {"prompt_id": "p00007", "trace": "opened", "convention": "think"}}}
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import ChainableUndefined, StrictUndefined, Template, TemplateSyntaxError, Undefined, meta
 from jinja2.sandbox import SandboxedEnvironment
 
-from thinkswitch_plugin import files, sources
+from thinkswitch_plugin import batch, files, sources
 from thinkswitch_plugin.args import PromptKeys, SamplingKeys, resolve_seed
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.traces import control_token
@@ -198,7 +198,7 @@ def write_requests(
     prompts: list[tuple[str, str]],
     *,
     model: str,
-    opened: bool,
+    how: batch.Asked,
     keys: PromptKeys,
     sampling: SamplingKeys,
     seed: int,
@@ -208,7 +208,7 @@ def write_requests(
     Args:
         prompts: (id, text) of every prompt.
         model: the name under which the thinking checkpoint is served.
-        opened: whether its chat template opens the trace.
+        how: how its completions are read; each request's metadata keeps it.
         seed: run seed; sample j of every prompt is seeded with ``seed * samples + j``.
     """
     written = 0
@@ -216,7 +216,7 @@ def write_requests(
         for prompt_id, text in prompts:
             for sample in range(sampling.samples):
                 body = request_body(model, messages(keys, text), sampling, seed * sampling.samples + sample)
-                body["metadata"] = {"prompt_id": prompt_id, "trace": "opened" if opened else "inline"}
+                body["metadata"] = {"prompt_id": prompt_id, **how.metadata()}
                 handle.write(
                     files.dumps_line(
                         {

@@ -19,6 +19,7 @@ from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.engines import Server, lora_arguments, serving
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.progress import Bar
+from thinkswitch_plugin.traces import LENGTH
 
 ADAPTER = "adapter"  # as vLLM serves it
 PROMPT_ROOM = 2048  # tokens left for the prompt beside the completion's budget, if no prompt needs more
@@ -200,7 +201,7 @@ def context_length(checkpoint: str) -> int:
 
 def was_cut(body: dict[str, Any]) -> bool:
     """Whether a chat completion stopped at its token limit."""
-    return bool(body["choices"][0].get("finish_reason") == "length")
+    return bool(body["choices"][0].get("finish_reason") == LENGTH)
 
 
 def _answer_embedded(

@@ -60,7 +60,7 @@ def write_requests(run: Run, k: int) -> dict[str, Any]:
     """Prompts -> `requests.jsonl`, asked of the thinking checkpoint of iteration k − 1."""
     from transformers import AutoTokenizer
 
-    from thinkswitch_plugin import domain, traces
+    from thinkswitch_plugin import batch, domain
 
     teacher = run.checkpoint("thinking", k - 1)
     keys = run.recipe.keys
@@ -69,7 +69,7 @@ def write_requests(run: Run, k: int) -> dict[str, Any]:
         run.iteration(k) / "requests.jsonl",
         prompts,
         model=teacher,
-        opened=traces.opens_trace(AutoTokenizer.from_pretrained(teacher)),
+        how=batch.asked_of(AutoTokenizer.from_pretrained(teacher), keys.convention),
         keys=keys.prompts,
         sampling=keys.sampling,
         seed=run.seed,

@@ -22,17 +22,20 @@ from typing import IO, Any
 
 from thinkswitch_plugin import answers, batch, files
 from thinkswitch_plugin.adaptive import formats
+from thinkswitch_plugin.batch import Asked
+from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.traces import Completion, Outcome, control_token, has_tag, split_message
+from thinkswitch_plugin.traces import Completion, Outcome, content_of, control_token, has_tag, reasoning_of, repeats
 
 # Reasons beyond `Outcome`, which names what can be wrong with one completion.
 MISSING = "not_generated"
 NOT_CHOSEN = "not_selected"
 NO_MAJORITY = "no_readable_answer"
 CONTROL = "control_token"
-# Only where the trace is kept.
 NO_TRACE = "no_trace"
-ANSWER_TAG = "answer_tag"
+REPEATS = "answer_repeats_trace"
+BEGINNING = 100  # characters of a completion that are shown
+FEWEST_TRACES = 0.1  # of the completions that came to an end; with fewer, the traces must be of a kind we do not know
 
 
 @dataclass
@@ -44,6 +47,7 @@ class PairReport:
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     prompts_without_pair: int = 0
+    unwrapped: int = 0  # answers taken out of `<answer>…</answer>` and the like
     duplicates: int = 0  # further lines for an id that is stored already
     unknown_ids: int = 0  # lines for an id that nobody asked
 
@@ -51,6 +55,8 @@ class PairReport:
         """One line for people: `510 of 512 samples kept; dropped: 2 unclosed_trace`."""
         reasons = ", ".join(f"{n} {reason}" for reason, n in self.dropped.most_common())
         text = f"{self.kept} of {self.samples} samples kept" + (f"; dropped: {reasons}" if reasons else "")
+        if self.unwrapped:
+            text += f"; {self.unwrapped} answers taken out of their wrapper"
         if self.duplicates:
             text += f"; {self.duplicates} lines left out whose id is stored twice"
         if self.unknown_ids:
@@ -65,6 +71,7 @@ class PairReport:
             "kept": self.kept,
             "dropped": dict(sorted(self.dropped.items())),
             "prompts_without_pair": self.prompts_without_pair,
+            "unwrapped": self.unwrapped,
             "duplicates": self.duplicates,
             "unknown_ids": self.unknown_ids,
         }
@@ -76,6 +83,7 @@ class _Stored:
     and behind it the trace, if that is kept."""
 
     outcome: str
+    wrapped: bool = False
     start: int = 0
     length: int = 0
     trace: int = 0  # bytes
@@ -88,6 +96,7 @@ def build_pairs(
     selection: str = "first",
     answer_kind: str = "exact",
     keep_trace: bool = False,
+    convention: Convention | None = None,
     report: PairReport,
 ) -> Iterator[dict[str, Any]]:
     """Yield the pairs in the order of `requests`, counting into `report` on the way.
@@ -97,25 +106,27 @@ def build_pairs(
 
     Args:
         requests: OpenAI batch file; consecutive lines with one `body.metadata.prompt_id`
-            are the samples of one prompt, and `body.metadata.trace` says whether the
-            chat template opened the trace.
+            are the samples of one prompt, and `trace` and `convention` beside it say how
+            the completion is read.
         generations: its batch output, in any order. Of several lines with one id the first that is no
             failure counts; a torn last line is left out.
         selection: `first` complete sample, `all`, or `vote` (the first complete sample
             that gives the majority answer).
         answer_kind: how `vote` reads a final answer, a key of `answers.EXTRACTORS`.
         keep_trace: give each pair its `trace`, and drop those that `adaptive.formats` cannot write.
+        convention: how traces are written where a request does not say it.
 
     Raises:
-        ThinkSwitchError: a file is missing or a line is broken, named by file and line.
+        ThinkSwitchError: a file is missing, or a line is broken, named by file and line; or a trace is expected
+            and (nearly) no completion has one that we can see.
     """
     if not generations.exists():
         raise ThinkSwitchError(f"{generations} does not exist; generate it first.")
-    opened = {request["custom_id"]: batch.opens_trace(request) for _, request in batch.read_requests(requests)}
-    if not opened:
+    asked = read_asked(requests, convention)
+    if not asked:
         raise ThinkSwitchError(f"{requests} holds no requests; delete it and run the stage `requests` again.")
     with tempfile.TemporaryFile(dir=_spill_folder(generations)) as spill:
-        stored = _read_generations(generations, opened, spill, report, keep_trace=keep_trace)
+        stored = _read_generations(generations, asked, spill, report, keep_trace=keep_trace)
         rows = (request for _, request in files.read_jsonl(requests))
         for _, group in itertools.groupby(rows, key=batch.prompt_id):
             members = list(group)
@@ -135,6 +146,7 @@ def build_pairs(
             report.kept += len(chosen)
             report.prompts_without_pair += not chosen
             for request, answer in chosen:
+                report.unwrapped += stored[request["custom_id"]].wrapped
                 row = {
                     "messages": [*request["body"]["messages"], {"role": "assistant", "content": answer}],
                     "custom_id": request["custom_id"],
@@ -152,43 +164,97 @@ def _spill_folder(generations: Path) -> Path | None:
     return generations.parent if os.access(generations.parent, os.W_OK) else None
 
 
+def read_asked(requests: Path, convention: Convention | None = None) -> dict[str, Asked]:
+    """How the completion of every request is read, by id. Raises `ThinkSwitchError` as `batch.read_requests`."""
+    known: dict[Asked, Asked] = {}  # one object for all that are alike
+    found = {}
+    for _, request in batch.read_requests(requests):
+        how = batch.asked(request, convention)
+        found[request["custom_id"]] = known.setdefault(how, how)
+    return found
+
+
+def completions(
+    generations: Path, asked: dict[str, Asked], report: PairReport
+) -> Iterator[tuple[int, dict[str, Any], Completion]]:
+    """Yield line number, row and split completion of the stored lines that count, in the order of the file.
+
+    An id comes twice only where an answer follows a failure. Lines that do not count are counted in `report`.
+    """
+    answered: dict[str, bool] = {}
+    for number, row in files.read_jsonl(generations, torn_end=True):
+        custom_id = batch.stored_id(row, generations, number)
+        if custom_id not in asked:
+            report.unknown_ids += 1
+            continue
+        if custom_id in answered:
+            report.duplicates += 1
+            if answered[custom_id]:
+                continue
+        done = batch.completion_of(row, asked[custom_id])
+        answered[custom_id] = done.outcome is not Outcome.FAILED
+        yield number, row, done
+
+
 def _read_generations(
-    generations: Path, opened: dict[str, bool], spill: IO[bytes], report: PairReport, *, keep_trace: bool
+    generations: Path, asked: dict[str, Asked], spill: IO[bytes], report: PairReport, *, keep_trace: bool
 ) -> dict[str, _Stored]:
     """What became of every request, by id; whole answers, and traces if they are kept, go into `spill`."""
     stored: dict[str, _Stored] = {}
-    for number, row in files.read_jsonl(generations, torn_end=True):
-        custom_id = batch.stored_id(row, generations, number)
-        if custom_id not in opened:
-            report.unknown_ids += 1
-            continue
-        if custom_id in stored:
-            report.duplicates += 1
-            if stored[custom_id].outcome != Outcome.FAILED:
-                continue
-        outcome, *texts = judge(row, opened=opened[custom_id], keep_trace=keep_trace)
+    guard = _Guard(generations)
+    for number, row, done in completions(generations, asked, report):
+        custom_id = row["custom_id"]
+        outcome, *texts = judge(done, asked[custom_id], keep_trace=keep_trace)
+        if asked[custom_id].thinks:
+            guard.look_at(number, row, done)
         answer, trace = (text.encode() for text in texts)
-        stored[custom_id] = _Stored(outcome, spill.tell(), len(answer), len(trace))
+        stored[custom_id] = _Stored(outcome, done.wrapped, spill.tell(), len(answer), len(trace))
         spill.write(answer + trace)
+    guard.require_traces()
     return stored
 
 
-def completion_of(row: dict[str, Any], *, opened: bool) -> Completion:
-    """The split completion of one line of a batch output file."""
-    body = batch.completion_body(row)
-    if body is None:
-        return Completion(None, None, Outcome.FAILED)
-    choice = body["choices"][0]
-    return split_message(choice["message"], opened=opened, finish_reason=choice.get("finish_reason"))
+class _Guard:
+    """Counts traces where traces are expected, whatever convention they are written in."""
+
+    def __init__(self, generations: Path) -> None:
+        self.generations = generations
+        self.whole = self.traced = 0
+        self.first: tuple[int, str] | None = None  # line and beginning of the first completion without a trace
+
+    def look_at(self, number: int, row: dict[str, Any], done: Completion) -> None:
+        """Count a completion if it shows whether traces can be seen: it has one, or came to its end without."""
+        if done.closed_trace:
+            self.traced += 1
+        elif done.cut or done.outcome in (Outcome.FAILED, Outcome.EMPTY):
+            return
+        elif self.first is None:
+            message = row["response"]["body"]["choices"][0]["message"]
+            self.first = number, (reasoning_of(message) or content_of(message)).strip()[:BEGINNING]
+        self.whole += 1
+
+    def require_traces(self) -> None:
+        """Raise `ThinkSwitchError` if (nearly) no completion has a trace."""
+        if self.first is not None and self.traced < FEWEST_TRACES * self.whole:
+            number, text = self.first
+            raise ThinkSwitchError(
+                f"{self.generations}, line {number}: of {self.whole} finished completions {self.traced} have a trace that "
+                f"can be told from the answer; this one begins {text!r}: set `thinkswitch.trace` in the recipe to the "
+                "convention in which this checkpoint writes its trace, to {open: …, close: …}, or, if it answers "
+                "directly, to none."
+            )
 
 
-def judge(row: dict[str, Any], *, opened: bool, keep_trace: bool = False) -> tuple[str, str, str]:
-    """Outcome, whole answer, and trace if it is kept (both empty unless complete), of one line of a batch output."""
-    done = completion_of(row, opened=opened)
+def judge(done: Completion, how: Asked, *, keep_trace: bool = False) -> tuple[str, str, str]:
+    """Outcome, whole answer, and trace if it is kept (both empty unless complete), of one completion."""
     if not done.complete or done.answer is None:
-        return done.outcome.value, "", ""
-    if control_token(done.answer):
+        return done.reason, "", ""
+    if done.trace is None and how.thinks:
+        return NO_TRACE, "", ""
+    if control_token(done.answer) or any(end in done.answer for end in how.ends):
         return CONTROL, "", ""
+    if repeats(done.trace, done.answer):
+        return REPEATS, "", ""
     if not keep_trace:
         return done.outcome.value, done.answer, ""
     if problem := _fault_of_trace(done.trace, done.answer):
@@ -204,7 +270,7 @@ def _fault_of_trace(trace: str | None, answer: str) -> str | None:
         return Outcome.AMBIGUOUS.value
     if control_token(trace):
         return CONTROL
-    return ANSWER_TAG if formats.has_answer_tag(trace) or formats.has_answer_tag(answer) else None
+    return Outcome.TAGGED.value if formats.has_answer_tag(trace) or formats.has_answer_tag(answer) else None
 
 
 def select(

@@ -193,6 +193,7 @@ def stages(run: Run) -> Iterator[Stage]:
             {
                 "prompts": keys.prompts.model_dump(),
                 "sampling": keys.sampling.model_dump(),
+                "trace": keys.trace,
                 "seed": run.seed,
                 "contamination": [evaluation[n] for n in ("task", "contamination_ngram", "contamination_share")],
                 "data": os.environ.get(DATA_VARIABLE, ""),

@@ -1,15 +1,16 @@
 """Split one completion of a reasoning model into its trace and its answer.
 
-The shapes met in practice, and what each becomes:
+The shapes met in practice, with `<think>` for any convention of `conventions`, and what each becomes:
 
     <think>a</think>b          trace a, answer b
     a</think>b                 the chat template had opened the trace: trace a, answer b
     reasoning=a, content=b     a server that returned the trace apart
-    b                          no tag: a direct answer, or, where the template had
+    b                          no mark of any convention: a direct answer, or, where the template had
                                opened the trace, a trace that never ended
     <think>a                   a trace that never ended: no answer
     a</think>b</think>c        more than one closing tag: which one ended the trace
                                cannot be known, so the answer is not fit for training
+    a</think><answer>b</answer><|im_end|>    what encloses the answer, or ends the turn, is taken off
 
 Only completions are ever split, so tags inside a *prompt* are left alone.
 """
@@ -17,23 +18,23 @@ Only completions are ever split, so tags inside a *prompt* are left alone.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-# Qwen's pair first, then what other model families write. Each pattern begins with its one literal
-# character, which makes the search several times as fast as one pattern for all.
-_NAMES = r"(?:think|thinking|thought|reasoning)"
-_OPEN = (
-    re.compile(rf"<(?:\s*{_NAMES}\s*>|\|begin_of_thought\|>)", re.IGNORECASE),
-    re.compile(r"\[THINK\]", re.IGNORECASE),
+from thinkswitch_plugin import marks
+from thinkswitch_plugin.conventions import CONVENTIONS, ENDS, NONE, Convention
+from thinkswitch_plugin.marks import Kind, Mark
+
+# What ends a turn or opens another, and other tokens of chat formats: tokenized, it would be no text.
+_CONTROL = re.compile(
+    r"<(?:\|[A-Za-z0-9_:▁-]{1,40}\|?|[a-z_]{1,30}\||/?s|eos|bos|pad|unused\d{1,4}|seed:[a-z_]{1,30}|(?:start|end)_of_turn)>"
+    r"|<｜[^<>｜]{1,40}｜>|\[/?INST\]|\[\|[A-Za-z_]{1,30}\|\]|◁[^◁▷]{1,40}▷"
 )
-_CLOSE = (
-    re.compile(rf"<(?:\s*/\s*{_NAMES}\s*>|\|end_of_thought\|>)", re.IGNORECASE),
-    re.compile(r"\[/THINK\]", re.IGNORECASE),
-)
-# What ends a turn or opens another: Qwen and most, DeepSeek, Gemma, Mistral and Llama 2.
-_CONTROL = re.compile(r"<\|[A-Za-z0-9_]{1,40}\|>|<｜[^<>｜]{1,40}｜>|<(?:start|end)_of_turn>|\[/?INST\]")
+_ENDS = re.compile(rf"(?:\s*(?:{'|'.join(map(re.escape, ENDS))}))+\s*\Z")
+LENGTH = "length"  # the one finish reason that a larger token budget helps against
+_LONGEST_END = 400  # characters at the end of an answer in which the end of its turn is looked for
 
 
 class Outcome(StrEnum):
@@ -41,19 +42,27 @@ class Outcome(StrEnum):
 
     COMPLETE = "complete"
     UNCLOSED = "unclosed_trace"  # the trace never ended
-    CUT = "answer_cut"  # the trace ended, then the token limit cut the answer
+    CUT = "answer_cut"  # the trace ended, then the answer was cut
     EMPTY = "empty_answer"  # nothing but white space where the answer should be
-    AMBIGUOUS = "ambiguous_tags"  # a tag inside what should be the answer
+    AMBIGUOUS = "ambiguous_tags"  # a tag inside what should be the answer, or no saying which one ended the trace
+    TAGGED = "answer_tag"  # what encloses an answer (`<answer>`) is not closed, nested, or encloses only a part
     FAILED = "failed"  # the server gave no completion for this request
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One split completion. `trace` is None where none was written."""
+    """One split completion. `trace` is None where none was written.
+
+    `cut` says that generation stopped before the end of the turn, and `finish` names why where it was not the token
+    limit; `wrapped` says that the answer was enclosed in a wrapper, which is taken off.
+    """
 
     trace: str | None
     answer: str | None
     outcome: Outcome
+    cut: bool = False
+    finish: str | None = None
+    wrapped: bool = False
 
     @property
     def complete(self) -> bool:
@@ -65,32 +74,62 @@ class Completion:
         """Whether a trace was written and ended (the paper's think ratio counts these)."""
         return self.trace is not None and self.outcome is not Outcome.UNCLOSED
 
+    @property
+    def reason(self) -> str:
+        """What this completion is counted under: the finish reason where that is out of the ordinary, else the outcome."""
+        return self.finish or self.outcome.value
 
-def split(text: str, *, opened: bool = False, cut: bool = False) -> Completion:
+
+def finished(finish_reason: str | None) -> bool:
+    """Whether a completion is whole: the model ended its turn, or the server names no reason.
+
+    Any other reason (`length`, `content_filter`, `error`, `tool_calls`, …) means that it was cut.
+    """
+    return finish_reason is None or finish_reason == "stop"
+
+
+def finish_name(finish_reason: str | None) -> str | None:
+    """What a cut completion is counted under, None for the token limit, whose outcomes have names of their own."""
+    if finished(finish_reason) or finish_reason == LENGTH:
+        return None
+    name = re.sub(r"[^a-z0-9]+", "_", (finish_reason or "").lower()[:200]).strip("_")[:40]
+    taken = {"", "stop", "length", *(outcome.value for outcome in Outcome)}
+    return f"finish_{name or 'unnamed'}" if name in taken else name
+
+
+def split(text: str, *, opened: bool = False, cut: bool = False, convention: Convention | None = None) -> Completion:
     """Split raw text that still holds its tags.
 
     Args:
         text: the completion as the model wrote it.
         opened: the chat template had already opened the trace, so that text
             without a closing tag is all trace.
-        cut: generation stopped at the token limit.
+        cut: generation stopped before the end of the turn.
+        convention: how this checkpoint writes its traces; None looks for every convention of the table,
+            `conventions.NONE` for no trace at all. A mark of another convention keeps an answer from being whole.
 
     Returns:
         The last closing tag ends the trace, so no trace text can reach `answer`.
     """
-    closings = _find(_CLOSE, text)
+    return replace(_split(text, opened, cut, convention), cut=cut)
+
+
+def _split(text: str, opened: bool, cut: bool, convention: Convention | None) -> Completion:
+    found = marks.find(text, convention)
+    steps = [m for m in found if m.kind in (Kind.OPEN, Kind.CLOSE)]
+    closings = [m for m in steps if m.kind is Kind.CLOSE]
     if not closings:
-        if opened or _occurs(_OPEN, text):
-            return Completion(_strip_open(text), None, Outcome.UNCLOSED)
-        return _with_answer(None, text, cut)
-    start, end = closings[-1]
-    trace, answer = _strip_open(text[:start]), text[end:]
-    if _occurs(_OPEN, answer):
+        if opened or steps:
+            return Completion(_strip_open(text, steps), None, Outcome.UNCLOSED)
+        return _with_answer(None, text, found, 0, cut)
+    last = closings[-1]
+    trace = _strip_open(text[: last.start], steps)
+    if steps[-1] is not last:
         return Completion(trace, None, Outcome.UNCLOSED)
-    done = _with_answer(trace, answer, cut)
-    if done.complete and len(closings) > 1:
-        return Completion(trace, done.answer, Outcome.AMBIGUOUS)
-    return done
+    if not _ends(text, steps, opened):
+        return Completion(trace, None, Outcome.AMBIGUOUS)
+    done = _with_answer(trace, text, found, last.end, cut)
+    return replace(done, outcome=Outcome.AMBIGUOUS) if done.complete and len(closings) > 1 else done
 
 
 def split_apart(reasoning: str, content: str | None, *, cut: bool = False) -> Completion:
@@ -100,30 +139,87 @@ def split_apart(reasoning: str, content: str | None, *, cut: bool = False) -> Co
     takes a text without any tag for one, whatever the finish reason.
     """
     content = content or ""
-    if has_tag(content):
-        return Completion(reasoning, None, Outcome.AMBIGUOUS)
+    trace = _strip_open(reasoning, marks.find(reasoning[:200]))
     if not content.strip():
-        return Completion(_strip_open(reasoning), None, Outcome.UNCLOSED)
-    return _with_answer(_strip_open(reasoning), content, cut)
+        return Completion(trace, None, Outcome.UNCLOSED)
+    return _with_answer(trace, content, marks.find(content, NONE), 0, cut)
 
 
-def split_message(message: dict[str, Any], *, opened: bool = False, finish_reason: str | None = None) -> Completion:
+def split_message(
+    message: dict[str, Any],
+    *,
+    opened: bool = False,
+    finish_reason: str | None = None,
+    convention: Convention | None = None,
+) -> Completion:
     """Split the `message` of an OpenAI chat completion.
 
-    vLLM names the separate trace `reasoning`, transformers and others `reasoning_content`.
-    A server without a reasoning parser leaves it in `content`.
+    A server without a reasoning parser leaves the trace in `content`.
     """
-    cut = finish_reason == "length"
-    reasoning = message.get("reasoning") or message.get("reasoning_content")
+    cut = not finished(finish_reason)
+    reasoning, content = reasoning_of(message), content_of(message)
+    if reasoning.strip():
+        done = split_apart(reasoning, content, cut=cut)
+    else:
+        done = split(content, opened=opened, cut=cut, convention=convention)
+    return replace(done, cut=cut, finish=finish_name(finish_reason))
+
+
+def reasoning_of(message: dict[str, Any]) -> str:
+    """The trace that a server returned apart, empty if it returned none.
+
+    vLLM names it `reasoning`, transformers and others `reasoning_content`, Ollama `thinking`; OpenRouter adds
+    `reasoning_details`, and Mistral's API has parts of type `thinking` in the content.
+    """
+    for name in ("reasoning", "reasoning_content", "thinking"):
+        if isinstance(message.get(name), str) and message[name].strip():
+            return str(message[name])
+    details = message.get("reasoning_details")
+    parts = [*(details if isinstance(details, list) else ()), *_parts(message.get("content"), thinking=True)]
+    return "\n".join(_text_of(part) or "…" for part in parts)
+
+
+def content_of(message: dict[str, Any]) -> str:
+    """The text of a message's content, which may be a list of parts."""
     content = message.get("content")
-    if reasoning:
-        return split_apart(str(reasoning), content, cut=cut)
-    return split(content or "", opened=opened, cut=cut)
+    return content if isinstance(content, str) else "".join(map(_text_of, _parts(content, thinking=False)))
+
+
+def _parts(content: Any, *, thinking: bool) -> list[Any]:
+    parts = content if isinstance(content, list) else []
+    return [
+        p for p in parts if isinstance(p, dict) and (p.get("type", "text") not in ("text", "output_text")) is thinking
+    ]
+
+
+def _text_of(part: Any) -> str:
+    """All text in a part of a message, however deep."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, list):
+        return "".join(map(_text_of, part))
+    if not isinstance(part, dict):
+        return ""
+    return "".join(
+        _text_of(part[name]) for name in ("text", "thinking", "reasoning", "summary", "content") if name in part
+    )
 
 
 def has_tag(text: str) -> bool:
-    """Whether any opening or closing trace tag occurs in the text."""
-    return _occurs(_OPEN, text) or _occurs(_CLOSE, text)
+    """Whether any mark of a trace occurs in the text: a tag, or at its start a phrase."""
+    return trace_mark(text) is not None
+
+
+def trace_mark(text: str) -> str | None:
+    """The first mark of a trace, of any convention, in what should be an answer."""
+    found = next((m for m in marks.find(text) if m.kind in (Kind.OPEN, Kind.CLOSE, Kind.GUARD)), None)
+    return text[found.start : found.end].strip() if found else None
+
+
+def wrapper_mark(text: str) -> str | None:
+    """The first mark of what encloses an answer, such as `<answer>`."""
+    found = next((m for m in marks.find(text) if m.kind in (Kind.WRAP, Kind.UNWRAP)), None)
+    return text[found.start : found.end].strip() if found else None
 
 
 def control_token(text: str) -> str | None:
@@ -132,39 +228,121 @@ def control_token(text: str) -> str | None:
     return found.group() if found else None
 
 
-def opens_trace(tokenizer: Any) -> bool:
+def repeats(trace: str | None, answer: str) -> bool:
+    """Whether an answer repeats the trace: all of it, or a long stretch, white space aside.
+
+    What is short may be in both: a trace that ends in `4` has the answer `4`.
+    """
+    reasoning, text = " ".join((trace or "").split()), " ".join(answer.split())
+    if reasoning == text:
+        return len(text) >= 8
+    if len(reasoning) >= 12 and text.startswith(reasoning):
+        return True
+    return len(reasoning) >= 60 and reasoning[:STRETCH] in text
+
+
+STRETCH = 200
+
+
+def opens_trace(tokenizer: Any, convention: Convention | None = None) -> bool:
     """Whether a tokenizer's chat template opens the trace in its generation prompt."""
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "x"}], add_generation_prompt=True, tokenize=False
-    )
-    return template_opens_trace(str(rendered))
+    return template_opens_trace(_generation_prompt(tokenizer), convention)
 
 
-def template_opens_trace(rendered_prompt: str) -> bool:
+def template_opens_trace(rendered_prompt: str, convention: Convention | None = None) -> bool:
     """Whether a rendered generation prompt ends inside a trace (as Qwen3-Thinking-2507's does)."""
-    openings, closings = _find(_OPEN, rendered_prompt), _find(_CLOSE, rendered_prompt)
-    if not openings or rendered_prompt[openings[-1][1] :].strip():
-        return False
-    return not closings or closings[-1] < openings[-1]
+    return _opened_by(rendered_prompt, convention) is not None
 
 
-def _find(patterns: tuple[re.Pattern[str], ...], text: str) -> list[tuple[int, int]]:
-    """Start and end of every match, in order."""
-    return sorted(match.span() for pattern in patterns for match in pattern.finditer(text))
+def convention_of(tokenizer: Any) -> Convention | None:
+    """The convention in which a checkpoint writes its traces, as far as its chat template shows.
+
+    It is the one in which the generation prompt ends, else the only one of which the template has tags.
+    """
+    name = _opened_by(_generation_prompt(tokenizer), None)
+    if name is None:
+        template = getattr(tokenizer, "chat_template", None)
+        names = {m.name for m in marks.tags(template)} if isinstance(template, str) else set()
+        if len(names) != 1:
+            return None
+        (name,) = names
+    return next((each for each in CONVENTIONS if each.name == name), None)
 
 
-def _occurs(patterns: tuple[re.Pattern[str], ...], text: str) -> bool:
-    return any(pattern.search(text) for pattern in patterns)
+def _generation_prompt(tokenizer: Any) -> str:
+    return str(
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], add_generation_prompt=True, tokenize=False)
+    )
 
 
-def _with_answer(trace: str | None, answer: str, cut: bool) -> Completion:
-    text = answer.strip()
-    if cut:
-        return Completion(trace, text or None, Outcome.CUT)
-    return Completion(trace, text or None, Outcome.COMPLETE if text else Outcome.EMPTY)
+def _opened_by(rendered_prompt: str, convention: Convention | None) -> str | None:
+    """The name of the convention whose opening a rendered prompt ends with."""
+    steps = [m for m in marks.find(rendered_prompt, convention) if m.kind in (Kind.OPEN, Kind.CLOSE)]
+    if not steps or steps[-1].kind is not Kind.OPEN or rendered_prompt[steps[-1].end :].strip():
+        return None
+    return steps[-1].name
 
 
-def _strip_open(trace: str) -> str:
-    text = trace.strip()
-    match = next((m for pattern in _OPEN if (m := pattern.match(text))), None)
-    return text[match.end() :].strip() if match else text
+def _ends(text: str, steps: Sequence[Mark], opened: bool) -> bool:
+    """Whether the last closing mark ends the outermost trace.
+
+    It does not where it belongs to a block inside (`<think>a<think>b</think>c`), or to another convention than
+    what was opened (`<think>a</analysis>b`): what follows may still be trace.
+    """
+    depth: list[str | None] = [None] if opened else []  # None: opened by the template, in a convention not known here
+    before = 0
+    for mark in steps:
+        if mark.kind is Kind.OPEN:
+            if depth and depth[-1] in (None, mark.name) and not text[before : mark.start].strip():
+                depth.pop()  # written twice, or again after the template
+            depth.append(mark.name)
+        elif mark.name in depth:
+            del depth[len(depth) - 1 - depth[::-1].index(mark.name) :]
+        elif None in depth:
+            depth.clear()
+        before = mark.end
+    return not depth
+
+
+def _with_answer(trace: str | None, text: str, found: Sequence[Mark], start: int, cut: bool) -> Completion:
+    """The completion whose answer begins at `start` of a text with these marks."""
+    rest = [m for m in found if m.start >= start]
+    if marks.phrase_at_start(text[start:] if start else text) or any(
+        m.kind not in (Kind.WRAP, Kind.UNWRAP) for m in rest
+    ):
+        return Completion(trace, None, Outcome.AMBIGUOUS)
+    answer, outcome = without_end(text[start:]).strip(), Outcome.CUT if cut else Outcome.COMPLETE
+    if rest and not cut:
+        inner = _unwrapped(text, rest, start)
+        if inner is None:
+            return Completion(trace, answer or None, Outcome.TAGGED)
+        answer = inner
+    if not answer and not cut:
+        outcome = Outcome.EMPTY
+    return Completion(trace, answer or None, outcome, wrapped=bool(rest) and not cut)
+
+
+def _unwrapped(text: str, rest: Sequence[Mark], start: int) -> str | None:
+    """An answer without the wrapper that encloses it, None if the marks are not one whole wrapper around it."""
+    if [m.kind for m in rest] != [Kind.WRAP, Kind.UNWRAP] or rest[0].name != rest[1].name:
+        return None
+    opening, closing = rest
+    if text[start : opening.start].strip() or without_end(text[closing.end :]).strip():
+        return None
+    return without_end(text[opening.end : closing.start]).strip()
+
+
+def without_end(text: str) -> str:
+    """A text without the strings at its very end that end a turn (`<|im_end|>`)."""
+    place = max(0, len(text) - _LONGEST_END)
+    return text[:place] + _ENDS.sub("", text[place:])
+
+
+def _strip_open(trace: str, steps: Sequence[Mark]) -> str:
+    """A trace without the openings it begins with."""
+    start = 0
+    for mark in steps:
+        if mark.kind is not Kind.OPEN or mark.end > len(trace) or trace[start : mark.start].strip():
+            break
+        start = mark.end
+    return trace[start:].strip()

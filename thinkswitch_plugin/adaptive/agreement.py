@@ -24,7 +24,6 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import final_answer
 from thinkswitch_plugin.generate import generate
 from thinkswitch_plugin.hashes import Hashes, read_stamp
-from thinkswitch_plugin.pairs import completion_of
 from thinkswitch_plugin.run import MODES, Run, answering_options
 
 FEWEST = 50  # unseen prompts; with fewer the trained ones are taken too
@@ -173,8 +172,6 @@ def _answers(
     """
     from transformers import AutoTokenizer
 
-    from thinkswitch_plugin import traces
-
     keys, here = run.recipe.keys, run.iteration(k) / "switch" / mode
     checkpoint = run.checkpoint(mode, k)
     samples = keys.sampling.samples if mode == "thinking" else 1
@@ -184,6 +181,7 @@ def _answers(
         "prompts": hashlib.sha256(repr(list(prompts)).encode()).hexdigest(),
         "asked_with": keys.prompts.system,
         "sampling": sampling.model_dump(),
+        "trace": keys.trace,
         "seed": run.seed,
         "engine": [run.engine, *answering_options(keys.engine.vllm_args)],
     }
@@ -193,7 +191,9 @@ def _answers(
             here / "requests.jsonl",
             list(prompts),
             model=checkpoint,
-            opened=traces.opens_trace(AutoTokenizer.from_pretrained(checkpoint)),
+            how=batch.asked_of(
+                AutoTokenizer.from_pretrained(checkpoint), keys.convention if mode == "thinking" else None
+            ),
             keys=keys.prompts,
             sampling=sampling,
             seed=run.seed,
@@ -223,7 +223,7 @@ def _read_answers(here: Path, kind: str) -> dict[str, list[tuple[str | None, int
         row = stored.get(request["custom_id"], {})
         body = batch.completion_body(row)
         if body is not None:
-            done = completion_of(row, opened=batch.opens_trace(request))
+            done = batch.completion_of(row, batch.asked(request))
             tokens = int((body.get("usage") or {}).get("completion_tokens") or 0)
             found.setdefault(batch.prompt_id(request), []).append((final_answer(kind, done), tokens))
     return found

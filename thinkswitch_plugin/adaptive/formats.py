@@ -71,7 +71,7 @@ def parse(text: str, *, cut: bool = False) -> Parsed:
     if text.startswith(THINK[0]):
         done = traces.split(text, cut=cut)
         closed = done.outcome not in (traces.Outcome.UNCLOSED, traces.Outcome.CUT)
-        return Parsed(PRE, _clean(done.answer) if done.complete else None, closed)
+        return Parsed(PRE, _clean(done.answer) if done.complete and not done.wrapped else None, closed)
     if text.startswith(ANSWER[0]):
         answer, end, _ = text.removeprefix(ANSWER[0]).partition(ANSWER[1])
         closed = bool(end) or not cut

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from thinkswitch_plugin import checkpoint, console, files
+from thinkswitch_plugin import checkpoint, console, files, pairs
 from thinkswitch_plugin.args import EngineKeys, RebuildKeys
 from thinkswitch_plugin.engines import choose, has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -21,7 +21,6 @@ from thinkswitch_plugin.generate import generate
 from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.merging.config import place_models, set_lambda
 from thinkswitch_plugin.merging.similarity import similarity
-from thinkswitch_plugin.pairs import completion_of
 from thinkswitch_plugin.traces import Outcome
 
 SMALL_SET = 100  # up to so many prompts, one may fail to think without failing the check
@@ -35,20 +34,10 @@ def asked_ids(requests: Path, limit: int | None = None) -> list[str]:
 def think_ratio(requests: Path, generations: Path, ids: Sequence[str]) -> tuple[int, int]:
     """(completions with a closed trace, completions that were not cut), of the requests with these ids."""
     wanted = set(ids)
-    opened: dict[str, bool] = {}
-    for _, row in files.read_jsonl(requests):
-        if row["custom_id"] in wanted:
-            opened[row["custom_id"]] = (row["body"].get("metadata") or {}).get("trace") == "opened"
-    closed = whole = 0
-    for _, row in files.read_jsonl(generations):
-        if row.get("custom_id") not in opened or row.get("error"):
-            continue
-        done = completion_of(row, opened=opened[row["custom_id"]])
-        if row["response"]["body"]["choices"][0].get("finish_reason") == "length":
-            continue
-        whole += 1
-        closed += done.closed_trace and done.outcome is not Outcome.FAILED
-    return closed, whole
+    asked = {custom_id: how for custom_id, how in pairs.read_asked(requests).items() if custom_id in wanted}
+    found = [done for _, _, done in pairs.completions(generations, asked, pairs.PairReport())]
+    whole = [done for done in found if not done.cut and done.outcome is not Outcome.FAILED]
+    return sum(done.closed_trace for done in whole), len(whole)
 
 
 def still_thinks(closed: int, whole: int, asked: int, *, needed: float, whole_share: float) -> bool:
@@ -126,6 +115,13 @@ def rebuild_thinking(
         same = known
         closed_before, whole_before = think_ratio(reference_requests, reference, same)
     baseline = closed_before / whole_before if whole_before else 0.0
+    if baseline < pairs.FEWEST_TRACES and keys.min_think_ratio:
+        raise ThinkSwitchError(
+            f"{reference}: {closed_before} of {whole_before} finished completions of the original thinking checkpoint have "
+            "a closed trace, so a rebuilt one cannot be compared with it: set `thinkswitch.trace` to the convention in "
+            "which it writes its trace, raise `thinkswitch.sampling.max_tokens` if its traces are cut, or set "
+            "`thinkswitch.rebuild.min_think_ratio: 0` if it writes none."
+        )
     # A server of the user's own does not serve a candidate.
     judge = choose("auto") if engine.startswith("http") else engine
     tried: list[dict[str, Any]] = []
