@@ -11,8 +11,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal, InvalidOperation
+from itertools import pairwise
 
 import orjson
+
+from thinkswitch_plugin import marks
 
 # Final answers stand at the end; a degenerate text of megabytes must cost nothing.
 WINDOW = 4_000
@@ -43,7 +46,7 @@ def integer(text: str) -> str | None:
     text = _plain(text)
     if stated_ones := statements(text):
         _, _, box, content = stated_ones[-1]
-        # An element may hold a sentence or a box; a box holds the answer itself.
+        # A wrapper may hold a sentence or a box; a box holds the answer itself.
         return _number(content) or _worked_out(content) or (None if box else integer(content))
     text = _DRESSED.sub(r"\1", re.sub(r"[ \t]+", " ", text[-WINDOW:]))
     announced = [m.group(1) for m in _ANNOUNCED.finditer(text) if not _GOES_ON.match(text, m.end())]
@@ -91,18 +94,21 @@ def boxed(text: str) -> Iterator[tuple[int, int, str]]:
 def statements(text: str) -> list[tuple[int, int, bool, str]]:
     r"""What a text states as its answer, in order: start, end, whether it is a box, content; none of them empty.
 
-    A statement is a box, or an element such as ``<answer>…</answer>``, that is whole.
+    A statement is a whole box, or what a whole wrapper of an answer encloses (``<answer>…</answer>``).
     """
     found = [(start, end, True, content) for start, end, content in boxed(text)]
-    elements = _ELEMENT.finditer(text, max(0, len(text) - WINDOW))
-    found += [(match.start(), match.end(), False, match.group(2)) for match in elements]
+    tail = max(0, len(text) - WINDOW)
+    wraps = [mark for mark in marks.find(text[tail:]) if mark.kind in (marks.Kind.WRAP, marks.Kind.UNWRAP)]
+    for first, last in pairwise(wraps):
+        if first.kind is marks.Kind.WRAP and last.kind is marks.Kind.UNWRAP and first.name == last.name:
+            found.append((tail + first.start, tail + last.end, False, text[tail + first.end : tail + last.start]))
     return [one for one in sorted(found) if one[3].strip()]
 
 
 def stated(text: str) -> str:
     r"""The last part of an unfinished text that states a final answer, "" if there is none.
 
-    It must be whole: a closed box or element that no question mark follows, or ``Final answer: 113``
+    It must be whole: a closed box or wrapper that no question mark follows, or ``Final answer: 113``
     on a line that ended. A box that was begun after it takes it back.
     """
     text = _plain(text)
@@ -115,10 +121,6 @@ def stated(text: str) -> str:
 
 
 _BOX = re.compile(r"(?:\\f?box|\\framebox|\\?boxed|\x08oxed)\s{0,3}(?:\[[^\]\n]{0,20}\])?\s{0,3}\{")
-_ELEMENT = re.compile(
-    r"<\s?((?:final[_ -]?)?answer|response|solution)\s?>((?:(?!<\s?\1\s?>).){0,1000}?)<\s?/\s?\1\s?>",
-    re.IGNORECASE | re.DOTALL,
-)
 _ASKED = re.compile(r"[\s$)\\]{0,4}\?")
 # Announced as final, on a line that ended.
 _FINAL = re.compile(
@@ -275,7 +277,7 @@ LETTERS = {"A": "yes", "B": "no", "C": "maybe"}
 def decision(text: str, letters: Mapping[str, str] = LETTERS) -> str | None:
     """The decision yes, no or maybe that a text comes to (PubMedQA).
 
-    In this order: an answer field of a JSON object; the last box or ``<answer>`` element; the last announcement
+    In this order: an answer field of a JSON object; the last box or ``<answer>``; the last announcement
     (``Final Answer: B``, ``the answer is "maybe"``, ``I choose B``, a heading *Answer*) that is not a
     condition; a last or first line that is a decision or a letter, or begins with one; the
     only decision that the last line names. Prose that names several without deciding has

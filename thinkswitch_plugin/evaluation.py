@@ -22,7 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import answers, files, traces
+from thinkswitch_plugin import answers, conventions, files, marks, traces
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
 from thinkswitch_plugin.console import run_logged
 from thinkswitch_plugin.engines import has_cuda, lora_arguments, serving
@@ -40,19 +40,27 @@ DRAWN_AT_ONCE = 4_000_000  # questions; a bootstrap draws the same in parts as i
 BATCH = 200_000  # characters that are tokenized at once; more than one batch is never in memory
 
 
-def grade(kind: str, text: str, gold: str, *, opened: bool = False, cut: bool = False) -> dict[str, Any]:
+def grade(
+    kind: str,
+    text: str,
+    gold: str,
+    *,
+    opened: bool = False,
+    cut: bool = False,
+    convention: conventions.Convention | None = None,
+) -> dict[str, Any]:
     """One completion against its gold answer.
 
     Args:
         kind: how the final answer is read, a key of `answers.EXTRACTORS`.
-        opened, cut: as for `traces.split`. A task cannot know either; both are
+        opened, cut, convention: as for `traces.split`. A task cannot know them; they are
             known when the samples file is read again.
 
     Returns:
         ``accuracy`` (None if the kind cannot read the gold answer), ``think_ratio`` (a closed trace), ``answered``
         as booleans, ``answer``.
     """
-    done = traces.split(text, opened=opened, cut=cut)
+    done = traces.split(text, opened=opened, cut=cut, convention=convention)
     found = final_answer(kind, done)
     right = answers.gold(kind, gold)
     return {
@@ -95,7 +103,7 @@ def completions(results: Sequence[Any]) -> list[str]:
 
 def final_answer(kind: str, done: traces.Completion, letters: Mapping[str, str] | None = None) -> str | None:
     """The final answer of a split completion; of an unfinished one, what it had stated as final."""
-    read = answers.extract_unfinished if done.outcome is traces.Outcome.CUT else answers.extract
+    read = answers.extract_unfinished if done.cut else answers.extract
     return read(kind, done.answer, letters)
 
 
@@ -176,7 +184,7 @@ def grading_rules() -> str:
     from importlib.metadata import version
 
     digest = hashlib.sha256(version("math-verify").encode())
-    for module in (answers.__file__, traces.__file__, __file__):
+    for module in (answers.__file__, conventions.__file__, marks.__file__, traces.__file__, __file__):
         digest.update(Path(module).read_bytes())
     return digest.hexdigest()[:16]
 

@@ -97,13 +97,15 @@ def verdict(kind: str, done: Completion, gold: str | None, letters: dict[str, st
     """One completion judged, in the form that `--rows` writes."""
     found = final_answer(kind, done, letters)
     right = None if gold is None else answers.gold(kind, gold)
-    reason = done.outcome.value
-    if done.outcome in (Outcome.COMPLETE, Outcome.AMBIGUOUS) and found is None:
+    # Two tags that end a trace, or a tag around a part of the answer, keep it from training, not from being read.
+    whole = not done.cut and done.outcome in (Outcome.COMPLETE, Outcome.AMBIGUOUS, Outcome.TAGGED)
+    reason = Outcome.COMPLETE if found is not None and done.outcome is Outcome.TAGGED else done.reason
+    if whole and done.answer and found is None:
         reason = NO_ANSWER
     return {
         "correct": None if right is None else found == right,
         "answer": found,
-        "complete": done.outcome in (Outcome.COMPLETE, Outcome.AMBIGUOUS),
+        "complete": whole and done.answer is not None,
         "has_trace": done.trace is not None,
         "reason": reason,
         **({"gold_not_read": gold} if gold is not None and right is None else {}),
