@@ -52,7 +52,12 @@ def answer_kind(name: str) -> str | None:
             if known
             else f"There is no task {name!r}, as no task files are installed; use `--answer KIND`."
         )
-    functions = (values.get("process_results") for values in _every(*place))
+    return kind_of_task(*place)
+
+
+def kind_of_task(name: str, folder: Path = TASKS) -> str | None:
+    """A key of `answers.EXTRACTORS` if a task of ours grades by one, None for any other task."""
+    functions = (values.get("process_results") for values in _every(name, folder))
     function = next((str(value["function"]) for value in functions if isinstance(value, dict)), "")
     kind = function.rpartition(".")[2].removeprefix("grade_")
     return kind if kind in EXTRACTORS else None
