@@ -282,23 +282,33 @@ def check(domain: str, overlay: str, iterations: int, tokens_per_second: float |
 @click.option("--rows", type=FOLDER, help="Write one verdict a row, in the order of the input.")
 @click.option(
     "--trace",
-    type=click.Choice(["inline", "opened"]),
-    default="inline",
-    show_default=True,
-    help="opened: the chat template had opened the trace, so text without a tag is an unfinished trace.",
+    multiple=True,
+    help="The name of the convention in which traces are written (all of them are looked for without it), and, also "
+    "given, opened: the chat template had opened the trace, so text without a tag is an unfinished trace.",
 )
+@click.option("--trace-open", help="What opens a trace, in a convention of your own.")
+@click.option("--trace-close", help="What ends it.")
 @click.argument("file", type=FOLDER)
-def score(task: str | None, answer: str | None, rows: Path | None, trace: str, file: Path) -> None:
+def score(
+    task: str | None,
+    answer: str | None,
+    rows: Path | None,
+    trace: tuple[str, ...],
+    trace_open: str | None,
+    trace_close: str | None,
+    file: Path,
+) -> None:
     """Grade saved outputs again: JSONL rows, lm-eval sample files, OpenAI or vLLM batch files."""
-    from thinkswitch_plugin.score import kind_of, score_file
+    from thinkswitch_plugin.score import convention_named, kind_of, score_file
 
     if (task is None) == (answer is None):
         raise click.UsageError("Give either --task or --answer.")
+    names = [name for name in trace if name not in ("inline", "opened")]
     try:
-        kind = kind_of(task, answer)
+        kind, convention = kind_of(task, answer), convention_named(names, trace_open, trace_close)
     except ThinkSwitchError as error:
         raise click.UsageError(str(error)) from None
-    score_file(kind, file, rows, opened=trace == "opened")
+    score_file(kind, file, rows, opened="opened" in trace, convention=convention)
 
 
 @main.command()

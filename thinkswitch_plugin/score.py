@@ -3,7 +3,7 @@
 A row of the input is one of
 
     {"raw": "…</think>…", "gold": "055", "finish_reason": "stop"}          tags still in the text
-    {"reasoning": "…", "content": "…", "gold": "55"}                       trace returned apart
+    {"reasoning": "…", "content": "…", "gold": "55"}                       trace returned apart; content may be a list of parts
     {"custom_id": "…", "response": {"body": {"choices": […]}}, "gold": …}  OpenAI or vLLM batch output
     {"resps": [["…", "…"]], "target": "55", "doc": {…}}                    lm-eval samples, k a row
 
@@ -16,30 +16,36 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from thinkswitch_plugin import answers, console, files
+from thinkswitch_plugin import answers, console, conventions, files
+from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import final_answer
 from thinkswitch_plugin.report import table
 from thinkswitch_plugin.task_files import answer_kind
-from thinkswitch_plugin.traces import Completion, Outcome, split_message
+from thinkswitch_plugin.traces import Completion, Outcome, reasoning_of, split, split_message
 
 NO_ANSWER = "no_readable_answer"
 
 
-def completions_of(row: dict[str, Any], where: str, *, opened: bool) -> list[Completion]:
+def completions_of(
+    row: dict[str, Any], where: str, *, opened: bool, convention: Convention | None = None
+) -> list[Completion]:
     """The completions that one row of any known format holds.
+
+    Args:
+        opened, convention: as for `traces.split`.
 
     Raises `ThinkSwitchError` naming the row if it is of none.
     """
     if isinstance(row.get("resps"), list):
         texts = row["resps"][0] if row["resps"] and isinstance(row["resps"][0], list) else row["resps"]
-        return [split_message({"content": str(text)}, opened=opened) for text in texts]
+        return [split(str(text), opened=opened, convention=convention) for text in texts]
     if "response" in row:
         response = row["response"]
         body = response.get("body") if isinstance(response, dict) else None
@@ -47,7 +53,8 @@ def completions_of(row: dict[str, Any], where: str, *, opened: bool) -> list[Com
         if row.get("error") or not isinstance(choices, list) or not all(_is_choice(c) for c in choices) or not choices:
             return [Completion(None, None, Outcome.FAILED)]
         return [
-            split_message(c.get("message") or {}, opened=opened, finish_reason=c.get("finish_reason")) for c in choices
+            split_message(c["message"], opened=opened, finish_reason=c.get("finish_reason"), convention=convention)
+            for c in choices
         ]
     if not {"raw", "reasoning", "content"} & row.keys():
         raise ThinkSwitchError(
@@ -55,19 +62,21 @@ def completions_of(row: dict[str, Any], where: str, *, opened: bool) -> list[Com
             "see `docs/grading.md` for the formats."
         )
     for name in ("raw", "reasoning", "content"):
-        if row.get(name) is not None and not isinstance(row[name], str):
+        parts = name == "content" and isinstance(row.get(name), list)
+        if row.get(name) is not None and not isinstance(row[name], str) and not parts:
             raise ThinkSwitchError(f"{where}: `{name}` must be text, found {type(row[name]).__name__}.")
     if row.get("raw") is not None:
         message: dict[str, Any] = {"content": row["raw"]}
     else:
         message = {"reasoning": row.get("reasoning"), "content": row.get("content")}
-        opened = opened and not row.get("reasoning")  # a server that parsed the trace has taken it out
-    return [split_message(message, opened=opened, finish_reason=row.get("finish_reason"))]
+        opened = opened and not reasoning_of(message)  # a server that parsed the trace has taken it out
+    finish_reason = row.get("finish_reason")
+    return [split_message(message, opened=opened, finish_reason=finish_reason, convention=convention)]
 
 
 def _is_choice(choice: Any) -> bool:
     message = choice.get("message") if isinstance(choice, dict) else None
-    return isinstance(message, dict) and isinstance(message.get("content"), str | None)
+    return isinstance(message, dict) and isinstance(message.get("content"), str | list | None)
 
 
 def gold_of(row: dict[str, Any]) -> str | None:
@@ -112,12 +121,14 @@ def verdict(kind: str, done: Completion, gold: str | None, letters: dict[str, st
     }
 
 
-def verdicts(kind: str, path: Path, *, opened: bool) -> Iterator[list[dict[str, Any]]]:
+def verdicts(
+    kind: str, path: Path, *, opened: bool, convention: Convention | None = None
+) -> Iterator[list[dict[str, Any]]]:
     """The verdicts of every row, in order: one a row, or k where a row holds k samples."""
     removed = trace_removed(path)
     for number, row in files.read_jsonl(path):
         gold, letters = gold_of(row), letters_of(row)
-        done = completions_of(row, f"{path}, line {number}", opened=opened)
+        done = completions_of(row, f"{path}, line {number}", opened=opened, convention=convention)
         found = [verdict(kind, one, gold, letters) for one in done]
         yield [{**one, "has_trace": None} for one in found] if removed else found
 
@@ -156,7 +167,26 @@ def kind_of(task: str | None, answer: str | None) -> str:
     return kind
 
 
-def score_file(kind: str, path: Path, rows: Path | None, *, opened: bool) -> None:
+def convention_named(names: Sequence[str], opening: str | None, closing: str | None) -> Convention | None:
+    """How traces are written, by a convention's name or by the texts that open and close them; None for any of the table.
+
+    Raises `ThinkSwitchError` if there is no such convention, more than one is named, or an opening has no closing.
+    """
+    if (opening is None) != (closing is None):
+        raise ThinkSwitchError("Give `--trace-open` and `--trace-close` together.")
+    values: list[str | dict[str, str]] = [*names]
+    if opening is not None and closing is not None:
+        values.append({"open": opening, "close": closing})
+    if len(values) > 1:
+        raise ThinkSwitchError(
+            "Traces are written in one convention; give one name, or `--trace-open` and `--trace-close`."
+        )
+    if values and (fault := conventions.fault(values[0], "`--trace`")):
+        raise ThinkSwitchError(f"{fault}.")
+    return conventions.from_key(values[0]) if values else None
+
+
+def score_file(kind: str, path: Path, rows: Path | None, *, opened: bool, convention: Convention | None = None) -> None:
     """Print a table for a file of outputs and, on request, write the verdicts.
 
     Args:
@@ -168,7 +198,7 @@ def score_file(kind: str, path: Path, rows: Path | None, *, opened: bool) -> Non
     reasons: Counter[str] = Counter()
 
     def judged() -> Iterator[bytes]:
-        for group in verdicts(kind, path, opened=opened):
+        for group in verdicts(kind, path, opened=opened, convention=convention):
             for one in group:
                 counts["completions"] += 1
                 counts["with a trace"] += one["has_trace"] is True
