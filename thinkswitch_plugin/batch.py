@@ -16,6 +16,7 @@ from typing import Any
 from thinkswitch_plugin import conventions, files, traces
 from thinkswitch_plugin.conventions import NONE, Convention
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.messages import content_of
 
 TRACES = ("inline", "opened", "none")
 
@@ -180,7 +181,7 @@ def completion_of(row: dict[str, Any], how: Asked) -> traces.Completion:
     choice = body["choices"][0]
     message = choice["message"]
     if how.ends:
-        message = {**message, "content": _without(traces.content_of(message), how.ends)}
+        message = {**message, "content": _without(content_of(message), how.ends)}
     return traces.split_message(
         message, opened=how.opened, finish_reason=choice.get("finish_reason"), convention=how.convention
     )

@@ -20,7 +20,7 @@ from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import get_temporary_cache_files_directory
 
-from thinkswitch_plugin import pairs, traces
+from thinkswitch_plugin import conventions, pairs, traces
 from thinkswitch_plugin.adaptive import formats
 from thinkswitch_plugin.args import LabelKeys
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -49,20 +49,32 @@ def strategy(tokenizer: Any, cfg: Any, ds_cfg: Any, form: formats.Format | None)
     options |= TRAINED
     if form:
         options["split_thinking"] = False  # it would hand the trace to the template, which may leave it away
-    labels = LabelKeys.model_validate((cfg.get("thinkswitch") or {}).get("labels") or {})
+    keys = cfg.get("thinkswitch") or {}
+    labels = LabelKeys.model_validate(keys.get("labels") or {})
+    trace = keys.get("trace") or "auto"
+    if fault := conventions.fault(trace, "`thinkswitch.trace`"):
+        raise ThinkSwitchError(f"{fault}.")
     chat_template = load_chat_template(tokenizer, cfg, options)
     if form:
         _require_template(chat_template, tokenizer, form)
-    return Completions(chat_template, str(options.get("path")), labels, form)
+    return Completions(chat_template, str(options.get("path")), labels, conventions.from_key(trace), form)
 
 
 class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
     """Pairs, their completions written in one format, tokenized by axolotl's chat-template strategy."""
 
-    def __init__(self, chat_template: Any, path: str, labels: LabelKeys, form: formats.Format | None) -> None:
+    def __init__(
+        self,
+        chat_template: Any,
+        path: str,
+        labels: LabelKeys,
+        convention: conventions.Convention | None,
+        form: formats.Format | None,
+    ) -> None:
         self.chat_template = chat_template
         self.path = path
         self.labels = labels
+        self.convention = convention
         self.form = form
 
     def wrap_dataset(
@@ -90,6 +102,8 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
         for number, row in enumerate(dataset, 1):
             where = f"{self.path}, pair {number}"
             _check_pair(row["messages"], where)
+            if not self.form and (tag := traces.wrapper_mark(row["messages"][-1]["content"])):
+                raise ThinkSwitchError(f"{where}: the answer holds {tag!r}, which encloses an answer; take it out.")
             if self.form:
                 _check_trace(row["trace"], row["messages"][-1]["content"], where)
         if self.form:
@@ -118,6 +132,7 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
                 selection=self.labels.selection,
                 answer_kind=self.labels.answer,
                 keep_trace=self.form is not None,
+                convention=self.convention,
                 report=report,
             ):
                 yield {name: row[name] for name in features}
@@ -173,14 +188,15 @@ def _check_pair(messages: Any, where: str) -> None:
                 raise ThinkSwitchError(
                     f"{where}: `messages[{place}].{name}` is missing or not text; repair or delete the line."
                 )
-        if token := traces.control_token(message["content"]):
+        if token := traces.control_token(message["content"]) or traces.end_mark(message["content"]):
             raise ThinkSwitchError(
                 f"{where}: `messages[{place}]` holds {token!r}, which would end its turn; take it out."
             )
     if not messages or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         raise ThinkSwitchError(f"{where}: the last message must be an assistant's answer; repair or delete the line.")
-    if any(m["role"] == "assistant" and traces.has_tag(m["content"]) for m in messages):
-        raise ThinkSwitchError(f"{where}: a trace tag is left in the answer; build the pairs again.")
+    for message in messages:
+        if message["role"] == "assistant" and (tag := traces.trace_mark(message["content"])):
+            raise ThinkSwitchError(f"{where}: a trace tag is left in the answer, {tag!r}; build the pairs again.")
 
 
 def _check_trace(trace: Any, answer: str, where: str) -> None:

@@ -40,7 +40,11 @@ class Mark(NamedTuple):
 _INVISIBLE = "\u00ad\u180e\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
 _PLAIN: dict[int, int | str | None] = {0xFF01 + n: 0x21 + n for n in range(94)}
 _PLAIN |= {ord(c): None for c in _INVISIBLE + "\\"} | {ord("▁"): "_"}
-_TAG = re.compile(r"<([^<>]{1,64})(>?)")
+# After its bracket and white space no tag goes on with what follows `<` in mathematics and code.
+_TAG = re.compile(r"<(\s{0,4}[^\s\d<>=.,;:()+*~-][^<>]{0,63})>")
+_UNENDED = re.compile(
+    r"<\s{0,4}[/\\]?\s{0,4}([A-Za-z][\w:-]{2,24})\b(?![^<>]{0,63}>)"
+)  # `</think` at the end of a line
 _BRACKET = re.compile(r"\[([^\[\]\d]{3,40})\]")
 _ESCAPED = (
     re.compile(r"&(?:amp;)*(?:lt|#0*60|#x0*3c);([^&<>]{1,64})&(?:amp;)*(?:gt|#0*62|#x0*3e);", re.IGNORECASE),
@@ -50,15 +54,16 @@ _NOT_ASCII = tuple(
     re.compile(rf"{a}([^<>{a}{b}]{{1,64}})[{b}>]") for a, b in ("＜＞", "〈〉", "⟨⟩", "‹›", "«»", "【】")
 )
 _KIMI = re.compile(r"◁([^<>◁▷]{1,64})▷")
-_NAME = re.compile(r"\s*/?\s*[\w:|-]+")
 _ATTRIBUTES = re.compile(r"(\s*/?\s*[\w:.-]+)\s+[\w:-]+\s*=", re.DOTALL)
 _SUFFIX = re.compile(r"(</?think):[\w-]+>")  # Hunyuan: <think:6124c78e>
 _LIKE_A_TRACE = re.compile(r"think|thought|reasoning|scratchpad|monolog|reflect|chainof")
 _SPOKEN = ("assistantfinal", "assistantanalysis", "assistantcommentary")  # harmony without its special tokens
-_SPACE = rf"[\s{_INVISIBLE}]*"
+_SPACE = re.compile(rf"[\s{_INVISIBLE}]*")
+_EMPHASIS = re.compile(r"[*_>\s]{0,8}")
 _QUOTES = "`\"'"
 
 
+@functools.lru_cache(4096)
 def key(tag: str) -> str:
     """What a tag is looked up by: `< / Think >` and `</think foo="1">` are both `</think>`."""
     tag = tag.translate(_PLAIN)
@@ -121,26 +126,26 @@ def _is_phrase(convention: Convention, entry: str) -> bool:
 def _phrase(entry: str) -> str:
     end = r"[*_:]*[^\S\n]*(?:\n|\Z)" if entry.endswith("\n") else ""
     if entry.startswith("#"):
-        return rf"(?m:^)[^\S\n]*#{{1,6}}[^\S\n]*[*_]*{_loose(entry[1:])}{end}"
+        return rf"(?:(?<=\n)|(?<![^\s]))#{{1,6}}[^\S\n]*[*_]*{_loose(entry[1:])}{end}"
     return _loose(entry) + end
 
 
 @functools.cache
 def _anchored() -> list[tuple[re.Pattern[str], Convention]]:
-    """What opens a trace at the very start of a completion."""
+    """What opens a trace at the very start of a completion, behind white space and emphasis."""
     return [
-        (re.compile(rf"{_SPACE}{'' if entry[0] in '#</' else '[*_>]*'}{_phrase(entry)}"), each)
-        for each in CONVENTIONS
-        for entry in each.opens
-        if _is_phrase(each, entry)
+        (re.compile(_phrase(entry)), each) for each in CONVENTIONS for entry in each.opens if _is_phrase(each, entry)
     ]
 
 
-def phrase_at_start(text: str) -> tuple[int, Convention] | None:
-    """Where a phrase that opens a trace ends, if the text begins with one, and its convention."""
-    for pattern, convention in _anchored():
-        if found := pattern.match(text):
-            return found.end(), convention
+def phrase_at_start(text: str, start: int = 0) -> tuple[int, Convention] | None:
+    """Where a phrase that opens a trace ends, if the text begins with one at `start`, and its convention."""
+    begin = _SPACE.match(text, start)
+    places = {begin.end(): None, _EMPHASIS.match(text, begin.end()).end(): None}  # type: ignore[union-attr]
+    for place in places:
+        for pattern, convention in _anchored():
+            if found := pattern.match(text, place):
+                return found.end(), convention
     return None
 
 
@@ -160,32 +165,29 @@ def _phrases(text: str, convention: Convention) -> Iterator[Mark]:
             yield from (Mark(*m.span(), kind, convention.name) for m in pattern.finditer(text))
 
 
-def _candidates(text: str) -> Iterator[tuple[int, int, str, bool]]:
-    """Start, end and inner text in its brackets of all that may be a tag, and whether it is closed."""
-    for m in _TAG.finditer(text):
-        yield m.start(), m.end(), f"<{m[1]}>", bool(m[2])
-    for m in _BRACKET.finditer(text):
-        yield m.start(), m.end(), m[0], True
+def _candidates(text: str) -> Iterator[tuple[int, int, str]]:
+    """Start, end and text of all that may be a tag, in plain brackets."""
+    for pattern in (_TAG, _BRACKET):
+        for m in pattern.finditer(text):
+            yield m.start(), m.end(), m[0]
     for pattern in _ESCAPED:
         for m in pattern.finditer(text):
-            yield m.start(), m.end(), f"<{m[1]}>", True
+            yield m.start(), m.end(), f"<{m[1]}>"
     if not text.isascii():
         for pattern in _NOT_ASCII:
             for m in pattern.finditer(text):
-                yield m.start(), m.end(), f"<{m[1]}>", True
+                yield m.start(), m.end(), f"<{m[1]}>"
         for m in _KIMI.finditer(text):
-            yield m.start(), m.end(), m[0], True
+            yield m.start(), m.end(), m[0]
 
 
 def tags(text: str) -> Iterator[Mark]:
     """Every tag of the table in a text, in no order, and what looks like a tag of a trace."""
     table = _table()
-    for start, end, tag, whole in _candidates(text):
-        if not whole:  # `</think` without its end
-            name = _NAME.match(tag, 1)
-            if name and any(e.kind in (Kind.OPEN, Kind.CLOSE) for e in table.get(key(f"<{name[0]}>"), ())):
-                yield Mark(start, end, Kind.GUARD, name[0])
-            continue
+    for m in _UNENDED.finditer(text):
+        if any(e.kind in (Kind.OPEN, Kind.CLOSE) for e in table.get(key(f"<{m[1]}>"), ())):
+            yield Mark(*m.span(), Kind.GUARD, m[0])
+    for start, end, tag in _candidates(text):
         found = key(tag)
         for entry in table.get(found, ()):
             if not text.endswith(entry.before, 0, start):
@@ -243,7 +245,9 @@ def _without_mentions(text: str, found: list[Mark]) -> list[Mark]:
             passed += 1
         before, after = text[mark.start - 1 : mark.start], text[mark.end : mark.end + 1]
         quoted = bool(before) and before == after and before in _QUOTES
-        if mark.kind in (Kind.OPEN, Kind.CLOSE) and (quoted or passed % 2):
+        spoken_of = quoted or passed % 2
+        if spoken_of and mark.kind in (Kind.OPEN, Kind.CLOSE):
             mark = mark._replace(kind=Kind.GUARD)
-        kept.append(mark)
+        if not spoken_of or mark.kind is Kind.GUARD:
+            kept.append(mark)
     return kept

@@ -25,7 +25,9 @@ from thinkswitch_plugin.adaptive import formats
 from thinkswitch_plugin.batch import Asked
 from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.traces import Completion, Outcome, content_of, control_token, has_tag, reasoning_of, repeats
+from thinkswitch_plugin.messages import content_of, reasoning_of
+from thinkswitch_plugin.repeats import repeats
+from thinkswitch_plugin.traces import Completion, Outcome, control_token, has_tag
 
 # Reasons beyond `Outcome`, which names what can be wrong with one completion.
 MISSING = "not_generated"

@@ -17,6 +17,7 @@ Only completions are ever split, so tags inside a *prompt* are left alone.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from typing import Any
 from thinkswitch_plugin import marks
 from thinkswitch_plugin.conventions import CONVENTIONS, ENDS, NONE, Convention
 from thinkswitch_plugin.marks import Kind, Mark
+from thinkswitch_plugin.messages import content_of, reasoning_of
 
 # What ends a turn or opens another, and other tokens of chat formats: tokenized, it would be no text.
 _CONTROL = re.compile(
@@ -34,6 +36,7 @@ _CONTROL = re.compile(
 )
 _ENDS = re.compile(rf"(?:\s*(?:{'|'.join(map(re.escape, ENDS))}))+\s*\Z")
 LENGTH = "length"  # the one finish reason that a larger token budget helps against
+_OF_TRACES = (Kind.OPEN, Kind.CLOSE, Kind.GUARD)
 _LONGEST_END = 400  # characters at the end of an answer in which the end of its turn is looked for
 
 
@@ -45,7 +48,7 @@ class Outcome(StrEnum):
     CUT = "answer_cut"  # the trace ended, then the answer was cut
     EMPTY = "empty_answer"  # nothing but white space where the answer should be
     AMBIGUOUS = "ambiguous_tags"  # a tag inside what should be the answer, or no saying which one ended the trace
-    TAGGED = "answer_tag"  # what encloses an answer (`<answer>`) is not closed, nested, or encloses only a part
+    TAGGED = "answer_tag"  # what encloses an answer (`<answer>`) is not closed, or nested
     FAILED = "failed"  # the server gave no completion for this request
 
 
@@ -165,83 +168,28 @@ def split_message(
     return replace(done, cut=cut, finish=finish_name(finish_reason))
 
 
-def reasoning_of(message: dict[str, Any]) -> str:
-    """The trace that a server returned apart, empty if it returned none.
-
-    vLLM names it `reasoning`, transformers and others `reasoning_content`, Ollama `thinking`; OpenRouter adds
-    `reasoning_details`, and Mistral's API has parts of type `thinking` in the content.
-    """
-    for name in ("reasoning", "reasoning_content", "thinking"):
-        if isinstance(message.get(name), str) and message[name].strip():
-            return str(message[name])
-    details = message.get("reasoning_details")
-    parts = [*(details if isinstance(details, list) else ()), *_parts(message.get("content"), thinking=True)]
-    return "\n".join(_text_of(part) or "…" for part in parts)
-
-
-def content_of(message: dict[str, Any]) -> str:
-    """The text of a message's content, which may be a list of parts."""
-    content = message.get("content")
-    return content if isinstance(content, str) else "".join(map(_text_of, _parts(content, thinking=False)))
-
-
-def _parts(content: Any, *, thinking: bool) -> list[Any]:
-    parts = content if isinstance(content, list) else []
-    return [
-        p for p in parts if isinstance(p, dict) and (p.get("type", "text") not in ("text", "output_text")) is thinking
-    ]
-
-
-def _text_of(part: Any) -> str:
-    """All text in a part of a message, however deep."""
-    if isinstance(part, str):
-        return part
-    if isinstance(part, list):
-        return "".join(map(_text_of, part))
-    if not isinstance(part, dict):
-        return ""
-    return "".join(
-        _text_of(part[name]) for name in ("text", "thinking", "reasoning", "summary", "content") if name in part
-    )
-
-
 def has_tag(text: str) -> bool:
-    """Whether any mark of a trace occurs in the text: a tag, or at its start a phrase."""
-    return trace_mark(text) is not None
+    """Whether a tag of any convention occurs in the text."""
+    return any(m.kind in _OF_TRACES for m in marks.tags(text))
 
 
 def trace_mark(text: str) -> str | None:
-    """The first mark of a trace, of any convention, in what should be an answer."""
-    found = next((m for m in marks.find(text) if m.kind in (Kind.OPEN, Kind.CLOSE, Kind.GUARD)), None)
+    """The first mark of a trace, of any convention, in what should be an answer: a tag, or at its start a phrase."""
+    found = next((m for m in marks.find(text) if m.kind in _OF_TRACES), None)
     return text[found.start : found.end].strip() if found else None
 
 
 def wrapper_mark(text: str) -> str | None:
-    """The first mark of what encloses an answer, such as `<answer>`."""
-    found = next((m for m in marks.find(text) if m.kind in (Kind.WRAP, Kind.UNWRAP)), None)
-    return text[found.start : found.end].strip() if found else None
+    """The wrapper (`<answer>`) that encloses a whole answer, or is broken in it; None for one around a part of it."""
+    rest = [m for m in marks.find(text) if m.kind in (Kind.WRAP, Kind.UNWRAP)]
+    found = _unwrapped(text, rest, 0)
+    return text[rest[0].start : rest[0].end] if found is None or found[1] else None
 
 
 def control_token(text: str) -> str | None:
     """The first token of a chat format (`<|im_end|>`) in a text: tokenized, it would end the turn there."""
     found = _CONTROL.search(text)
     return found.group() if found else None
-
-
-def repeats(trace: str | None, answer: str) -> bool:
-    """Whether an answer repeats the trace: all of it, or a long stretch, white space aside.
-
-    What is short may be in both: a trace that ends in `4` has the answer `4`.
-    """
-    reasoning, text = " ".join((trace or "").split()), " ".join(answer.split())
-    if reasoning == text:
-        return len(text) >= 8
-    if len(reasoning) >= 12 and text.startswith(reasoning):
-        return True
-    return len(reasoning) >= 60 and reasoning[:STRETCH] in text
-
-
-STRETCH = 200
 
 
 def opens_trace(tokenizer: Any, convention: Convention | None = None) -> bool:
@@ -307,35 +255,40 @@ def _ends(text: str, steps: Sequence[Mark], opened: bool) -> bool:
 def _with_answer(trace: str | None, text: str, found: Sequence[Mark], start: int, cut: bool) -> Completion:
     """The completion whose answer begins at `start` of a text with these marks."""
     rest = [m for m in found if m.start >= start]
-    if marks.phrase_at_start(text[start:] if start else text) or any(
-        m.kind not in (Kind.WRAP, Kind.UNWRAP) for m in rest
-    ):
+    if marks.phrase_at_start(text, start) or any(m.kind in _OF_TRACES for m in rest):
         return Completion(trace, None, Outcome.AMBIGUOUS)
-    answer, outcome = without_end(text[start:]).strip(), Outcome.CUT if cut else Outcome.COMPLETE
-    if rest and not cut:
-        inner = _unwrapped(text, rest, start)
-        if inner is None:
-            return Completion(trace, answer or None, Outcome.TAGGED)
-        answer = inner
-    if not answer and not cut:
-        outcome = Outcome.EMPTY
-    return Completion(trace, answer or None, outcome, wrapped=bool(rest) and not cut)
+    if cut:
+        return Completion(trace, without_end(text[start:]).strip() or None, Outcome.CUT)
+    found_answer = _unwrapped(text, rest, start)
+    if found_answer is None:
+        return Completion(trace, text[start:].strip() or None, Outcome.TAGGED)
+    answer, wrapped = found_answer
+    return Completion(trace, answer or None, Outcome.COMPLETE if answer else Outcome.EMPTY, wrapped=wrapped)
 
 
-def _unwrapped(text: str, rest: Sequence[Mark], start: int) -> str | None:
-    """An answer without the wrapper that encloses it, None if the marks are not one whole wrapper around it."""
-    if [m.kind for m in rest] != [Kind.WRAP, Kind.UNWRAP] or rest[0].name != rest[1].name:
-        return None
-    opening, closing = rest
-    if text[start : opening.start].strip() or without_end(text[closing.end :]).strip():
-        return None
-    return without_end(text[opening.end : closing.start]).strip()
+def _unwrapped(text: str, rest: Sequence[Mark], start: int) -> tuple[str, bool] | None:
+    """An answer without the wrapper that encloses all of it, if one does, and whether; None where one is broken.
+
+    A wrapper around a part (`So it is <answer>4</answer>.`) is as the prompt asked, and stays.
+    """
+    whole = without_end(text[start:]).strip()
+    for opening, closing in itertools.zip_longest(rest[::2], rest[1::2]):
+        if closing is None or (opening.kind, closing.kind, closing.name) != (Kind.WRAP, Kind.UNWRAP, opening.name):
+            return None  # not closed, or nested
+    if len(rest) != 2 or text[start : rest[0].start].strip() or without_end(text[rest[1].end :]).strip():
+        return whole, False
+    return without_end(text[rest[0].end : rest[1].start]).strip(), True
 
 
 def without_end(text: str) -> str:
     """A text without the strings at its very end that end a turn (`<|im_end|>`)."""
     place = max(0, len(text) - _LONGEST_END)
     return text[:place] + _ENDS.sub("", text[place:])
+
+
+def end_mark(text: str) -> str | None:
+    """The string that ends a turn at the very end of a text, if there is one."""
+    return text[len(without_end(text)) :].strip() or None
 
 
 def _strip_open(trace: str, steps: Sequence[Mark]) -> str:

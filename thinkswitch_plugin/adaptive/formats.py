@@ -90,14 +90,14 @@ def fault(trace: str | None, answer: str) -> str | None:
         return "it has no trace"
     if not answer.strip():
         return "it has no answer"
-    for name, text in (("trace", trace), ("answer", answer)):
-        if traces.has_tag(text):
+    for name, text, found in (("trace", trace, traces.has_tag(trace)), ("answer", answer, traces.trace_mark(answer))):
+        if found:
             return f"a trace tag stands inside the {name}"
-        if has_answer_tag(text):
+        if has_answer_tag(text) or (name == "answer" and traces.wrapper_mark(text)):
             return f"an answer tag stands inside the {name}"
     return None
 
 
 def _clean(answer: str | None) -> str | None:
     text = (answer or "").strip()
-    return text if text and not traces.has_tag(text) and not has_answer_tag(text) else None
+    return text if text and not traces.trace_mark(text) and not has_answer_tag(text) else None
