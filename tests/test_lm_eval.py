@@ -14,6 +14,7 @@ import torch
 from tests.conftest import ROOT
 from thinkswitch_plugin import evaluation, files, score
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
+from thinkswitch_plugin.in_process import Sampling, evaluate, quiet
 from thinkswitch_plugin.trace_tokens import keep_tags, special_tags
 
 ENDS = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": "[UNK]"}
@@ -85,20 +86,31 @@ def simple_evaluate(checkpoint: Path, task: str, out: Path, **model_args: str) -
     return {name.partition(",")[0]: value for name, value in results["results"][task].items()}
 
 
-def test_tags_that_are_special_tokens_stay_in_what_lm_eval_grades(tmp_path: Path) -> None:
-    checkpoint = fixed(tmp_path / "model", special=("<think>", "</think>"))
+def lm_eval_here(command: Sequence[str | Path], log: Path, title: str) -> None:
+    """lm-eval's command line in this process, which has imported it already."""
+    from lm_eval.__main__ import cli_evaluate
+
+    with pytest.MonkeyPatch.context() as patch, quiet(log):
+        patch.setattr("sys.argv", [str(word) for word in command])
+        cli_evaluate()
+
+
+@pytest.mark.parametrize("way", ["command line", "in process"])
+def test_tags_that_are_special_tokens_stay_in_what_lm_eval_grades(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    checkpoint, out = fixed(tmp_path / "model", special=("<think>", "</think>")), tmp_path / "out"
     keys = EvaluationKeys(task="thinkswitch_arithmetic", limit=2, batch_size="2", backend="hf")  # type: ignore[call-arg]
-    out = tmp_path / "out"
-    evaluation.run_lm_eval(
-        str(checkpoint),
-        out,
-        keys,
-        "embedded",
-        EngineKeys(),
-        logs=tmp_path,
-        title="eval",
-        answer="digit",  # type: ignore[call-arg]
-    )
+    if way == "command line":
+        monkeypatch.setattr(evaluation, "run_logged", lm_eval_here)
+        engine = EngineKeys()  # type: ignore[call-arg]
+        evaluation.run_lm_eval(
+            str(checkpoint), out, keys, "embedded", engine, logs=tmp_path, title="eval", answer="digit"
+        )
+    else:
+        evaluate(HFLM(pretrained=str(checkpoint), device="cpu", batch_size=2), keys, Sampling(), out, name="model")
     rows = [row for _, row in files.read_jsonl(evaluation.samples_file(out, keys.task))]
     assert [row["resps"] for row in rows] == [[["<think> so </think> 5"]]] * 2
     assert [row["think_ratio"] for row in rows] == [1.0, 1.0]

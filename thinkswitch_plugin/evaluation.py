@@ -217,7 +217,7 @@ def _read_graded(path: Path) -> Iterator[Sample]:
 
 
 def _grade_file(
-    path: Path, checkpoint: str, kind: str, convention: conventions.Convention | None
+    path: Path, checkpoint: str, kind: str, convention: conventions.Convention | None = None
 ) -> tuple[bool, Iterator[Sample]]:
     """Grade lm-eval's samples file again, now with tokens and the template known."""
     from transformers import AutoTokenizer
