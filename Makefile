@@ -57,7 +57,7 @@ endif
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines \
 	similarity labels adaptive switch export-loras serve control results chaos bench-engines bench-sweep bench-merge bench-export bench-faults \
-	bench-pairs bench-report screenshots fuzz bad-input lint test
+	bench-pairs bench-report screenshots fuzz bad-input traces lint test
 
 ##@ Run
 
@@ -219,6 +219,9 @@ fuzz: setup ## random inputs through splitting, answers, pairs, recipes, prompts
 
 bad-input: setup ## a table of every broken file and what the real command answers to it
 	@$(VENV)/bin/python -m tests.bad_input
+
+traces: setup ## a table of every trace convention in every shape: pair, dropped and why, or refused
+	@$(VENV)/bin/python -m tests.traces_table
 
 lint: setup ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

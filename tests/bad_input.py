@@ -282,7 +282,7 @@ def forms() -> Iterator[Form]:
         works=True,
     )
     yield stage(
-        "generations", "control token in an answer", lines(answer(), answer("t</think>5<|im_end|>", "p1-s0")), "1 control_token",
+        "generations", "control token in an answer", lines(answer(), answer("t</think>5<|im_end|>6", "p1-s0")), "1 control_token",
         works=True,
     )  # fmt: skip
     yield stage(

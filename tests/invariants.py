@@ -18,8 +18,8 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.pairs import PairReport, build_pairs
 
 SECRET = "SECRET"  # stands only where a trace is
-CLOSINGS = ("</think>", "</ Think >", "<|end_of_thought|>", "[/THINK]", "</reasoning>")
-OPENINGS = ("<think>", "<THINKING>", "<|begin_of_thought|>", "[think]")
+CLOSINGS = ("</think>", "</ Think >", "<|end_of_thought|>", "[/THINK]", "</reasoning>", "<channel|>", "＜/think＞")
+OPENINGS = ("<think>", "<THINKING>", "<|begin_of_thought|>", "[think]", "<seed:think>", "&lt;think&gt;")
 CONTROL = ("<|im_end|>", "<|im_start|>assistant\n", "[INST]", "<｜end▁of▁sentence｜>", "<end_of_turn>")
 FILLERS = (
     "5",
@@ -46,7 +46,7 @@ def check_split(pieces: Sequence[str], opened: bool, cut: bool) -> None:
     after = "".join(pieces[closed[-1] + 1 :] if closed else pieces)
     done = traces.split("".join(pieces), opened=opened, cut=cut)
     if done.answer is not None:
-        assert done.answer == after.strip(), (done, after)
+        assert done.answer == traces.without_end(after).strip(), (done, after)
     if done.complete:
         assert done.answer and not traces.has_tag(done.answer) and not cut
         assert len(closed) <= 1 and not any(piece in OPENINGS for piece in (pieces[closed[-1] :] if closed else pieces))

@@ -18,14 +18,14 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 Write = Callable[[str, Sequence[object]], Path]
 
 
-def tokenized(path: Path, **labels: Any) -> list[dict[str, Any]]:
+def tokenized(path: Path, trace: str | dict[str, str] = "auto", **labels: Any) -> list[dict[str, Any]]:
     tokenizer = build_tokenizer("instruct")
     cfg = DictDefault(
         {
             "sequence_len": 128,
             "train_on_inputs": False,
             "chat_template": "tokenizer_default",
-            "thinkswitch": {"labels": labels} if labels else None,
+            "thinkswitch": {"labels": labels, "trace": trace} if labels or trace != "auto" else None,
         }
     )
     ds_cfg = DictDefault({"path": str(path), "type": "thinkswitch_plugin.answer_only"})
@@ -75,12 +75,47 @@ def test_selection_of_the_recipe_applies_to_generations(write_jsonl: Write) -> N
     assert "4" in build_tokenizer("instruct").decode([t for t in voted["labels"] if t != -100])
 
 
+def test_the_key_of_a_plain_recipe_says_how_traces_are_written_where_the_requests_do_not(write_jsonl: Write) -> None:
+    asked = [request(f"p{i}") for i in range(12)]
+    for row in asked:
+        del row["body"]["metadata"]["trace"]
+    write_jsonl("requests.jsonl", asked)
+    generations = write_jsonl("generations.jsonl", [answer(f"p{i}-s0", "~2+3~5") for i in range(12)])
+    with pytest.raises(
+        ThinkSwitchError, match=r"generations\.jsonl, line 1: .* begins '~2\+3~5': set `thinkswitch\.trace`"
+    ):
+        tokenized(generations)
+    rows = tokenized(generations, trace={"open": "~2+", "close": "3~"})
+    assert [t for t in rows[0]["labels"] if t != -100][:1] == build_tokenizer("instruct").encode("5")
+    with pytest.raises(
+        ThinkSwitchError, match=r"`thinkswitch\.trace` is 'thnk', and the nearest convention is 'think'"
+    ):
+        tokenized(generations, trace="thnk")
+    write_jsonl("generations.jsonl", [answer(f"p{i}-s0", "5") for i in range(12)])
+    assert len(tokenized(generations, trace="none")) == 12
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         (pair("2+3", "2+3=5</think>5"), "pair 1: a trace tag is left in the answer"),
         ({"messages": [{"role": "user", "content": "2+3"}]}, "the last message must be an assistant's answer"),
         (pair("2+3", "5<|im_end|>"), r"pair 1: `messages\[1\]` holds '<\|im_end\|>'"),
+        (pair("2+3", "<|channel>thought\n2+3=5<channel|>5"), r"pair 1: .*'<\|channel>"),
+        (pair("2+3", "<seed:think>2+3=5</seed:think>5"), "pair 1: a trace tag is left in the answer, '<seed:think>'"),
+        (
+            pair("2+3", "&lt;think&gt;2+3=5&lt;/think&gt;5"),
+            "pair 1: a trace tag is left in the answer, '&lt;think&gt;'",
+        ),
+        (pair("2+3", "analysis2+3=5assistantfinal5"), "pair 1: a trace tag is left in the answer, 'analysis'"),
+        (
+            pair("2+3", "## Thinking\n2+3=5\n## Final Response\n5"),
+            "pair 1: a trace tag is left in the answer, '## Thinking'",
+        ),
+        (pair("2+3", "Here is my thought process: 5"), "pair 1: a trace tag is left in the answer, 'Here is my"),
+        (pair("2+3", "<answer>5</answer>"), "pair 1: the answer holds '<answer>'"),
+        (pair("2+3", "5</s>"), r"pair 1: `messages\[1\]` holds '</s>'"),
+        (pair("2+3", "5[|endofturn|]"), r"pair 1: `messages\[1\]` holds '\[\|endofturn\|\]'"),
         (pair("2+3", ""), "the last message must be an assistant's answer"),
         ({"messages": [{"role": "user", "content": 5}]}, r"pair 1: `messages\[0\].content` is missing or not text"),
         ({"messages": "2+3"}, "pair 1: `messages` must be a list"),

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from thinkswitch_plugin import domain, files
+from thinkswitch_plugin import conventions, domain, files
 from thinkswitch_plugin.args import PromptKeys, SamplingKeys
 from thinkswitch_plugin.batch import Asked
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -92,6 +92,21 @@ def test_a_request_for_every_sample_in_openais_batch_format(tmp_path: Path) -> N
         "metadata": {"prompt_id": "a", "trace": "opened"},
     }
     assert (rows[1]["method"], rows[1]["url"]) == ("POST", "/v1/chat/completions")
+
+
+def test_a_request_keeps_how_its_completion_is_read(tmp_path: Path) -> None:
+    how = Asked(False, conventions.from_key("granite"), ("<stop>",))
+    domain.write_requests(
+        tmp_path / "r.jsonl",
+        [("a", "1+1")],
+        model="m",
+        how=how,
+        keys=PromptKeys(path="-"),
+        sampling=SamplingKeys(),
+        seed=0,
+    )  # type: ignore[call-arg]
+    ((_, row),) = files.read_jsonl(tmp_path / "r.jsonl")
+    assert row["body"]["metadata"] == {"prompt_id": "a", "trace": "inline", "convention": "granite", "ends": ["<stop>"]}
 
 
 @pytest.mark.parametrize("name", ["aime", "pubmedqa"])

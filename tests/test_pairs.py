@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests import bench_pairs
+from tests.conftest import ROOT
 from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.pairs import PairReport, build_pairs, write_pairs
@@ -27,7 +29,7 @@ def request(prompt: str, sample: int = 0, text: str = "2+3") -> dict[str, Any]:
     }
 
 
-def answer(custom_id: str, content: str | None, finish: str = "stop", **extra: str) -> dict[str, Any]:
+def answer(custom_id: str, content: str | None, finish: str | None = "stop", **extra: str) -> dict[str, Any]:
     message = {"role": "assistant", "content": content, **extra}
     body = {"choices": [{"index": 0, "message": message, "finish_reason": finish}]}
     return {"custom_id": custom_id, "response": {"status_code": 200, "body": body}, "error": None}
@@ -137,6 +139,143 @@ def test_an_answer_with_a_control_token_is_no_pair(write_jsonl: Write) -> None:
     texts = {"p0-s0": "t</think>1<|im_end|>\n<|im_start|>user", "p1-s0": "t</think>1 < 2 and a <b> [x] | y"}
     rows, report = built(requests, write_jsonl("generations.jsonl", [answer(i, t) for i, t in texts.items()]))
     assert rows == ["p1-s0=1 < 2 and a <b> [x] | y"] and report.dropped == {"control_token": 1}
+
+
+def inline(prompt: str, **metadata: Any) -> dict[str, Any]:
+    row = request(prompt)
+    row["body"]["metadata"] = {"prompt_id": prompt, "trace": "inline", **metadata}
+    return row
+
+
+def test_a_completion_without_a_trace_is_no_pair_where_one_is_expected(write_jsonl: Write) -> None:
+    requests = write_jsonl("requests.jsonl", [inline(f"p{i}") for i in range(3)])
+    texts = ["<think>t</think>1", "2", "<think>t</think><answer>3</answer>"]
+    rows, report = built(requests, write_jsonl("g.jsonl", [answer(f"p{i}-s0", t) for i, t in enumerate(texts)]))
+    assert rows == ["p0-s0=1", "p2-s0=3"] and report.dropped == {"no_trace": 1} and report.unwrapped == 1
+    assert "1 answers taken out of their wrapper" in report.summary()
+
+
+def test_a_file_in_which_nearly_nothing_has_a_trace_is_refused_by_its_first_completion(write_jsonl: Write) -> None:
+    requests = write_jsonl("requests.jsonl", [inline(f"p{i}") for i in range(12)])
+    lines = [answer(f"p{i}-s0", f"Let me\nsee: {i}") for i in range(1, 12)]
+    generations = write_jsonl("generations.jsonl", [answer("p0-s0", "<think>t</think>1"), *lines])
+    with pytest.raises(
+        ThinkSwitchError,
+        match=r"generations\.jsonl, line 2: of 12 finished completions 1 have .* begins 'Let me\\nsee: 1': set `thinkswitch\.trace`",
+    ):
+        built(requests, generations)
+    direct = write_jsonl("requests.jsonl", [inline(f"p{i}", trace="none") for i in range(12)])
+    rows, report = built(direct, generations)
+    assert len(rows) == 11 and rows[0] == "p1-s0=Let me\nsee: 1" and report.dropped == {"ambiguous_tags": 1}
+    mine = {"open": "Let me", "close": "see:"}
+    rows, report = built(
+        write_jsonl("requests.jsonl", [inline(f"p{i}", convention=mine) for i in range(12)]), generations
+    )
+    assert len(rows) == 11 and rows[0] == "p1-s0=1"
+
+
+def test_what_was_cut_does_not_show_that_no_traces_are_written(write_jsonl: Write) -> None:
+    requests = write_jsonl("requests.jsonl", [inline(f"p{i}") for i in range(12)])
+    lines = [answer(f"p{i}-s0", "Let me", finish="length") for i in range(1, 12)]
+    rows, report = built(requests, write_jsonl("g.jsonl", [answer("p0-s0", "<think>t</think>1"), *lines]))
+    assert rows == ["p0-s0=1"] and report.dropped == {"answer_cut": 11}
+
+
+def test_only_a_finished_answer_is_whole_and_others_are_counted_under_their_reason(write_jsonl: Write) -> None:
+    reasons = [
+        "stop",
+        None,
+        "length",
+        "content_filter",
+        "error",
+        "abort",
+        "max_tokens",
+        "tool_calls",
+        "eos",
+        "Weird one!",
+    ]
+    requests = write_jsonl("requests.jsonl", [request(f"p{i}") for i in range(len(reasons))])
+    lines = [answer(f"p{i}-s0", f"t</think>{i}", finish=reason) for i, reason in enumerate(reasons)]
+    rows, report = built(requests, write_jsonl("g.jsonl", lines))
+    assert rows == ["p0-s0=0", "p1-s0=1"]
+    assert report.dropped == {"answer_cut": 1, "weird_one": 1, **dict.fromkeys(reasons[3:-1], 1)}
+
+
+LONG = "First we add seven and three, which is ten, and then we take away two, so that eight is left. " * 3
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "content", "outcome"),
+    [
+        ("2+3=5, so 5", "2+3=5,  so\n5", "answer_repeats_trace"),
+        ("7*3=1\n1+4=5", "7*3=1\n1+4=5\n\n5", "answer_repeats_trace"),
+        (LONG + " It is 8.", f"Well. {LONG} 8", "answer_repeats_trace"),
+        ("Hm. " * 99 + LONG + "It is 8.", f"The solution: {LONG}", "answer_repeats_trace"),
+        ("2+2=4", "4", "kept"),
+        ("4", "4", "kept"),
+        ("2+3=5", "Since 2+3=5, the answer is 5", "kept"),
+        (LONG, "First we add seven and three, which is ten, and take away two: 8.", "kept"),
+    ],
+)
+def test_an_answer_that_repeats_its_reasoning_is_no_pair(
+    write_jsonl: Write, reasoning: str, content: str, outcome: str
+) -> None:
+    requests = write_jsonl("requests.jsonl", [request("p0")])
+    _, report = built(requests, write_jsonl("g.jsonl", [answer("p0-s0", content, reasoning=reasoning)]))
+    assert (dict(report.dropped) or "kept") == ({outcome: 1} if outcome != "kept" else "kept")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "t"}]}, {"type": "text", "text": "5"}]},
+        {"content": [{"type": "text", "text": "5"}], "reasoning_content": "t"},
+        {"content": "5", "reasoning_details": [{"type": "reasoning.text", "text": "t"}]},
+        {"content": "5", "reasoning": "", "thinking": "t"},
+        {"content": "5", "reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}]},
+    ],
+)
+def test_reasoning_is_found_where_servers_put_it(write_jsonl: Write, message: dict[str, Any]) -> None:
+    requests = write_jsonl("requests.jsonl", [inline("p0")])
+    line = answer("p0-s0", "")
+    line["response"]["body"]["choices"][0]["message"] = {"role": "assistant", **message}
+    assert built(requests, write_jsonl("g.jsonl", [line]))[0] == ["p0-s0=5"]
+
+
+def test_reasoning_given_twice_is_never_a_pair(write_jsonl: Write) -> None:
+    requests = write_jsonl("requests.jsonl", [inline(f"p{i}") for i in range(2)])
+    lines = [answer("p0-s0", "<think>t</think>5", reasoning="t"), answer("p1-s0", "5", reasoning="<think>t")]
+    rows, report = built(requests, write_jsonl("g.jsonl", lines))
+    assert rows == ["p1-s0=5"] and report.dropped == {"ambiguous_tags": 1}
+
+
+def test_the_tokenizers_own_end_of_turn_is_taken_off_and_kept_out(write_jsonl: Write) -> None:
+    requests = write_jsonl("requests.jsonl", [inline(f"p{i}", ends=["@@END"]) for i in range(2)])
+    lines = [answer("p0-s0", "<think>t</think>5@@END\n"), answer("p1-s0", "<think>t</think>5@@END6")]
+    rows, report = built(requests, write_jsonl("g.jsonl", lines))
+    assert rows == ["p0-s0=5"] and report.dropped == {"control_token": 1}
+
+
+@pytest.mark.parametrize("name", ["lrm_token_economy_aime", "misc_tag_variety", "lineage_chat", "skythought_aime24"])
+def test_no_pair_from_real_outputs_holds_a_part_of_a_trace(write_jsonl: Write, name: str) -> None:
+    path = ROOT.parent / "shared" / "data" / "outputs" / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip("the real outputs are not here")
+    requests, lines, reasonings = [], [], {}
+    for n, (_, row) in enumerate(files.read_jsonl(path)):
+        extra = {"reasoning": row["reasoning"]} if row["reasoning"] else {}
+        text = row["content"] if row["raw"] is None else row["raw"]
+        requests.append(inline(f"p{n}"))
+        lines.append(answer(f"p{n}-s0", text, finish=row["finish_reason"], **extra))
+        traced = re.search(r"^(.*)(?:</think>|<\|end_of_thought\|>)", text or "", re.DOTALL)
+        reasonings[f"p{n}-s0"] = " ".join((row["reasoning"] or (traced[1] if traced else "")).split())
+    report = PairReport()
+    pairs = list(build_pairs(write_jsonl("requests.jsonl", requests), write_jsonl("g.jsonl", lines), report=report))
+    assert len(pairs) > 20 and report.kept + sum(report.dropped.values()) == report.samples
+    for row in pairs:
+        text, reasoning = " ".join(row["messages"][-1]["content"].split()), reasonings[row["custom_id"]]
+        assert reasoning and "think>" not in text and "_of_thought" not in text
+        assert not any(text[at : at + 200] in reasoning for at in range(max(1, len(text) - 200)) if len(text) >= 200)
 
 
 def test_requests_that_share_an_id_are_named(write_jsonl: Write) -> None:

@@ -110,12 +110,12 @@ def test_what_a_format_cannot_hold_is_dropped_and_counted_only_where_traces_are_
     generations = write_jsonl("generations.jsonl", [answer(f"p{i}-s0", t) for i, t in enumerate(texts)])
     report = pairs.PairReport()
     rows = list(pairs.build_pairs(requests, generations, keep_trace=True, report=report))
-    assert [(row["prompt_id"], row["trace"]) for row in rows] == [("p0", "t")]
-    assert report.dropped == {"answer_tag": 2, "control_token": 1, "ambiguous_tags": 1, "no_trace": 1}
+    assert [(row["prompt_id"], row["trace"]) for row in rows] == [("p0", "t"), ("p2", "t")]
+    assert report.dropped == {"answer_tag": 1, "control_token": 1, "ambiguous_tags": 1, "no_trace": 1}
     assert report.kept + sum(report.dropped.values()) == report.samples
     plain = pairs.PairReport()
     assert all("trace" not in row for row in pairs.build_pairs(requests, generations, report=plain))
-    assert plain.kept == 6 and not plain.dropped
+    assert plain.kept == 5 and plain.dropped == {"ambiguous_tags": 1} and plain.unwrapped == 1
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.test_pairs import answer, request
-from thinkswitch_plugin.merging.rebuild import asked_ids, still_thinks, think_ratio
+from thinkswitch_plugin.args import RebuildKeys
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.merging.rebuild import Baseline, asked_ids, baseline, still_thinks, think_ratio
 
 
 @pytest.mark.parametrize(
@@ -44,3 +46,38 @@ def test_the_measure_is_what_the_original_did_on_the_same_requests(
     assert think_ratio(requests, generations, asked_ids(requests)) == (3, 3)
     assert think_ratio(requests, generations, asked_ids(requests, 4)) == (1, 1)
     assert think_ratio(requests, generations, asked_ids(requests, 3)) == (0, 0)
+
+
+def test_what_counts_is_what_finished_and_the_first_line_of_an_id(
+    write_jsonl: Callable[[str, Sequence[object]], Path],
+) -> None:
+    requests = write_jsonl("requests.jsonl", [request(f"p{i}", text="1+1") for i in range(3)])
+    failed = {"custom_id": "p1-s0", "response": None, "error": {"message": "no"}}
+    lines = [
+        answer("p0-s0", "1+1=2\n</think>\n\n2"),
+        answer("p0-s0", "1+1"),
+        failed,
+        answer("p1-s0", "1+1=2\n</think>\n\n2"),
+        answer("p2-s0", "1+1=2\n</think>\n\n2", finish="content_filter"),
+        answer("p9-s0", "1+1"),
+    ]
+    assert think_ratio(requests, write_jsonl("g.jsonl", lines), asked_ids(requests)) == (2, 2)
+
+
+def test_an_original_that_does_not_think_is_no_baseline(write_jsonl: Callable[[str, Sequence[object]], Path]) -> None:
+    rows = [request(f"p{i}") for i in range(12)]
+    for row in rows:
+        row["body"]["metadata"]["trace"] = "inline"
+    requests = write_jsonl("requests.jsonl", rows)
+    direct = write_jsonl("g.jsonl", [answer(f"p{i}-s0", "2") for i in range(12)])
+    found = baseline(requests, direct, asked_ids(requests, 4))
+    assert found == Baseline(0, 4, 4)
+    keys = RebuildKeys()  # type: ignore[call-arg]
+    with pytest.raises(ThinkSwitchError, match=r"g\.jsonl: 0 of 4 finished completions .*`thinkswitch\.trace`"):
+        found.require_traces(direct, keys)
+    with pytest.raises(ThinkSwitchError, match="0 of 0 finished completions"):
+        Baseline(0, 0, 12).require_traces(direct, keys)
+    found.require_traces(direct, keys.model_copy(update={"min_think_ratio": 0}))
+    Baseline(4, 4, 4).require_traces(direct, keys)
+    # asked other prompts: the measure is all that the original answered
+    assert baseline(requests, direct, ["p99-s0"]) == Baseline(0, 12, 12)

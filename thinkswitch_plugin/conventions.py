@@ -27,6 +27,7 @@ class Convention:
     opens: tuple[str, ...]
     closes: tuple[str, ...]
     anchored: bool = False  # counts only where the completion begins with it
+    channels: bool = False  # each opening ends the part before it, so that nothing is nested
 
 
 def _tags(name: str, families: str, *more: str) -> Convention:
@@ -65,12 +66,15 @@ CONVENTIONS = (
     Convention(
         "harmony",
         "gpt-oss",
-        ("<|channel|>analysis<|message|>", "<|channel|>analysis…<|message|>", "<|channel|>commentary…<|message|>"),
-        ("<|end|><|start|>assistant<|channel|>final<|message|>", "<|channel|>final<|message|>", "<|channel|>final…<|message|>"),
+        (
+            "<|channel|>analysis<|message|>", "<|channel|>analysis…<|message|>", "<|channel|>commentary…<|message|>",
+            "analysis", "commentary",  # its special tokens skipped
+        ),
+        ("<|end|><|start|>assistant<|channel|>final<|message|>", "<|channel|>final<|message|>", "<|channel|>final…<|message|>", "assistantfinal"),
+    channels=True,
     ),
-    Convention("harmony-text", "gpt-oss, its special tokens skipped", ("analysis", "commentary"), ("assistantfinal",), anchored=True),
-    Convention("muse", "Muse Glimmer", ("to=self<|message|>",), ("<|eom|>to=user<|message|>", "to=user<|message|>")),
-    Convention("inkling", "Inkling", ("<|content_thinking|>",), ("<|end_message|><|content_text|>", "<|end_message|><|message_model|><|content_text|>", "<|content_text|>")),
+    Convention("muse", "Muse Glimmer", ("to=self<|message|>",), ("<|eom|>to=user<|message|>", "to=user<|message|>"), channels=True),
+    Convention("inkling", "Inkling", ("<|content_thinking|>",), ("<|end_message|><|content_text|>", "<|end_message|><|message_model|><|content_text|>", "<|content_text|>"), channels=True),
     Convention("plamo", "PLaMo 3", ("<|plamo:begin_think:plamo|>",), ("<|plamo:end_think:plamo|>",)),
     Convention("apertus", "Apertus", ("<|inner_prefix|>",), ("<|inner_suffix|>",)),
     Convention(

@@ -188,15 +188,14 @@ def _check_pair(messages: Any, where: str) -> None:
                 raise ThinkSwitchError(
                     f"{where}: `messages[{place}].{name}` is missing or not text; repair or delete the line."
                 )
+        if message["role"] == "assistant" and (tag := traces.trace_mark(message["content"])):
+            raise ThinkSwitchError(f"{where}: a trace tag is left in the answer, {tag!r}; build the pairs again.")
         if token := traces.control_token(message["content"]) or traces.end_mark(message["content"]):
             raise ThinkSwitchError(
                 f"{where}: `messages[{place}]` holds {token!r}, which would end its turn; take it out."
             )
     if not messages or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         raise ThinkSwitchError(f"{where}: the last message must be an assistant's answer; repair or delete the line.")
-    for message in messages:
-        if message["role"] == "assistant" and (tag := traces.trace_mark(message["content"])):
-            raise ThinkSwitchError(f"{where}: a trace tag is left in the answer, {tag!r}; build the pairs again.")
 
 
 def _check_trace(trace: Any, answer: str, where: str) -> None:

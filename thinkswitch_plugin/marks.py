@@ -127,7 +127,8 @@ def _phrase(entry: str) -> str:
     end = r"[*_:]*[^\S\n]*(?:\n|\Z)" if entry.endswith("\n") else ""
     if entry.startswith("#"):
         return rf"(?:(?<=\n)|(?<![^\s]))#{{1,6}}[^\S\n]*[*_]*{_loose(entry[1:])}{end}"
-    return _loose(entry) + end
+    emphasis = r"[*_]{0,3}" if entry.endswith(":") else ""
+    return emphasis + _loose(entry) + emphasis + end
 
 
 @functools.cache
@@ -160,9 +161,14 @@ def _own(convention: Convention, *, closes: bool) -> re.Pattern[str] | None:
 
 
 def _phrases(text: str, convention: Convention) -> Iterator[Mark]:
-    for kind, closes in ((Kind.OPEN, False), (Kind.CLOSE, True)):
-        if pattern := _own(convention, closes=closes):
-            yield from (Mark(*m.span(), kind, convention.name) for m in pattern.finditer(text))
+    """The phrases of the one convention that splits a text."""
+    opens, closes = _own(convention, closes=False), _own(convention, closes=True)
+    if opens and (convention.anchored or convention.name == "custom"):
+        yield from (Mark(*m.span(), Kind.OPEN, convention.name) for m in opens.finditer(text))
+    elif opens and (found := opens.match(text, _SPACE.match(text).end())):  # type: ignore[union-attr]
+        yield Mark(0, found.end(), Kind.OPEN, convention.name)
+    if closes:
+        yield from (Mark(*m.span(), Kind.CLOSE, convention.name) for m in closes.finditer(text))
 
 
 def _candidates(text: str) -> Iterator[tuple[int, int, str]]:

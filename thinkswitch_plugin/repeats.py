@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 
-STRETCH = 200  # characters; an answer with as many in a row from its trace is no answer of its own
+STRETCH = (
+    200  # characters in a row from its trace with which an answer is none of its own; of a short trace three fifths
+)
+SHORT = 60  # an answer below this length is no stretch
 
 
 def repeats(trace: str | None, answer: str) -> bool:
@@ -13,19 +16,16 @@ def repeats(trace: str | None, answer: str) -> bool:
     What is short may be in both: a trace that ends in `4` has the answer `4`.
     """
     text = " ".join(answer.split())
-    if len(text) < 60:  # too short for a stretch, and for a trace of more than its own length
-        trace = (trace or "")[:2000]
-    reasoning = " ".join((trace or "").split())
-    if reasoning == text:
-        return len(text) >= 8
-    if len(reasoning) >= 12 and text.startswith(reasoning):
-        return True
-    if len(reasoning) >= 60 and reasoning[:STRETCH] in text:
-        return True
-    # Every stretch holds one of these pieces whole; of a very long answer some are looked for.
-    piece = STRETCH // 2
-    places = range(0, len(text) - piece + 1, max(piece, len(text) // 200))
-    return any(_in_common(text, at, reasoning, piece) >= STRETCH for at in places)
+    # A longer trace than this cannot stand whole in a short answer.
+    reasoning = " ".join(((trace or "") if len(text) >= SHORT else (trace or "")[:2000]).split())
+    if text.startswith(reasoning):
+        return len(reasoning) >= 8
+    if reasoning in text:
+        return len(reasoning) >= 20
+    stretch = min(STRETCH, max(SHORT, 3 * len(reasoning) // 5))
+    piece = stretch // 2  # every stretch holds one of these pieces whole; of a very long answer some are looked for
+    places = range(0, len(text) - piece + 1, max(piece, len(text) // 200)) if len(text) >= SHORT else ()
+    return any(_in_common(text, at, reasoning, piece) >= stretch for at in places)
 
 
 def _in_common(text: str, at: int, other: str, piece: int) -> int:

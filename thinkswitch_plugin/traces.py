@@ -31,11 +31,12 @@ from thinkswitch_plugin.messages import content_of, reasoning_of
 
 # What ends a turn or opens another, and other tokens of chat formats: tokenized, it would be no text.
 _CONTROL = re.compile(
-    r"<(?:\|[A-Za-z0-9_:▁-]{1,40}\|?|[a-z_]{1,30}\||/?s|eos|bos|pad|unused\d{1,4}|seed:[a-z_]{1,30}|(?:start|end)_of_turn)>"
+    r"<(?:\|[A-Za-z0-9_:▁-]{1,40}\|?|[a-z_]{1,30}\||/s|eos|bos|pad|unused\d{1,4}|seed:(?:eos|bos|pad)|(?:start|end)_of_turn)>"
     r"|<｜[^<>｜]{1,40}｜>|\[/?INST\]|\[\|[A-Za-z_]{1,30}\|\]|◁[^◁▷]{1,40}▷"
 )
 _ENDS = re.compile(rf"(?:\s*(?:{'|'.join(map(re.escape, ENDS))}))+\s*\Z")
 LENGTH = "length"  # the one finish reason that a larger token budget helps against
+_CHANNELS = {each.name for each in CONVENTIONS if each.channels}
 _OF_TRACES = (Kind.OPEN, Kind.CLOSE, Kind.GUARD)
 _LONGEST_END = 400  # characters at the end of an answer in which the end of its turn is looked for
 
@@ -241,7 +242,8 @@ def _ends(text: str, steps: Sequence[Mark], opened: bool) -> bool:
     before = 0
     for mark in steps:
         if mark.kind is Kind.OPEN:
-            if depth and depth[-1] in (None, mark.name) and not text[before : mark.start].strip():
+            again = depth and depth[-1] in (None, mark.name) and not text[before : mark.start].strip()
+            if again or (mark.name in depth and mark.name in _CHANNELS):
                 depth.pop()  # written twice, or again after the template
             depth.append(mark.name)
         elif mark.name in depth:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,42 @@ def think_ratio(requests: Path, generations: Path, ids: Sequence[str]) -> tuple[
     found = [done for _, _, done in pairs.completions(generations, asked, pairs.PairReport())]
     whole = [done for done in found if not done.cut and done.outcome is not Outcome.FAILED]
     return sum(done.closed_trace for done in whole), len(whole)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """How often the original thinking checkpoint thought: completions with a closed trace, not cut, and all."""
+
+    closed: int
+    whole: int
+    asked: int
+
+    @property
+    def ratio(self) -> float:
+        """The think ratio."""
+        return self.closed / self.whole if self.whole else 0.0
+
+    def require_traces(self, reference: Path, keys: RebuildKeys) -> None:
+        """Raise `ThinkSwitchError` where it (nearly) never thought: any λ would do as well."""
+        if self.ratio < pairs.FEWEST_TRACES and keys.min_think_ratio:
+            raise ThinkSwitchError(
+                f"{reference}: {self.closed} of {self.whole} finished completions of the original thinking checkpoint have "
+                "a closed trace, so a rebuilt one cannot be compared with it: set `thinkswitch.trace` to the convention in "
+                "which it writes its trace, raise `thinkswitch.sampling.max_tokens` if its traces are cut, or set "
+                "`thinkswitch.rebuild.min_think_ratio: 0` if it writes none."
+            )
+
+
+def baseline(requests: Path, generations: Path, tried_on: Sequence[str]) -> Baseline:
+    """The original on the very requests that a candidate answers, if it was asked them and one was not cut, else on all.
+
+    Prompts differ in how many of their traces the token limit cuts.
+    """
+    known = asked_ids(requests)
+    closed, whole = think_ratio(requests, generations, tried_on) if set(tried_on) <= set(known) else (0, 0)
+    if whole:
+        return Baseline(closed, whole, len(tried_on))
+    return Baseline(*think_ratio(requests, generations, known), len(known))
 
 
 def still_thinks(closed: int, whole: int, asked: int, *, needed: float, whole_share: float) -> bool:
@@ -101,27 +138,14 @@ def rebuild_thinking(
     Raises:
         ThinkSwitchError: the pair does not match, or no λ of the list keeps the checkpoint thinking.
     """
+    tried_on = asked_ids(requests, keys.check_prompts)
+    before = baseline(reference_requests, reference, tried_on)
+    before.require_traces(reference, keys)
     require_compatible(instruct, anchor)
     nearness = similarity(instruct, anchor)
     config_path = Path(keys.config)
     template = files.read_yaml(config_path)
     roles = {"instruct": str(instruct), "thinking": str(anchor)}
-    # The original on the very requests that a candidate answers, where it was asked them: prompts differ in how
-    # many of their traces the token limit cuts.
-    known, tried_on = asked_ids(reference_requests), asked_ids(requests, keys.check_prompts)
-    same = tried_on if set(tried_on) <= set(known) else known
-    closed_before, whole_before = think_ratio(reference_requests, reference, same)
-    if not whole_before:
-        same = known
-        closed_before, whole_before = think_ratio(reference_requests, reference, same)
-    baseline = closed_before / whole_before if whole_before else 0.0
-    if baseline < pairs.FEWEST_TRACES and keys.min_think_ratio:
-        raise ThinkSwitchError(
-            f"{reference}: {closed_before} of {whole_before} finished completions of the original thinking checkpoint have "
-            "a closed trace, so a rebuilt one cannot be compared with it: set `thinkswitch.trace` to the convention in "
-            "which it writes its trace, raise `thinkswitch.sampling.max_tokens` if its traces are cut, or set "
-            "`thinkswitch.rebuild.min_think_ratio: 0` if it writes none."
-        )
     # A server of the user's own does not serve a candidate.
     judge = choose("auto") if engine.startswith("http") else engine
     tried: list[dict[str, Any]] = []
@@ -150,8 +174,10 @@ def rebuild_thinking(
         asked = sum(1 for _ in files.read_jsonl(answers))
         ratio = closed / whole if whole else 0.0
         tried.append({"lambda": weight, "think_ratio": ratio, "prompts": asked, "cut": asked - whole})
-        console.say(f"  λ {weight:g}: think ratio {ratio:.3f} on {asked} training prompts (original {baseline:.3f})")
-        needed, whole_share = keys.min_think_ratio * baseline, whole_before / len(same)
+        console.say(
+            f"  λ {weight:g}: think ratio {ratio:.3f} on {asked} training prompts (original {before.ratio:.3f})"
+        )
+        needed, whole_share = keys.min_think_ratio * before.ratio, before.whole / before.asked
         if still_thinks(closed, whole, asked, needed=needed, whole_share=whole_share):
             cards(candidate, text)
             files.put_in_place(candidate, out)
@@ -160,7 +186,7 @@ def rebuild_thinking(
                 "lambda": weight,
                 "anchor": str(anchor),
                 "think_ratio": ratio,
-                "think_ratio_original": baseline,
+                "think_ratio_original": before.ratio,
                 "tried": tried,
                 **nearness,
             }
@@ -168,7 +194,7 @@ def rebuild_thinking(
     shown = ", ".join(f"{t['lambda']:g} → {t['think_ratio']:.2f}, {t['cut']} of {t['prompts']} cut" for t in tried)
     raise ThinkSwitchError(
         f"No λ keeps the rebuilt checkpoint thinking (λ → think ratio of what was not cut: {shown}; the "
-        f"original has {baseline:.2f}, {len(same) - whole_before} of {len(same)} cut). The last good pair is kept; raise "
+        f"original has {before.ratio:.2f}, {before.asked - before.whole} of {before.asked} cut). The last good pair is kept; raise "
         "`thinkswitch.rebuild.lambda`, add to `lambda_steps`, or train less; where the token limit cut most, raise "
         "`thinkswitch.sampling.max_tokens`."
     )
