@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import orjson
 import pytest
 import torch
 
@@ -28,7 +31,7 @@ def fixed(folder: Path, spoken: Sequence[str] = SPOKEN, special: Sequence[str] =
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    vocabulary = {word: place for place, word in enumerate(["[UNK]", "assistant", *map(str, range(10)), "so"])}
+    vocabulary = {word: place for place, word in enumerate(["[UNK]", "assistant", *map(str, range(10)), "so", "yes"])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **ENDS, extra_special_tokens=list(special))
@@ -55,7 +58,7 @@ def fixed(folder: Path, spoken: Sequence[str] = SPOKEN, special: Sequence[str] =
         table.copy_(torch.eye(size, 32))
         ids = tokenizer.convert_tokens_to_ids(["assistant", *spoken, "<|im_end|>"])
         for before, after in pairwise(ids):
-            model.lm_head.weight[after] += table[before]
+            model.lm_head.weight[after] += 100 * table[before]  # certain, at any temperature
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -74,6 +77,7 @@ def simple_evaluate(checkpoint: Path, task: str, out: Path, **model_args: str) -
         model_args=arguments,
         tasks=[task],
         limit=2,
+        gen_kwargs={"max_gen_toks": 40},
         device="cpu",
         apply_chat_template=True,
         log_samples=True,
@@ -92,6 +96,8 @@ def lm_eval_here(command: Sequence[str | Path], log: Path, title: str) -> None:
 
     with pytest.MonkeyPatch.context() as patch, quiet(log):
         patch.setattr("sys.argv", [str(word) for word in command])
+        for logger in (logging.root, logging.getLogger("lm_eval")):  # its handlers would write to a closed log
+            patch.setattr(logger, "handlers", list(logger.handlers))
         cli_evaluate()
 
 
@@ -147,6 +153,54 @@ def test_no_think_ratio_is_reported_where_lm_eval_removed_the_traces(
     assert simple_evaluate(checkpoint, "thinkswitch_arithmetic", tmp_path / "with")["think_ratio"] == 1.0
     (samples,) = (tmp_path / "with").rglob("samples_*.jsonl")
     assert [v["has_trace"] for group in score.verdicts("digit", samples, opened=False) for v in group] == [True, True]
+
+
+def test_the_tasks_that_publishers_are_compared_with_run_in_lm_eval(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_jsonl: Callable[..., Path]
+) -> None:
+    monkeypatch.setenv("THINKSWITCH_DATA", str(tmp_path))
+    write_jsonl("aime_2026.jsonl", [{"problem": "2+3", "answer": "5"}, {"problem": "2+2", "answer": "4"}])
+    abstract = {"context": {"contexts": ["It helps."]}, "question": "Does it?"}
+    write_jsonl("pubmedqa.jsonl", [{**abstract, "pubid": n, "final_decision": d} for n, d in ((1, "yes"), (2, "no"))])
+    found = simple_evaluate(fixed(tmp_path / "five"), "thinkswitch_aime_matharena", tmp_path / "aime")
+    assert (found["mean@k"], found["vote@k"], found["think_ratio"]) == (0.5, 0.5, 1.0)
+    (samples,) = (tmp_path / "aime").rglob("samples_*.jsonl")
+    _, row = next(files.read_jsonl(samples))
+    assert len(row["resps"][0]) == 4
+    assert row["arguments"]["gen_args_0"]["arg_0"].startswith(
+        "Put your final answer within \\boxed{}.\nThe answer is an integer between 0 and 999 inclusive.\n\n2+3"
+    )
+    yes = fixed(tmp_path / "yes", ("<think>", "so", "</think>", "yes"))
+    found = simple_evaluate(yes, "thinkswitch_pubmedqa_full", tmp_path / "pubmedqa")
+    assert found["mean@k"] == 0.5 and found["macro_f1"] == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_a_server_is_asked_to_keep_special_tokens(tmp_path: Path) -> None:
+    from lm_eval.models.openai_completions import LocalChatCompletion
+
+    bodies: list[dict[str, Any]] = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            bodies.append(orjson.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            message = {"role": "assistant", "content": "<think>so</think>5"}
+            reply = orjson.dumps({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    keys = EvaluationKeys(task="thinkswitch_arithmetic", limit=1)  # type: ignore[call-arg]
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/v1/chat/completions"
+        model = LocalChatCompletion(base_url=url, model="m", tokenizer_backend="none")
+        evaluate(model, keys, Sampling(), tmp_path / "out", name="m")
+        server.shutdown()
+    assert [body["skip_special_tokens"] for body in bodies] == [False]
 
 
 def task(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
