@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import answers, conventions, files, marks, traces
+from thinkswitch_plugin import answers, conventions, decisions, files, integers, marks, statements, traces
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
 from thinkswitch_plugin.batch import Asked, asked_of
 from thinkswitch_plugin.console import run_logged
@@ -204,8 +204,9 @@ def grading_rules() -> str:
     from importlib.metadata import version
 
     digest = hashlib.sha256(version("math-verify").encode())
-    for module in (answers.__file__, conventions.__file__, marks.__file__, traces.__file__, __file__):
-        digest.update(Path(module).read_bytes())
+    for module in (answers, conventions, decisions, integers, marks, statements, traces):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    digest.update(Path(__file__).read_bytes())
     return digest.hexdigest()[:16]
 
 
