@@ -65,6 +65,8 @@ def test_a_digit_is_the_whole_text_or_nothing() -> None:
         ("Therefore, the sum is\n$$1 + 9 + 31 = 41$$", "41"),
         ("Therefore, there are 117 ordered pairs $(x,y)$.", "117"),
         (r"\boxed{}" * 5000, None),
+        (r"\boxed{" * 100_000, None),
+        (r"\boxed{113}" + r"\boxed{" * 100_000, "113"),
         (r"\boxed{12.5}", None),
         (r"\boxed{\frac{1}{3}}", None),
         (r"\boxed{113 \text{ or } 371}", None),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from itertools import pairwise
 
 from thinkswitch_plugin import marks
@@ -13,18 +12,21 @@ WINDOW = 4_000
 LONGEST_STATEMENT = 1_000
 
 
-def boxed(text: str) -> Iterator[tuple[int, int, str]]:
+def boxed(text: str) -> list[tuple[int, int, str]]:
     r"""Start, end and content of every ``\boxed{…}``, ``\fbox{…}`` and ``\framebox{…}`` with balanced braces, in order.
 
     A text that went through JSON may have lost the backslash, or have ``\b`` as one character.
     """
-    for match in _BOX.finditer(text):
-        depth, start = 1, match.end()
-        for position in range(start, min(len(text), start + LONGEST_STATEMENT)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                yield match.start(), position + 1, text[start:position]
-                break
+    found: list[tuple[int, int, str]] = []
+    opened: list[re.Match[str]] = []
+    for match in _BRACE.finditer(text) if _BOX.search(text) else ():
+        if match.group() != "}":
+            opened.append(match)
+        elif opened:
+            start = opened.pop()
+            if len(start.group()) > 1 and match.start() - start.end() <= LONGEST_STATEMENT:
+                found.append((start.start(), match.end(), text[start.end() : match.start()]))
+    return sorted(found)
 
 
 def statements(text: str) -> list[tuple[int, int, bool, str]]:
@@ -57,6 +59,7 @@ def stated(text: str) -> str:
 
 
 _BOX = re.compile(r"(?:\\f?box|\\framebox|\\?boxed|\x08oxed)\s{0,3}(?:\[[^\]\n]{0,20}\])?\s{0,3}\{")
+_BRACE = re.compile(rf"{_BOX.pattern}|[{{}}]")
 _ASKED = re.compile(r"[\s$)\\]{0,4}\?")
 # Announced as final, on a line that ended.
 _FINAL = re.compile(
