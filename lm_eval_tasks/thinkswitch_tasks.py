@@ -2,58 +2,100 @@
 
 Off line, set THINKSWITCH_DATA to a folder that holds `aime_2026` and `pubmedqa` as
 .jsonl, .csv or .parquet, with the columns of the hub's datasets.
+
+A `NAME_dataset` gets the model arguments of the run from lm-eval; a `grade_KIND` reads answers as
+docs/grading.md says under that kind.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from thinkswitch_plugin.evaluation import grade, grade_repeats
+from thinkswitch_plugin import answers
+from thinkswitch_plugin.evaluation import completions, grade, grade_repeats
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+log = logging.getLogger("lm_eval")
+TRACE_REMOVED = "trace_removed"  # column of the questions where lm-eval removes the traces before grading
 
 
-def arithmetic_dataset(**_: Any) -> dict[str, Any]:
+def arithmetic_dataset(**arguments: Any) -> dict[str, Any]:
     """The held-out questions of the embedded domain."""
     from datasets import Dataset
 
     from thinkswitch_plugin.demo import task
 
     rows = [{"question": q, "answer": task.answer(q)} for q in task.held_out()]
-    return {"test": Dataset.from_list(rows)}
+    return _test(Dataset.from_list(rows), arguments)
 
 
-def arithmetic_mixed_dataset(**_: Any) -> dict[str, Any]:
+def arithmetic_mixed_dataset(**arguments: Any) -> dict[str, Any]:
     """The held-out questions of the mixed domain, with their strata."""
     from datasets import Dataset
 
     from thinkswitch_plugin.demo import mixed
 
-    return {"test": Dataset.from_list(mixed.rows())}
+    return _test(Dataset.from_list(mixed.rows()), arguments)
 
 
-def aime_dataset(**_: Any) -> dict[str, Any]:
+def aime_dataset(**arguments: Any) -> dict[str, Any]:
     """AIME 2026: 30 problems from MathArena/aime_2026, or from THINKSWITCH_DATA."""
     from thinkswitch_plugin.sources import aime_rows
 
-    return {"test": aime_rows()}
+    return _test(aime_rows(), arguments)
 
 
-def pubmedqa_dataset(**_: Any) -> dict[str, Any]:
+def pubmedqa_dataset(**arguments: Any) -> dict[str, Any]:
     """The fixed 30-question subset of PubMedQA's official test half."""
     from thinkswitch_plugin.sources import pubmedqa_subset
 
-    return {"test": pubmedqa_subset()}
+    return _test(pubmedqa_subset(), arguments)
 
 
-def pubmedqa_full_dataset(**_: Any) -> dict[str, Any]:
+def pubmedqa_full_dataset(**arguments: Any) -> dict[str, Any]:
     """All 500 questions of PubMedQA's official test half."""
     from thinkswitch_plugin.sources import pubmedqa_half
 
-    return {"test": pubmedqa_half("test")}
+    return _test(pubmedqa_half("test"), arguments)
 
 
-def grade_arithmetic(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
+def _test(rows: Dataset, arguments: dict[str, Any]) -> dict[str, Dataset]:
+    """The questions as a test split; they note if a model argument of the run removes the traces."""
+    if arguments.get("think_end_token") is not None:
+        log.warning(
+            "`think_end_token` in the model arguments removes the traces before they are graded, so no think ratio "
+            "is reported and a trace that was cut is read as an answer; leave it out: the task splits traces itself."
+        )
+        rows = rows.add_column(TRACE_REMOVED, [True] * len(rows))
+    return {"test": rows}
+
+
+def _gold(doc: dict[str, Any]) -> str:
+    """A question's gold answer: its `answer`, or PubMedQA's `final_decision`."""
+    return str(doc["final_decision"] if "final_decision" in doc else doc["answer"])
+
+
+def _graded(kind: str, doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
+    """The metrics of one question."""
+    gold = _gold(doc)
+    reported = grade_repeats(kind, results, gold)
+    if answers.gold(kind, gold) is None:
+        question = next((value for value in doc.values() if isinstance(value, str) and " " in value), "")
+        log.error(
+            "The question %r is not graded and counts in no score: %s.", question[:80], answers.unread(kind, gold)
+        )
+    if doc.get(TRACE_REMOVED):
+        del reported["think_ratio"]
+    return reported
+
+
+def grade_digit(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
     """One digit."""
-    return grade_repeats("digit", results, doc["answer"])
+    return _graded("digit", doc, results)
 
 
 def grade_arithmetic_mixed(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
@@ -62,7 +104,6 @@ def grade_arithmetic_mixed(doc: dict[str, Any], results: list[Any]) -> dict[str,
     lm-eval takes each metric's mean over the questions that have it. A checkpoint that knows no format (one of
     the loop's) is read as in `thinkswitch_arithmetic`.
     """
-    from thinkswitch_plugin import answers
     from thinkswitch_plugin.adaptive import formats
 
     text, gold = str(results[0]), str(doc["answer"])
@@ -82,16 +123,45 @@ def grade_arithmetic_mixed(doc: dict[str, Any], results: list[Any]) -> dict[str,
     }
 
 
-def grade_aime(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
+def grade_integer(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
     """An integer."""
-    return grade_repeats("integer", results, str(doc["answer"]))
+    return _graded("integer", doc, results)
 
 
-def grade_pubmedqa(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
-    """Yes, no or maybe."""
-    return grade_repeats("decision", results, doc["final_decision"])
+def grade_matharena(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
+    """An integer, as MathArena reads it."""
+    return _graded("matharena", doc, results)
 
 
-def grade_exact(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
+def grade_decision(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
+    """Yes, no or maybe; `macro_f1` is the gold decision followed by what was read of each completion."""
+    reported, gold = _graded("decision", doc, results), _gold(doc)
+    if "mean@k" in reported:
+        found = [grade("decision", text, gold)["answer"] for text in completions(results)]
+        reported["macro_f1"] = [gold, *found]
+    return reported
+
+
+def grade_exact(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
     """The whole answer, letter by letter."""
-    return grade_repeats("exact", results, str(doc["answer"]))
+    return _graded("exact", doc, results)
+
+
+def macro_f1(questions: Sequence[Sequence[str | None]]) -> float:
+    """Macro-F1 over the decisions, the mean of k runs: the j-th completions of all questions are one run.
+
+    As PubMedQA's authors work it out (pubmedqa/pubmedqa, evaluation.py); a completion without a
+    readable answer is a miss of its gold decision and no decision itself.
+
+    Args:
+        questions: for each question its gold decision, then what was read of each of its k completions.
+    """
+    from sklearn.metrics import f1_score
+
+    gold, *runs = zip(*questions, strict=True)
+    scores = []
+    for run in runs:
+        decisions = sorted({one for one in (*gold, *run) if one is not None})
+        read = ["unread" if one is None else one for one in run]
+        scores.append(f1_score(gold, read, labels=decisions, average="macro", zero_division=0.0))
+    return float(sum(scores) / len(scores))

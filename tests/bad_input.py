@@ -327,6 +327,8 @@ def forms() -> Iterator[Form]:
     yield task_data("field missing", lines(aime[0], {"problem": "x"}), "line 2: `answer` is missing")
     yield task_data("field empty", lines({"problem": " ", "answer": 1}), "line 1: `problem` cannot be used")
     yield task_data("answer of another type", lines({"problem": "x", "answer": "π"}), "line 1: `answer` cannot be used")
+    yield task_data("answers of two types", lines({"problem": "x", "answer": "1"}, {"problem": "y", "answer": 2}),
+        "a column holds values of different types")  # fmt: skip
     yield task_data("question twice", lines(aime[0], aime[1], aime[0]), "line 3: the same `problem` as in line 1")
     yield task_data("lone surrogate", b'{"problem": "\\ud83d", "answer": 1}\n', "line 1: not valid JSON .*surrogate")
     yield task_data("CSV, column missing", b"problem,anwser\nx,1\n", "row 1: `answer` is missing", name="aime_2026.csv")

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
+import orjson
 import pytest
 
+from tests.conftest import ROOT
 from thinkswitch_plugin import contamination
 from thinkswitch_plugin.args import EvaluationKeys
 from thinkswitch_plugin.demo import task
@@ -53,3 +58,17 @@ def test_a_training_prompt_from_the_evaluation_set_stops_the_run_and_is_shown() 
 def test_an_unknown_task_is_named() -> None:
     with pytest.raises(ThinkSwitchError, match="lm-eval knows no task 'thinkswitch_nothing'"):
         contamination.evaluation_questions("thinkswitch_nothing")
+
+
+def test_a_gold_answer_that_the_task_cannot_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = tmp_path / "lm_eval_tasks"
+    tasks.mkdir()
+    shutil.copy(ROOT / "lm_eval_tasks" / "thinkswitch_tasks.py", tasks)
+    text = (ROOT / "lm_eval_tasks" / "thinkswitch_template.yaml").read_text().replace("grade_exact", "grade_integer")
+    text = text.replace("thinkswitch_template", "mine").replace("recipes/template/test.jsonl", "test.jsonl")
+    (tasks / "mine.yaml").write_text(text)
+    rows = [{"prompt": "a", "answer": "8"}, {"prompt": "b", "answer": r"\frac{8}{21}"}]
+    (tmp_path / "test.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ThinkSwitchError, match=r"Question 1 of lm-eval's task mine .* cannot be read as `integer`"):
+        contamination.evaluation_questions("mine")

@@ -7,6 +7,7 @@ from statistics import mean
 
 import pytest
 
+from thinkswitch_plugin.batch import Asked
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import (
     Sample,
@@ -48,10 +49,10 @@ def test_an_interval_of_several_samples_a_question_is_never_a_point() -> None:
 
 def test_a_text_that_comes_near_its_budget_was_cut_in_every_mode() -> None:
     texts = [("So far the count is 113", 8190), ("So far the count is 113", 8000), ("It is \\boxed{113}", 8190)]
-    found = grade_question(0, "113", texts, 8192, kind="integer", opened=False)
+    found = grade_question(0, "113", texts, 8192, kind="integer", how=Asked())
     assert found.truncated == [True, False, True] and found.tokens == [8190, 8001, 8190]
     assert found.correct == [False, True, True]  # what stands in a box was said before the cut
-    short = grade_question(0, "113", [("113", 8)], 9, kind="integer", opened=False)
+    short = grade_question(0, "113", [("113", 8)], 9, kind="integer", how=Asked())
     assert short.truncated == [False]
 
 

@@ -95,7 +95,10 @@ def test_verdicts_are_stored_with_a_key_and_used_only_while_it_holds(
     wrong["tokens"] = [999]
     stored.write_bytes(b"\n".join([lines[0], orjson.dumps(wrong), *lines[2:]]) + b"\n")
     assert read(run)[0].tokens == [999], "stored verdicts are used as they are"
+    assert read(run, kind="integer")[0].tokens == [999], "the task says how its answers are read"
+    monkeypatch.setattr(evaluation, "kind_of_task", lambda task: None)
     assert read(run, kind="integer")[0].tokens != [999], "another way to read answers grades again"
+    monkeypatch.undo()
     monkeypatch.setattr(evaluation, "grading_rules", lambda: "other rules")
     assert read(run)[0].tokens != [999], "other rules grade again"
     monkeypatch.undo()

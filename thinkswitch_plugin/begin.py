@@ -134,6 +134,7 @@ def evaluate_model(domain: str, model: str, engine: str, out: Path, overlays: Se
             logs=target / "logs",
             title=folder.name,
             answer=keys.labels.answer,
+            convention=keys.convention,
         )
         figures = summarize(
             list(read_samples(target / "lm-eval", keys.evaluation.task, str(folder), keys.labels.answer))

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import click
 
 from thinkswitch_plugin import __version__, console, progress
+from thinkswitch_plugin.answers import EXTRACTORS
 from thinkswitch_plugin.errors import AGAIN, ThinkSwitchError, with_next_command
 
 NO_GPU_MEMORY = (
@@ -276,21 +277,38 @@ def check(domain: str, overlay: str, iterations: int, tokens_per_second: float |
 
 
 @main.command()
-@click.option("--task", required=True, type=click.Choice(["aime", "pubmedqa", "arithmetic"]))
+@click.option("--task", help="Read answers as this lm-eval task does: aime, pubmedqa, …, or a file of lm_eval_tasks/.")
+@click.option("--answer", type=click.Choice(list(EXTRACTORS)), help="Read answers as this kind, instead of --task.")
 @click.option("--rows", type=FOLDER, help="Write one verdict a row, in the order of the input.")
 @click.option(
     "--trace",
-    type=click.Choice(["inline", "opened"]),
-    default="inline",
-    show_default=True,
-    help="opened: the chat template had opened the trace, so text without a tag is an unfinished trace.",
+    multiple=True,
+    help="The name of the convention in which traces are written (all of them are looked for without it), and, also "
+    "given, opened: the chat template had opened the trace, so text without a tag is an unfinished trace.",
 )
+@click.option("--trace-open", help="What opens a trace, in a convention of your own.")
+@click.option("--trace-close", help="What ends it.")
 @click.argument("file", type=FOLDER)
-def score(task: str, rows: Path | None, trace: str, file: Path) -> None:
+def score(
+    task: str | None,
+    answer: str | None,
+    rows: Path | None,
+    trace: tuple[str, ...],
+    trace_open: str | None,
+    trace_close: str | None,
+    file: Path,
+) -> None:
     """Grade saved outputs again: JSONL rows, lm-eval sample files, OpenAI or vLLM batch files."""
-    from thinkswitch_plugin.score import score_file
+    from thinkswitch_plugin.score import convention_named, kind_of, score_file
 
-    score_file(task, file, rows, opened=trace == "opened")
+    if (task is None) == (answer is None):
+        raise click.UsageError("Give either --task or --answer.")
+    names = [name for name in trace if name not in ("inline", "opened")]
+    try:
+        kind, convention = kind_of(task, answer), convention_named(names, trace_open, trace_close)
+    except ThinkSwitchError as error:
+        raise click.UsageError(str(error)) from None
+    score_file(kind, file, rows, opened="opened" in trace, convention=convention)
 
 
 @main.command()

@@ -14,8 +14,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from thinkswitch_plugin.answers import gold, unread
 from thinkswitch_plugin.args import EvaluationKeys
 from thinkswitch_plugin.errors import ThinkSwitchError, reason
+from thinkswitch_plugin.task_files import kind_of_task
 
 SHOWN = 5  # offending pairs in the message
 SHORTEST = 6  # words from which on a short question inside a prompt counts
@@ -113,9 +115,15 @@ def evaluation_questions(task: str) -> list[str]:
         raise
     except Exception as error:  # whatever a task file and the libraries that load its data raise
         raise ThinkSwitchError(f"The questions of lm-eval's task {task} cannot be loaded: {reason(error)}.") from None
+    kind = kind_of_task(task)
     for number, (question, target) in enumerate(questions):
         if not question.strip() or target is None or not str(target).strip():
             raise ThinkSwitchError(f"Question {number} of lm-eval's task {task} (from 0) is empty, or its answer is.")
+        if kind and gold(kind, str(target)) is None:
+            raise ThinkSwitchError(
+                f"Question {number} of lm-eval's task {task} (from 0) cannot be graded: {unread(kind, str(target))}; "
+                "correct it in the task's data."
+            )
     if not questions:
         raise ThinkSwitchError(f"lm-eval's task {task} has no questions.")
     return [question for question, _ in questions]

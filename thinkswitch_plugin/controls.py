@@ -75,6 +75,7 @@ def run_control(run: Run, name: str) -> None:
             logs=here / "logs",
             title=name,
             answer=keys.labels.answer,
+            convention=keys.convention,
         )
         figures = score(run, here / "eval" / mode, str(out))
         files.write_json(here / "result.json", {"control": name, "mode": mode, "title": title, **figures})

@@ -16,19 +16,23 @@ import hashlib
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import answers, files, traces
+from thinkswitch_plugin import answers, conventions, decisions, files, integers, marks, statements, traces
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
+from thinkswitch_plugin.batch import Asked, asked_of
 from thinkswitch_plugin.console import run_logged
 from thinkswitch_plugin.engines import has_cuda, lora_arguments, serving
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.generate import PROMPT_ROOM, context_length
 from thinkswitch_plugin.task_files import budget as task_budget
+from thinkswitch_plugin.task_files import kind_of_task
+from thinkswitch_plugin.trace_tokens import SERVED, keep_tags_of
 
 LM_EVAL_BUDGET = 256  # tokens, where a task names none
 LARGEST_BUDGET = 32_768  # tokens a server makes room for, where neither recipe nor task names any
@@ -40,21 +44,31 @@ DRAWN_AT_ONCE = 4_000_000  # questions; a bootstrap draws the same in parts as i
 BATCH = 200_000  # characters that are tokenized at once; more than one batch is never in memory
 
 
-def grade(kind: str, text: str, gold: str, *, opened: bool = False, cut: bool = False) -> dict[str, Any]:
+def grade(
+    kind: str,
+    text: str,
+    gold: str,
+    *,
+    opened: bool = False,
+    cut: bool = False,
+    convention: conventions.Convention | None = None,
+) -> dict[str, Any]:
     """One completion against its gold answer.
 
     Args:
         kind: how the final answer is read, a key of `answers.EXTRACTORS`.
-        opened, cut: as for `traces.split`. A task cannot know either; both are
+        opened, cut, convention: as for `traces.split`. A task cannot know them; they are
             known when the samples file is read again.
 
     Returns:
-        ``accuracy``, ``think_ratio`` (a closed trace), ``answered`` as booleans, ``answer``.
+        ``accuracy`` (None if the kind cannot read the gold answer), ``think_ratio`` (a closed trace), ``answered``
+        as booleans, ``answer``.
     """
-    done = traces.split(text, opened=opened, cut=cut)
+    done = traces.split(text, opened=opened, cut=cut, convention=convention)
     found = final_answer(kind, done)
+    right = answers.gold(kind, gold)
     return {
-        "accuracy": found is not None and found == answers.gold(kind, gold),
+        "accuracy": None if right is None else found == right,
         "think_ratio": done.closed_trace,
         "answered": found is not None,
         "answer": found,
@@ -64,28 +78,37 @@ def grade(kind: str, text: str, gold: str, *, opened: bool = False, cut: bool = 
 def grade_repeats(kind: str, results: Sequence[Any], gold: str) -> dict[str, float]:
     """What a task reports of one question, from its k completions.
 
-    lm-eval hands over one text, or one list of k texts where a filter kept them all.
+    A question whose gold answer the kind cannot read has no scores: lm-eval takes each mean over the questions that
+    have the metric.
     """
-    texts = [str(t) for t in (results[0] if results and isinstance(results[0], list) else results)]
-    graded = [grade(kind, text, gold) for text in texts]
+    graded = [grade(kind, text, gold) for text in completions(results)]
     k = len(graded)
-    right = sum(g["accuracy"] for g in graded)
     found = [g["answer"] for g in graded]
+    reported = {
+        "think_ratio": sum(g["think_ratio"] for g in graded) / k,
+        "answered": sum(f is not None for f in found) / k,
+    }
+    if graded[0]["accuracy"] is None:
+        return reported
+    right = sum(g["accuracy"] for g in graded)
     winner = answers.majority(found)
     return {
         "mean@k": right / k,
         "pass@k": pass_at_k(k, right, k),
         "vote@k": float(winner is not None and graded[found.index(winner)]["accuracy"]),
-        "think_ratio": sum(g["think_ratio"] for g in graded) / k,
-        "answered": sum(f is not None for f in found) / k,
+        **reported,
     }
 
 
+def completions(results: Sequence[Any]) -> list[str]:
+    """The k completions that lm-eval hands to a task: one text, or one list of k texts if a filter kept them all."""
+    return [str(text) for text in (results[0] if results and isinstance(results[0], list) else results)]
+
+
 def final_answer(kind: str, done: traces.Completion, letters: Mapping[str, str] | None = None) -> str | None:
-    """The final answer of a split completion; of an answer that the limit cut, only a whole box counts."""
-    if done.outcome is traces.Outcome.CUT and not any(answers.boxed(done.answer or "")):
-        return None
-    return answers.extract(kind, done.answer, letters)
+    """The final answer of a split completion; of an unfinished one, what it had stated as final."""
+    read = answers.extract_unfinished if done.cut else answers.extract
+    return read(kind, done.answer, letters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,38 +141,54 @@ def samples_file(folder: Path, task: str) -> Path:
     return newest(folder, f"samples_{glob.escape(task)}_{DATE}.jsonl")
 
 
-def read_samples(folder: Path, task: str, checkpoint: str, kind: str) -> Iterator[Sample]:
+def read_samples(
+    folder: Path, task: str, checkpoint: str, kind: str, convention: conventions.Convention | None = None
+) -> Iterator[Sample]:
     """The graded samples of one evaluation: as `graded.jsonl` holds them, else graded again.
 
     Args:
         folder: what lm-eval wrote, of one checkpoint.
         checkpoint: its folder or hub id; only its tokenizer is read, and only to grade again.
-        kind: how the final answer is read, a key of `answers.EXTRACTORS`.
+        kind: how the final answer is read, a key of `answers.EXTRACTORS`; a task of ours that grades by a kind
+            is graded by that.
+        convention: how traces are written, where `graded.jsonl` does not hold it; None goes by the chat template.
     """
-    _, samples = graded(folder, task, checkpoint, kind)
+    _, samples = graded(folder, task, checkpoint, kind, convention)
     return samples
 
 
-def graded(folder: Path, task: str, checkpoint: str, kind: str) -> tuple[bool, Iterator[Sample]]:
+def graded(
+    folder: Path, task: str, checkpoint: str, kind: str, convention: conventions.Convention | None = None
+) -> tuple[bool, Iterator[Sample]]:
     """Whether the chat template had opened the trace, and the graded samples, as `read_samples`.
 
     Raises `ThinkSwitchError` if there is no samples file, or one of another shape.
     """
     path = samples_file(folder, task)
     stored = path.with_name(GRADED)
+    kind = kind_of_task(task) or kind
     if stored.is_file():
         _, head = next(files.read_jsonl(stored), (0, {}))
         if head.get("key") == grading_key(path, kind):
             return bool(head["opened"]), _read_graded(stored)
-    return _grade_file(path, checkpoint, kind)
+        convention = conventions.from_key(head.get("trace", {}).get("convention", "auto")) or convention
+    return _grade_file(path, checkpoint, kind, convention)
 
 
-def store_graded(folder: Path, task: str, checkpoint: str, kind: str) -> None:
-    """Grade the newest samples file of an evaluation once and for all: writes `graded.jsonl` beside it."""
+def store_graded(
+    folder: Path, task: str, checkpoint: str, kind: str, convention: conventions.Convention | None = None
+) -> None:
+    """Grade the newest samples file of an evaluation once and for all: writes `graded.jsonl` beside it.
+
+    Args:
+        convention: how traces are written, as the recipe says; None goes by the chat template. It is kept in the file.
+    """
     path = samples_file(folder, task)
-    opened, samples = _grade_file(path, checkpoint, kind)
+    kind = kind_of_task(task) or kind
+    opened, samples = _grade_file(path, checkpoint, kind, convention)
     with files.atomic_file(path.with_name(GRADED)) as handle:
-        handle.write(files.dumps_line({"key": grading_key(path, kind), "opened": opened}))
+        head = {"key": grading_key(path, kind), "opened": opened, "trace": conventions.as_metadata(convention)}
+        handle.write(files.dumps_line(head))
         for sample in samples:
             handle.write(files.dumps_line(asdict(sample)))
 
@@ -165,8 +204,9 @@ def grading_rules() -> str:
     from importlib.metadata import version
 
     digest = hashlib.sha256(version("math-verify").encode())
-    for module in (answers.__file__, traces.__file__, __file__):
-        digest.update(Path(module).read_bytes())
+    for module in (answers, conventions, decisions, integers, marks, statements, traces):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    digest.update(Path(__file__).read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -177,14 +217,16 @@ def _read_graded(path: Path) -> Iterator[Sample]:
             yield Sample(found=found, **row)
 
 
-def _grade_file(path: Path, checkpoint: str, kind: str) -> tuple[bool, Iterator[Sample]]:
+def _grade_file(
+    path: Path, checkpoint: str, kind: str, convention: conventions.Convention | None = None
+) -> tuple[bool, Iterator[Sample]]:
     """Grade lm-eval's samples file again, now with tokens and the template known."""
     from transformers import AutoTokenizer
 
     # Two cores tokenize one batch; nothing is forked afterwards, which is what the library warns of.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    opened = traces.opens_trace(tokenizer)
+    how = asked_of(tokenizer, None if convention is conventions.NONE else convention)
 
     def samples() -> Iterator[Sample]:
         for batch in _batches(path):
@@ -193,9 +235,9 @@ def _grade_file(path: Path, checkpoint: str, kind: str) -> tuple[bool, Iterator[
             lengths = iter([len(ids) for ids in encoded["input_ids"]])
             for doc_id, gold, completions, budget in batch:
                 counted = [(text, next(lengths)) for text in completions]
-                yield grade_question(doc_id, gold, counted, budget, kind=kind, opened=opened)
+                yield grade_question(doc_id, gold, counted, budget, kind=kind, how=how)
 
-    return opened, samples()
+    return how.opened, samples()
 
 
 def _batches(path: Path) -> Iterator[list[tuple[int, str, list[str], int]]]:
@@ -217,7 +259,7 @@ def _batches(path: Path) -> Iterator[list[tuple[int, str, list[str], int]]]:
 
 
 def grade_question(
-    doc_id: int, gold: str, completions: list[tuple[str, int]], budget: int, *, kind: str, opened: bool
+    doc_id: int, gold: str, completions: list[tuple[str, int]], budget: int, *, kind: str, how: Asked
 ) -> Sample:
     """The verdicts on one question's completions, each with the tokens of its text.
 
@@ -226,14 +268,23 @@ def grade_question(
     """
     sample = Sample(doc_id, [], [], [], [], [])
     for text, length in completions:
-        cut = length >= CUT_FROM * budget
-        verdict = grade(kind, text, gold, opened=opened, cut=cut)
+        cut = is_cut(length, budget)
+        verdict = grade(kind, text, gold, opened=how.opened, cut=cut, convention=how.convention)
+        if verdict["accuracy"] is None:
+            raise ThinkSwitchError(
+                f"Question {doc_id} (from 0) cannot be graded: {answers.unread(kind, gold)}; correct it in the task's data."
+            )
         sample.correct.append(verdict["accuracy"])
         sample.found.append(verdict["answer"])
         sample.closed_trace.append(verdict["think_ratio"])
         sample.tokens.append(length if cut else length + 1)
         sample.truncated.append(cut)
     return sample
+
+
+def is_cut(length: int, budget: int) -> bool:
+    """Whether a completion of so many tokens, counted by encoding its text again, was cut by its budget."""
+    return length >= CUT_FROM * budget
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -326,12 +377,14 @@ def run_lm_eval(
     logs: Path,
     title: str,
     answer: str | None = None,
+    convention: conventions.Convention | None = None,
     lora: Path | None = None,
 ) -> None:
     """Run `lm_eval` on one checkpoint and keep its results and samples files in `out`.
 
     Args:
         answer: how the final answer is read; with it the samples are graded too, into `graded.jsonl`.
+        convention: how traces are written, as the recipe says; None goes by the chat template.
         lora: a PEFT adapter put on the checkpoint; its tokenizer and chat template count then.
 
     Raises:
@@ -355,8 +408,7 @@ def run_lm_eval(
     ]
     if keys.limit is not None:
         common += ["--limit", str(keys.limit)]
-    if keys.max_tokens is not None:
-        common += ["--gen_kwargs", f"max_gen_toks={keys.max_tokens}"]
+    generation: dict[str, Any] = {} if keys.max_tokens is None else {"max_gen_toks": keys.max_tokens}
     lm_eval = [str(Path(sys.executable).with_name("lm_eval")), "run"]
     log = logs / f"{title}.log"
     if uses_server(keys, engine):
@@ -373,30 +425,24 @@ def run_lm_eval(
                 f"model={name},base_url={server.base_url}/chat/completions,"
                 f"num_concurrent={engine_keys.concurrency},timeout={engine_keys.timeout:g},tokenizer_backend=none"
             )
-            run_logged(
-                [*lm_eval, "--model", "local-chat-completions", "--model_args", model_args, *common],
-                log,
-                title="lm_eval",
-            )
+            backend: list[str | Path] = ["--model", "local-chat-completions", "--model_args", model_args]
+            backend += _gen_kwargs({**generation, **SERVED})
+            run_logged([*lm_eval, *backend, *common], log, title="lm_eval")
     else:
         device = "cuda" if has_cuda() else "cpu"
-        run_logged(
-            [
-                *lm_eval,
-                "--model",
-                "hf",
-                "--model_args",
-                f"pretrained={checkpoint},dtype=auto" + (f",peft={lora},tokenizer={lora}" if lora else ""),
-                "--device",
-                device,
-                "--batch_size",
-                keys.batch_size,
-                *common,
-            ],
-            log,
-            title="lm_eval",
-        )
+        with tempfile.TemporaryDirectory() as scratch:
+            tokenizer = keep_tags_of(str(lora or checkpoint), Path(scratch), convention) or lora
+            model_args = f"pretrained={checkpoint},dtype=auto" + (f",peft={lora}" if lora else "")
+            model_args += f",tokenizer={tokenizer}" if tokenizer else ""
+            backend = ["--model", "hf", "--model_args", model_args, "--device", device]
+            backend += ["--batch_size", keys.batch_size, *_gen_kwargs(generation)]
+            run_logged([*lm_eval, *backend, *common], log, title="lm_eval")
     samples_file(building, keys.task)
     if answer is not None:
-        store_graded(building, keys.task, str(lora or checkpoint), answer)
+        store_graded(building, keys.task, str(lora or checkpoint), answer, convention)
     files.put_in_place(building, out)
+
+
+def _gen_kwargs(generation: Mapping[str, Any]) -> list[str | Path]:
+    """Generation settings as an option of `lm_eval run`."""
+    return ["--gen_kwargs", ",".join(f"{name}={value}" for name, value in generation.items())] if generation else []

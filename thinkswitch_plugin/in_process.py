@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin.args import EvaluationKeys
+from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.task_files import TASKS
+from thinkswitch_plugin.trace_tokens import SERVED, keep_tags
 
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234}  # lm_eval's own defaults
 
@@ -47,8 +50,11 @@ def evaluate(
     name: str,
     prefix: str = "",
     stop: Sequence[str] = (),
+    convention: Convention | None = None,
 ) -> None:
     """lm-eval on a model object, with the seeds and the files of its command line.
+
+    Trace tags that are special tokens stay in the answers.
 
     Args:
         model: one of lm-eval's models.
@@ -56,6 +62,7 @@ def evaluate(
         name: how the results call the model.
         prefix: what every answer is made to begin with (lm-eval's `gen_prefix`); it is no part of the completions.
         stop: strings that end an answer beside the task's own.
+        convention: how traces are written, as the recipe says; None goes by the chat template.
 
     `lm_eval.evaluate` is called and not `simple_evaluate`, which asks pip for the list of
     installed packages again for every candidate.
@@ -64,6 +71,8 @@ def evaluate(
     import torch
     from lm_eval.evaluator import evaluate as lm_evaluate
     from lm_eval.loggers import EvaluationTracker
+    from lm_eval.models.api_models import TemplateAPI
+    from transformers import AutoTokenizer
 
     random.seed(SEEDS["random"])
     np.random.seed(SEEDS["numpy"])
@@ -76,9 +85,17 @@ def evaluate(
         chat_template=model.chat_template(True) if hasattr(model, "chat_template") else None,
         fewshot_as_multiturn=True,
     )
+    task = load_task(keys, sampling, prefix, stop)
+    if isinstance(model, TemplateAPI):
+        settings = {**task[keys.task].config.generation_kwargs, **SERVED}
+        task[keys.task].set_config(key="generation_kwargs", value=settings)
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            if folder := keep_tags(model.tokenizer, Path(scratch), convention):
+                model.tokenizer = AutoTokenizer.from_pretrained(folder)
     results = lm_evaluate(
         lm=model,
-        task_dict=load_task(keys, sampling, prefix, stop),
+        task_dict=task,
         limit=keys.limit,
         apply_chat_template=True,
         fewshot_as_multiturn=True,

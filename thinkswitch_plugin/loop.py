@@ -235,6 +235,7 @@ def evaluate(run: Run, k: int, mode: str) -> dict[str, Any]:
         logs=here / "logs",
         title=f"eval-{mode}",
         answer=run.recipe.keys.labels.answer,
+        convention=run.recipe.keys.convention,
     )
     return {}
 

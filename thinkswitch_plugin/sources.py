@@ -112,6 +112,7 @@ def evaluation_rows(file_name: str, hub: str, config: str | None, shape: type[Ba
     Raises `ThinkSwitchError` naming what is missing, or the row and field that is wrong.
     """
     from datasets import Dataset
+    from pyarrow import ArrowInvalid, ArrowTypeError
 
     folder = os.environ.get(DATA_VARIABLE)
     if not folder:
@@ -124,7 +125,10 @@ def evaluation_rows(file_name: str, hub: str, config: str | None, shape: type[Ba
             unit = "line" if suffix == ".jsonl" else "row"
             found = [(f"{path}, {unit} {n}", row) for n, row in read_file(path)]
             check_rows(found, str(path), shape, name)
-            return Dataset.from_list([row for _, row in found])
+            try:
+                return Dataset.from_list([row for _, row in found])
+            except (ArrowInvalid, ArrowTypeError) as error:
+                raise ThinkSwitchError(f"{path}: a column holds values of different types: {error}.") from None
     raise ThinkSwitchError(f"{DATA_VARIABLE}={folder} holds no {file_name} as {', '.join(SUFFIXES)}.")
 
 

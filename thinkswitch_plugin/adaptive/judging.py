@@ -17,7 +17,7 @@ from thinkswitch_plugin import answers, files
 from thinkswitch_plugin.adaptive.formats import PRE, STOP, parse
 from thinkswitch_plugin.args import EvaluationKeys
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.evaluation import LM_EVAL_BUDGET, samples_file
+from thinkswitch_plugin.evaluation import LM_EVAL_BUDGET, is_cut, samples_file
 from thinkswitch_plugin.in_process import Sampling, evaluate, quiet
 
 
@@ -85,7 +85,7 @@ def read_questions(samples: Path, tokenizer: Any, kind: str, prefix: str = "") -
                 f"{samples}, question {row.get('doc_id')}: not a row of lm-eval; delete the folder and run it again."
             ) from None
         tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        cut = tokens >= budget
+        cut = is_cut(tokens, budget)
         done = parse(prefix + text, cut=cut)
         found = answers.extract(kind, done.answer)
         yield Question(

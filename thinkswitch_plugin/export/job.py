@@ -197,6 +197,7 @@ class Job:
                 logs=self.out / "logs",
                 title=f"{place.name}-{mode}",
                 answer=keys.labels.answer,
+                convention=keys.convention,
                 lora=lora,
             )
             stored = {"settings": settings, "figures": self._read(mode, judged)}

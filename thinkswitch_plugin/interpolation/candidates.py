@@ -20,6 +20,7 @@ from typing import Any
 
 from thinkswitch_plugin import checkpoint, files
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
+from thinkswitch_plugin.conventions import Convention, as_metadata
 from thinkswitch_plugin.engines import has_cuda, serving
 from thinkswitch_plugin.evaluation import (
     LARGEST_BUDGET,
@@ -62,6 +63,7 @@ class Bench:
         template: the checkpoint whose tokenizer and chat template all candidates get.
         template_name: its role.
         answer: how a final answer is read, a key of `answers.EXTRACTORS`.
+        convention: how traces are written, as the recipe says.
         inputs: role → hash of every checkpoint that is merged.
         task: hash of every file that the lm-eval task is made of.
     """
@@ -74,6 +76,7 @@ class Bench:
     engine: str
     engine_keys: EngineKeys
     answer: str
+    convention: Convention | None
     inputs: dict[str, str]
     task: dict[str, str | None]
     seed: int = 0
@@ -88,6 +91,7 @@ class Bench:
             "evaluation": self.evaluation.model_dump(exclude={"contamination_ngram", "contamination_share"}),
             "task": self.task,
             "answer": self.answer,
+            **as_metadata(self.convention),
             "server": uses_server(self.evaluation, self.engine),
             "seed": self.seed,
         }
@@ -118,9 +122,8 @@ def judge_all(bench: Bench, candidates: Sequence[Candidate], title: str) -> list
             started = time.monotonic()
             with files.atomic_folder(folder) as building:
                 judge.judge(candidate, building)
-                samples = list(
-                    read_samples(building, bench.evaluation.task, str(bench.template), bench.answer),
-                )
+                task, template = bench.evaluation.task, str(bench.template)
+                samples = list(read_samples(building, task, template, bench.answer, bench.convention))
                 files.write_json(
                     building / "candidate.json",
                     {
@@ -190,7 +193,14 @@ class InMemoryJudge:
 
         merge_into(self.model.model, candidate.config, seed=self.bench.seed)
         with quiet(self.log):
-            evaluate(self.model, self.bench.evaluation, candidate.sampling, out, name=Path(candidate.name).name)
+            evaluate(
+                self.model,
+                self.bench.evaluation,
+                candidate.sampling,
+                out,
+                name=Path(candidate.name).name,
+                convention=self.bench.convention,
+            )
 
 
 class CheckpointJudge:
@@ -222,6 +232,13 @@ class CheckpointJudge:
                     timeout=int(engine.timeout),
                     tokenizer_backend="none",
                 )
-                evaluate(model, keys, candidate.sampling, out, name=Path(candidate.name).name)
+                evaluate(
+                    model,
+                    keys,
+                    candidate.sampling,
+                    out,
+                    name=Path(candidate.name).name,
+                    convention=self.bench.convention,
+                )
         finally:
             files.remove(merged)

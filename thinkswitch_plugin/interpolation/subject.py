@@ -61,6 +61,7 @@ class Subject:
                 engine=self.engine,
                 engine_keys=self.keys.engine,
                 answer=self.keys.labels.answer,
+                convention=self.keys.convention,
                 inputs=inputs,
                 seed=self.seed,
                 task=task,
