@@ -170,7 +170,7 @@ class Client:
     def _require_possible(self, refusal: replies.Refusal, words: str, sent: dict[str, Any]) -> None:
         """Raise `ThinkSwitchError` for a refusal that every other prompt would meet too."""
         at = f"The server at {self.server.base_url}"
-        if self.server.process is None and refusal.status in (400, 404, 405, 422, 501):
+        if self.server.process is None and refusal.status in (0, 400, 404, 405, 422, 501):
             if "stream" not in sent and replies.wants_stream(words):
                 raise ThinkSwitchError(self._wants_stream(words))
             if field := replies.refused_field(words, sent):

@@ -71,7 +71,7 @@ class EmbeddedEngine:
         """
         prompts = [
             self.tokenizer.apply_chat_template(
-                body["messages"], add_generation_prompt=True, tokenize=False, **body.get("chat_template_kwargs", {})
+                body["messages"], add_generation_prompt=True, tokenize=False, **(body.get("chat_template_kwargs") or {})
             )
             for body in bodies
         ]

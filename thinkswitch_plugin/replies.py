@@ -44,7 +44,7 @@ class Refusal(Exception):
         words = words_of(body)
         super().__init__(f"status {status}: {words}" if status else words)
         self.status, self.retry_after = status, retry_after
-        self.unknown_model = status in (400, 422) and _UNKNOWN_MODEL.search(words) is not None
+        self.unknown_model = status in (0, 400, 422) and _UNKNOWN_MODEL.search(words) is not None
         self.code = str(body.get("code") or body.get("type")) if isinstance(body, dict) else ""
 
 
