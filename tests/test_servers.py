@@ -59,6 +59,7 @@ def choice(row: dict[str, Any]) -> dict[str, Any]:
         (200, [{"id": "m", "type": "chat"}]),
         (200, ["m"]),
         (200, {"models": [{"name": "m", "size": 1}]}),
+        (200, {"object": "list", "data": None}),
         (403, {"error": {"message": "missing scope: model.read"}}),
         (404, {"detail": "Not Found"}),
         (405, {"detail": "Method Not Allowed"}),
@@ -79,8 +80,12 @@ def test_a_key_that_is_refused_at_the_list_of_models_stops_with_the_servers_word
         ask(server)
 
 
-def test_an_address_that_lacks_its_v1_is_put_right(ask: Any) -> None:
-    with FaultyServer() as server:
+@pytest.mark.parametrize(
+    "elsewhere",
+    [(404, b"404 page not found"), (200, {"error": "Unexpected endpoint. (GET /models)"}), (200, b"<html></html>")],
+)
+def test_an_address_that_lacks_its_v1_is_put_right(ask: Any, elsewhere: tuple[int, object]) -> None:
+    with FaultyServer(models={"/models": elsewhere, "/v1/models": (200, ["m"])}) as server:
         bare = server.url.removesuffix("/v1")
         with pytest.raises(ThinkSwitchError, match=f"use ENGINE={server.url}"):
             ask(bare)

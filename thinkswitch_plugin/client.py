@@ -179,7 +179,7 @@ class Client:
                 )
         if refusal.status in (404, 405, 410) or refusal.unknown_model:
             raise ThinkSwitchError(
-                f"{at} does not serve {self.model} there ({words}); set `thinkswitch.engine.server.model` to a name that "
+                f"{at} does not serve {self.model} ({words}); set `thinkswitch.engine.server.model` to a name that "
                 "it knows, or correct the address in ENGINE=."
             )
         if refusal.status in (401, 402, 403) or refusal.code == "insufficient_quota":

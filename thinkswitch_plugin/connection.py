@@ -84,7 +84,9 @@ def listed_models(base_url: str) -> dict[str, str] | None:
     Raises `ThinkSwitchError` if no server answers there, it refuses the key, or the address lacks its `/v1`.
     """
     try:
-        return _models(base_url)
+        if (found := _models(base_url)) is not None:
+            return found
+        status, said = 404, "it lists no models"
     except urllib.error.HTTPError as error:
         status, said = error.code, _words(error)
     except ValueError as error:
@@ -97,10 +99,10 @@ def listed_models(base_url: str) -> dict[str, str] | None:
         raise ThinkSwitchError(
             f"The server at {base_url} refuses the key (status {status}: {said}); set OPENAI_API_KEY."
         )
-    if status and not re.search(r"/v\d", base_url):
+    if status and not re.search(r"/v\d", urllib.parse.urlsplit(base_url).path):
         with suppress(OSError, ValueError, http.client.HTTPException):
-            _models(f"{base_url}/v1")
-            raise ThinkSwitchError(f"The address of the server lacks its /v1; use ENGINE={base_url}/v1.")
+            if _models(f"{base_url}/v1") is not None:
+                raise ThinkSwitchError(f"The address of the server lacks its /v1; use ENGINE={base_url}/v1.")
     if status in LISTS_NO_MODELS:
         return None
     raise ThinkSwitchError(
@@ -108,8 +110,8 @@ def listed_models(base_url: str) -> dict[str, str] | None:
     )
 
 
-def _models(base_url: str) -> dict[str, str]:
-    """As `listed_models`. Raises what urllib raises, and `ValueError` if the reply is not a list of models."""
+def _models(base_url: str) -> dict[str, str] | None:
+    """As `listed_models`. Raises what urllib raises, and `ValueError` if the reply is not JSON."""
     request = urllib.request.Request(f"{base_url}/models")
     if key := api_key():
         request.add_unredirected_header("Authorization", f"Bearer {key}")  # the key is for this server alone
@@ -117,7 +119,7 @@ def _models(base_url: str) -> dict[str, str]:
         found = json.load(reply)
     entries = found.get("data", found.get("models")) if isinstance(found, dict) else found
     if not isinstance(entries, list):
-        raise ValueError(f"its list of models is not one: {replies.words_of(found)}")
+        return None
     names = ((e.get("id") or e.get("name"), e.get("owned_by")) if isinstance(e, dict) else (e, "") for e in entries)
     return {str(name): str(owner) for name, owner in names}
 
