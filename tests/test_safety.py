@@ -13,7 +13,8 @@ import pytest
 from tests.conftest import ROOT
 from thinkswitch_plugin import checkpoint, evaluation, recipe
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
-from thinkswitch_plugin.engines import LOOPBACK, vllm_command
+from thinkswitch_plugin.connection import LOOPBACK
+from thinkswitch_plugin.engines import vllm_command
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 

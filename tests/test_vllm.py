@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -22,10 +23,13 @@ import torch
 
 from tests.conftest import BIN, ROOT
 from thinkswitch_plugin import engines, evaluation, files
+from thinkswitch_plugin.adaptive.answering import load_model
 from thinkswitch_plugin.adaptive.make_switch import make_switch
 from thinkswitch_plugin.adaptive.switch import Switch
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.demo import task
+from thinkswitch_plugin.demo.tokenizer import CHAT_TEMPLATES
+from thinkswitch_plugin.embedded import EmbeddedEngine
 from thinkswitch_plugin.generate import generate
 from thinkswitch_plugin.pairs import write_pairs
 from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
@@ -72,6 +76,57 @@ def test_pairs_from_vllm_equal_those_of_the_embedded_engine(finished_run: Path, 
     assert "</think>" in message["content"]  # raw text, the trace in it
     write_pairs(here / "requests.jsonl", out, tmp_path / "pairs.jsonl", selection="first", answer_kind="digit")
     assert (tmp_path / "pairs.jsonl").read_bytes() == (here / "pairs.jsonl").read_bytes()
+
+
+@pytest.fixture
+def special_tags(finished_run: Path, tmp_path: Path) -> Path:
+    """The tiny thinking checkpoint with special tokens as its tags; a request says whether the template opens the trace."""
+    here = tmp_path / "special-tags"
+    shutil.copytree(files.read_json(finished_run / "iter-0" / "pair.json")["thinking"]["path"], here)
+    tokenizer = files.read_json(here / "tokenizer.json")
+    for token in tokenizer["added_tokens"]:
+        token["special"] = True
+    files.write_json(here / "tokenizer.json", tokenizer)
+    opening = "{%- set opening = '<think>\\n' if opens else '' %}"
+    (here / "chat_template.jinja").write_text(opening + CHAT_TEMPLATES["instruct"].partition("%}")[2])
+    return here
+
+
+def both_ways(requests: Path, out: Path, switch: str, count: int) -> Path:
+    """The first requests of a file, asked with a template that opens the trace and with one that leaves it to the model."""
+    rows = []
+    for _, row in itertools.islice(files.read_jsonl(requests), count):
+        for opens in (True, False):
+            name = f"{row['custom_id']}-{'opened' if opens else 'inline'}"
+            body = row["body"] | {"chat_template_kwargs": {switch: opens}}
+            body["metadata"] = {"prompt_id": name, "trace": "opened" if opens else "inline"}
+            rows.append(files.dumps_line({**row, "custom_id": name, "body": body}))
+    out.write_bytes(b"".join(rows))
+    return out
+
+
+def pairs_of(requests: Path, generations: Path) -> list[tuple[str, str]]:
+    """Id and answer of every pair."""
+    out = generations.with_name(f"{generations.stem}-pairs.jsonl")
+    write_pairs(requests, generations, out, selection="first", answer_kind="digit")
+    return [(row["custom_id"], row["messages"][-1]["content"]) for _, row in files.read_jsonl(out)]
+
+
+def test_special_tags_are_kept_and_pairs_equal_the_embedded_engines_whoever_opens_the_trace(
+    finished_run: Path, special_tags: Path, tmp_path: Path
+) -> None:
+    requests = both_ways(finished_run / "iter-1" / "requests.jsonl", tmp_path / "requests.jsonl", "opens", 60)
+    found, texts = {}, {}
+    for engine in ("vllm", "embedded"):
+        out = tmp_path / f"{engine}.jsonl"
+        generate(requests, out, str(special_tags), engine, EngineKeys.model_validate({}), log=tmp_path / "log")
+        bodies = {row["custom_id"]: row["response"]["body"] for _, row in files.read_jsonl(out)}
+        texts[engine] = {name: body["choices"][0]["message"]["content"] for name, body in bodies.items()}
+        found[engine] = pairs_of(requests, out)
+    assert texts["vllm"] == texts["embedded"]  # tags and spaces too
+    assert all(("<think>" in text) == name.endswith("inline") for name, text in texts["vllm"].items())
+    assert found["vllm"] == found["embedded"] and len(found["vllm"]) == 120
+    assert all(answer.isdigit() for _, answer in found["vllm"])  # no part of a trace
 
 
 def test_a_sweep_through_vllm_scores_as_the_sweep_in_memory(finished_run: Path, tmp_path: Path, command: Any) -> None:
@@ -170,6 +225,26 @@ def test_without_the_switch_no_trace_is_opened_and_each_mode_does_as_it_learnt(b
         alone = ask(both, "thinking", question)
         assert alone.startswith("<think>") and "</think>" in alone
         assert not ask(both, "thinking", question, enable_thinking=True).startswith("<think>")  # the template wrote it
+
+
+def test_a_vllm_of_the_users_own_gives_the_embedded_engines_pairs_whoever_opens_the_trace(
+    finished_run: Path, exported: Path, both: openai.OpenAI, tmp_path: Path
+) -> None:
+    requests = both_ways(finished_run / "iter-1" / "requests.jsonl", tmp_path / "r.jsonl", "enable_thinking", 20)
+    base = files.read_json(exported / "export.json")["base"]["path"]
+    adapter = exported / "rank-128" / "thinking"
+    here = EmbeddedEngine(adapter, load_model(Path(base), adapter))
+    here.tokenizer.chat_template = (exported / "chat_template.jinja").read_text()
+    rows = [row for _, row in files.read_jsonl(requests)]
+    answers = [
+        {"custom_id": row["custom_id"], "response": {"body": body}, "error": None}
+        for row, body in here.stream(rows, 40)
+    ]
+    (tmp_path / "here.jsonl").write_bytes(b"".join(map(files.dumps_line, answers)))
+    keys = EngineKeys.model_validate({"server": {"model": "thinking"}})
+    generate(requests, tmp_path / "there.jsonl", "another name", str(both.base_url), keys, log=tmp_path / "log")
+    there = pairs_of(requests, tmp_path / "there.jsonl")
+    assert there == pairs_of(requests, tmp_path / "here.jsonl") and len(there) == 40
 
 
 def test_the_requests_of_the_documentation(both: openai.OpenAI, command: Any) -> None:

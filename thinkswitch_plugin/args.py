@@ -7,11 +7,12 @@ checks them too. λ is always the weight of the *thinking* checkpoint.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from thinkswitch_plugin import conventions
@@ -90,6 +91,73 @@ class LabelKeys(_Keys):
     retry_max_tokens: int | None = Field(None, gt=0, description="Budget of the second try (default: twice the first).")
 
 
+# The request fields that the loop may send beside `model` and `messages`.
+SentField = Literal[
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_tokens",
+    "seed",
+    "stop",
+    "stream_options",
+    "skip_special_tokens",
+    "chat_template_kwargs",
+]
+_SET_BY = {
+    **dict.fromkeys(("temperature", "top_p", "top_k", "max_tokens"), "set it under `thinkswitch.sampling`"),
+    "model": "set `thinkswitch.engine.server.model`",
+    "stream": "set `thinkswitch.engine.server.stream`",
+    "messages": "the prompts are the messages",
+    "n": "ask for more by `thinkswitch.sampling.samples`",
+    "seed": "it follows from the seed of the run",
+    "metadata": "it stays in requests.jsonl",
+}
+
+
+def _may_be_added(name: str) -> str:
+    """Refuse a request field that the loop sets itself, or whose value must not be written into files."""
+    if re.search(r"api[_-]?key|secret|password|authorization|(?:access|auth|bearer)[_-]?token", name, re.IGNORECASE):
+        raise ValueError("a secret would be written into files; give the key as OPENAI_API_KEY in the environment")
+    if name in _SET_BY:
+        raise ValueError(f"this field cannot be added: {_SET_BY[name]}")
+    return name
+
+
+class ServerKeys(_Keys):
+    """How a server of the user's own (`ENGINE=` is its address) is asked, where it differs from vLLM."""
+
+    model: str | None = Field(
+        None,
+        min_length=1,
+        description="Name under which the server serves the thinking checkpoint, or any other teacher, which then "
+        "answers in every iteration (default: the checkpoint's own name).",
+    )
+    omit: list[SentField] = Field([], description="Request fields to leave out, such as those that the server refuses.")
+    rename: dict[SentField, str] = Field(
+        {}, description="Request fields to send under another name: `{max_tokens: max_completion_tokens}`."
+    )
+    add: dict[Annotated[str, AfterValidator(_may_be_added)], Any] = Field(
+        {}, description="Request fields to send as well: `{reasoning_effort: high}`. No secrets."
+    )
+    stream: bool = Field(False, description="Ask for a stream, where the server answers no other way.")
+
+    @model_validator(mode="after")
+    def _one_value_a_field(self) -> ServerKeys:
+        targets = [*self.rename.values(), *self.add]
+        for name in targets:
+            if targets.count(name) > 1 or name in ("model", "messages", "stream"):
+                raise ValueError(f"`rename` and `add` would send `{name}` twice")
+        try:
+            json.dumps(self.add, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError("`add` holds a value that JSON does not have; put it in quotes") from None
+        return self
+
+    def changing_answers(self) -> dict[str, Any]:
+        """The keys that were set and may change what is answered; a stamp remembers them."""
+        return self.model_dump(exclude_defaults=True, exclude={"stream"})
+
+
 class EngineKeys(_Keys):
     """How the generation engine is run; which one is `ENGINE=` of the Makefile."""
 
@@ -112,6 +180,7 @@ class EngineKeys(_Keys):
     start_timeout: float = Field(900, gt=0, description="Seconds an engine of ours may take to start.")
     port: int = Field(0, ge=0, le=65535, description="Port for an engine of ours; 0 takes a free one.")
     vllm_args: list[str] = Field([], description="Further options for vLLM's server, such as --quantization.")
+    server: ServerKeys = ServerKeys()  # type: ignore[call-arg]
 
     @field_validator("vllm_args")
     @classmethod
@@ -313,6 +382,8 @@ def _kind(annotation: Any) -> str:
     if get_origin(annotation) is list:
         (inner,) = get_args(annotation)
         return f"list of {_kind(inner)}" + ("s" if get_origin(inner) is None else "")
+    if get_origin(annotation) is dict:
+        return "mapping"
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
     names = {str: "text", int: "whole number", float: "number", bool: "true, false"}
     return " or ".join("mapping" if get_origin(kind) is dict else names.get(kind, str(kind)) for kind in kinds)

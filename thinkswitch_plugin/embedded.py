@@ -70,7 +70,9 @@ class EmbeddedEngine:
         `finish_reason` is exact: an end of turn is read from the generated ids and not from the text.
         """
         prompts = [
-            self.tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
+            self.tokenizer.apply_chat_template(
+                body["messages"], add_generation_prompt=True, tokenize=False, **(body.get("chat_template_kwargs") or {})
+            )
             for body in bodies
         ]
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
@@ -105,8 +107,9 @@ class EmbeddedEngine:
 
     def _body(self, ids: list[int], prompt_tokens: int, stop: tuple[str, ...]) -> dict[str, Any]:
         end = next((i for i, token in enumerate(ids) if token in self.ends), None)
-        # Special tokens stay: where a model's trace tags are special, skipping them would hide its trace.
-        text = str(self.tokenizer.decode([i for i in ids[:end] if i != self.pad], skip_special_tokens=False))
+        # Special tokens stay: where a model's trace tags are special, skipping them would hide its trace. Nothing but
+        # the end of the turn is taken off, as by vLLM.
+        text = str(self.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         used = len(ids) if end is None else end + 1
         if found := [place for string in stop if (place := text.find(string)) >= 0]:
             # The others of the batch went on; what follows a row's stop string is padding.

@@ -6,27 +6,24 @@
 
 from __future__ import annotations
 
-import http.client
-import json
+import itertools
 import os
 import shutil
 import socket
 import subprocess
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.connection import LOOPBACK, listed_models, opener
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.progress import Bar
 
-LOOPBACK = "127.0.0.1"
 VLLM_VENV = Path(".venv-vllm")  # where `make setup-vllm` puts it; it cannot share axolotl's environment
 # The values of vLLM's --max-lora-rank (vllm/config/lora.py).
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -39,11 +36,15 @@ NO_VLLM = (
 
 @dataclass(frozen=True)
 class Server:
-    """A server that answers at `base_url` (…/v1); `process` and `log` where it was started here."""
+    """A server that answers at `base_url` (…/v1); `process` and `log` if it was started here.
+
+    `keeps_special` says whether it takes vLLM's field that keeps special tokens in the text.
+    """
 
     base_url: str
     process: subprocess.Popen[bytes] | None = None
     log: Path | None = None
+    keeps_special: bool = False
 
     def require_alive(self) -> None:
         """Raise `ThinkSwitchError` if an engine of ours has ended: nobody would start it again."""
@@ -61,11 +62,6 @@ def vllm_python() -> Path | None:
     if command:
         candidates.append(str(Path(command).resolve().parent / "python"))
     return next((Path(c) for c in candidates if c and Path(c).is_file()), None)
-
-
-def on_loopback(url: str) -> bool:
-    """Whether a server runs on this machine, by its address."""
-    return urllib.parse.urlsplit(url).hostname in (LOOPBACK, "localhost", "::1")
 
 
 def choose(engine: str) -> str:
@@ -87,7 +83,7 @@ def choose(engine: str) -> str:
             )
         if not usable:
             raise ThinkSwitchError(f"ENGINE={engine} is no address; use one such as http://127.0.0.1:8000/v1.")
-        return engine.rstrip("/")
+        return engine.rstrip("/").removesuffix("/chat/completions").rstrip("/")
     if engine == "auto":
         return "vllm" if vllm_python() else "embedded"
     if engine == "vllm" and vllm_python() is None:
@@ -170,11 +166,10 @@ def serving(engine: str, model: str, keys: EngineKeys, log: Path, *, max_len: in
 
     Raises:
         ThinkSwitchError: no free port, the engine ended or did not start in time, or a
-            server of the user's own does not serve the model.
+            server of the user's own refuses the key or does not serve the model.
     """
     if engine.startswith(("http://", "https://")):
-        _require_model(engine, model)
-        yield Server(engine)
+        yield connect(engine, model, unlisted=model == keys.server.model)
         return
     port = free_port(keys.port)
     command = vllm_command(model, port, keys, max_len)
@@ -185,7 +180,7 @@ def serving(engine: str, model: str, keys: EngineKeys, log: Path, *, max_len: in
         try:
             base_url = f"http://{LOOPBACK}:{port}/v1"
             _wait_until_ready(process, f"http://{LOOPBACK}:{port}/health", keys.start_timeout, engine, log)
-            yield Server(base_url, process, log)
+            yield Server(base_url, process, log, keeps_special=True)
         finally:
             console.stop_group(process)
 
@@ -200,7 +195,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float
                     f"the end of {log}:\n{console.tail(log)}"
                 )
             try:
-                with _opener(url).open(url, timeout=2) as reply:
+                with opener(url).open(url, timeout=2) as reply:
                     if reply.status == 200:
                         return
             except OSError:
@@ -214,35 +209,26 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float
             bar.update(0)
 
 
-def served_models(base_url: str) -> list[str]:
-    """The names of the models that a running server answers as. Raises `ThinkSwitchError` if none answers there."""
-    try:
-        request = urllib.request.Request(f"{base_url}/models")
-        for name, value in _authorization().items():
-            request.add_unredirected_header(name, value)  # the key is for this server alone
-        with _opener(base_url).open(request, timeout=10) as reply:
-            return [str(entry["id"]) for entry in json.load(reply)["data"]]
-    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
-        raise ThinkSwitchError(
-            f"{base_url}: no OpenAI-compatible server answers there ({error}); start it, or leave its address out."
-        ) from None
+def connect(base_url: str, model: str, *, unlisted: bool = False) -> Server:
+    """A running server that is to answer as `model`.
 
+    Args:
+        unlisted: the server may know the name without listing it, as hosted ones do with variants of a model.
 
-def _require_model(base_url: str, model: str) -> None:
-    served = served_models(base_url)
-    if model not in served:
+    Raises `ThinkSwitchError` if no server answers there, or it lists other models. One that lists none is asked all
+    the same: what it says to the first prompt decides.
+    """
+    served = listed_models(base_url)
+    if served is not None and model not in served and not unlisted:
         raise ThinkSwitchError(
-            f"The server at {base_url} serves {', '.join(served) or 'nothing'}, not {model}; start it with "
-            f"that checkpoint (for vLLM: --served-model-name {model}) and run the same command again."
+            f"The server at {base_url} serves {_shown(served)}, not {model}; start it with "
+            f"that checkpoint (for vLLM: --served-model-name {model}), or set `thinkswitch.engine.server.model` to the "
+            "name of the model that answers, and run the same command again."
         )
+    return Server(base_url, keeps_special=(served or {}).get(model) in ("vllm", "sglang"))
 
 
-def _opener(url: str) -> urllib.request.OpenerDirector:
-    # A proxy of the environment cannot reach our loopback.
-    direct = [urllib.request.ProxyHandler({})] if on_loopback(url) else []
-    return urllib.request.build_opener(*direct)
-
-
-def _authorization() -> dict[str, str]:
-    key = os.environ.get("OPENAI_API_KEY")
-    return {"Authorization": f"Bearer {key}"} if key else {}
+def _shown(names: Collection[str]) -> str:
+    """Names in a sentence; a hosted server lists hundreds."""
+    shown = ", ".join(itertools.islice(names, 10)) or "nothing"
+    return f"{shown} and {len(names) - 10} more" if len(names) > 10 else shown

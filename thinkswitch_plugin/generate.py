@@ -93,7 +93,8 @@ def generate(
     Args:
         requests: OpenAI batch file.
         out: batch output file, appended to as answers arrive (not in order).
-        checkpoint: who answers, whatever `body.model` of a request says.
+        checkpoint: who answers, whatever `body.model` of a request says; a running server may know it by the name
+            `keys.server.model`.
         engine: `vllm`, `embedded`, or the base URL of a running server.
         retry_max_tokens: ask an answer that the token limit cut once more with this budget.
         limit: only the first so many requests.
@@ -130,6 +131,8 @@ def generate(
             if engine == "vllm":
                 needed = max(budget, retry_max_tokens or 0) + prompt_room(longest, checkpoint)
                 room = min(needed, context_length(checkpoint))
+            else:
+                checkpoint = keys.server.model or checkpoint
             asked = ADAPTER if adapter else checkpoint
             if adapter:
                 options = [*keys.vllm_args, *lora_arguments({ADAPTER: adapter})]

@@ -155,6 +155,7 @@ def stages(run: Run) -> Iterator[Stage]:
     judged_by = {key: v for key, v in evaluation.items() if not key.startswith("contamination")}
     task = task_files(keys.evaluation.task)
     answering = [run.engine, *answering_options(keys.engine.vllm_args)]
+    server = keys.engine.server.changing_answers() if run.engine.startswith("http") else {}
 
     def evaluate(mode: str, k: int) -> Stage:
         return Stage(
@@ -204,7 +205,7 @@ def stages(run: Run) -> Iterator[Stage]:
             (requests, teacher),
             (generations,),
             {
-                "engine": answering,
+                "engine": [*answering, server] if server else answering,
                 "unfinished": keys.labels.unfinished,
                 "retry_max_tokens": keys.labels.retry_max_tokens,
             },

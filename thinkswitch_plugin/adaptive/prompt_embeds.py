@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import openai
 import torch
 from torch import Tensor
 
-from thinkswitch_plugin import engines, files
+from thinkswitch_plugin import connection, engines, files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.checkpoint import MODEL_TYPE, MODULE, perception_of
 from thinkswitch_plugin.client import CONNECT_SECONDS
@@ -116,9 +115,9 @@ def complete(
     """
     client = openai.OpenAI(
         base_url=server.base_url,
-        api_key=os.environ.get("OPENAI_API_KEY") or "none",
+        api_key=connection.api_key() or "none",
         timeout=openai.Timeout(keys.timeout, connect=CONNECT_SECONDS),
-        http_client=openai.DefaultHttpxClient(trust_env=not engines.on_loopback(server.base_url)),
+        http_client=openai.DefaultHttpxClient(trust_env=not connection.on_loopback(server.base_url)),
     )
 
     def ask(prompt: Tensor) -> Completion:
@@ -128,7 +127,7 @@ def complete(
             temperature=0,
             max_tokens=max_tokens,
             stop=list(stop) or None,
-            extra_body={"prompt_embeds": encode(prompt)},
+            extra_body={"prompt_embeds": encode(prompt), "skip_special_tokens": False},
         )
         choice = reply.choices[0]
         return Completion(choice.text, str(choice.finish_reason), reply.usage.completion_tokens if reply.usage else 0)

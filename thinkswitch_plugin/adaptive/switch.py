@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from thinkswitch_plugin import checkpoint, compare, domain, engines, files
+from thinkswitch_plugin import checkpoint, compare, connection, domain, engines, files
 from thinkswitch_plugin.adaptive.make_switch import stored_switch
 from thinkswitch_plugin.adaptive.router import Router
 from thinkswitch_plugin.args import EngineKeys, ThinkSwitchKeys
@@ -128,7 +128,7 @@ class Served:
 
     def __init__(self, url: str, model: str, keys: EngineKeys, *, both: bool) -> None:
         """Args: both: the server answers for both modes, and its chat template chooses by `enable_thinking`."""
-        self.server, self.model, self.keys, self.both = engines.Server(url), model, keys, both
+        self.server, self.model, self.keys, self.both = engines.connect(url, model), model, keys, both
 
     def prepare(self, mode: str) -> None:
         """Nothing: the server runs."""
@@ -149,7 +149,7 @@ def served_name(url: str, mode: str, checkpoints: Mapping[str, str], *, alone: b
 
     Raises `ThinkSwitchError` if no server answers there, or none of its models is the mode's.
     """
-    served = engines.served_models(url)
+    served = connection.served_models(url)
     both = set(MODES) <= set(served)
     name = next((name for name in (mode, checkpoints[mode]) if name in served), None)
     others = {name for other in MODES if other != mode for name in (other, checkpoints[other])}
