@@ -18,7 +18,7 @@ from thinkswitch_plugin.args import ThinkSwitchKeys, is_local, resolve_seed
 from thinkswitch_plugin.contamination import require_uncontaminated
 from thinkswitch_plugin.errors import ThinkSwitchError, reason
 from thinkswitch_plugin.evaluation import uses_server
-from thinkswitch_plugin.merging.compatibility import config_difference
+from thinkswitch_plugin.merging.settings import config_difference
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.report import price_per_hour
 from thinkswitch_plugin.run import versions

@@ -8,8 +8,10 @@ while it is merged, from the sums of our method or in what is about to be writte
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import click
@@ -25,11 +27,15 @@ from safetensors import safe_open
 from thinkswitch_plugin import files
 from thinkswitch_plugin.checkpoint import require_plain
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.merging.compatibility import Allowances, list_tensors, require_all_compatible
+from thinkswitch_plugin.merging.architecture import architecture, planning_for, use_layout
+from thinkswitch_plugin.merging.compatibility import Allowances, align_compatible
 from thinkswitch_plugin.merging.config import check_config
 from thinkswitch_plugin.merging.kernel import all_finite, non_finite
+from thinkswitch_plugin.merging.layout import Aligned
 from thinkswitch_plugin.merging.method import register
 from thinkswitch_plugin.merging.readahead import ReadAheadExecutor
+from thinkswitch_plugin.merging.settings import adopt
+from thinkswitch_plugin.merging.tensors import list_tensors
 from thinkswitch_plugin.merging.writer import NonFiniteOutputError, writer
 
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of <malloc.h>
@@ -38,8 +44,14 @@ MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of <malloc.h>
 @click.command("thinkswitch merge", cls=PrettyPrintHelp)
 @click.argument("config_file", type=click.Path(path_type=Path))
 @click.argument("out_path", type=click.Path(path_type=Path))
+@click.option(
+    "--may-differ",
+    multiple=True,
+    metavar="SETTING=MODEL",
+    help="Merge although the models' config.json differ in SETTING, and take its value from MODEL.",
+)
 @add_merge_options  # type: ignore[untyped-decorator]
-def command(merge_options: MergeOptions, config_file: Path, out_path: Path) -> None:
+def command(merge_options: MergeOptions, config_file: Path, out_path: Path, may_differ: tuple[str, ...]) -> None:
     """Merge as mergekit-yaml does, with the method `thinkswitch`, checks first and less memory."""
     merge_options.apply_global_options()
     threads = torch.get_num_threads()
@@ -47,18 +59,29 @@ def command(merge_options: MergeOptions, config_file: Path, out_path: Path) -> N
         # Reading ahead and writing need cores too: torch's threads spin while they wait for one that has none.
         torch.set_num_threads(max(1, threads - 2))
     try:
-        merge(config_file, out_path, merge_options)
+        merge(config_file, out_path, merge_options, parse_may_differ(may_differ))
     finally:
         torch.set_num_threads(threads)
 
 
-def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
+def parse_may_differ(words: Sequence[str]) -> dict[str, Path]:
+    """`rope_parameters=folder` as {setting: folder}. Raises `click.UsageError` for a word of another form."""
+    pairs = [word.partition("=") for word in words]
+    if wrong := [word for word, (setting, _, model) in zip(words, pairs, strict=True) if not (setting and model)]:
+        raise click.UsageError(
+            f"--may-differ {wrong[0]}: give a setting and a model, such as rope_parameters=./thinking."
+        )
+    return {setting: Path(model) for setting, _, model in pairs}
+
+
+def merge(config_file: Path, out: Path, options: MergeOptions, may_differ: Mapping[str, Path] | None = None) -> None:
     """Run a mergekit config.
 
     Args:
         config_file: any mergekit YAML; model folders in it are relative to the current folder.
         out: the checkpoint folder to make; it may exist only if it is empty.
         options: mergekit-yaml's own.
+        may_differ: settings that may differ between the models, and the folder whose value the result takes.
 
     Raises:
         ThinkSwitchError: the config, a checkpoint or OUT is not fit, or mergekit stopped; nothing is at OUT.
@@ -75,8 +98,12 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
             f"{config_file}: mergekit has no `merge_method` {method!r}; it has {', '.join(sorted(known))}."
         )
     config = _read_config(config_file)
-    checkpoints = _local_checkpoints(config)
-    _check(config, checkpoints, options)
+    checkpoints = local_checkpoints(config)
+    chosen = may_differ or {}
+    for setting, folder in chosen.items():
+        if folder not in checkpoints:
+            raise ThinkSwitchError(f"--may-differ {setting}={folder}: {config_file} has no model {folder}.")
+    aligned = _check(config, checkpoints, options, chosen)
     partial = files.temporary_sibling(out)
     _return_big_blocks()
     try:
@@ -84,10 +111,14 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
         # mergekit writes the folder's own name into the model card.
         built = partial / out.name
         built.mkdir(parents=True)
-        with streaming():
+        with streaming(aligned), planning_for(architecture(config, options, aligned)):
+            use_layout(config, aligned)
             mergekit.merge.run_merge(
                 config, str(built), options=options, config_source=config_file.read_text(encoding="utf-8")
             )
+        adopt(built, chosen)
+        if aligned:
+            require_covered(aligned, {name: math.prod(t.shape) for name, t in list_tensors(built).items()}, config_file)
         if out.is_dir():
             out.rmdir()
         for made in partial.iterdir():
@@ -105,10 +136,16 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
 
 
 @contextmanager
-def streaming() -> Iterator[None]:
-    """Put our writer and our executor in the places of mergekit's, which has no option for either."""
+def streaming(aligned: Aligned | None = None) -> Iterator[None]:
+    """Put our writer and our executor in the places of mergekit's, which has no option for either.
+
+    Args:
+        aligned: its `carried` tensors are written beside the merged ones.
+    """
     names = mergekit.io.tasks.TensorWriter, mergekit.merge.Executor
-    mergekit.io.tasks.TensorWriter, mergekit.merge.Executor = writer, ReadAheadExecutor
+    carried = aligned.carried if aligned else {}
+    mergekit.io.tasks.TensorWriter = partial(writer, carried=carried)
+    mergekit.merge.Executor = ReadAheadExecutor
     try:
         yield
     finally:
@@ -134,7 +171,7 @@ def _read_config(path: Path) -> MergeConfiguration:
         raise ThinkSwitchError(f"{path}: {sentence(error)}") from None
 
 
-def _local_checkpoints(config: MergeConfiguration) -> list[Path]:
+def local_checkpoints(config: MergeConfiguration) -> list[Path]:
     """The folders that the config names, the base first; hub ids and adapters are left to mergekit."""
     base = [config.base_model] if config.base_model else []
     others = sorted((model for model in config.referenced_models() if model not in base), key=str)
@@ -148,7 +185,10 @@ def _local_checkpoints(config: MergeConfiguration) -> list[Path]:
     return found
 
 
-def _check(config: MergeConfiguration, checkpoints: list[Path], options: MergeOptions) -> None:
+def _check(
+    config: MergeConfiguration, checkpoints: list[Path], options: MergeOptions, may_differ: Mapping[str, Path]
+) -> Aligned | None:
+    """The checkpoints in one layout; None if mergekit alone knows what must match."""
     for folder in checkpoints:
         require_plain(folder)
     safe = [folder for folder in checkpoints if not any(folder.glob("pytorch_model*"))]
@@ -157,15 +197,47 @@ def _check(config: MergeConfiguration, checkpoints: list[Path], options: MergeOp
     slices = [s for part in (config, *(config.modules or {}).values()) for s in part.slices or []]
     stacked = any(len({source.layer_range for source in s.sources}) != 1 or len(s.sources) == 1 for s in slices)
     if stacked or not safe:
-        return  # layers put together from unlike places: mergekit alone knows what must match
-    require_all_compatible(
+        return None  # layers put together from unlike places
+    aligned = align_compatible(
         safe,
         Allowances(
-            architecture=bool(slices) or options.allow_crimes,
+            architecture=options.allow_crimes,
             vocabulary=bool(config.tokenizer_source or config.tokenizer or options.unsafe_truncate_embeddings),
             dtype=config.dtype is not None,
+            may_differ=tuple(may_differ),
         ),
     )
+    return aligned if len(safe) == len(checkpoints) else None
+
+
+def require_covered(aligned: Aligned, written: Mapping[str, int], config_file: Path | str) -> None:
+    """Hold what a merge wrote against what it read, so that no tensor is lost whatever mergekit planned.
+
+    Args:
+        written: tensor -> elements.
+
+    Raises:
+        ThinkSwitchError: a tensor is not there or is smaller than what was read.
+    """
+    read = {name: stored.elements for name, stored in next(iter(aligned.checkpoints.values())).items()}
+    read |= {name: stored.elements for name, stored in aligned.carried.items()}
+    missing = sorted(name for name in read if name not in written)
+    if missing:
+        raise ThinkSwitchError(
+            f"{config_file}: mergekit would leave out {len(missing)} of {len(read)} tensors ({shortened(missing)}); "
+            "merge the whole model, with `models:` rather than `modules:` or `slices:`."
+        )
+    changed = sorted(name for name in read if written[name] < read[name])
+    if changed:
+        raise ThinkSwitchError(
+            f"{config_file}: mergekit would keep only a part of {len(changed)} tensors ({shortened(changed)}); "
+            "merge checkpoints of one shape."
+        )
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first and the last of many tensors' names."""
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
 
 
 def blame(name: str, checkpoints: list[Path], config_file: Path | str) -> str:
