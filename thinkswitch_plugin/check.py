@@ -173,7 +173,7 @@ def pair(keys: ThinkSwitchKeys) -> str:
             raise ThinkSwitchError(
                 f"{name} cannot be reached on the hub: {reason(error)}; check its name, the network and your access to it."
             ) from None
-    if difference := config_difference(*configs):
+    if difference := config_difference(*configs, may_differ=keys.rebuild.may_differ):
         raise ThinkSwitchError(f"no compatible pair: {difference}")
     return f"{keys.pair.instruct} and {keys.pair.thinking} have one architecture, size and vocabulary"
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinkswitch_plugin import files
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.checkpoint import require_plain
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.merging.settings import config_difference, is_tied
+from thinkswitch_plugin.merging.settings import SIZES, config_difference, is_tied, resolve
 from thinkswitch_plugin.merging.tensors import TensorInfo, list_tensors
 
 if TYPE_CHECKING:
@@ -113,12 +113,18 @@ def _require_same_settings(first: Path, other: Path, allowed: Allowances) -> Non
                 "both must come from one base."
             )
         return
+    if resolve(a) is None:
+        console.say(
+            f"  transformers does not know `model_type` {a.get('model_type')}: config.json is compared as written."
+        )
     difference = config_difference(a, b, vocabulary=allowed.vocabulary, may_differ=allowed.may_differ)
     if difference:
-        raise ThinkSwitchError(
-            f"{_refusal(first, [other])}: {difference}; both must come from one base, or `may_differ` names the "
-            "setting and the checkpoint whose value counts (docs/models.md)."
+        setting = difference.split("`")[1]
+        # A merge of other sizes or of other classes is none, whatever the user lets differ.
+        way_out = (
+            "" if setting in SIZES else ", or `may_differ` name the setting and whose value counts (docs/models.md)"
         )
+        raise ThinkSwitchError(f"{_refusal(first, [other])}: {difference}; both must come from one base{way_out}.")
 
 
 def _refusal(first: Path, others: Iterable[Path]) -> str:

@@ -23,15 +23,16 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from transformers import AutoConfig, PreTrainedModel, set_seed
 
-from thinkswitch_plugin import files
+from thinkswitch_plugin.checkpoint import require_plain
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.architecture import architecture, use_layout
 from thinkswitch_plugin.merging.compatibility import Allowances, align_compatible
+from thinkswitch_plugin.merging.config import without_ours
 from thinkswitch_plugin.merging.kernel import all_finite
 from thinkswitch_plugin.merging.layout import Layout, model_class
 from thinkswitch_plugin.merging.method import register
 from thinkswitch_plugin.merging.run import blame, local_checkpoints, sentence, shortened
-from thinkswitch_plugin.merging.settings import resolve, text_config, with_values
+from thinkswitch_plugin.merging.settings import require_known, with_values
 from thinkswitch_plugin.merging.writer import NonFiniteOutputError
 
 
@@ -107,27 +108,26 @@ def load(skeleton: Path, chosen: Mapping[str, Path], *, device: str) -> PreTrain
 
     Raises `ThinkSwitchError` if transformers has no class for it.
     """
+    require_plain(skeleton)
+    require_known(skeleton)
     kind = model_class(skeleton)
     if kind is None:
         raise ThinkSwitchError(
             f"transformers has no class for the architecture of {skeleton}; have the candidates served by an engine that "
-            "knows it: `thinkswitch.evaluation.backend: server` in an overlay."
+            "has one: `thinkswitch.evaluation.backend: server` in an overlay."
         )
     config = with_values(AutoConfig.from_pretrained(skeleton, trust_remote_code=False), chosen)
     return kind.from_pretrained(skeleton, config=config, dtype="auto").to(device).eval()
 
 
-def merge_into(
-    model: PreTrainedModel, config: dict[str, Any], *, seed: int = 0, may_differ: Iterable[str] = ()
-) -> None:
-    """Carry out a merge config (as `mergekit-yaml` reads it) in place, in `model`.
+def merge_into(model: PreTrainedModel, config: dict[str, Any], *, seed: int = 0) -> None:
+    """Carry out a merge config (as `thinkswitch merge` reads it) in place, in `model`.
 
     The inputs are mapped from disk and stay open between calls, so a second merge of the
     same checkpoints reads them from the page cache.
 
     Args:
         seed: for methods that draw at random (DARE, DELLA); mergekit-yaml's `--random-seed`.
-        may_differ: settings of config.json that may differ between the checkpoints.
 
     Raises:
         ThinkSwitchError: the checkpoints do not match, mergekit refuses the config, or the merged tensors do not fit
@@ -135,7 +135,8 @@ def merge_into(
     """
     register()
     try:
-        _carry_out(MergeConfiguration.model_validate(config), model, seed, tuple(may_differ))
+        own, chosen = without_ours(config)
+        _carry_out(MergeConfiguration.model_validate(own), model, seed, tuple(chosen))
     except ThinkSwitchError:
         raise
     except Exception as error:
@@ -147,7 +148,6 @@ def _carry_out(config: MergeConfiguration, model: PreTrainedModel, seed: int, ma
     options = MergeOptions(quiet=True, random_seed=seed, device=device)
     set_seed(seed)
     LoaderCache().setup(options=options)
-    # Another merge config casts, so it may mix dtypes.
     allowed = Allowances(dtype=config.dtype is not None, may_differ=may_differ)
     folders = local_checkpoints(config)
     aligned = align_compatible(folders, allowed)
@@ -165,14 +165,3 @@ def _carry_out(config: MergeConfiguration, model: PreTrainedModel, seed: int, ma
                 pass
     except NonFiniteOutputError as error:
         raise ThinkSwitchError(blame(error.name, folders, f"{config.merge_method} in memory")) from None
-
-
-def transformer_layers(checkpoint: Path) -> int:
-    """How many layers a checkpoint folder's language model has. Raises `ThinkSwitchError` if its config does not say."""
-    config = files.read_json(checkpoint / "config.json")
-    count = text_config(resolve(config) or config).get("num_hidden_layers")
-    if not isinstance(count, int):
-        raise ThinkSwitchError(
-            f"{checkpoint / 'config.json'}: `num_hidden_layers` is missing; copy or download the file again."
-        )
-    return count

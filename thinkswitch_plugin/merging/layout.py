@@ -9,6 +9,7 @@ written, as transformers loads it.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ def model_class(checkpoint: Path) -> type[PreTrainedModel] | None:
     """The transformers class that a checkpoint's config.json names; None if transformers has no such class."""
     import transformers
 
+    if not torch.cuda.is_available():
+        # transformers takes the kernels of this package wherever it is installed, and they need a GPU.
+        sys.modules.setdefault("fla", None)  # type: ignore[arg-type]
     named = files.read_json(checkpoint / "config.json").get("architectures") or [""]
     found = getattr(transformers, str(named[0]), None)
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None

@@ -18,8 +18,8 @@ from thinkswitch_plugin.args import EngineKeys, RebuildKeys
 from thinkswitch_plugin.engines import choose, has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.generate import generate
-from thinkswitch_plugin.merging.compatibility import require_compatible
-from thinkswitch_plugin.merging.config import place_models, set_lambda
+from thinkswitch_plugin.merging.compatibility import Allowances, require_compatible
+from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
 from thinkswitch_plugin.merging.similarity import similarity
 from thinkswitch_plugin.pairs import completion_of
 from thinkswitch_plugin.traces import Outcome
@@ -112,10 +112,10 @@ def rebuild_thinking(
     Raises:
         ThinkSwitchError: the pair does not match, or no λ of the list keeps the checkpoint thinking.
     """
-    require_compatible(instruct, anchor)
+    require_compatible(instruct, anchor, Allowances(may_differ=tuple(keys.may_differ)))
     nearness = similarity(instruct, anchor)
     config_path = Path(keys.config)
-    template = files.read_yaml(config_path)
+    template = allow(files.read_yaml(config_path), keys.may_differ)
     roles = {"instruct": str(instruct), "thinking": str(anchor)}
     # The original on the very requests that a candidate answers, where it was asked them: prompts differ in how
     # many of their traces the token limit cuts.

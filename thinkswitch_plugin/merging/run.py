@@ -18,23 +18,23 @@ import click
 import mergekit.io.tasks
 import mergekit.merge
 import torch
-from mergekit.config import MergeConfiguration
+from mergekit.config import MergeConfiguration, OutputSliceDefinition
 from mergekit.merge_methods import registry
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from pydantic import ValidationError
 from safetensors import safe_open
 
-from thinkswitch_plugin import files
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.checkpoint import require_plain
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.architecture import architecture, planning_for, use_layout
 from thinkswitch_plugin.merging.compatibility import Allowances, align_compatible
-from thinkswitch_plugin.merging.config import check_config
+from thinkswitch_plugin.merging.config import check_config, without_ours
 from thinkswitch_plugin.merging.kernel import all_finite, non_finite
 from thinkswitch_plugin.merging.layout import Aligned
 from thinkswitch_plugin.merging.method import register
 from thinkswitch_plugin.merging.readahead import ReadAheadExecutor
-from thinkswitch_plugin.merging.settings import adopt
+from thinkswitch_plugin.merging.settings import adopt, layers_of, require_known
 from thinkswitch_plugin.merging.tensors import list_tensors
 from thinkswitch_plugin.merging.writer import NonFiniteOutputError, writer
 
@@ -44,14 +44,8 @@ MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of <malloc.h>
 @click.command("thinkswitch merge", cls=PrettyPrintHelp)
 @click.argument("config_file", type=click.Path(path_type=Path))
 @click.argument("out_path", type=click.Path(path_type=Path))
-@click.option(
-    "--may-differ",
-    multiple=True,
-    metavar="SETTING=MODEL",
-    help="Merge although the models' config.json differ in SETTING, and take its value from MODEL.",
-)
 @add_merge_options  # type: ignore[untyped-decorator]
-def command(merge_options: MergeOptions, config_file: Path, out_path: Path, may_differ: tuple[str, ...]) -> None:
+def command(merge_options: MergeOptions, config_file: Path, out_path: Path) -> None:
     """Merge as mergekit-yaml does, with the method `thinkswitch`, checks first and less memory."""
     merge_options.apply_global_options()
     threads = torch.get_num_threads()
@@ -59,29 +53,18 @@ def command(merge_options: MergeOptions, config_file: Path, out_path: Path, may_
         # Reading ahead and writing need cores too: torch's threads spin while they wait for one that has none.
         torch.set_num_threads(max(1, threads - 2))
     try:
-        merge(config_file, out_path, merge_options, parse_may_differ(may_differ))
+        merge(config_file, out_path, merge_options)
     finally:
         torch.set_num_threads(threads)
 
 
-def parse_may_differ(words: Sequence[str]) -> dict[str, Path]:
-    """`rope_parameters=folder` as {setting: folder}. Raises `click.UsageError` for a word of another form."""
-    pairs = [word.partition("=") for word in words]
-    if wrong := [word for word, (setting, _, model) in zip(words, pairs, strict=True) if not (setting and model)]:
-        raise click.UsageError(
-            f"--may-differ {wrong[0]}: give a setting and a model, such as rope_parameters=./thinking."
-        )
-    return {setting: Path(model) for setting, _, model in pairs}
-
-
-def merge(config_file: Path, out: Path, options: MergeOptions, may_differ: Mapping[str, Path] | None = None) -> None:
+def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
     """Run a mergekit config.
 
     Args:
-        config_file: any mergekit YAML; model folders in it are relative to the current folder.
+        config_file: any mergekit YAML, and `may_differ` in it; model folders are relative to the current folder.
         out: the checkpoint folder to make; it may exist only if it is empty.
         options: mergekit-yaml's own.
-        may_differ: settings that may differ between the models, and the folder whose value the result takes.
 
     Raises:
         ThinkSwitchError: the config, a checkpoint or OUT is not fit, or mergekit stopped; nothing is at OUT.
@@ -97,13 +80,12 @@ def merge(config_file: Path, out: Path, options: MergeOptions, may_differ: Mappi
         raise ThinkSwitchError(
             f"{config_file}: mergekit has no `merge_method` {method!r}; it has {', '.join(sorted(known))}."
         )
-    config = _read_config(config_file)
+    config, chosen = _read_config(config_file)
     checkpoints = local_checkpoints(config)
-    chosen = may_differ or {}
-    for setting, folder in chosen.items():
-        if folder not in checkpoints:
-            raise ThinkSwitchError(f"--may-differ {setting}={folder}: {config_file} has no model {folder}.")
     aligned = _check(config, checkpoints, options, chosen)
+    for folder in checkpoints:
+        require_known(folder)
+    say_carried(aligned)
     partial = files.temporary_sibling(out)
     _return_big_blocks()
     try:
@@ -160,9 +142,10 @@ def _return_big_blocks() -> None:
         ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**20)
 
 
-def _read_config(path: Path) -> MergeConfiguration:
+def _read_config(path: Path) -> tuple[MergeConfiguration, dict[str, Path]]:
+    own, chosen = without_ours(files.read_yaml(path))
     try:
-        return MergeConfiguration.model_validate(files.read_yaml(path))
+        return MergeConfiguration.model_validate(own), chosen
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -198,16 +181,24 @@ def _check(
     stacked = any(len({source.layer_range for source in s.sources}) != 1 or len(s.sources) == 1 for s in slices)
     if stacked or not safe:
         return None  # layers put together from unlike places
+    whole = not slices or _is_whole(slices, safe[0])
     aligned = align_compatible(
         safe,
         Allowances(
-            architecture=options.allow_crimes,
+            architecture=not whole or options.allow_crimes,
             vocabulary=bool(config.tokenizer_source or config.tokenizer or options.unsafe_truncate_embeddings),
             dtype=config.dtype is not None,
             may_differ=tuple(may_differ),
         ),
     )
     return aligned if len(safe) == len(checkpoints) else None
+
+
+def _is_whole(slices: Sequence[OutputSliceDefinition], checkpoint: Path) -> bool:
+    """Whether slices take every layer of a checkpoint, once and in order."""
+    ranges = [tuple(piece.sources[0].layer_range) for piece in slices]
+    edges = [0, *(end for _, end in ranges)]
+    return [start for start, _ in ranges] == edges[:-1] and edges[-1] == layers_of(checkpoint)
 
 
 def require_covered(aligned: Aligned, written: Mapping[str, int], config_file: Path | str) -> None:
@@ -232,6 +223,16 @@ def require_covered(aligned: Aligned, written: Mapping[str, int], config_file: P
         raise ThinkSwitchError(
             f"{config_file}: mergekit would keep only a part of {len(changed)} tensors ({shortened(changed)}); "
             "merge checkpoints of one shape."
+        )
+
+
+def say_carried(aligned: Aligned | None) -> None:
+    """Tell the user of tensors that are copied, since only some of the checkpoints hold them."""
+    if aligned and aligned.carried:
+        owners = sorted({str(info.file.parent) for stored in aligned.carried.values() for _, info in stored.parts})
+        console.say(
+            f"  {len(aligned.carried)} tensors that transformers does not load ({shortened(sorted(aligned.carried))}) "
+            f"are copied from {', '.join(owners)}, which alone holds them."
         )
 
 

@@ -67,6 +67,16 @@ FREE = frozenset(
     ]
 )
 FREE_ENDINGS = ("_token_id", "_token_ids", "_token_index", "dropout", "_pdrop")
+# What makes another model altogether; named first, since other settings follow from it.
+SIZES = (
+    "model_type",
+    "architectures",
+    "num_hidden_layers",
+    "hidden_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 # `layer_types` and `sliding_window` say what transformers makes of these two.
 RESOLVED_INTO_LAYER_TYPES = ("max_window_layers", "use_sliding_window")
 # Kinds of rotary embedding whose frequencies do not depend on the longest context.
@@ -89,15 +99,38 @@ def resolve(config: Mapping[str, Any]) -> dict[str, Any] | None:
         return dict(AutoConfig.for_model(**config).to_dict())
     except Exception as error:  # each config class has checks and error types of its own
         raise ThinkSwitchError(
-            f"transformers refuses a config.json of `model_type` {kind}: {' '.join(str(error).split())[:200]}; "
+            f"transformers refuses a value in a config.json of `model_type` {kind}: {' '.join(str(error).split())[:200]}; "
             "download the file again."
         ) from None
+
+
+def require_known(checkpoint: Path) -> None:
+    """Raise `ThinkSwitchError` if transformers does not know a checkpoint's `model_type`, so that mergekit cannot read it."""
+    import transformers
+
+    config = files.read_json(checkpoint / "config.json")
+    if resolve(config) is None:
+        raise ThinkSwitchError(
+            f"transformers {transformers.__version__} does not know the `model_type` {config.get('model_type')} of "
+            f"{checkpoint}, and code that comes with a model is not run; use a model that transformers has."
+        )
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a config that describes the language model: `text_config` of a vision-language model."""
     nested = config.get("text_config")
     return dict(nested) if isinstance(nested, dict) else dict(config)
+
+
+def layers_of(checkpoint: Path) -> int:
+    """How many layers a checkpoint's language model has. Raises `ThinkSwitchError` if its config does not say."""
+    config = files.read_json(checkpoint / "config.json")
+    count = text_config(resolve(config) or config).get("num_hidden_layers")
+    if not isinstance(count, int):
+        raise ThinkSwitchError(
+            f"{checkpoint / 'config.json'}: `num_hidden_layers` is missing; copy or download the file again."
+        )
+    return count
 
 
 def is_tied(checkpoint: Path) -> bool:
@@ -114,7 +147,8 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any], above: str 
         first, second: what `resolve` returns for both, or both as written.
         above: the section they stand in.
     """
-    for key in sorted(first.keys() | second.keys()):
+    sizes = [key for key in SIZES if key in first or key in second]
+    for key in dict.fromkeys([*sizes, *sorted(first.keys() | second.keys())]):
         a, b = _plain(key, first.get(key)), _plain(key, second.get(key))
         if a == b or _is_free(key, first, second, nested=bool(above)):
             continue
@@ -134,18 +168,11 @@ def config_difference(
         may_differ: settings that the user lets differ.
     """
     resolved = [resolve(first), resolve(second)]
-    known = None not in resolved
-    a, b = resolved if known else (first, second)
+    a, b = resolved if None not in resolved else (first, second)
     assert a is not None and b is not None
     for setting, one, other in differences(a, b):
-        if (vocabulary and setting.endswith("vocab_size")) or _covered(setting, may_differ):
-            continue
-        note = (
-            ""
-            if known
-            else f" (compared as written: transformers does not know `model_type` {first.get('model_type')})"
-        )
-        return f"`{setting}` is {_shown(one, other)} and {_shown(other, one)}{note}"
+        if not ((vocabulary and setting.endswith("vocab_size")) or _covered(setting, may_differ)):
+            return f"`{setting}` is {_shown(one, other)} and {_shown(other, one)}"
     return None
 
 

@@ -23,7 +23,7 @@ import torch
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.merging.compatibility import list_weights, require_compatible
+from thinkswitch_plugin.merging.compatibility import align_compatible, list_weights
 from thinkswitch_plugin.merging.kernel import (
     CHUNK,
     MERGEKIT_LINEAR,
@@ -68,7 +68,9 @@ def report_similarity(first: Path, second: Path, out: Path) -> None:
     """
     from thinkswitch_plugin import pictures
 
-    require_compatible(first, second)
+    aligned = align_compatible([first, second])
+    if aligned and aligned.carried:
+        console.say(f"  left out: {len(aligned.carried)} tensors that transformers does not load and only one holds")
     sums = tensor_sums(first, second)
     data = {"first": str(first), "second": str(second), **summarise(sums)}
     files.write_json(out / "similarity.json", data)
