@@ -231,8 +231,8 @@ def say_carried(aligned: Aligned | None) -> None:
     if aligned and aligned.carried:
         owners = sorted({str(info.file.parent) for stored in aligned.carried.values() for _, info in stored.parts})
         console.say(
-            f"  {len(aligned.carried)} tensors that transformers does not load ({shortened(sorted(aligned.carried))}) "
-            f"are copied from {', '.join(owners)}, which alone holds them."
+            f"  copied from {', '.join(owners)}, since only some of the checkpoints have them and transformers does not load "
+            f"them: {shortened(sorted(aligned.carried))} ({len(aligned.carried)} in all)"
         )
 
 
