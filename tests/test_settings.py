@@ -183,6 +183,16 @@ def test_what_mergekits_plan_leaves_out_is_refused_and_nothing_is_written(tmp_pa
     assert done.exit_code == 0, done.output
 
 
+def test_what_is_lost_of_stacked_layers_is_found_too(tmp_path: Path) -> None:
+    llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    extra = "model.layers.1.self_attn.sinks"
+    a, b = (write(tmp_path / n, qwen3(s) | {extra: torch.ones(2)}, **llama) for n, s in (("a", 1), ("b", 2)))
+    slices = [{"sources": [{"model": str(m), "layer_range": [1, 3]}]} for m in (a, b)]
+    done = merge(tmp_path, {"merge_method": "passthrough", "slices": slices})
+    lost = "model.layers.0.self_attn.k_norm.weight … model.layers.3.self_attn.q_norm.weight"
+    assert_refused(tmp_path, done, f"of 48 tensors ({lost})")
+
+
 def test_slices_may_leave_layers_out(tmp_path: Path) -> None:
     llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     tensors = [{name: t for name, t in qwen3(seed).items() if "_norm." not in name} for seed in (1, 2)]

@@ -34,10 +34,7 @@ def perception_of(folder: Path) -> dict[str, Any] | None:
 
 
 def require_plain(folder: Path) -> None:
-    """Raise `ThinkSwitchError` if a checkpoint has quantised weights, or a perception module that commands would leave out."""
-    from thinkswitch_plugin.merging.tensors import require_unquantised
-
-    require_unquantised(folder)
+    """Raise `ThinkSwitchError` if a checkpoint needs a perception module, which most commands would leave out."""
     if perception_of(folder) is not None:
         raise ThinkSwitchError(
             f"{folder} has a perception module, which this command would leave out; load it by "

@@ -41,11 +41,8 @@ class AsStored(ModuleArchitecture):  # type: ignore[misc]
         text = config.get_text_config()
         self._vocabulary = text.vocab_size
         self._key = "num_hidden_layers" if text is config else "text_config.num_hidden_layers"
-        split = {name: _split(name) for name in tensors}
-        elements: Counter[str] = Counter()
-        for name, (stack, _, _) in split.items():
-            elements[stack] += tensors[name].elements if stack else 0
-        self._stack = max(elements, key=lambda stack: elements[stack], default="")
+        split = {name: split_name(name) for name in tensors}
+        self._stack = main_stack({name: stored.elements for name, stored in tensors.items()})
         inside = {
             name: (int(index), rest)
             for name, (stack, index, rest) in split.items()
@@ -75,7 +72,20 @@ class AsStored(ModuleArchitecture):  # type: ignore[misc]
         return [WeightInfo(name=f"{self._stack}{index}.{rest}", optional=True) for rest in self._templates]
 
 
-def _split(name: str) -> tuple[str, str, str]:
+def main_stack(elements: Mapping[str, int]) -> str:
+    """What stands before the number of a layer in the largest stack of layers (`model.layers.`); empty without layers.
+
+    Args:
+        elements: tensor -> how many numbers it holds.
+    """
+    found: Counter[str] = Counter()
+    for name, count in elements.items():
+        found[split_name(name)[0]] += count
+    del found[""]
+    return max(found, key=lambda stack: found[stack], default="")
+
+
+def split_name(name: str) -> tuple[str, str, str]:
     """`model.layers.3.mlp.up_proj.weight` -> (`model.layers.`, `3`, `mlp.up_proj.weight`); empty without a number."""
     parts = name.split(".")
     place = next((i for i, part in enumerate(parts) if part.isdigit()), 0)

@@ -11,7 +11,7 @@ from thinkswitch_plugin import console, files
 from thinkswitch_plugin.checkpoint import require_plain
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.settings import SIZES, config_difference, is_tied, resolve
-from thinkswitch_plugin.merging.tensors import TensorInfo, list_tensors
+from thinkswitch_plugin.merging.tensors import TensorInfo, list_tensors, require_unquantised
 
 if TYPE_CHECKING:
     from thinkswitch_plugin.merging.layout import Aligned, Stored
@@ -81,6 +81,7 @@ def align_compatible(checkpoints: Sequence[Path], allowed: Allowances | None = N
     allowed = allowed or Allowances()
     for folder in checkpoints:
         require_plain(folder)
+        require_unquantised(folder)
     first, *others = checkpoints
     for other in others:
         _require_same_settings(first, other, allowed)

@@ -23,16 +23,17 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from transformers import AutoConfig, PreTrainedModel, set_seed
 
-from thinkswitch_plugin.checkpoint import require_plain
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.architecture import architecture, use_layout
 from thinkswitch_plugin.merging.compatibility import Allowances, align_compatible
 from thinkswitch_plugin.merging.config import without_ours
+from thinkswitch_plugin.merging.coverage import shortened
 from thinkswitch_plugin.merging.kernel import all_finite
 from thinkswitch_plugin.merging.layout import Layout, model_class
 from thinkswitch_plugin.merging.method import register
-from thinkswitch_plugin.merging.run import blame, local_checkpoints, sentence, shortened
+from thinkswitch_plugin.merging.run import blame, local_checkpoints, sentence
 from thinkswitch_plugin.merging.settings import require_known, with_values
+from thinkswitch_plugin.merging.tensors import require_unquantised
 from thinkswitch_plugin.merging.writer import NonFiniteOutputError
 
 
@@ -108,7 +109,7 @@ def load(skeleton: Path, chosen: Mapping[str, Path], *, device: str) -> PreTrain
 
     Raises `ThinkSwitchError` if transformers has no class for it.
     """
-    require_plain(skeleton)
+    require_unquantised(skeleton)
     require_known(skeleton)
     kind = model_class(skeleton)
     if kind is None:

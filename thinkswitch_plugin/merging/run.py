@@ -8,7 +8,6 @@ while it is merged, from the sums of our method or in what is about to be writte
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -30,12 +29,13 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.architecture import architecture, planning_for, use_layout
 from thinkswitch_plugin.merging.compatibility import Allowances, align_compatible
 from thinkswitch_plugin.merging.config import check_config, without_ours
+from thinkswitch_plugin.merging.coverage import expected, require_covered, shortened
 from thinkswitch_plugin.merging.kernel import all_finite, non_finite
 from thinkswitch_plugin.merging.layout import Aligned
 from thinkswitch_plugin.merging.method import register
 from thinkswitch_plugin.merging.readahead import ReadAheadExecutor
 from thinkswitch_plugin.merging.settings import adopt, layers_of, require_known
-from thinkswitch_plugin.merging.tensors import list_tensors
+from thinkswitch_plugin.merging.tensors import list_tensors, require_unquantised
 from thinkswitch_plugin.merging.writer import NonFiniteOutputError, writer
 
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of <malloc.h>
@@ -85,6 +85,7 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
     aligned = _check(config, checkpoints, options, chosen)
     for folder in checkpoints:
         require_known(folder)
+    needed = expected(config, checkpoints, aligned)  # mergekit changes the config while it plans
     say_carried(aligned)
     partial = files.temporary_sibling(out)
     _return_big_blocks()
@@ -99,8 +100,7 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
                 config, str(built), options=options, config_source=config_file.read_text(encoding="utf-8")
             )
         adopt(built, chosen)
-        if aligned:
-            require_covered(aligned, {name: math.prod(t.shape) for name, t in list_tensors(built).items()}, config_file)
+        require_covered(needed, list_tensors(built), config_file)
         if out.is_dir():
             out.rmdir()
         for made in partial.iterdir():
@@ -174,6 +174,7 @@ def _check(
     """The checkpoints in one layout; None if mergekit alone knows what must match."""
     for folder in checkpoints:
         require_plain(folder)
+        require_unquantised(folder)
     safe = [folder for folder in checkpoints if not any(folder.glob("pytorch_model*"))]
     for folder in safe:
         list_tensors(folder)
@@ -201,31 +202,6 @@ def _is_whole(slices: Sequence[OutputSliceDefinition], checkpoint: Path) -> bool
     return [start for start, _ in ranges] == edges[:-1] and edges[-1] == layers_of(checkpoint)
 
 
-def require_covered(aligned: Aligned, written: Mapping[str, int], config_file: Path | str) -> None:
-    """Hold what a merge wrote against what it read, so that no tensor is lost whatever mergekit planned.
-
-    Args:
-        written: tensor -> elements.
-
-    Raises:
-        ThinkSwitchError: a tensor is not there or is smaller than what was read.
-    """
-    read = {name: stored.elements for name, stored in next(iter(aligned.checkpoints.values())).items()}
-    read |= {name: stored.elements for name, stored in aligned.carried.items()}
-    missing = sorted(name for name in read if name not in written)
-    if missing:
-        raise ThinkSwitchError(
-            f"{config_file}: mergekit would leave out {len(missing)} of {len(read)} tensors ({shortened(missing)}); "
-            "merge the whole model, with `models:` rather than `modules:` or `slices:`."
-        )
-    changed = sorted(name for name in read if written[name] < read[name])
-    if changed:
-        raise ThinkSwitchError(
-            f"{config_file}: mergekit would keep only a part of {len(changed)} tensors ({shortened(changed)}); "
-            "merge checkpoints of one shape."
-        )
-
-
 def say_carried(aligned: Aligned | None) -> None:
     """Tell the user of tensors that are copied, since only some of the checkpoints hold them."""
     if aligned and aligned.carried:
@@ -234,11 +210,6 @@ def say_carried(aligned: Aligned | None) -> None:
             f"  copied from {', '.join(owners)}, since only some of the checkpoints have them and transformers does not load "
             f"them: {shortened(sorted(aligned.carried))} ({len(aligned.carried)} in all)"
         )
-
-
-def shortened(names: Sequence[str]) -> str:
-    """The first and the last of many tensors' names."""
-    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
 
 
 def blame(name: str, checkpoints: list[Path], config_file: Path | str) -> str:

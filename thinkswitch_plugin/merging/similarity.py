@@ -70,7 +70,9 @@ def report_similarity(first: Path, second: Path, out: Path) -> None:
 
     aligned = align_compatible([first, second])
     if aligned and aligned.carried:
-        console.say(f"  left out, since transformers does not load them and only one holds them: {', '.join(aligned.carried)}")
+        console.say(
+            f"  left out, since transformers does not load them and only one holds them: {', '.join(aligned.carried)}"
+        )
     sums = tensor_sums(first, second)
     data = {"first": str(first), "second": str(second), **summarise(sums)}
     files.write_json(out / "similarity.json", data)

@@ -98,29 +98,31 @@ def list_tensors(checkpoint: Path) -> dict[str, TensorInfo]:
     return {name: held[shard][name] for name, shard in places.items()}
 
 
+def quantisation(config: Any) -> str | None:
+    """How a `config.json` says that its weights are quantised (`fp8`, `gptq`); None if they are not."""
+    nested = [config, *(v for v in config.values() if isinstance(v, dict))] if isinstance(config, dict) else []
+    found = next((place.get("quantization_config") for place in nested if place.get("quantization_config")), None)
+    return str(found.get("quant_method", "unnamed") if isinstance(found, dict) else found) if found else None
+
+
 def require_unquantised(checkpoint: Path) -> None:
     """Raise `ThinkSwitchError` if a checkpoint's weights are codes with scales (FP8, GPTQ, AWQ, bitsandbytes, MXFP4)."""
     path = checkpoint / "config.json"
-    config = files.read_json(path) if path.is_file() else {}
-    nested = (
-        [config, *(value for value in config.values() if isinstance(value, dict))] if isinstance(config, dict) else []
+    if method := quantisation(files.read_json(path) if path.is_file() else {}):
+        raise ThinkSwitchError(quantised(checkpoint, f"its config.json has a `quantization_config` ({method})"))
+    for shard in sorted(checkpoint.glob("*.safetensors")):
+        for name, info in list_file(shard).items():
+            if _is_code(name, info):
+                raise ThinkSwitchError(quantised(checkpoint, f"{name} is stored as {info.dtype}"))
+
+
+def quantised(checkpoint: Path | str, why: str) -> str:
+    """The sentence that refuses a quantised checkpoint."""
+    return (
+        f"{checkpoint} holds quantised weights ({why}), which cannot be trained further, compared, merged or exported; use "
+        "the checkpoint that it was quantised from (often the same name without -FP8, -GPTQ, -AWQ or -bnb-4bit), or load "
+        "it with transformers, call `model.dequantize()` and save it with `save_pretrained`."
     )
-    method = next((found.get("quantization_config") for found in nested if found.get("quantization_config")), None)
-    why = ""
-    if method:
-        name = method.get("quant_method", "quantised") if isinstance(method, dict) else "quantised"
-        why = f"its config.json has a `quantization_config` ({name})"
-    else:
-        for shard in sorted(checkpoint.glob("*.safetensors")):
-            for name, info in list_file(shard).items():
-                if _is_code(name, info):
-                    why = f"{name} is stored as {info.dtype}"
-    if why:
-        raise ThinkSwitchError(
-            f"{checkpoint} holds quantised weights ({why}), which cannot be compared, merged or exported; use the checkpoint "
-            "that it was quantised from (often the same name without -FP8, -GPTQ, -AWQ or -bnb-4bit), or load it with "
-            "transformers, call `model.dequantize()` and save it with `save_pretrained`."
-        )
 
 
 def _is_code(name: str, info: TensorInfo) -> bool:
