@@ -418,7 +418,8 @@ def table(rows: dict[str, dict[str, str]]) -> str:
         for cell in cells.values():
             if cell != "ok" and cell not in notes:
                 notes.append(cell)
-            shown.append(cell if cell == "ok" else f"refused ({notes.index(cell) + 1})")
+            word = "FAILED" if cell.startswith("FAILED") else "refused"
+            shown.append(cell if cell == "ok" else f"{word} ({notes.index(cell) + 1})")
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join([*lines, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))]).rstrip() + "\n"
 

@@ -9,8 +9,9 @@ import torch
 from tests.checkpoints import qwen3, write
 from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.merging.compatibility import Allowances, list_tensors, require_compatible
+from thinkswitch_plugin.merging.compatibility import Allowances, require_compatible
 from thinkswitch_plugin.merging.similarity import similarity
+from thinkswitch_plugin.merging.tensors import list_tensors
 
 W = {"w": torch.zeros(2, 2)}
 NORM = "model.norm.weight"

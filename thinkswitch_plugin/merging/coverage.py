@@ -31,7 +31,7 @@ def expected(config: MergeConfiguration, checkpoints: Sequence[Path], aligned: A
     for piece in config.slices or []:
         folder = Path(piece.sources[0].model.model.path)
         if folder not in checkpoints or not any(folder.glob("*.safetensors")):
-            return {}  # on the hub, or pickled: not read by us
+            return {}  # on the hub, or not safetensors: not read by us
         held, layers = list_weights(folder), layers_of(folder)
         sizes = {name: math.prod(info.shape) for name, info in held.items()}
         stack = main_stack(sizes)

@@ -41,7 +41,11 @@ class ModelWriter:
     """Takes merged tensors by the names that checkpoints store them under and puts each into its place in a model."""
 
     def __init__(self, model: PreTrainedModel, names: Iterable[str]) -> None:
-        """Args: names: everything that will be written."""
+        """A writer into a model.
+
+        Args:
+            names: everything that will be written.
+        """
         self.layout = Layout(model, names)
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
         self._group = {name: key for key, stored in self.layout.groups.items() for name in stored}
