@@ -57,7 +57,7 @@ endif
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines \
 	similarity labels adaptive switch export-loras serve control results chaos bench-engines bench-sweep bench-merge bench-export bench-faults \
-	bench-pairs bench-report gpu-check screenshots fuzz bad-input traces lint test
+	bench-pairs bench-report gpu-check screenshots fuzz bad-input traces models lint test
 
 ##@ Run
 
@@ -216,6 +216,9 @@ screenshots: setup ## docs/pictures/report-*.png of a run's page: make screensho
 
 fuzz: setup ## random inputs through splitting, answers, pairs, recipes, prompts: make fuzz INPUTS=1000000
 	@$(VENV)/bin/python -m tests.fuzz --inputs "$${INPUTS:-100000}"
+
+models: setup ## what works with which architecture, on tiny random models of each: make models
+	@$(VENV)/bin/python -m tests.models --write docs/models.md
 
 bad-input: setup ## a table of every broken file and what the real command answers to it
 	@$(VENV)/bin/python -m tests.bad_input

@@ -27,7 +27,7 @@ import torch
 from safetensors import safe_open
 
 from thinkswitch_plugin import files
-from thinkswitch_plugin.merging.compatibility import list_tensors
+from thinkswitch_plugin.merging.tensors import list_tensors
 from thinkswitch_plugin.merging.writer import StreamingWriter
 
 WEIGHT = 0.8  # λ of every candidate

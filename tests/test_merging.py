@@ -21,6 +21,7 @@ from safetensors import safe_open
 from tests.checkpoints import equal, qwen3, read, write
 from thinkswitch_plugin import cli, files
 from thinkswitch_plugin.merging import run, writer
+from thinkswitch_plugin.merging.in_memory import load, merge_into
 from thinkswitch_plugin.merging.method import module_kind
 
 Tensors = dict[str, torch.Tensor]
@@ -85,7 +86,7 @@ def test_sharding_of_inputs_and_output_changes_nothing(tmp_path: Path, method: s
         ("dare_ties", {"weight": 0.5, "density": 0.5}),
     ],
 )
-def test_mergekits_own_methods_write_what_mergekit_writes(
+def test_mergekits_own_methods_write_what_mergekit_writes_on_disk_and_in_memory(
     tmp_path: Path, method: str, parameters: dict[str, Any]
 ) -> None:
     folders = [write(tmp_path / str(seed), qwen3(seed), seed) for seed in (1, 2, 3)][: 2 if method == "slerp" else 3]
@@ -94,13 +95,18 @@ def test_mergekits_own_methods_write_what_mergekit_writes(
     assert done.exit_code == 0, done.output
     options = MergeOptions(copy_tokenizer=False, quiet=True, random_seed=7, device="cpu")
     run_merge(MergeConfiguration.model_validate(config), str(tmp_path / "plain"), options)
-    assert equal(read(tmp_path / "out"), read(tmp_path / "plain"))
+    plain = read(tmp_path / "plain")
+    assert equal(read(tmp_path / "out"), plain)
+    model = load(folders[-1], {}, device="cpu")
+    merge_into(model, config, seed=7)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in plain.items())
 
 
 def test_layers_stacked_from_unlike_models_are_left_to_mergekit(tmp_path: Path) -> None:
     llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    a = write(tmp_path / "a", qwen3(1), **llama)
-    b = write(tmp_path / "b", qwen3(2, layers=2), num_hidden_layers=2, **llama)
+    three, two = ({n: t for n, t in qwen3(s, k).items() if "_norm." not in n} for s, k in ((1, 3), (2, 2)))
+    a = write(tmp_path / "a", three, **llama)
+    b = write(tmp_path / "b", two, num_hidden_layers=2, **llama)
     slices = [{"sources": [{"model": str(m), "layer_range": [0, 2]}]} for m in (a, b)]
     done = merge(tmp_path, {"merge_method": "passthrough", "slices": slices})
     assert done.exit_code == 0, done.output

@@ -226,6 +226,10 @@ class RebuildKeys(_Keys):
         le=1,
         description="Share of the original's think ratio that a rebuilt checkpoint must keep; 0 accepts any.",
     )
+    may_differ: dict[str, Literal["instruct", "thinking"]] = Field(
+        {},
+        description="Settings of config.json that may differ between the two, and whose value the rebuilt checkpoint has; see docs/models.md.",
+    )
     check_prompts: int = Field(
         64, gt=0, description="Requests (at most) on which the rebuilt checkpoint's think ratio is measured."
     )
@@ -379,6 +383,8 @@ def keys_of(field: FieldInfo) -> type[BaseModel] | None:
 def _kind(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
+    if get_origin(annotation) is dict:
+        return f"setting: {_kind(get_args(annotation)[1])}"
     if get_origin(annotation) is list:
         (inner,) = get_args(annotation)
         return f"list of {_kind(inner)}" + ("s" if get_origin(inner) is None else "")

@@ -18,7 +18,8 @@ from thinkswitch_plugin.args import ThinkSwitchKeys, is_local, resolve_seed
 from thinkswitch_plugin.contamination import require_uncontaminated
 from thinkswitch_plugin.errors import ThinkSwitchError, reason
 from thinkswitch_plugin.evaluation import uses_server
-from thinkswitch_plugin.merging.compatibility import config_difference
+from thinkswitch_plugin.merging.settings import config_difference
+from thinkswitch_plugin.merging.tensors import quantisation, quantised
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.report import price_per_hour
 from thinkswitch_plugin.run import versions
@@ -173,7 +174,10 @@ def pair(keys: ThinkSwitchKeys) -> str:
             raise ThinkSwitchError(
                 f"{name} cannot be reached on the hub: {reason(error)}; check its name, the network and your access to it."
             ) from None
-    if difference := config_difference(*configs):
+    for name, config in zip((keys.pair.instruct, keys.pair.thinking), configs, strict=True):
+        if method := quantisation(config):
+            raise ThinkSwitchError(quantised(name, f"its config.json has a `quantization_config` ({method})"))
+    if difference := config_difference(*configs, may_differ=keys.rebuild.may_differ):
         raise ThinkSwitchError(f"no compatible pair: {difference}")
     return f"{keys.pair.instruct} and {keys.pair.thinking} have one architecture, size and vocabulary"
 

@@ -16,7 +16,7 @@ from typing import Any
 from thinkswitch_plugin import console, files, loop
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import run_lm_eval
-from thinkswitch_plugin.merging.config import place_models, set_lambda
+from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
 from thinkswitch_plugin.merging.rebuild import merge
 from thinkswitch_plugin.report import header, rows, score, table
 from thinkswitch_plugin.run import MODES, Run, locked, open_run
@@ -59,7 +59,7 @@ def run_control(run: Run, name: str) -> None:
             weight = files.read_json(run.iteration(1) / "rebuild.json")["lambda"]
             config = Path(run.recipe.keys.rebuild.config)
             merged = place_models(
-                set_lambda(files.read_yaml(config), weight, config),
+                set_lambda(allow(files.read_yaml(config), run.recipe.keys.rebuild.may_differ), weight, config),
                 {mode: run.checkpoint(mode, 0) for mode in MODES},
             )
             files.write_yaml(here / "merge.yaml", merged)

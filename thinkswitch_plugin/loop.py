@@ -22,7 +22,7 @@ def prepare_pair(run: Run) -> dict[str, Any]:
 
     Writes `iter-0/pair.json`: name, folder and hub commit of both checkpoints.
     """
-    from thinkswitch_plugin.merging.compatibility import require_compatible
+    from thinkswitch_plugin.merging.compatibility import Allowances, require_compatible
 
     keys = run.recipe.keys.pair
     if keys.embedded:
@@ -38,7 +38,8 @@ def prepare_pair(run: Run) -> dict[str, Any]:
         name = run.checkpoint(mode, 0)
         folder, commit = checkpoint.resolve(name, revision, mode)
         found[mode] = {"name": name, "path": str(folder), "revision": commit}
-    require_compatible(Path(found["instruct"]["path"]), Path(found["thinking"]["path"]))
+    allowed = Allowances(may_differ=tuple(run.recipe.keys.rebuild.may_differ))
+    require_compatible(Path(found["instruct"]["path"]), Path(found["thinking"]["path"]), allowed)
     files.write_json(run.iteration(0) / "pair.json", found)
     return {}
 

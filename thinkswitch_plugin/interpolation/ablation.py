@@ -17,7 +17,16 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.in_process import Sampling
 from thinkswitch_plugin.interpolation.candidates import Candidate, judge_all
 from thinkswitch_plugin.interpolation.subject import Subject, Template, few_questions, of_template, write_results
-from thinkswitch_plugin.merging.config import NAME, check_config, fit_layers, named_models, place_models, set_lambda
+from thinkswitch_plugin.merging.config import (
+    NAME,
+    allow,
+    check_config,
+    fit_layers,
+    named_models,
+    place_models,
+    set_lambda,
+)
+from thinkswitch_plugin.merging.settings import layers_of
 
 SETTABLE = (NAME, "slerp", "linear")  # methods that have a λ
 
@@ -54,14 +63,12 @@ def judge_configs(
     Raises:
         ThinkSwitchError: no config can be made of the checkpoints there are, or one fails.
     """
-    from thinkswitch_plugin.merging.in_memory import transformer_layers
-
-    layers = transformer_layers(subject.roles["thinking"])
+    layers = layers_of(subject.roles["thinking"])
     found: list[tuple[Path, dict[str, Any]]] = []
     roles = subject.roles
     for path in collect(paths):
         check_config(path)
-        config = fit_layers(files.read_yaml(path), layers)
+        config = allow(fit_layers(files.read_yaml(path), layers), subject.keys.rebuild.may_differ)
         if weight is not None and has_lambda(config):
             config = set_lambda(config, weight, path)
         if reason := subject.lacks(named_models(config)):
@@ -73,11 +80,12 @@ def judge_configs(
         raise ThinkSwitchError(
             "None of these merge configs can be made of this pair; use ITER= of a run that has gone on."
         )
-    reference = {
+    reference: dict[str, Any] = {
         "merge_method": "linear",
         "models": [{"model": "./instruct"}, {"model": "./thinking"}],
         "parameters": {"normalize": False},
     }
+    reference = allow(reference, subject.keys.rebuild.may_differ)
     ends = [(Path(f"{mode} alone"), set_lambda(reference, w, Path())) for mode, w in (("instruct", 0), ("thinking", 1))]
     used = sorted(set().union(*(named_models(config) for _, config in (*ends, *found))))
     folders = {role: str(roles[role]) for role in used}

@@ -174,23 +174,30 @@ class InMemoryJudge:
     """One model in this process, merged into in place and judged by lm-eval's hf backend."""
 
     def __init__(self, bench: Bench) -> None:
-        from lm_eval.models.huggingface import HFLM
-
         self.bench = bench
         self.log = bench.work / "logs" / "lm_eval.log"
-        with quiet(self.log):
-            self.model = HFLM(
-                pretrained=str(bench.skeleton),
-                tokenizer=str(bench.template),
-                dtype="auto",
-                device="cuda" if has_cuda() else "cpu",
-                batch_size=bench.evaluation.batch_size,
-            )
+        self.settings: dict[str, Path] | None = None
+        self.model: Any = None
+
+    def load(self, settings: dict[str, Path]) -> None:
+        """Load the model to merge into, unless it is loaded with these settings; see `in_memory.load`."""
+        from lm_eval.models.huggingface import HFLM
+
+        from thinkswitch_plugin.merging.in_memory import load
+
+        if settings != self.settings:
+            with quiet(self.log):
+                model = load(self.bench.skeleton, settings, device="cuda" if has_cuda() else "cpu")
+                batch_size = self.bench.evaluation.batch_size
+                self.model = HFLM(pretrained=model, tokenizer=str(self.bench.template), batch_size=batch_size)
+            self.settings = settings
 
     def judge(self, candidate: Candidate, out: Path) -> None:
         """Merge, answer and grade one candidate; lm-eval's files go to `out`."""
+        from thinkswitch_plugin.merging.config import without_ours
         from thinkswitch_plugin.merging.in_memory import merge_into
 
+        self.load(without_ours(candidate.config)[1])
         merge_into(self.model.model, candidate.config, seed=self.bench.seed)
         with quiet(self.log):
             evaluate(

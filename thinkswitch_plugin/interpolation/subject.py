@@ -13,7 +13,7 @@ from thinkswitch_plugin.args import ThinkSwitchKeys, resolve_seed
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.interpolation.candidates import Bench
-from thinkswitch_plugin.merging.compatibility import require_compatible
+from thinkswitch_plugin.merging.compatibility import Allowances, require_compatible
 from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.run import locked, open_run, settings_file
 from thinkswitch_plugin.task_files import task_files
@@ -83,11 +83,13 @@ class Subject:
     def fetch(self, named: Iterable[str]) -> dict[str, Path]:
         """The folders of these models; the common ancestor may come from the hub.
 
-        Raises `ThinkSwitchError` if it cannot be had.
+        Raises `ThinkSwitchError` if it cannot be had, or cannot be merged with the pair.
         """
         found = {name: self.roles[name] for name in named}
         if "base" in found:
             found["base"], _ = checkpoint.resolve(str(found["base"]), None, "common ancestor")
+            allowed = Allowances(may_differ=tuple(self.keys.rebuild.may_differ))
+            require_compatible(self.roles["thinking"], found["base"], allowed)
         return found
 
     def described(self) -> dict[str, Any]:
@@ -184,7 +186,7 @@ def find_subject(wanted: Wanted) -> Subject:
             roles[name], _ = checkpoint.resolve(given, None, name)
     for role in roles.values():
         checkpoint.require_weights(role)
-    require_compatible(roles["instruct"], roles["thinking"])
+    require_compatible(roles["instruct"], roles["thinking"], Allowances(may_differ=tuple(keys.rebuild.may_differ)))
     named = "--".join(checkpoint.folder_name(name) for name in (wanted.instruct, wanted.thinking) if name)
     where = wanted.out or (folder / f"iter-{iteration}" if wanted.of_run else Path("sweeps") / domain / named)
     return Subject(

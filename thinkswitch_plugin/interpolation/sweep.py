@@ -23,7 +23,7 @@ from thinkswitch_plugin.in_process import Sampling
 from thinkswitch_plugin.interpolation import stages
 from thinkswitch_plugin.interpolation.candidates import Bench, Candidate, finished, judge_all
 from thinkswitch_plugin.interpolation.subject import Subject, Template, few_questions, of_template, write_results
-from thinkswitch_plugin.merging.config import check_config, place_models, set_lambda
+from thinkswitch_plugin.merging.config import allow, check_config, place_models, set_lambda
 
 ELLIPSIS = ("…", "...")
 PAIR = ("instruct", "thinking")
@@ -83,7 +83,7 @@ def sweep(subject: Subject, weights: Sequence[float], sampling: Sequence[Samplin
     """
     source = Path(subject.keys.rebuild.config)
     check_config(source)
-    config = files.read_yaml(source)
+    config = allow(files.read_yaml(source), subject.keys.rebuild.may_differ)
     folder = subject.out / ("sweep" + of_template(template))
     roles = {name: str(subject.roles[name]) for name in PAIR}
 

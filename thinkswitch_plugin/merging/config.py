@@ -2,7 +2,10 @@
 
 A config of `merge_configs/` is an ordinary mergekit YAML whose models are called
 `./instruct` and `./thinking` (so it runs as it stands in a folder that holds both). The loop
-puts the real folders in their places and sets λ.
+puts the real folders in their places and sets λ. One key is ours and not mergekit's:
+
+    may_differ:
+      rope_parameters: ./instruct     # this setting may differ; the result has the value of ./instruct
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 NAME = "thinkswitch"  # the mergekit method of `method.py`
+MAY_DIFFER = "may_differ"
 MODEL_KEYS = ("model", "base_model", "source")
 PARAMETERS = ("lambda", "lambda_attention", "lambda_ffn", "lambda_rest", "path")
 
@@ -26,6 +30,8 @@ def place_models(config: Any, roles: Mapping[str, str]) -> Any:
         return {
             key: roles.get(role(value), value)
             if key in MODEL_KEYS and isinstance(value, str)
+            else {setting: roles.get(role(model), model) for setting, model in value.items()}
+            if key == MAY_DIFFER
             else place_models(value, roles)
             for key, value in config.items()
         }
@@ -42,6 +48,21 @@ def named_models(config: Any) -> set[str]:
     if isinstance(config, list):
         return set().union(*(named_models(item) for item in config))
     return set()
+
+
+def allow(config: dict[str, Any], may_differ: Mapping[str, str]) -> dict[str, Any]:
+    """A merge config with settings that may differ put in: setting -> `instruct` or `thinking`, whose value counts.
+
+    What the config itself says of a setting counts more.
+    """
+    allowed = {setting: f"./{mode}" for setting, mode in may_differ.items()} | (config.get(MAY_DIFFER) or {})
+    return {**config, MAY_DIFFER: allowed} if allowed else config
+
+
+def without_ours(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
+    """A merge config as mergekit reads it, and what it says under `may_differ`: setting -> checkpoint folder."""
+    own = {key: value for key, value in config.items() if key != MAY_DIFFER}
+    return own, {setting: Path(folder) for setting, folder in (config.get(MAY_DIFFER) or {}).items()}
 
 
 def fit_layers(config: dict[str, Any], layers: int) -> dict[str, Any]:
@@ -142,6 +163,11 @@ def _check_value(path: Path, key: str, value: Any) -> None:
 def _fault(config: dict[str, Any]) -> str | None:
     if not isinstance(config.get("merge_method"), str):
         return "`merge_method` is missing or not text"
+    allowed = config.get(MAY_DIFFER) or {}
+    if not isinstance(allowed, dict) or not all(isinstance(word, str) for pair in allowed.items() for word in pair):
+        return f"`{MAY_DIFFER}` must map settings of config.json to models, such as `rope_parameters: ./thinking`"
+    if unknown := sorted(model for model in allowed.values() if role(model) not in named_models(config)):
+        return f"`{MAY_DIFFER}` names {unknown[0]}, which is not a model of this config"
     for name in ("models", "slices"):
         if not isinstance(config.get(name), list | None):
             return f"`{name}` must be a list, found {type(config[name]).__name__}"

@@ -9,58 +9,88 @@ annotated with an abstract generic.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.architecture import get_architecture_info
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
 from mergekit.io import tasks as mergekit_tasks
-from mergekit.io.tasks import LoaderCache
+from mergekit.io.tasks import LoaderCache, SaveTensor
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
-from transformers import PreTrainedModel, set_seed
+from transformers import AutoConfig, PreTrainedModel, set_seed
 
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.merging.architecture import architecture, use_layout
+from thinkswitch_plugin.merging.compatibility import Allowances, align_compatible
+from thinkswitch_plugin.merging.config import without_ours
+from thinkswitch_plugin.merging.coverage import shortened
 from thinkswitch_plugin.merging.kernel import all_finite
+from thinkswitch_plugin.merging.layout import Layout, model_class
 from thinkswitch_plugin.merging.method import register
-from thinkswitch_plugin.merging.run import blame, sentence
+from thinkswitch_plugin.merging.run import blame, local_checkpoints, sentence
+from thinkswitch_plugin.merging.settings import require_known, with_values
+from thinkswitch_plugin.merging.tensors import require_unquantised
 from thinkswitch_plugin.merging.writer import NonFiniteOutputError
 
 
 class ModelWriter:
-    """Takes merged tensors by name and copies each into the model's parameter of that name."""
+    """Takes merged tensors by the names that checkpoints store them under and puts each into its place in a model."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.parameters: Mapping[str, torch.nn.Parameter] = dict(model.named_parameters())
-        self.written: set[str] = set()
+    def __init__(self, model: PreTrainedModel, names: Iterable[str]) -> None:
+        """A writer into a model.
+
+        Args:
+            names: everything that will be written.
+        """
+        self.layout = Layout(model, names)
+        self._waiting: dict[str, dict[str, torch.Tensor]] = {}
+        self._group = {name: key for key, stored in self.layout.groups.items() for name in stored}
+        self._written: set[int] = set()
 
     def save_tensor(self, name: str, tensor: torch.Tensor, clone: bool = False) -> None:
         """Called by mergekit for every tensor.
 
         Raises:
-            ThinkSwitchError: the model has no parameter of that name and shape.
+            ThinkSwitchError: the model has another shape there.
             NonFiniteOutputError: the tensor holds NaN or infinity.
         """
-        parameter = self.parameters.get(name)
-        if parameter is None or parameter.shape != tensor.shape:
-            raise ThinkSwitchError(
-                f"The merged tensor {name} {list(tensor.shape)} has no place in the loaded model; "
-                "have the candidates written to disk instead: `thinkswitch.evaluation.backend: server` in an overlay."
-            )
         if not all_finite(tensor):
             raise NonFiniteOutputError(name)
+        key = self._group.get(name)
+        if key is None:
+            return  # a multi-token prediction head and the like: the model does not compute with it
+        waiting = self._waiting.setdefault(key, {})
+        waiting[name] = tensor
+        if len(waiting) == len(self.layout.groups[key]):
+            for target, value in self.layout.convert(key, self._waiting.pop(key)).items():
+                self._put(target, value)
+
+    def _put(self, target: str, value: torch.Tensor) -> None:
+        place = self.layout.state.get(target)
+        if place is None or place.shape != value.shape:
+            raise ThinkSwitchError(
+                f"The merged tensor {target} {list(value.shape)} has no place in the loaded model; "
+                "have the candidates written to disk instead: `thinkswitch.evaluation.backend: server` in an overlay."
+            )
         with torch.no_grad():
-            parameter.copy_(tensor)
-        self.written.add(name)
+            place.copy_(value)
+        self._written.add(place.data_ptr())
 
     def finalize(self) -> None:
-        """Called by mergekit at the end. Raises `ThinkSwitchError` if a parameter was left as it was."""
-        if missing := sorted(self.parameters.keys() - self.written):
-            raise ThinkSwitchError(f"The merge config gives no value for {missing[0]}; merge the whole model.")
+        """Called by mergekit at the end. Raises `ThinkSwitchError` if a tensor of the model was left as it was."""
+        # A tied head has the place of the embedding.
+        missing = sorted(
+            name for name, place in self.layout.state.items() if place.numel() and place.data_ptr() not in self._written
+        )
+        if missing:
+            raise ThinkSwitchError(
+                f"The merge config gives no value for {len(missing)} tensors of the model ({shortened(missing)}); "
+                "merge the whole model."
+            )
 
 
 @contextmanager
@@ -74,8 +104,29 @@ def writing_to(writer: Any) -> Iterator[None]:
         mergekit_tasks.TensorWriter = original
 
 
+def load(skeleton: Path, chosen: Mapping[str, Path], *, device: str) -> PreTrainedModel:
+    """The model that candidates are merged into, of the class that its config.json names.
+
+    Args:
+        skeleton: a checkpoint folder of the architecture.
+        chosen: setting -> the checkpoint folder whose value the candidates have, as in `settings.adopt`.
+
+    Raises `ThinkSwitchError` if transformers has no class for it.
+    """
+    require_unquantised(skeleton)
+    require_known(skeleton)
+    kind = model_class(skeleton)
+    if kind is None:
+        raise ThinkSwitchError(
+            f"transformers has no class for the architecture of {skeleton}; have the candidates served by an engine that "
+            "has one: `thinkswitch.evaluation.backend: server` in an overlay."
+        )
+    config = with_values(AutoConfig.from_pretrained(skeleton, trust_remote_code=False), chosen)
+    return kind.from_pretrained(skeleton, config=config, dtype="auto").to(device).eval()
+
+
 def merge_into(model: PreTrainedModel, config: dict[str, Any], *, seed: int = 0) -> None:
-    """Carry out a merge config (as `mergekit-yaml` reads it) in place, in `model`.
+    """Carry out a merge config (as `thinkswitch merge` reads it) in place, in `model`.
 
     The inputs are mapped from disk and stay open between calls, so a second merge of the
     same checkpoints reads them from the page cache.
@@ -84,41 +135,38 @@ def merge_into(model: PreTrainedModel, config: dict[str, Any], *, seed: int = 0)
         seed: for methods that draw at random (DARE, DELLA); mergekit-yaml's `--random-seed`.
 
     Raises:
-        ThinkSwitchError: mergekit refuses the config, or the merged tensors do not fit the model or are not finite.
+        ThinkSwitchError: the checkpoints do not match, mergekit refuses the config, or the merged tensors do not fit
+            the model or are not finite.
     """
     register()
     try:
-        _carry_out(MergeConfiguration.model_validate(config), model, seed)
+        own, chosen = without_ours(config)
+        _carry_out(MergeConfiguration.model_validate(own), model, seed, tuple(chosen))
     except ThinkSwitchError:
         raise
     except Exception as error:
         raise ThinkSwitchError(f"mergekit stopped: {sentence(error)}") from error
 
 
-def _carry_out(config: MergeConfiguration, model: PreTrainedModel, seed: int) -> None:
+def _carry_out(config: MergeConfiguration, model: PreTrainedModel, seed: int, may_differ: tuple[str, ...]) -> None:
     device = str(model.device)
     options = MergeOptions(quiet=True, random_seed=seed, device=device)
     set_seed(seed)
     LoaderCache().setup(options=options)
-    architecture = get_architecture_info(config, options)
-    plan = MergePlanner(config, architecture, options=options, out_model_config=model.config).plan_to_disk("")
+    allowed = Allowances(dtype=config.dtype is not None, may_differ=may_differ)
+    folders = local_checkpoints(config)
+    aligned = align_compatible(folders, allowed)
+    assert aligned is not None
+    use_layout(config, aligned)
+    planner = MergePlanner(
+        config, architecture(config, options, aligned), options=options, out_model_config=model.config
+    )
+    plan = planner.plan_to_disk("")
     executor = Executor(plan, math_device=torch.device(device), storage_device=torch.device("cpu"))
+    names = {task.tensor_name for task in plan if isinstance(task, SaveTensor)}
     try:
-        with writing_to(ModelWriter(model)):
+        with writing_to(ModelWriter(model, names)):
             for _ in executor.run(quiet=True):
                 pass
     except NonFiniteOutputError as error:
-        folders = [Path(m.model.path) for m in config.referenced_models()]
         raise ThinkSwitchError(blame(error.name, folders, f"{config.merge_method} in memory")) from None
-
-
-def transformer_layers(checkpoint: Path) -> int:
-    """How many layers a checkpoint folder's model has. Raises `ThinkSwitchError` if its config does not say."""
-    from thinkswitch_plugin import files
-
-    count = files.read_json(checkpoint / "config.json").get("num_hidden_layers")
-    if not isinstance(count, int):
-        raise ThinkSwitchError(
-            f"{checkpoint / 'config.json'}: `num_hidden_layers` is missing; copy or download the file again."
-        )
-    return count

@@ -13,7 +13,7 @@ from typing import Any
 from mergekit.graph import Executor, Task
 from mergekit.io.tasks import LoaderCache, LoadTensor, SaveTensor
 
-from thinkswitch_plugin.merging.compatibility import TensorInfo, list_file
+from thinkswitch_plugin.merging.tensors import TensorInfo, list_file
 
 PIECE = 2**24  # bytes
 WINDOW = 2**30  # bytes asked for ahead of the task at work
@@ -55,8 +55,9 @@ class ReadAheadExecutor(Executor):  # type: ignore[misc]
                 path = Path(index.base_path) / index.tensor_paths[name]
                 if path not in files:
                     files[path] = list_file(path)
-                together.append(files[path][name])
-                total += files[path][name].length
+                if info := files[path].get(name):  # else it is converted from several
+                    together.append(info)
+                    total += info.length
         return reads + _interleave(together), needed
 
 

@@ -20,8 +20,8 @@ from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.engines import choose, has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.generate import generate
-from thinkswitch_plugin.merging.compatibility import require_compatible
-from thinkswitch_plugin.merging.config import place_models, set_lambda
+from thinkswitch_plugin.merging.compatibility import Allowances, require_compatible
+from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
 from thinkswitch_plugin.merging.similarity import similarity
 from thinkswitch_plugin.traces import Outcome
 
@@ -149,10 +149,10 @@ def rebuild_thinking(
     tried_on = asked_ids(requests, keys.check_prompts)
     before = baseline(reference_requests, reference, tried_on, convention)
     before.require_traces(reference, keys)
-    require_compatible(instruct, anchor)
+    require_compatible(instruct, anchor, Allowances(may_differ=tuple(keys.may_differ)))
     nearness = similarity(instruct, anchor)
     config_path = Path(keys.config)
-    template = files.read_yaml(config_path)
+    template = allow(files.read_yaml(config_path), keys.may_differ)
     roles = {"instruct": str(instruct), "thinking": str(anchor)}
     # A server of the user's own does not serve a candidate.
     judge = choose("auto") if engine.startswith("http") else engine

@@ -8,28 +8,34 @@ while it is merged, from the sums of our method or in what is about to be writte
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import click
 import mergekit.io.tasks
 import mergekit.merge
 import torch
-from mergekit.config import MergeConfiguration
+from mergekit.config import MergeConfiguration, OutputSliceDefinition
 from mergekit.merge_methods import registry
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from pydantic import ValidationError
 from safetensors import safe_open
 
-from thinkswitch_plugin import files
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.checkpoint import require_plain
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.merging.compatibility import Allowances, list_tensors, require_all_compatible
-from thinkswitch_plugin.merging.config import check_config
+from thinkswitch_plugin.merging.architecture import architecture, planning_for, use_layout
+from thinkswitch_plugin.merging.compatibility import Allowances, align_compatible
+from thinkswitch_plugin.merging.config import check_config, without_ours
+from thinkswitch_plugin.merging.coverage import expected, require_covered, shortened
 from thinkswitch_plugin.merging.kernel import all_finite, non_finite
+from thinkswitch_plugin.merging.layout import Aligned
 from thinkswitch_plugin.merging.method import register
 from thinkswitch_plugin.merging.readahead import ReadAheadExecutor
+from thinkswitch_plugin.merging.settings import adopt, layers_of, require_known
+from thinkswitch_plugin.merging.tensors import list_tensors, require_unquantised
 from thinkswitch_plugin.merging.writer import NonFiniteOutputError, writer
 
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of <malloc.h>
@@ -56,7 +62,7 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
     """Run a mergekit config.
 
     Args:
-        config_file: any mergekit YAML; model folders in it are relative to the current folder.
+        config_file: any mergekit YAML, and `may_differ` in it; model folders are relative to the current folder.
         out: the checkpoint folder to make; it may exist only if it is empty.
         options: mergekit-yaml's own.
 
@@ -74,9 +80,13 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
         raise ThinkSwitchError(
             f"{config_file}: mergekit has no `merge_method` {method!r}; it has {', '.join(sorted(known))}."
         )
-    config = _read_config(config_file)
-    checkpoints = _local_checkpoints(config)
-    _check(config, checkpoints, options)
+    config, chosen = _read_config(config_file)
+    checkpoints = local_checkpoints(config)
+    aligned = _check(config, checkpoints, options, chosen)
+    for folder in checkpoints:
+        require_known(folder)
+    needed = expected(config, checkpoints, aligned)  # mergekit changes the config while it plans
+    say_carried(aligned)
     partial = files.temporary_sibling(out)
     _return_big_blocks()
     try:
@@ -84,10 +94,13 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
         # mergekit writes the folder's own name into the model card.
         built = partial / out.name
         built.mkdir(parents=True)
-        with streaming():
+        with streaming(aligned), planning_for(architecture(config, options, aligned)):
+            use_layout(config, aligned)
             mergekit.merge.run_merge(
                 config, str(built), options=options, config_source=config_file.read_text(encoding="utf-8")
             )
+        adopt(built, chosen)
+        require_covered(needed, list_tensors(built), config_file)
         if out.is_dir():
             out.rmdir()
         for made in partial.iterdir():
@@ -105,10 +118,16 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
 
 
 @contextmanager
-def streaming() -> Iterator[None]:
-    """Put our writer and our executor in the places of mergekit's, which has no option for either."""
+def streaming(aligned: Aligned | None = None) -> Iterator[None]:
+    """Put our writer and our executor in the places of mergekit's, which has no option for either.
+
+    Args:
+        aligned: its `carried` tensors are written beside the merged ones.
+    """
     names = mergekit.io.tasks.TensorWriter, mergekit.merge.Executor
-    mergekit.io.tasks.TensorWriter, mergekit.merge.Executor = writer, ReadAheadExecutor
+    carried = aligned.carried if aligned else {}
+    mergekit.io.tasks.TensorWriter = partial(writer, carried=carried)
+    mergekit.merge.Executor = ReadAheadExecutor
     try:
         yield
     finally:
@@ -123,9 +142,10 @@ def _return_big_blocks() -> None:
         ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**20)
 
 
-def _read_config(path: Path) -> MergeConfiguration:
+def _read_config(path: Path) -> tuple[MergeConfiguration, dict[str, Path]]:
+    own, chosen = without_ours(files.read_yaml(path))
     try:
-        return MergeConfiguration.model_validate(files.read_yaml(path))
+        return MergeConfiguration.model_validate(own), chosen
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -134,7 +154,7 @@ def _read_config(path: Path) -> MergeConfiguration:
         raise ThinkSwitchError(f"{path}: {sentence(error)}") from None
 
 
-def _local_checkpoints(config: MergeConfiguration) -> list[Path]:
+def local_checkpoints(config: MergeConfiguration) -> list[Path]:
     """The folders that the config names, the base first; hub ids and adapters are left to mergekit."""
     base = [config.base_model] if config.base_model else []
     others = sorted((model for model in config.referenced_models() if model not in base), key=str)
@@ -148,24 +168,48 @@ def _local_checkpoints(config: MergeConfiguration) -> list[Path]:
     return found
 
 
-def _check(config: MergeConfiguration, checkpoints: list[Path], options: MergeOptions) -> None:
+def _check(
+    config: MergeConfiguration, checkpoints: list[Path], options: MergeOptions, may_differ: Mapping[str, Path]
+) -> Aligned | None:
+    """The checkpoints in one layout; None if mergekit alone knows what must match."""
     for folder in checkpoints:
         require_plain(folder)
+        require_unquantised(folder)
     safe = [folder for folder in checkpoints if not any(folder.glob("pytorch_model*"))]
     for folder in safe:
         list_tensors(folder)
     slices = [s for part in (config, *(config.modules or {}).values()) for s in part.slices or []]
     stacked = any(len({source.layer_range for source in s.sources}) != 1 or len(s.sources) == 1 for s in slices)
     if stacked or not safe:
-        return  # layers put together from unlike places: mergekit alone knows what must match
-    require_all_compatible(
+        return None  # layers put together from unlike places
+    whole = not slices or _is_whole(slices, safe[0])
+    aligned = align_compatible(
         safe,
         Allowances(
-            architecture=bool(slices) or options.allow_crimes,
+            architecture=not whole or options.allow_crimes,
             vocabulary=bool(config.tokenizer_source or config.tokenizer or options.unsafe_truncate_embeddings),
             dtype=config.dtype is not None,
+            may_differ=tuple(may_differ),
         ),
     )
+    return aligned if len(safe) == len(checkpoints) else None
+
+
+def _is_whole(slices: Sequence[OutputSliceDefinition], checkpoint: Path) -> bool:
+    """Whether slices take every layer of a checkpoint, once and in order."""
+    ranges = [tuple(piece.sources[0].layer_range) for piece in slices]
+    edges = [0, *(end for _, end in ranges)]
+    return [start for start, _ in ranges] == edges[:-1] and edges[-1] == layers_of(checkpoint)
+
+
+def say_carried(aligned: Aligned | None) -> None:
+    """Tell the user of tensors that are copied, since only some of the checkpoints hold them."""
+    if aligned and aligned.carried:
+        owners = sorted({str(info.file.parent) for stored in aligned.carried.values() for _, info in stored.parts})
+        console.say(
+            f"  copied from {', '.join(owners)}, since only some of the checkpoints have them and transformers does not load "
+            f"them: {shortened(sorted(aligned.carried))} ({len(aligned.carried)} in all)"
+        )
 
 
 def blame(name: str, checkpoints: list[Path], config_file: Path | str) -> str:

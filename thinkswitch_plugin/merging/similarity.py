@@ -23,7 +23,7 @@ import torch
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.merging.compatibility import TensorInfo, list_weights, require_compatible
+from thinkswitch_plugin.merging.compatibility import align_compatible, list_weights
 from thinkswitch_plugin.merging.kernel import (
     CHUNK,
     MERGEKIT_LINEAR,
@@ -33,6 +33,8 @@ from thinkswitch_plugin.merging.kernel import (
     non_finite,
     workers,
 )
+from thinkswitch_plugin.merging.layout import Stored, align
+from thinkswitch_plugin.merging.tensors import TensorInfo
 from thinkswitch_plugin.progress import Bar
 
 DTYPES = {
@@ -40,8 +42,6 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
 }
 PIECE = 2**22  # elements read at once from each checkpoint
 WINDOW = 2**28  # bytes of each checkpoint asked from the disk ahead of reading
@@ -68,7 +68,11 @@ def report_similarity(first: Path, second: Path, out: Path) -> None:
     """
     from thinkswitch_plugin import pictures
 
-    require_compatible(first, second)
+    aligned = align_compatible([first, second])
+    if aligned and aligned.carried:
+        console.say(
+            f"  left out, since transformers does not load them and only one holds them: {', '.join(aligned.carried)}"
+        )
     sums = tensor_sums(first, second)
     data = {"first": str(first), "second": str(second), **summarise(sums)}
     files.write_json(out / "similarity.json", data)
@@ -150,36 +154,48 @@ def tensor_sums(first: Path, second: Path) -> dict[str, Sums]:
     Reads both checkpoints once, a few MB at a time.
     Raises `ThinkSwitchError` as `similarity` does.
     """
-    left, right = list_weights(first), list_weights(second)
-    if left.keys() != right.keys():
-        name = min(left.keys() ^ right.keys())
-        raise ThinkSwitchError(
-            f"{first} and {second} are no compatible pair: only one holds the tensor {name}; both must come from one base."
-        )
+    aligned = align({folder: list_weights(folder) for folder in (first, second)})
+    left, right = aligned.checkpoints[first], aligned.checkpoints[second]
     pieces = list(_pieces(left, right))
-    if not pieces:
+    converted = [name for name, stored in left.items() if stored.layout]
+    if not pieces and not converted:
         raise ThinkSwitchError(f"{first} holds no floating-point tensor; name a checkpoint of unquantized weights.")
     sums: dict[str, Sums] = {}
-    size = sum(info.length for tensors in (left, right) for info in tensors.values())
+    size = sum(info.length for tensors in (left, right) for stored in tensors.values() for _, info in stored.parts)
     with Reader() as read, Bar(size, "similarity", unit="B") as bar:
         for piece, found in zip(pieces, workers().map(read.sums, pieces), strict=True):
             if not all(map(math.isfinite, (found.xx, found.yy, found.x1, found.y1))):
                 found = read.in_float64(piece, first, second)
             sums[piece.name] = sums.get(piece.name, Sums()) + found
             bar.update((piece.stop - piece.start) * (_width(piece.first) + _width(piece.second)))
+        for name in converted:
+            sums[name] = _converted_sums(left[name], right[name], first, second)
+            bar.update(sum(info.length for stored in (left[name], right[name]) for _, info in stored.parts))
     return sums
+
+
+def _converted_sums(left: Stored, right: Stored, first: Path, second: Path) -> Sums:
+    """The sums over a tensor that the two checkpoints store in different layouts."""
+    a, b = left.read().reshape(-1), right.read().reshape(-1)
+    for checkpoint, tensor in ((first, a), (second, b)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise ThinkSwitchError(non_finite(checkpoint, left.name))
+    scratch = Scratch(CHUNK, torch.float64, torch.device("cpu"))
+    chunks = zip(a.split(CHUNK), b.split(CHUNK), strict=True)
+    return sum((chunk_sums(x, y, scratch, absolute=True) for x, y in chunks), Sums())
 
 
 def _width(info: TensorInfo) -> int:
     return DTYPES[info.dtype].itemsize
 
 
-def _pieces(left: dict[str, TensorInfo], right: dict[str, TensorInfo]) -> Iterator[Piece]:
-    for name, info in sorted(left.items(), key=lambda entry: (entry[1].file, entry[1].start)):
-        if info.dtype in DTYPES and right[name].dtype in DTYPES:
-            count = math.prod(info.shape)
-            for start in range(0, count, PIECE):
-                yield Piece(name, info, right[name], start, min(start + PIECE, count))
+def _pieces(left: dict[str, Stored], right: dict[str, Stored]) -> Iterator[Piece]:
+    plain = {name: (stored.info, right[name].info) for name, stored in left.items()}
+    both = {name: (a, b) for name, (a, b) in plain.items() if a and b and a.dtype in DTYPES and b.dtype in DTYPES}
+    for name, (a, b) in sorted(both.items(), key=lambda entry: (entry[1][0].file, entry[1][0].start)):
+        count = math.prod(a.shape)
+        for start in range(0, count, PIECE):
+            yield Piece(name, a, b, start, min(start + PIECE, count))
 
 
 class Reader:

@@ -21,6 +21,7 @@ import queue
 import struct
 import threading
 from collections import deque
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import torch
 from mergekit.io.tensor_writer import TensorWriter
 
 from thinkswitch_plugin.merging.kernel import all_finite, workers
+from thinkswitch_plugin.merging.layout import Stored
 
 DTYPES = {
     torch.float64: "F64",
@@ -169,7 +171,14 @@ class StreamingWriter(TensorWriter):  # type: ignore[misc]
     `--write-threads` change nothing: writing is always done beside the computation.
     """
 
-    def __init__(self, out_path: str, max_shard_size: int, override_basename: str | None = None) -> None:
+    def __init__(
+        self,
+        out_path: str,
+        max_shard_size: int,
+        override_basename: str | None = None,
+        carried: Mapping[str, Stored] | None = None,
+    ) -> None:
+        self._carried = carried or {}
         super().__init__(out_path, max_shard_size=max_shard_size, override_basename=override_basename)
         self._thread = ThreadPoolExecutor(1)
         self._buffers: queue.Queue[mmap.mmap] = queue.Queue()
@@ -197,7 +206,9 @@ class StreamingWriter(TensorWriter):  # type: ignore[misc]
             self.total_size += size
 
     def finalize(self) -> None:
-        """Close the last shard; mergekit's own method names the shards and writes the index."""
+        """Add the carried tensors and close the last shard; mergekit's own method names the shards and writes the index."""
+        for name, stored in self._carried.items():
+            self.save_tensor(name, stored.read())
         with self._saving:
             if self._shard is not None:
                 self._shard.close()
@@ -211,10 +222,18 @@ class StreamingWriter(TensorWriter):  # type: ignore[misc]
 
 
 def writer(
-    out_path: str, max_shard_size: int = 5 * 10**9, override_basename: str | None = None, **_: Any
+    out_path: str,
+    max_shard_size: int = 5 * 10**9,
+    override_basename: str | None = None,
+    carried: Mapping[str, Stored] | None = None,
+    **_: Any,
 ) -> StreamingWriter:
-    """What stands in the place of mergekit's class; its further options change nothing here."""
-    return StreamingWriter(out_path, max_shard_size, override_basename)
+    """What stands in the place of mergekit's class; its further options change nothing here.
+
+    Args:
+        carried: tensors to write as they are, beside those that mergekit computes.
+    """
+    return StreamingWriter(out_path, max_shard_size, override_basename, carried)
 
 
 def _copy(room: torch.Tensor, part: torch.Tensor) -> bool:

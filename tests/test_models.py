@@ -1,0 +1,97 @@
+"""A handful of the table's architectures, by the functions that print it (`make models` tries them all)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.models import COLUMNS, EXPERTS, MODELS, Model, make_pair, merge_config, read, table, try_all
+from thinkswitch_plugin import files
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.merging.compatibility import require_compatible
+from thinkswitch_plugin.merging.similarity import similarity
+
+OK = dict.fromkeys(COLUMNS, "ok")
+
+
+def row(name: str) -> Model:
+    return next(model for model in MODELS if model.name == name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Qwen3-MoE, stored per expert",
+        "Qwen3-MoE, one of each",
+        "Qwen3-Next, MTP head in one",
+        "Qwen3.5, text",
+        "GLM-4.5-MoE, MTP layer in one",
+        "Gemma 3, vision-language",
+        "SmolLM3",
+        "DeepSeek-V3",
+    ],
+)
+def test_every_column_gives_what_float64_gives_and_loses_nothing(tmp_path: Path, name: str) -> None:
+    assert try_all(row(name), tmp_path) == OK
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("DeepSeek-V3, FP8", "holds quantised weights"), ("an architecture that transformers does not know", "novel")],
+)
+def test_a_pair_that_is_refused_is_refused_in_a_sentence_and_leaves_nothing(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    cells = try_all(row(name), tmp_path)
+    assert message in cells["merge"] and message in cells["sweep in memory"]
+    assert not any(cell.startswith("FAILED") for cell in cells.values())
+    assert {path.name for path in tmp_path.iterdir()} == {"instruct", "thinking", "merge.yaml"}
+
+
+def test_a_failure_is_told_apart_from_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loses(*_: object) -> None:
+        raise AssertionError("a tensor is lost")
+
+    monkeypatch.setitem(COLUMNS, "merge", loses)
+    cells = try_all(row("Qwen2.5"), tmp_path)
+    assert cells["merge"] == "FAILED: AssertionError: a tensor is lost"
+    assert "| Qwen2.5 | FAILED (1) | ok |" in table({"Qwen2.5": cells})
+
+
+def test_what_merge_wrote_of_two_layouts_is_merged_again(tmp_path: Path) -> None:
+    """`anchor: previous` from iteration 2 on."""
+    from mergekit.options import MergeOptions
+
+    from thinkswitch_plugin.merging.run import merge
+
+    roles = make_pair(Model("", "Qwen3MoeForCausalLM", EXPERTS, fused=("instruct",)), tmp_path)
+    options = MergeOptions(copy_tokenizer=False, quiet=True, device="cpu")
+    for iteration in ("first", "second"):
+        files.write_yaml(tmp_path / "merge.yaml", merge_config(roles))
+        merge(tmp_path / "merge.yaml", tmp_path / iteration, options)
+        roles["thinking"] = tmp_path / iteration
+        require_compatible(roles["instruct"], roles["thinking"])
+    nearness = [similarity(roles["instruct"], tmp_path / name)["sigma"] for name in ("thinking", "first", "second")]
+    assert nearness[0] > nearness[1] > nearness[2] > 0
+
+
+def test_fused_and_per_expert_checkpoints_of_equal_weights_are_equal(tmp_path: Path) -> None:
+    per_expert = make_pair(Model("", "Qwen3MoeForCausalLM", EXPERTS), tmp_path / "a")
+    fused = make_pair(Model("", "Qwen3MoeForCausalLM", EXPERTS, fused=("instruct", "thinking")), tmp_path / "b")
+    assert len(read(per_expert["instruct"])) > len(read(fused["instruct"]))
+    assert similarity(per_expert["instruct"], fused["instruct"])["sigma"] == 0
+    mixed, alike = (similarity(a["instruct"], fused["thinking"]) for a in (per_expert, fused))
+    assert mixed["sigma"] == pytest.approx(alike["sigma"], rel=1e-5)
+    assert mixed["angle"] == pytest.approx(alike["angle"], rel=1e-4)
+
+
+def test_a_tensor_that_the_model_needs_and_only_one_has_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    roles = make_pair(Model("", "Qwen3MoeForCausalLM", EXPERTS, fused=("instruct",)), tmp_path)
+    gone = "model.layers.2.mlp.experts.gate_up_proj"
+    kept = {name: tensor for name, tensor in read(roles["instruct"]).items() if name != gone}
+    save_file(kept, str(roles["instruct"] / "model.safetensors"))
+    with pytest.raises(ThinkSwitchError, match=r"only .*thinking holds the tensor model\.layers\.2\.mlp\.experts\.0"):
+        require_compatible(roles["instruct"], roles["thinking"])
