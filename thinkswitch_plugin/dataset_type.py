@@ -23,6 +23,7 @@ from datasets.fingerprint import get_temporary_cache_files_directory
 from thinkswitch_plugin import pairs, traces
 from thinkswitch_plugin.adaptive import formats
 from thinkswitch_plugin.args import LabelKeys
+from thinkswitch_plugin.contract import require_contract
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 TRAINED = {"roles_to_train": ["assistant"], "train_on_eos": "turn"}  # as axolotl names it
@@ -37,7 +38,7 @@ def strategy(tokenizer: Any, cfg: Any, ds_cfg: Any, form: formats.Format | None)
         form: how trace and answer are written; None leaves the trace away.
 
     Raises:
-        ThinkSwitchError: the chat template does not fit the format.
+        ThinkSwitchError: the dataset asks for another loss.
     """
     options = dict(ds_cfg) if isinstance(ds_cfg, dict) else ds_cfg.model_dump()
     for key, value in TRAINED.items():
@@ -51,16 +52,17 @@ def strategy(tokenizer: Any, cfg: Any, ds_cfg: Any, form: formats.Format | None)
         options["split_thinking"] = False  # it would hand the trace to the template, which may leave it away
     labels = LabelKeys.model_validate((cfg.get("thinkswitch") or {}).get("labels") or {})
     chat_template = load_chat_template(tokenizer, cfg, options)
-    if form:
-        _require_template(chat_template, tokenizer, form)
-    return Completions(chat_template, str(options.get("path")), labels, form)
+    return Completions(chat_template, tokenizer, str(options.get("path")), labels, form)
 
 
 class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
     """Pairs, their completions written in one format, tokenized by axolotl's chat-template strategy."""
 
-    def __init__(self, chat_template: Any, path: str, labels: LabelKeys, form: formats.Format | None) -> None:
+    def __init__(
+        self, chat_template: Any, tokenizer: Any, path: str, labels: LabelKeys, form: formats.Format | None
+    ) -> None:
         self.chat_template = chat_template
+        self.tokenizer = tokenizer
         self.path = path
         self.labels = labels
         self.form = form
@@ -70,8 +72,8 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
     ) -> Any:
         """Token ids and labels of every pair.
 
-        Raises `ThinkSwitchError` where a row is no pair, a tag stands where it would be misread, or a trace is
-        needed and missing.
+        Raises `ThinkSwitchError` where a row is no pair, a tag stands where it would be misread, a trace is
+        needed and missing, or the chat template would train something else than is asked for; see `contract`.
         """
         columns = ["messages", "trace"] if self.form else ["messages"]
         if "custom_id" in dataset.column_names and "response" in dataset.column_names:
@@ -97,6 +99,8 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
             dataset = dataset.map(
                 self._render, remove_columns=["trace"], keep_in_memory=keep_in_memory, load_from_cache_file=False
             )
+        if len(dataset):
+            require_contract(self.chat_template, self.tokenizer, dataset[0]["messages"], self.form)
         return wrap_dataset_for_tokenized_prompt(
             self.chat_template, dataset, process_count=process_count, keep_in_memory=keep_in_memory, **kwargs
         )
@@ -135,33 +139,6 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
             raise ThinkSwitchError(
                 f"{generations} holds no complete answer: {report.summary()}; raise `thinkswitch.sampling.max_tokens` in the recipe."
             ) from None
-
-
-def _require_template(chat_template: Any, tokenizer: Any, form: formats.Format) -> None:
-    """Raise `ThinkSwitchError` unless a completion in this format is rendered, and labelled, as it is written."""
-    name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
-    question = {"role": "user", "content": "1"}
-    asked = _ids(chat_template.prompter.build_prompt([question], add_generation_prompt=True))
-    if traces.template_opens_trace(tokenizer.decode(asked)):
-        raise ThinkSwitchError(
-            f"The chat template of {name} opens the trace by itself, so {form}_thinking could not say first which "
-            "format a completion has; use the template of an instruct checkpoint."
-        )
-    turns = [question, {"role": "assistant", "content": formats.render(form, "2", "3")}]
-    row = chat_template.tokenize_prompt({"messages": turns})
-    trained = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
-    before = next((place for place, label in enumerate(row["labels"]) if label != -100), len(row["labels"]))
-    written = tokenizer.decode(trained).removesuffix(tokenizer.eos_token or "")
-    if _ids(row)[:before] != asked or formats.parse(written) != formats.Parsed(form, "3", True):
-        raise ThinkSwitchError(
-            f"The chat template or the tokenizer of {name} does not leave a completion of {form}_thinking as it is "
-            "written; use a template that prints the assistant's text unchanged, right behind the generation prompt, "
-            "and a tokenizer that can write the tags."
-        )
-
-
-def _ids(built: Any) -> list[int]:
-    return list(built["input_ids"] if hasattr(built, "keys") else built)
 
 
 def _check_pair(messages: Any, where: str) -> None:
