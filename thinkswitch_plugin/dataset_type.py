@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from axolotl.datasets import wrap_dataset_for_tokenized_prompt
+from axolotl.loaders import load_tokenizer
 from axolotl.prompt_strategies.chat_template import load as load_chat_template
 from axolotl.prompt_tokenizers import DatasetWrappingStrategy
+from axolotl.utils.dict import DictDefault
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import get_temporary_cache_files_directory
@@ -28,6 +30,27 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 
 TRAINED = {"roles_to_train": ["assistant"], "train_on_eos": "turn"}  # as axolotl names it
 TURNS = [{"role": Value("string"), "content": Value("string")}]
+
+
+def require_template(values: dict[str, Any], checkpoint: str, system: str | None) -> None:
+    """Prove the contract of `answer_only` for a recipe and the checkpoint that learns, before there is any pair.
+
+    Args:
+        values: the recipe's axolotl keys.
+        system: the system turn of the requests, if any.
+
+    Raises:
+        ThinkSwitchError: the checkpoint has no chat template, or see `contract.require_contract`.
+    """
+    places = dict.fromkeys(("base_model", "base_model_config", "tokenizer_config"), checkpoint)
+    cfg = DictDefault({**values, **places})
+    tokenizer = load_tokenizer(cfg)
+    if not tokenizer.chat_template and cfg.chat_template in (None, "tokenizer_default"):
+        raise ThinkSwitchError(f"The tokenizer of {checkpoint} has no chat template; give it a `chat_template.jinja`.")
+    datasets = values.get("datasets") or [{}]
+    turns = [{"role": "user", "content": "What is 2+3?"}, {"role": "assistant", "content": "5"}]
+    first = [{"role": "system", "content": system}] if system else []
+    require_contract(strategy(tokenizer, cfg, datasets[0], None).chat_template, tokenizer, [*first, *turns], None)
 
 
 def strategy(tokenizer: Any, cfg: Any, ds_cfg: Any, form: formats.Format | None) -> Completions:

@@ -7,6 +7,7 @@ decides whether it is needed and keeps its stamp. Follow one prompt: `write_requ
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,25 @@ def prepare_pair(run: Run) -> dict[str, Any]:
         folder, commit = checkpoint.resolve(name, revision, mode)
         found[mode] = {"name": name, "path": str(folder), "revision": commit}
     require_compatible(Path(found["instruct"]["path"]), Path(found["thinking"]["path"]))
+    if not keys.embedded:
+        require_trainable(run, found["instruct"]["path"])
     files.write_json(run.iteration(0) / "pair.json", found)
     return {}
+
+
+def require_trainable(run: Run, instruct: str) -> None:
+    """Refuse a recipe that could not train this checkpoint as it says, before anything is generated or evaluated.
+
+    Raises `ThinkSwitchError` for its chat template or a mixture's experts; see `contract` and `reach`.
+    """
+    from thinkswitch_plugin import distil
+
+    os.environ.update(distil.ENGINE_ENV)  # before axolotl is imported, which would report its use
+    from thinkswitch_plugin.dataset_type import require_template
+    from thinkswitch_plugin.reach import require_reach
+
+    require_reach(run.recipe.axolotl, instruct)
+    require_template(run.recipe.axolotl, instruct, run.recipe.keys.prompts.system)
 
 
 def clean_prompts(run: Run, k: int) -> tuple[list[tuple[str, str]], str | None]:
@@ -165,7 +183,7 @@ def merge_adapter(
     rounded: bool = False,
     card: Callable[[Path], None] | None = None,
 ) -> None:
-    """Merge `here/adapter` into `parent` with axolotl and write the checkpoint `out`.
+    """Merge `here/adapter` into `parent` with axolotl and write the checkpoint `out`, in the dtype of `parent`.
 
     Args:
         card: writes the model card into the folder that is given to it.
@@ -176,12 +194,12 @@ def merge_adapter(
 
     building = files.temporary_sibling(out.with_name(f"{out.name}-merge"))
     files.remove(building)
-    config = here / "axolotl.yaml"
-    if rounded:
-        config = here / "axolotl-rounded.yaml"
-        files.write_yaml(config, {**files.read_yaml(here / "axolotl.yaml"), "merge_method": "memory_efficient"})
+    config, adapter = here / "merge-lora.yaml", here / "adapter"
+    trained = files.read_yaml(here / "axolotl.yaml")
+    default = {**trained, "merge_method": "memory_efficient"}
+    files.write_yaml(config, default if rounded else distil.merge_config(trained, adapter, Path(parent)))
     console.run_logged(
-        [distil.tool("axolotl"), "merge-lora", config, "--lora-model-dir", here / "adapter", "--output-dir", building],
+        [distil.tool("axolotl"), "merge-lora", config, "--lora-model-dir", adapter, "--output-dir", building],
         here / "logs" / "merge-lora.log",
         env=distil.ENGINE_ENV | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}),
         title="axolotl merge-lora",
@@ -189,6 +207,7 @@ def merge_adapter(
     with files.atomic_folder(out) as folder:
         for file in (building / "merged").iterdir():
             file.replace(folder / file.name)
+        distil.require_same_layout(Path(parent), folder)
         checkpoint.adopt_mode(Path(parent), folder)
         if card is not None:
             card(folder)
