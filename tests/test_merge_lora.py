@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tests.checkpoints import equal, read
+from tests.checkpoints import equal, qwen3, read
+from tests.checkpoints import write as write_checkpoint
 from tests.conftest import ROOT
 from thinkswitch_plugin import distil, files, loop
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
+from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import list_tensors, require_compatible
 from thinkswitch_plugin.recipe import load_recipe
 
@@ -77,8 +80,68 @@ def test_a_bfloat16_checkpoint_trained_on_a_cpu_is_merged_in_bfloat16(tmp_path: 
     assert equal(merged, legacy(in_bfloat16, tmp_path, tmp_path / "adapter"))
 
 
+@pytest.mark.slow
 def test_the_adapter_of_the_tiny_pair_is_merged_as_legacy_does(finished_run: Path, tmp_path: Path) -> None:
     here = finished_run / "iter-1"
     config = files.read_yaml(here / "merge-lora.yaml")
     assert (config["merge_method"], config["adapter"]) == ("memory_efficient", "lora")
     assert equal(read(here / "instruct"), legacy(config, tmp_path, here / "adapter"))
+
+
+def adapter_for(folder: Path, *names: str) -> Path:
+    """An adapter with matrices of these names, by the header alone."""
+    folder.mkdir()
+    tensors = {f"base_model.model.{name}": torch.zeros(2, 2) for name in names}
+    save_file(tensors, str(folder / distil.ADAPTER_WEIGHTS))
+    return folder
+
+
+UP = ("model.layers.0.mlp.up_proj.lora_A.weight", "model.layers.0.mlp.up_proj.lora_B.weight")
+EXPERTS = {"model.layers.0.mlp.experts.0.up_proj.weight": torch.zeros(2, 2)}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "extra", "shards", "method"),
+    [
+        (UP, {}, 1, "memory_efficient"),
+        (UP, {}, 3, "memory_efficient"),
+        ((*UP, "perception.queries"), {}, 1, "legacy"),
+        (("model.layers.0.mlp.experts.lora_A.weight",), {}, 1, "legacy"),
+        (("model.layers.0.mlp.up_proj.lora_magnitude_vector",), {}, 1, "legacy"),
+        (("language_model.layers.0.mlp.up_proj.lora_A.weight",), {}, 1, "legacy"),
+        (UP, EXPERTS, 1, "legacy"),  # the other method stores them fused
+    ],
+)
+def test_the_method_is_the_one_that_leaves_nothing_out(
+    adapter: tuple[str, ...], extra: dict[str, torch.Tensor], shards: int, method: str, tmp_path: Path
+) -> None:
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in (qwen3(0) | extra).items()}
+    parent = write_checkpoint(tmp_path / "parent", tensors, shards=shards)
+    trained = {"adapter": "qlora", "load_in_4bit": True, "bf16": False, "quantize_moe_experts": True}
+    config = distil.merge_config(trained, adapter_for(tmp_path / "adapter", *adapter), parent)
+    assert (config["merge_method"], config["adapter"], config["load_in_4bit"]) == (method, "lora", False)
+    assert "quantize_moe_experts" not in config
+    if method == "legacy":
+        assert config["bfloat16"] is True, "the parent's dtype, whatever the training computed in"
+
+
+def test_a_single_shard_with_an_index_keeps_its_index(tmp_path: Path) -> None:
+    parent = write_checkpoint(tmp_path / "parent", qwen3(0))
+    (parent / "model.safetensors").rename(parent / "model-00001-of-00001.safetensors")
+    places = dict.fromkeys(qwen3(0), "model-00001-of-00001.safetensors")
+    files.write_json(parent / "model.safetensors.index.json", {"weight_map": places})
+    assert not distil.merges_by_shard(adapter_for(tmp_path / "adapter", *UP), parent)
+
+
+def test_a_merge_into_another_layout_or_dtype_is_refused(tmp_path: Path) -> None:
+    parent = write_checkpoint(tmp_path / "parent", qwen3(0) | EXPERTS)
+    distil.require_same_layout(parent, write_checkpoint(tmp_path / "same", qwen3(1) | EXPERTS, shards=2))
+    tied = write_checkpoint(tmp_path / "tied", qwen3(1) | EXPERTS | {"lm_head.weight": torch.zeros(96, 32)})
+    distil.require_same_layout(parent, tied)
+    other = {name: tensor.to(torch.bfloat16) for name, tensor in qwen3(1).items()} | EXPERTS
+    with pytest.raises(
+        ThinkSwitchError, match=r"model\.embed_tokens\.weight is F32 \[96, 32\] in .* and BF16 \[96, 32"
+    ):
+        distil.require_same_layout(parent, write_checkpoint(tmp_path / "other", other))
+    with pytest.raises(ThinkSwitchError, match=r"experts\.0\.up_proj\.weight is F32 \[2, 2\] in .* and missing"):
+        distil.require_same_layout(parent, write_checkpoint(tmp_path / "fused", qwen3(1)))

@@ -23,7 +23,7 @@ from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.reach import find_experts, require_reach
-from thinkswitch_plugin.recipe import CPU_OVERLAY
+from thinkswitch_plugin.recipe import CPU_OVERLAY, load_recipe, overlay_path, recipe_path
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -68,6 +68,16 @@ def test_a_lora_that_leaves_the_experts_out_is_refused_with_their_share(name: st
     require_reach({**LINEAR, "lora_target_parameters": EXPERTS}, tmp_path)
     require_reach({"adapter": "qlora", "lora_target_modules": ["q_proj"]}, tmp_path)
     require_reach({"lora_target_linear": True}, tmp_path)
+
+
+def test_the_recipe_for_a_mixture_reaches_its_experts(tmp_path: Path) -> None:
+    CONFIGS["qwen3_moe"].save_pretrained(tmp_path)
+    loaded = load_recipe(recipe_path("aime"), (overlay_path("qwen3-30b"),))
+    require_reach(loaded.axolotl, tmp_path)
+    experts = find_experts(tmp_path)
+    assert experts is not None and list(experts.names) == loaded.axolotl["lora_target_parameters"]
+    with pytest.raises(ThinkSwitchError, match="does not reach the experts"):
+        require_reach(load_recipe(recipe_path("aime")).axolotl, tmp_path)
 
 
 def test_a_dense_model_has_no_experts(tmp_path: Path) -> None:
