@@ -12,8 +12,11 @@ from datasets import load_dataset
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from tests import checkpoints
+from thinkswitch_plugin import distil
 from thinkswitch_plugin.answer_only import load
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.recipe import load_recipe, recipe_path
 
 Write = Callable[[str, Sequence[object]], Path]
 
@@ -174,3 +177,36 @@ def test_the_answer_is_trained_behind_the_prompt_and_with_its_end(
 def test_a_template_that_would_train_something_else_is_refused(case: str, message: str, pair: Path) -> None:
     with pytest.raises(ThinkSwitchError, match=f"With the chat template of .*{message}"):
         trained(case, pair)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("chatml", None),
+        ("gemma", r"set `eot_tokens: \['<end_of_turn>'\]`"),
+        ("qwen3 hybrid", "set `chat_template_kwargs: {enable_thinking: false}`"),
+    ],
+)
+def test_a_recipe_is_held_against_the_template_before_there_are_pairs(
+    case: str, message: str | None, tmp_path: Path
+) -> None:
+    folder = checkpoints.write(tmp_path / "instruct", checkpoints.qwen3(0))
+    tokenizer_of(*CASES[case]).save_pretrained(folder)
+    loaded = load_recipe(recipe_path("aime"))
+    if message is None:
+        distil.require_trainable(loaded, str(folder))
+        return
+    with pytest.raises(ThinkSwitchError, match=message):
+        distil.require_trainable(loaded, str(folder))
+
+
+def test_a_checkpoint_without_config_or_template_is_one_sentence(tmp_path: Path) -> None:
+    loaded = load_recipe(recipe_path("aime"))
+    with pytest.raises(ThinkSwitchError, match=r"The config or the tokenizer of .* cannot be loaded"):
+        distil.require_trainable(loaded, str(tmp_path))
+    folder = checkpoints.write(tmp_path / "instruct", checkpoints.qwen3(0))
+    tokenizer = tokenizer_of(*CASES["chatml"])
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ThinkSwitchError, match="has no chat template"):
+        distil.require_trainable(loaded, str(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections import Counter
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.checkpoint import MODULE
 from thinkswitch_plugin.engines import has_cuda
-from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.errors import ThinkSwitchError, reason
 from thinkswitch_plugin.merging.compatibility import list_file, list_tensors, list_weights
 from thinkswitch_plugin.recipe import CPU_OVERLAY, Recipe, overlay
 
@@ -89,6 +90,26 @@ def training_config(
         "merge_method": "legacy",  # for `axolotl merge-lora` by hand: its default rounds every matrix through NF4
         "auto_resume_from_checkpoints": True,  # a killed training goes on from its last whole checkpoint
     }
+
+
+def require_trainable(recipe: Recipe, checkpoint: str, revision: str | None = None) -> None:
+    """Refuse a recipe that could not train this checkpoint as it says; its config and tokenizer are enough to know.
+
+    Raises `ThinkSwitchError` for the chat template or a mixture's experts; see `contract` and `reach`.
+    """
+    os.environ.update(ENGINE_ENV)  # before axolotl is imported, which would report its use
+    from thinkswitch_plugin.dataset_type import require_template
+    from thinkswitch_plugin.reach import require_reach
+
+    values = {**recipe.axolotl, "revision_of_model": revision}
+    try:
+        require_reach(values, checkpoint)
+        require_template(values, checkpoint, recipe.keys.prompts.system)
+    except (OSError, ValueError) as error:  # what transformers raises for files that are missing or broken
+        raise ThinkSwitchError(
+            f"The config or the tokenizer of {checkpoint} cannot be loaded ({reason(error)}); check the folder, or the "
+            "hub id, the network and your access to it."
+        ) from None
 
 
 def train(

@@ -7,7 +7,6 @@ decides whether it is needed and keeps its stamp. Follow one prompt: `write_requ
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,24 +40,11 @@ def prepare_pair(run: Run) -> dict[str, Any]:
         found[mode] = {"name": name, "path": str(folder), "revision": commit}
     require_compatible(Path(found["instruct"]["path"]), Path(found["thinking"]["path"]))
     if not keys.embedded:
-        require_trainable(run, found["instruct"]["path"])
+        from thinkswitch_plugin import distil
+
+        distil.require_trainable(run.recipe, found["instruct"]["path"])
     files.write_json(run.iteration(0) / "pair.json", found)
     return {}
-
-
-def require_trainable(run: Run, instruct: str) -> None:
-    """Refuse a recipe that could not train this checkpoint as it says, before anything is generated or evaluated.
-
-    Raises `ThinkSwitchError` for its chat template or a mixture's experts; see `contract` and `reach`.
-    """
-    from thinkswitch_plugin import distil
-
-    os.environ.update(distil.ENGINE_ENV)  # before axolotl is imported, which would report its use
-    from thinkswitch_plugin.dataset_type import require_template
-    from thinkswitch_plugin.reach import require_reach
-
-    require_reach(run.recipe.axolotl, instruct)
-    require_template(run.recipe.axolotl, instruct, run.recipe.keys.prompts.system)
 
 
 def clean_prompts(run: Run, k: int) -> tuple[list[tuple[str, str]], str | None]:

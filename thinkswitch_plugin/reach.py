@@ -25,7 +25,7 @@ class Experts:
     share: float
 
 
-def find_experts(checkpoint: str | Path) -> Experts | None:
+def find_experts(checkpoint: str | Path, revision: str | None = None) -> Experts | None:
     """The fused experts of a checkpoint, by its config alone; None if it has none, or transformers does not know it."""
     import torch
     from torch import nn
@@ -33,7 +33,7 @@ def find_experts(checkpoint: str | Path) -> Experts | None:
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint))
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint, revision=revision))
     except ValueError:
         return None  # axolotl itself says so
     convolutions = {
@@ -63,7 +63,7 @@ def require_reach(values: Mapping[str, Any], checkpoint: str | Path) -> None:
     everything = values.get("lora_target_linear") or "all-linear" in modules
     if not values.get("adapter") or not everything or values.get("lora_target_parameters"):
         return
-    if experts := find_experts(checkpoint):
+    if experts := find_experts(checkpoint, values.get("revision_of_model")):
         named = ", ".join(experts.names)
         raise ThinkSwitchError(
             f"`lora_target_linear` does not reach the experts of {checkpoint}, {100 * experts.share:.0f} % of its "
