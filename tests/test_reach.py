@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tests.checkpoints import read
-from thinkswitch_plugin import distil, files
+from thinkswitch_plugin import files, merge_lora
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import require_compatible
@@ -117,7 +117,7 @@ def test_experts_named_by_lora_target_parameters_are_trained_and_merged(
     adapted.save_pretrained(tmp_path / "adapter")
 
     trained = {"base_model": str(parent), "adapter": "qlora", "load_in_4bit": True, "lora_r": 4, "lora_alpha": 8}
-    config = distil.merge_config(
+    config = merge_lora.merge_config(
         {**trained, "datasets": [{"path": "x", "type": "alpaca"}], "micro_batch_size": 1, "learning_rate": 1e-3}
         | {"gradient_accumulation_steps": 1, "num_epochs": 1, "lora_target_parameters": EXPERTS}
         | files.read_yaml(CPU_OVERLAY),
@@ -130,7 +130,7 @@ def test_experts_named_by_lora_target_parameters_are_trained_and_merged(
         str(tmp_path / "merge-lora.yaml"), lora_model_dir=str(tmp_path / "adapter"), output_dir=str(tmp_path / "out")
     )
     before, after = read(parent), read(tmp_path / "out" / "merged")
-    distil.require_same_layout(parent, tmp_path / "out" / "merged")
+    merge_lora.require_same_layout(parent, tmp_path / "out" / "merged")
     require_compatible(parent, tmp_path / "out" / "merged")
     changed = {n for n in before if not torch.equal(before[n], after[n])}
     assert changed == {

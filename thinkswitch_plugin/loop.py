@@ -177,13 +177,14 @@ def merge_adapter(
         rounded: use axolotl's default merge, which passes every matrix through NF4.
     """
     from thinkswitch_plugin import distil
+    from thinkswitch_plugin.merge_lora import merge_config, require_same_layout, restore_vectors
 
     building = files.temporary_sibling(out.with_name(f"{out.name}-merge"))
     files.remove(building)
     config, adapter = here / "merge-lora.yaml", here / "adapter"
     trained = files.read_yaml(here / "axolotl.yaml")
     default = {**trained, "merge_method": "memory_efficient"}
-    files.write_yaml(config, default if rounded else distil.merge_config(trained, adapter, Path(parent)))
+    files.write_yaml(config, default if rounded else merge_config(trained, adapter, Path(parent)))
     console.run_logged(
         [distil.tool("axolotl"), "merge-lora", config, "--lora-model-dir", adapter, "--output-dir", building],
         here / "logs" / "merge-lora.log",
@@ -193,7 +194,8 @@ def merge_adapter(
     with files.atomic_folder(out) as folder:
         for file in (building / "merged").iterdir():
             file.replace(folder / file.name)
-        distil.require_same_layout(Path(parent), folder)
+        restore_vectors(Path(parent), folder)
+        require_same_layout(Path(parent), folder)
         checkpoint.adopt_mode(Path(parent), folder)
         if card is not None:
             card(folder)
