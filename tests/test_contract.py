@@ -156,6 +156,17 @@ def test_the_answer_is_trained_behind_the_prompt_and_with_its_end(
     assert before == asked
 
 
+def test_every_answer_of_a_conversation_is_trained(write_jsonl: Write) -> None:
+    turns = [("system", "s"), ("user", "2+3?"), ("assistant", "5"), ("user", "4+4?"), ("assistant", "8")]
+    path = write_jsonl("pairs.jsonl", [{"messages": [{"role": role, "content": text} for role, text in turns]}])
+    for case, keys in (("chatml", {}), ("phi3", {"eot_tokens": ["<|end|>"]})):
+        _, text = trained(case, path, **keys)
+        end = keys["eot_tokens"][0] if keys else "<|im_end|>"
+        assert text.startswith(f"5{end}8{end}")
+    with pytest.raises(ThinkSwitchError, match="the answer would be trained behind"):
+        trained("qwen3 hybrid", path)
+
+
 @pytest.mark.parametrize(
     ("case", "message"),
     [

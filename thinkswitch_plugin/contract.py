@@ -35,8 +35,8 @@ def require_contract(chat_template: Any, tokenizer: Any, messages: list[dict[str
     name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
     row = chat_template.tokenize_prompt({"messages": messages})
     ids, labels = list(row["input_ids"]), list(row["labels"])
-    before = next((place for place, label in enumerate(labels) if label != -100), len(labels))
     asked = generation_prompt(chat_template, messages)
+    before = answer_start(ids, labels, asked)
     opened = traces.template_opens_trace(tokenizer.decode(asked))
     if form and opened:
         raise ThinkSwitchError(
@@ -45,7 +45,7 @@ def require_contract(chat_template: Any, tokenizer: Any, messages: list[dict[str
         )
     if form:
         end = turn_end(tokenizer, ids, before)
-        written = tokenizer.decode([token for token in labels[:end] if token != -100])
+        written = tokenizer.decode([token for token in labels[before:end] if token != -100])
         if ids[:before] != asked or formats.parse(written) != formats.parse(messages[-1]["content"]):
             raise ThinkSwitchError(
                 f"The chat template or the tokenizer of {name} does not leave a completion of {form}_thinking as it is "
@@ -64,6 +64,12 @@ def require_contract(chat_template: Any, tokenizer: Any, messages: list[dict[str
 def generation_prompt(chat_template: Any, messages: list[dict[str, Any]]) -> list[int]:
     """The ids that a server would be given for the turns before the answer."""
     return _ids(chat_template.prompter.build_prompt(messages[:-1], add_generation_prompt=True))
+
+
+def answer_start(ids: Sequence[int], labels: Sequence[int], asked: Sequence[int]) -> int:
+    """Where the loss on the last answer begins: behind all that the row and its generation prompt share."""
+    shared = next((i for i, (one, other) in enumerate(zip(ids, asked, strict=False)) if one != other), len(asked))
+    return next((place for place in range(shared, len(labels)) if labels[place] != -100), len(labels))
 
 
 def turn_end(tokenizer: Any, ids: Sequence[int], before: int) -> int | None:
@@ -103,8 +109,7 @@ def _remedy(chat_template: Any, messages: list[dict[str, Any]], opened: bool) ->
             asked = generation_prompt(chat_template, messages)
         finally:
             prompter.chat_template_kwargs = before
-        start = next((place for place, label in enumerate(row["labels"]) if label != -100), 0)
-        if start and _ids(row)[:start] == asked:
+        if _ids(row)[: answer_start(_ids(row), row["labels"], asked)] == asked:
             ((key, value),) = switch.items()
             return (
                 f"set `chat_template_kwargs: {{{key}: {str(value).lower()}}}` in the recipe, and have the trained "

@@ -28,7 +28,9 @@ from thinkswitch_plugin.args import LabelKeys
 from thinkswitch_plugin.contract import require_contract
 from thinkswitch_plugin.errors import ThinkSwitchError
 
-TRAINED = {"roles_to_train": ["assistant"], "train_on_eos": "turn"}  # as axolotl names it
+# The loss as axolotl names it: keys of a dataset, then those of the whole config.
+TRAINED = {"roles_to_train": ["assistant"], "train_on_eos": "turn", "train_on_eot": "turn"}
+TRAINED_OF_ALL = {"train_on_inputs": False}
 TURNS = [{"role": Value("string"), "content": Value("string")}]
 
 
@@ -64,10 +66,11 @@ def strategy(tokenizer: Any, cfg: Any, ds_cfg: Any, form: formats.Format | None)
         ThinkSwitchError: the dataset asks for another loss.
     """
     options = dict(ds_cfg) if isinstance(ds_cfg, dict) else ds_cfg.model_dump()
-    for key, value in TRAINED.items():
-        if options.get(key) not in (None, value):
+    given = {key: cfg.get(key) for key in TRAINED_OF_ALL} | {key: options.get(key) for key in TRAINED}
+    for key, value in (TRAINED | TRAINED_OF_ALL).items():
+        if given[key] not in (None, value):
             raise ThinkSwitchError(
-                f"{options.get('path')}: `{key}: {options[key]}` asks for another loss than this dataset type has, which is on "
+                f"{options.get('path')}: `{key}: {given[key]}` asks for another loss than this dataset type has, which is on "
                 "the assistant's turn and its end token; leave the key out, or use axolotl's own `chat_template`."
             )
     options |= TRAINED
