@@ -22,6 +22,7 @@ from thinkswitch_plugin import files, merge_lora
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import require_compatible
+from thinkswitch_plugin.plugin import ThinkSwitchPlugin
 from thinkswitch_plugin.reach import find_experts, require_reach
 from thinkswitch_plugin.recipe import CPU_OVERLAY, load_recipe, overlay_path, recipe_path
 
@@ -142,3 +143,11 @@ def test_experts_named_by_lora_target_parameters_are_trained_and_merged(
         base = plain(input_ids=ids).logits
         expected = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))(input_ids=ids).logits
         assert (merged(input_ids=ids).logits - expected).norm() < 0.2 * (base - expected).norm()
+
+
+def test_plain_axolotl_is_stopped_before_it_loads_the_model(tmp_path: Path) -> None:
+    from axolotl.utils.dict import DictDefault
+
+    CONFIGS["mixtral"].save_pretrained(tmp_path)
+    with pytest.raises(ThinkSwitchError, match="does not reach the experts"):
+        ThinkSwitchPlugin().pre_model_load(DictDefault({**LINEAR, "base_model": str(tmp_path)}))
