@@ -47,10 +47,16 @@ def test_only_the_answer_and_its_end_token_carry_a_loss(write_jsonl: Write) -> N
     )
 
 
-@pytest.mark.parametrize("key", [{"roles_to_train": ["user"]}, {"train_on_eos": "none"}])
+@pytest.mark.parametrize(
+    "key", [{"roles_to_train": ["user"]}, {"train_on_eos": "none"}, {"train_on_eot": "all"}, {"train_on_inputs": True}]
+)
 def test_a_loss_that_this_type_does_not_have_is_refused(key: dict[str, Any]) -> None:
     tokenizer = build_tokenizer("instruct")
     cfg = DictDefault({"sequence_len": 128, "train_on_inputs": False, "chat_template": "tokenizer_default"})
+    if "train_on_inputs" in key:  # axolotl's key for the whole config
+        with pytest.raises(ThinkSwitchError, match=r"x.jsonl: `train_on_inputs: True` asks for another loss"):
+            load(tokenizer, DictDefault({**cfg, **key}), DictDefault({"path": "x.jsonl"}))
+        return
     with pytest.raises(ThinkSwitchError, match=rf"x.jsonl: `{next(iter(key))}: .*asks for another loss"):
         load(tokenizer, cfg, DictDefault({"path": "x.jsonl", **key}))
     load(tokenizer, cfg, DictDefault({"path": "x.jsonl", "roles_to_train": ["assistant"], "train_on_eos": "turn"}))

@@ -137,6 +137,7 @@ def test_check_goes_through_everything_and_counts_what_would_stop_the_run(comman
         "engine:",
         "recipe:",
         "pair:",
+        "training:",
         "prompts:",
         "questions:",
         "budget:",

@@ -13,7 +13,8 @@ from click import unstyle
 
 from tests.conftest import ROOT
 from tests.terminal import run_on_terminal
-from thinkswitch_plugin import console, progress, timing
+from thinkswitch_plugin import console, engines, progress, timing
+from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import Stage
 
 # Work of two kinds: in process, and an engine that knows only its own progress bar.
@@ -263,3 +264,42 @@ def test_the_overall_line_estimates_from_earlier_iterations_and_says_nothing_it_
 )
 def test_durations_in_words(seconds: float, words: str) -> None:
     assert progress.duration(seconds) == words
+
+
+DEATH = (
+    """\
+INFO 11-26 07:00:00 [api_server.py:1] Started
+(EngineCore pid=7) ERROR 11-26 07:00:01 [core.py:9] Traceback (most recent call last):
+(EngineCore pid=7) ERROR 11-26 07:00:01 [core.py:9]   File "core.py", line 9, in step
+(EngineCore pid=7) ERROR 11-26 07:00:01 [core.py:9] torch.OutOfMemoryError: tried to allocate 2 GiB
+(APIServer pid=6) ERROR 11-26 07:00:02 [async_llm.py:3] vllm.v1.engine.exceptions.EngineDeadError: EngineCore died
+"""
+    + '(APIServer pid=6) ERROR   File "loop.py", line 1, in run\n' * 200
+    + """\
+(APIServer pid=6) ERROR 11-26 07:00:02 [async_llm.py:3] vllm.v1.engine.exceptions.EngineDeadError: EngineCore died
+"""
+)
+
+
+def test_a_server_that_dies_while_it_is_asked_is_one_sentence_and_the_lines_that_say_why(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text(DEATH)
+    with pytest.raises(ThinkSwitchError) as caught, engines.Server("", dying(4), log).explaining(log):
+        raise ConnectionResetError("gone")
+    first, *lines = str(caught.value).splitlines()
+    assert first.startswith("The engine ended in the middle of its work (exit code 4);") and str(log) in first
+    assert [line.split("] ")[1] for line in lines] == [
+        "torch.OutOfMemoryError: tried to allocate 2 GiB",
+        "vllm.v1.engine.exceptions.EngineDeadError: EngineCore died",
+    ]
+
+
+def test_what_lm_eval_raises_while_the_server_lives_is_one_sentence(tmp_path: Path) -> None:
+    message = r"got no answers from the server \(400 Bad Request\); see .*log\.$"
+    server = engines.Server("http://127.0.0.1:1/v1")
+    with pytest.raises(ThinkSwitchError, match=message), server.explaining(tmp_path / "log"):
+        raise ValueError("400 Bad Request\nand more")
+
+
+def dying(code: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", f"import time, sys; time.sleep(0.3); sys.exit({code})"])

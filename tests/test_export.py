@@ -10,19 +10,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, Lfm2Config, Qwen3MoeConfig, SmolLM3Config
 
 from tests.checkpoints import qwen3, read, write
-from tests.conftest import BIN
+from tests.conftest import BIN, ROOT
 from thinkswitch_plugin import files
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.engines import adapter_rank, lora_arguments
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import GRADED, samples_file
-from thinkswitch_plugin.export.extract import CONFIG, WEIGHTS, cut, extract, losses
-from thinkswitch_plugin.export.job import keeps, parse_ranks
+from thinkswitch_plugin.export.extract import CONFIG, WEIGHTS, cut, extract, losses, require_extractable
+from thinkswitch_plugin.export.job import Base, export, keeps, parse_ranks
 from thinkswitch_plugin.export.serve import both_modes
 from thinkswitch_plugin.export.template import PROBES, SWITCH, combine, combined_template
+from thinkswitch_plugin.interpolation.subject import Subject
+from thinkswitch_plugin.recipe import load_recipe
 
 RANKS = (4, 32)
 
@@ -55,6 +57,46 @@ def test_nothing_in_an_adapter_that_vllm_would_refuse(extracted: Path) -> None:
     assert files.read_json(adapter / CONFIG)["modules_to_save"] == []
     names = {name.split(".")[-3] for name in load_file(str(adapter / WEIGHTS))}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (
+            Qwen3MoeConfig,
+            {"num_experts": 4},
+            r"would leave out \d\d % of its parameters, such as .*experts\.0\.down_proj",
+        ),
+        (SmolLM3Config, {"pad_token_id": 0}, "mergekit, which extracts the adapters, does not know SmolLM3ForCausalLM"),
+        (
+            GraniteConfig,
+            {},
+            r"it would take model\.layers\.0\.mlp\.down_proj\.bias apart, which is not in the checkpoint",
+        ),
+        (
+            Lfm2Config,
+            {"layer_types": ["conv", "full_attention"], "pad_token_id": 0},
+            r"it would take model\.layers\.0\.conv\.conv\.weight apart, which has 3 dimensions",
+        ),
+    ],
+)
+def test_what_mergekit_cannot_carry_is_refused_before_any_work(
+    kind: Any, settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    for name in ("a", "b"):
+        AutoModelForCausalLM.from_config(kind(**sizes, **heads, **settings)).save_pretrained(tmp_path / name)
+    keys = load_recipe(ROOT / "recipes" / "arithmetic.yaml").keys
+    roles = {"instruct": tmp_path / "a", "thinking": tmp_path / "b"}
+    pair = Subject(keys, roles, 0, "embedded", tmp_path / "out", tmp_path / "home", None, of_run=False)
+    with pytest.raises(ThinkSwitchError, match=f"{message}.*; serve the two checkpoints one by one"):
+        export(pair, Base("a", tmp_path / "a", None), [4])
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+def test_a_dense_checkpoint_can_be_exported(extracted: Path) -> None:
+    require_extractable(extracted / "a", extracted / "b")
 
 
 def test_errors_are_those_of_numpy(extracted: Path) -> None:

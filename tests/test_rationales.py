@@ -183,7 +183,11 @@ def test_a_chat_template_that_spoils_the_format_is_refused(
     path = write_jsonl("rationales.jsonl", [rationale("2+3", "5", "2+3=5")])
     with pytest.raises(ThinkSwitchError, match=message):
         tokenized(tokenizer, path, TYPES[form])
-    assert tokenized(tokenizer, path, answer_only)  # which needs neither
+    if template == NO_TRACE:
+        assert tokenized(tokenizer, path, answer_only)  # which writes no trace
+        return
+    with pytest.raises(ThinkSwitchError, match="the answer would be trained behind"):
+        tokenized(tokenizer, path, answer_only)
 
 
 def test_a_tokenizer_that_does_not_know_the_tags_is_refused(write_jsonl: Write) -> None:

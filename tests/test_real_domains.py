@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import BIN, ROOT
 from thinkswitch_plugin import engines, files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.evaluation import newest, samples_file
+from thinkswitch_plugin.merging.compatibility import list_tensors
 
 pytestmark = pytest.mark.slow
 GREEDY = "temperature=0,do_sample=False,max_gen_toks=40"
@@ -46,9 +49,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An overlay that replaces the model and the training data, and nothing of the method."""
+    """An overlay that replaces the model and the training data, and nothing of the method.
+
+    The pair is stored in bfloat16, as published ones are.
+    """
     folder = tmp_path_factory.mktemp("overlay")
-    pair = files.read_json(finished_run / "iter-0" / "pair.json")
+    for mode, found in files.read_json(finished_run / "iter-0" / "pair.json").items():
+        AutoModelForCausalLM.from_pretrained(found["path"], dtype=torch.bfloat16).save_pretrained(folder / mode)
+        AutoTokenizer.from_pretrained(found["path"]).save_pretrained(folder / mode)
     with files.atomic_file(folder / "prompts.jsonl") as out:
         for question in task.training_prompts(0, 40):
             out.write(files.dumps_line({"problem": question}))
@@ -58,7 +66,7 @@ def tiny(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             {
                 "thinkswitch": {
                     "needs": {"gpu_gb": 0, "ram_gb": 1, "disk_gb": 1},
-                    "pair": {mode: pair[mode]["path"] for mode in ("instruct", "thinking")},
+                    "pair": {mode: str(folder / mode) for mode in ("instruct", "thinking")},
                     "prompts": {"hub": None, "path": str(folder / "prompts.jsonl"), "template": "{{problem}}"},
                     "sampling": {"max_tokens": 64},
                     "engine": {"vllm_args": []},
@@ -122,6 +130,8 @@ def test_the_aime_recipe_runs_whole_at_tiny_scale(tiny: Path, data: Path, comman
     report = files.read_json(run / "report.json")
     assert report["iterations"][1]["instruct"]["n"] == 30
     assert report["iterations"][1]["merge"]["lambda"] >= 0.8
+    for mode in ("instruct", "thinking"):
+        assert {info.dtype for info in list_tensors(run / "iter-1" / mode).values()} == {"BF16"}
 
 
 def test_the_template_domain_runs_at_once(finished_run: Path, command: Any, tmp_path: Path) -> None:

@@ -81,12 +81,24 @@ def test_broken_yaml_is_named_with_its_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "overlay"),
-    [("aime", None), ("aime", "24gb"), ("pubmedqa", None), ("template", None), ("arithmetic-mixed", None)],
+    [
+        ("aime", ""),
+        ("aime", "24gb"),
+        ("aime", "qwen3-30b"),
+        ("aime", "24gb llama-r1"),
+        ("pubmedqa", ""),
+        ("pubmedqa", "qwen3-30b"),
+        ("pubmedqa", "24gb llama-r1"),
+        ("template", ""),
+        ("arithmetic-mixed", ""),
+    ],
 )
-def test_recipes_pass_axolotls_own_schema_as_they_stand(name: str, overlay: str | None) -> None:
+def test_recipes_pass_axolotls_own_schema_as_they_stand(name: str, overlay: str) -> None:
+    overlays = tuple(recipe.overlay_path(word) for word in overlay.split())
+    recipe.check_axolotl_keys(recipe.load_recipe(Path(f"recipes/{name}.yaml"), overlays))
     values = files.read_yaml(Path(f"recipes/{name}.yaml"))
-    if overlay:
-        values = recipe.overlay(values, files.read_yaml(recipe.overlay_path(overlay)))
+    for path in overlays:
+        values = recipe.overlay(values, files.read_yaml(path))
     check.validate(values, name)
     with pytest.raises(ThinkSwitchError, match="axolotl refuses `micro_batch_size`"):
         check.validate({**values, "micro_batch_size": "many"}, name)

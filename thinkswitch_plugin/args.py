@@ -340,7 +340,7 @@ class ThinkSwitchKeys(PluginKeys):
     adaptive: AdaptiveKeys = AdaptiveKeys()  # type: ignore[call-arg]
     axolotl_args: list[str] = Field([], description="Further options for `axolotl train`, such as its launcher's.")
     merge_on: Literal["auto", "cpu"] = Field(
-        "auto", description="Where the adapter is merged in full precision; cpu where the GPU cannot hold the model."
+        "auto", description="Where the adapter is merged; `cpu` leaves the GPU's memory alone."
     )
 
     @property

@@ -45,6 +45,7 @@ def check_domain(name: str, overlays: Sequence[str], iterations: int, tokens_per
         ("engine", lambda: engine(keys)),
         ("recipe", lambda: schema(recipe)),
         ("pair", lambda: pair(keys)),
+        ("training", lambda: training(recipe)),
         ("prompts", lambda: prompts(keys)),
         ("questions", lambda: questions(keys, counted)),
         ("budget", lambda: budget(keys, iterations, tokens_per_second, counted[0] if counted else None)),
@@ -180,6 +181,15 @@ def pair(keys: ThinkSwitchKeys) -> str:
     if difference := config_difference(*configs, may_differ=keys.rebuild.may_differ):
         raise ThinkSwitchError(f"no compatible pair: {difference}")
     return f"{keys.pair.instruct} and {keys.pair.thinking} have one architecture, size and vocabulary"
+
+
+def training(recipe: Recipe) -> str:
+    """What the recipe would train of the instruct checkpoint, from its config and tokenizer."""
+    pair = recipe.keys.pair
+    if pair.embedded:
+        return "made for the pair"
+    distil.require_trainable(recipe, resolve_seed(pair.instruct, 0), pair.revision_instruct)
+    return "the answer and the end of its turn, behind the prompt that is asked; all that LoRA is asked to reach"
 
 
 def prompts(keys: ThinkSwitchKeys) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import select
 import signal
 import subprocess
@@ -24,6 +25,9 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.progress import Bar, last_tqdm
 
 TAIL_LINES = 15
+CAUSE_LINES, CAUSE_WIDTH = 4, 300
+# `RuntimeError: no memory`, `torch.OutOfMemoryError: …`, `Killed`; what a process or a time in front of it says aside.
+_NAMES_AN_ERROR = re.compile(r"\b[\w.]*(?:Error|Exception)\b: .*|\bKilled\b.*|\bSegmentation fault\b.*")
 ENGINE_BARS = {"TQDM_MININTERVAL": "0.5"}  # a log of hours must not be a log of bars
 OWNER_VARIABLE = "THINKSWITCH_OWNER"  # process id of the `make` that the user started
 HANDLED: set[int] = set()  # signals that `end_on_signals` has taken over
@@ -137,14 +141,26 @@ def stop_group(process: subprocess.Popen[bytes]) -> None:
 
 def tail(log: Path, lines: int = TAIL_LINES) -> str:
     """The last lines of a log, indented; of a bar that was drawn again and again, how it stood last."""
+    return "\n".join(f"    {line}" for line in _last_lines(log)[-lines:]) or "    (no output)"
+
+
+def cause(log: Path) -> str:
+    """The last lines of a server's log that name an error, indented, without their tracebacks; else its last lines."""
+    said = {}
+    for line in _last_lines(log):
+        if found := _NAMES_AN_ERROR.search(line):
+            said[found.group()] = line[:CAUSE_WIDTH]  # once, whichever process repeats it
+    return "\n".join(f"    {line}" for line in list(said.values())[-CAUSE_LINES:]) or tail(log, CAUSE_LINES)
+
+
+def _last_lines(log: Path) -> list[str]:
     if not log.exists():
-        return "    (no output)"
+        return []
     with log.open("rb") as handle:
         handle.seek(max(0, handle.seek(0, os.SEEK_END) - 100_000))
         text = handle.read().decode("utf-8", "replace")
     drawn = [printable(line.rstrip().rsplit("\r", 1)[-1]) for line in text.split("\n")]
-    kept = [line for line in drawn if line.strip()][-lines:]
-    return "\n".join(f"    {line}" for line in kept) or "    (no output)"
+    return [line for line in drawn if line.strip()]
 
 
 def follow(bar: Bar, log: Path, start: int) -> None:

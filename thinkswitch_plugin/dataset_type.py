@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from axolotl.datasets import wrap_dataset_for_tokenized_prompt
+from axolotl.loaders import load_tokenizer
 from axolotl.prompt_strategies.chat_template import load as load_chat_template
 from axolotl.prompt_tokenizers import DatasetWrappingStrategy
+from axolotl.utils.dict import DictDefault
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import get_temporary_cache_files_directory
@@ -23,10 +25,34 @@ from datasets.fingerprint import get_temporary_cache_files_directory
 from thinkswitch_plugin import conventions, pairs, traces
 from thinkswitch_plugin.adaptive import formats
 from thinkswitch_plugin.args import LabelKeys
+from thinkswitch_plugin.contract import require_contract
 from thinkswitch_plugin.errors import ThinkSwitchError
 
-TRAINED = {"roles_to_train": ["assistant"], "train_on_eos": "turn"}  # as axolotl names it
+# The loss as axolotl names it: keys of a dataset, then those of the whole config.
+TRAINED = {"roles_to_train": ["assistant"], "train_on_eos": "turn", "train_on_eot": "turn"}
+TRAINED_OF_ALL = {"train_on_inputs": False}
 TURNS = [{"role": Value("string"), "content": Value("string")}]
+
+
+def require_template(values: dict[str, Any], checkpoint: str, system: str | None) -> None:
+    """Prove the contract of `answer_only` for a recipe and the checkpoint that learns, before there is any pair.
+
+    Args:
+        values: the recipe's axolotl keys.
+        system: the system turn of the requests, if any.
+
+    Raises:
+        ThinkSwitchError: the checkpoint has no chat template, or see `contract.require_contract`.
+    """
+    places = dict.fromkeys(("base_model", "base_model_config", "tokenizer_config"), checkpoint)
+    cfg = DictDefault({**values, **places})
+    tokenizer = load_tokenizer(cfg)
+    if not tokenizer.chat_template and cfg.chat_template in (None, "tokenizer_default"):
+        raise ThinkSwitchError(f"The tokenizer of {checkpoint} has no chat template; give it a `chat_template.jinja`.")
+    datasets = values.get("datasets") or [{}]
+    turns = [{"role": "user", "content": "What is 2+3?"}, {"role": "assistant", "content": "5"}]
+    first = [{"role": "system", "content": system}] if system else []
+    require_contract(strategy(tokenizer, cfg, datasets[0], None).chat_template, tokenizer, [*first, *turns], None)
 
 
 def strategy(tokenizer: Any, cfg: Any, ds_cfg: Any, form: formats.Format | None) -> Completions:
@@ -37,13 +63,14 @@ def strategy(tokenizer: Any, cfg: Any, ds_cfg: Any, form: formats.Format | None)
         form: how trace and answer are written; None leaves the trace away.
 
     Raises:
-        ThinkSwitchError: the chat template does not fit the format.
+        ThinkSwitchError: the dataset asks for another loss.
     """
     options = dict(ds_cfg) if isinstance(ds_cfg, dict) else ds_cfg.model_dump()
-    for key, value in TRAINED.items():
-        if options.get(key) not in (None, value):
+    given = {key: cfg.get(key) for key in TRAINED_OF_ALL} | {key: options.get(key) for key in TRAINED}
+    for key, value in (TRAINED | TRAINED_OF_ALL).items():
+        if given[key] not in (None, value):
             raise ThinkSwitchError(
-                f"{options.get('path')}: `{key}: {options[key]}` asks for another loss than this dataset type has, which is on "
+                f"{options.get('path')}: `{key}: {given[key]}` asks for another loss than this dataset type has, which is on "
                 "the assistant's turn and its end token; leave the key out, or use axolotl's own `chat_template`."
             )
     options |= TRAINED
@@ -55,9 +82,7 @@ def strategy(tokenizer: Any, cfg: Any, ds_cfg: Any, form: formats.Format | None)
     if fault := conventions.fault(trace, "`thinkswitch.trace`"):
         raise ThinkSwitchError(f"{fault}.")
     chat_template = load_chat_template(tokenizer, cfg, options)
-    if form:
-        _require_template(chat_template, tokenizer, form)
-    return Completions(chat_template, str(options.get("path")), labels, conventions.from_key(trace), form)
+    return Completions(chat_template, tokenizer, str(options.get("path")), labels, conventions.from_key(trace), form)
 
 
 class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
@@ -66,12 +91,14 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
     def __init__(
         self,
         chat_template: Any,
+        tokenizer: Any,
         path: str,
         labels: LabelKeys,
         convention: conventions.Convention | None,
         form: formats.Format | None,
     ) -> None:
         self.chat_template = chat_template
+        self.tokenizer = tokenizer
         self.path = path
         self.labels = labels
         self.convention = convention
@@ -82,8 +109,8 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
     ) -> Any:
         """Token ids and labels of every pair.
 
-        Raises `ThinkSwitchError` where a row is no pair, a tag stands where it would be misread, or a trace is
-        needed and missing.
+        Raises `ThinkSwitchError` where a row is no pair, a tag stands where it would be misread, a trace is
+        needed and missing, or the chat template would train something else than is asked for; see `contract`.
         """
         columns = ["messages", "trace"] if self.form else ["messages"]
         if "custom_id" in dataset.column_names and "response" in dataset.column_names:
@@ -111,6 +138,8 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
             dataset = dataset.map(
                 self._render, remove_columns=["trace"], keep_in_memory=keep_in_memory, load_from_cache_file=False
             )
+        if len(dataset):
+            require_contract(self.chat_template, self.tokenizer, dataset[0]["messages"], self.form)
         return wrap_dataset_for_tokenized_prompt(
             self.chat_template, dataset, process_count=process_count, keep_in_memory=keep_in_memory, **kwargs
         )
@@ -150,33 +179,6 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
             raise ThinkSwitchError(
                 f"{generations} holds no complete answer: {report.summary()}; raise `thinkswitch.sampling.max_tokens` in the recipe."
             ) from None
-
-
-def _require_template(chat_template: Any, tokenizer: Any, form: formats.Format) -> None:
-    """Raise `ThinkSwitchError` unless a completion in this format is rendered, and labelled, as it is written."""
-    name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
-    question = {"role": "user", "content": "1"}
-    asked = _ids(chat_template.prompter.build_prompt([question], add_generation_prompt=True))
-    if traces.template_opens_trace(tokenizer.decode(asked)):
-        raise ThinkSwitchError(
-            f"The chat template of {name} opens the trace by itself, so {form}_thinking could not say first which "
-            "format a completion has; use the template of an instruct checkpoint."
-        )
-    turns = [question, {"role": "assistant", "content": formats.render(form, "2", "3")}]
-    row = chat_template.tokenize_prompt({"messages": turns})
-    trained = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100]
-    before = next((place for place, label in enumerate(row["labels"]) if label != -100), len(row["labels"]))
-    written = tokenizer.decode(trained).removesuffix(tokenizer.eos_token or "")
-    if _ids(row)[:before] != asked or formats.parse(written) != formats.Parsed(form, "3", True):
-        raise ThinkSwitchError(
-            f"The chat template or the tokenizer of {name} does not leave a completion of {form}_thinking as it is "
-            "written; use a template that prints the assistant's text unchanged, right behind the generation prompt, "
-            "and a tokenizer that can write the tags."
-        )
-
-
-def _ids(built: Any) -> list[int]:
-    return list(built["input_ids"] if hasattr(built, "keys") else built)
 
 
 def _check_pair(messages: Any, where: str) -> None:

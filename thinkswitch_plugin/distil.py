@@ -1,7 +1,8 @@
-"""QLoRA by axolotl: derive an iteration's config, judge the adapter, merge it in full precision."""
+"""QLoRA by axolotl: derive an iteration's config, check what it can train, train, and check the adapter."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.engines import has_cuda
-from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.errors import ThinkSwitchError, reason
 from thinkswitch_plugin.recipe import CPU_OVERLAY, Recipe, overlay
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREPARED = "prepared"  # axolotl's tokenized data, beside the adapter
 # What axolotl and its engines are told in every stage of ours.
 ENGINE_ENV = {
@@ -81,9 +83,29 @@ def training_config(
         "dataset_prepared_path": str(prepared),
         "output_dir": str(adapter),
         "seed": seed,
-        "merge_method": "legacy",  # axolotl's default rounds every matrix through NF4
+        "merge_method": "legacy",  # for `axolotl merge-lora` by hand: its default rounds every matrix through NF4
         "auto_resume_from_checkpoints": True,  # a killed training goes on from its last whole checkpoint
     }
+
+
+def require_trainable(recipe: Recipe, checkpoint: str, revision: str | None = None) -> None:
+    """Refuse a recipe that could not train this checkpoint as it says; its config and tokenizer are enough to know.
+
+    Raises `ThinkSwitchError` for the chat template or a mixture's experts; see `contract` and `reach`.
+    """
+    os.environ.update(ENGINE_ENV)  # before axolotl is imported, which would report its use
+    from thinkswitch_plugin.dataset_type import require_template
+    from thinkswitch_plugin.reach import require_reach
+
+    values = {**recipe.axolotl, "revision_of_model": revision}
+    try:
+        require_reach(values, checkpoint)
+        require_template(values, checkpoint, recipe.keys.prompts.system)
+    except (OSError, ValueError) as error:  # what transformers raises for files that are missing or broken
+        raise ThinkSwitchError(
+            f"The config or the tokenizer of {checkpoint} cannot be loaded ({reason(error)}); check the folder, or the "
+            "hub id, the network and your access to it."
+        ) from None
 
 
 def train(
@@ -158,7 +180,7 @@ def adapter_change(adapter: Path | str) -> float:
     from safetensors import safe_open
 
     folder = Path(adapter)
-    weights = folder / "adapter_model.safetensors"
+    weights = folder / ADAPTER_WEIGHTS
     if not weights.is_file():
         raise ThinkSwitchError(f"{weights} does not exist; axolotl saved no adapter; see `logs/train.log` beside it.")
     config = files.read_json(folder / "adapter_config.json")

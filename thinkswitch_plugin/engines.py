@@ -14,17 +14,18 @@ import subprocess
 import time
 import urllib.parse
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.connection import LOOPBACK, listed_models, opener
-from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.errors import ThinkSwitchError, reason
 from thinkswitch_plugin.progress import Bar
 
 VLLM_VENV = Path(".venv-vllm")  # where `make setup-vllm` puts it; it cannot share axolotl's environment
+ENDING = 10.0  # seconds that an engine whose worker has died may take to end
 # The values of vLLM's --max-lora-rank (vllm/config/lora.py).
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -46,13 +47,33 @@ class Server:
     log: Path | None = None
     keeps_special: bool = False
 
-    def require_alive(self) -> None:
-        """Raise `ThinkSwitchError` if an engine of ours has ended: nobody would start it again."""
-        if self.process is not None and self.log is not None and self.process.poll() is not None:
+    def require_alive(self, wait: float = 0) -> None:
+        """Raise `ThinkSwitchError` if an engine of ours has ended, or does within `wait` seconds.
+
+        Nobody would start it again.
+        """
+        if self.process is None or self.log is None:
+            return
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(wait)
             raise ThinkSwitchError(
-                f"The engine ended in the middle of its work (exit code {self.process.returncode}); answers so far "
-                f"are kept: run the same command again. The end of {self.log}:\n{console.tail(self.log)}"
+                f"The engine ended in the middle of its work (exit code {self.process.returncode}); what was finished "
+                f"is kept: run the same command again. Its log, {self.log}, says:\n{console.cause(self.log)}"
             )
+
+    @contextmanager
+    def explaining(self, log: Path) -> Iterator[None]:
+        """Turn what lm-eval raises while it asks this server into one sentence.
+
+        Raises `ThinkSwitchError`: the engine has ended, with the lines of its log that say why, or lm-eval gave up.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.require_alive(wait=ENDING)
+            if isinstance(error, ThinkSwitchError):
+                raise
+            raise ThinkSwitchError(f"lm-eval got no answers from the server ({reason(error)}); see {log}.") from error
 
 
 def vllm_python() -> Path | None:
@@ -192,7 +213,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float
             if process.poll() is not None:
                 raise ThinkSwitchError(
                     f"The {engine} engine ended while starting (exit code {process.returncode}); "
-                    f"the end of {log}:\n{console.tail(log)}"
+                    f"its log, {log}, says:\n{console.cause(log)}"
                 )
             try:
                 with opener(url).open(url, timeout=2) as reply:

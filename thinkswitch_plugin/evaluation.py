@@ -420,7 +420,7 @@ def run_lm_eval(
             name = lora.name
             extra = [*lora_arguments({name: lora}), "--chat-template", str(lora / "chat_template.jinja")]
             engine_keys = engine_keys.model_copy(update={"vllm_args": [*engine_keys.vllm_args, *extra]})
-        with serving("vllm", checkpoint, engine_keys, log, max_len=room) as server:
+        with serving("vllm", checkpoint, engine_keys, log, max_len=room) as server, server.explaining(log):
             model_args = (
                 f"model={name},base_url={server.base_url}/chat/completions,"
                 f"num_concurrent={engine_keys.concurrency},timeout={engine_keys.timeout:g},tokenizer_backend=none"

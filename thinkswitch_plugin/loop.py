@@ -40,6 +40,10 @@ def prepare_pair(run: Run) -> dict[str, Any]:
         found[mode] = {"name": name, "path": str(folder), "revision": commit}
     allowed = Allowances(may_differ=tuple(run.recipe.keys.rebuild.may_differ))
     require_compatible(Path(found["instruct"]["path"]), Path(found["thinking"]["path"]), allowed)
+    if not keys.embedded:
+        from thinkswitch_plugin import distil
+
+        distil.require_trainable(run.recipe, found["instruct"]["path"])
     files.write_json(run.iteration(0) / "pair.json", found)
     return {}
 
@@ -167,7 +171,7 @@ def merge_adapter(
     rounded: bool = False,
     card: Callable[[Path], None] | None = None,
 ) -> None:
-    """Merge `here/adapter` into `parent` with axolotl and write the checkpoint `out`.
+    """Merge `here/adapter` into `parent` with axolotl and write the checkpoint `out`, in the dtype of `parent`.
 
     Args:
         card: writes the model card into the folder that is given to it.
@@ -175,15 +179,16 @@ def merge_adapter(
         rounded: use axolotl's default merge, which passes every matrix through NF4.
     """
     from thinkswitch_plugin import distil
+    from thinkswitch_plugin.merge_lora import merge_config, require_same_layout, restore_vectors
 
     building = files.temporary_sibling(out.with_name(f"{out.name}-merge"))
     files.remove(building)
-    config = here / "axolotl.yaml"
-    if rounded:
-        config = here / "axolotl-rounded.yaml"
-        files.write_yaml(config, {**files.read_yaml(here / "axolotl.yaml"), "merge_method": "memory_efficient"})
+    config, adapter = here / "merge-lora.yaml", here / "adapter"
+    trained = files.read_yaml(here / "axolotl.yaml")
+    default = {**trained, "merge_method": "memory_efficient"}
+    files.write_yaml(config, default if rounded else merge_config(trained, adapter, Path(parent)))
     console.run_logged(
-        [distil.tool("axolotl"), "merge-lora", config, "--lora-model-dir", here / "adapter", "--output-dir", building],
+        [distil.tool("axolotl"), "merge-lora", config, "--lora-model-dir", adapter, "--output-dir", building],
         here / "logs" / "merge-lora.log",
         env=distil.ENGINE_ENV | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}),
         title="axolotl merge-lora",
@@ -191,6 +196,8 @@ def merge_adapter(
     with files.atomic_folder(out) as folder:
         for file in (building / "merged").iterdir():
             file.replace(folder / file.name)
+        restore_vectors(Path(parent), folder)
+        require_same_layout(Path(parent), folder)
         checkpoint.adopt_mode(Path(parent), folder)
         if card is not None:
             card(folder)

@@ -23,6 +23,7 @@ from thinkswitch_plugin.args import PerceptionKeys
 from thinkswitch_plugin.checkpoint import MODULE
 from thinkswitch_plugin.distil import change, require_moved
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.reach import require_reach
 
 
 class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]
@@ -45,7 +46,7 @@ class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]
     def pre_model_load(self, cfg: Any) -> None:
         """Seed the adapter's initial weights; refuse a perception module that could not be trained or saved.
 
-        Evaluation during 4-bit training on a CPU is refused too.
+        Evaluation during 4-bit training on a CPU is refused too, and a LoRA that leaves out a mixture's experts.
 
         axolotl seeds only its trainer, which is built after the adapter. And one forward pass without
         gradients repacks bitsandbytes' weights on a CPU: the adapter then silently learns nothing.
@@ -58,6 +59,7 @@ class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]
                 "4-bit training on a CPU does not survive an evaluation pass: "
                 "set `val_set_size: 0` and remove `test_datasets`."
             )
+        require_reach(cfg, cfg.base_model)
         if keys := perception_keys(cfg):
             from thinkswitch_plugin.adaptive.model import find_markers
 

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.engines import has_cuda
-from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.errors import ThinkSwitchError, reason
 from thinkswitch_plugin.merging.compatibility import list_weights, require_compatible
 from thinkswitch_plugin.merging.kernel import non_finite
 from thinkswitch_plugin.progress import Bar
@@ -29,6 +29,8 @@ from thinkswitch_plugin.progress import Bar
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OUTSIDE_LAYERS = r"^(?!.*\.\d+\.)"  # a module name without a layer's number
 PREFIX = "base_model.model."
+MOST_LEFT_OUT = 0.01  # of a checkpoint's parameters, in matrices inside the layers
+INSTEAD = "serve the two checkpoints one by one: make serve MODEL=."
 MEANT_OTHERWISE = "+@,"  # mergekit reads `model@revision+lora`, lm-eval `key=value,key=value`
 
 
@@ -52,6 +54,68 @@ def extract(base: Path, checkpoint: Path, out: Path, rank: int, log: Path) -> fl
         *("--exclude-regex", OUTSIDE_LAYERS, "--skip-undecomposable"),
     ]
     return console.run_logged(words + (["--cuda"] if has_cuda() else []), log, title="mergekit-extract-lora")
+
+
+def planned(base: Path, checkpoint: Path) -> set[str]:
+    """The tensors that mergekit would take apart for an adapter, by its own plan; nothing but configs is read.
+
+    Raises `ThinkSwitchError` if mergekit cannot plan for this architecture.
+    """
+    from mergekit.architecture import arch_info_for_config
+    from mergekit.common import ModelReference
+    from mergekit.io.tasks import SaveTensor
+    from mergekit.options import MergeOptions
+    from mergekit.scripts.extract_lora import LoRAModuleSaveTask, TaskVectorTask, plan_extraction
+
+    of_base, of_checkpoint = (ModelReference.model_validate(str(folder)) for folder in (base, checkpoint))
+    architecture = (files.read_json(checkpoint / "config.json").get("architectures") or ["no architecture"])[0]
+    try:
+        if arch_info_for_config(of_checkpoint.config()) is None:
+            raise ThinkSwitchError(f"mergekit, which extracts the adapters, does not know {architecture}; {INSTEAD}")
+        plan = plan_extraction(
+            of_base,
+            of_checkpoint,
+            modules_to_save=[],
+            out_path=str(checkpoint.with_name("not-written")),
+            options=MergeOptions(),
+            max_rank=1,
+            exclude_regexes=[OUTSIDE_LAYERS],
+            skip_undecomposable=True,
+        )
+    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise ThinkSwitchError(
+            f"mergekit cannot extract an adapter from {checkpoint} ({architecture}: {reason(error)}); {INSTEAD}"
+        ) from None
+    biases = {
+        task.tensor_task.model_tensor.tensor
+        for task in plan.tasks
+        if isinstance(task, SaveTensor) and isinstance(task.tensor_task, TaskVectorTask)
+    }
+    return biases | {task.weight_info.name for task in plan.tasks if isinstance(task, LoRAModuleSaveTask)}
+
+
+def require_extractable(base: Path, checkpoint: Path) -> None:
+    """Refuse an export that mergekit could not finish, or whose adapters would leave out much, before any work.
+
+    Raises `ThinkSwitchError` naming the tensor that mergekit cannot take apart, or the share of the parameters that
+    no adapter would carry, such as experts.
+    """
+    stored, carried = list_weights(checkpoint), planned(base, checkpoint)
+    for name in sorted(carried):
+        if name not in stored or len(stored[name].shape) > 2:
+            problem = f"has {len(stored[name].shape)} dimensions" if name in stored else "is not in the checkpoint"
+            raise ThinkSwitchError(
+                f"mergekit cannot extract an adapter from {checkpoint}: it would take {name} apart, which {problem}; "
+                f"{INSTEAD}"
+            )
+    inside = {name for name, info in stored.items() if re.search(r"\.\d+\.", name) and len(info.shape) > 1}
+    left = sorted(inside - carried)
+    share = sum(math.prod(stored[name].shape) for name in left) / sum(math.prod(i.shape) for i in stored.values())
+    if share > MOST_LEFT_OUT:
+        raise ThinkSwitchError(
+            f"The adapters that mergekit extracts from {checkpoint} would leave out {100 * share:.0f} % of its "
+            f"parameters, such as {left[0]}; {INSTEAD}"
+        )
 
 
 def require_plain_name(folder: Path) -> None:

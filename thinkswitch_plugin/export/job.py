@@ -21,7 +21,7 @@ from thinkswitch_plugin.args import is_local, resolve_seed
 from thinkswitch_plugin.engines import MAX_LORA_RANKS, adapter_rank
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import read_samples, run_lm_eval, summarize, uses_server
-from thinkswitch_plugin.export.extract import WEIGHTS, cut, extract, losses, require_plain_name
+from thinkswitch_plugin.export.extract import WEIGHTS, cut, extract, losses, require_extractable, require_plain_name
 from thinkswitch_plugin.export.template import chat_template, combined_template
 from thinkswitch_plugin.hashes import CARD, Hashes, read_stamp
 from thinkswitch_plugin.interpolation.subject import Subject, Wanted, few_questions, find_subject, write_results
@@ -100,7 +100,8 @@ def export(subject: Subject, base: Base, ranks: Sequence[int]) -> dict[str, Any]
     it needs no adapter.
 
     Raises:
-        ThinkSwitchError: the three checkpoints do not match, an engine failed, the disk is too full.
+        ThinkSwitchError: the three checkpoints do not match, mergekit cannot extract adapters from them, an engine
+            failed, the disk is too full.
     """
     out = subject.out / "export"
     modes = {mode: subject.roles[mode] for mode in MODES}
@@ -111,6 +112,8 @@ def export(subject: Subject, base: Base, ranks: Sequence[int]) -> dict[str, Any]
     adapted = [mode for mode in MODES if modes[mode].resolve() != base.folder.resolve()]
     if not adapted:
         raise ThinkSwitchError("Both checkpoints are the base itself; there is nothing to export.")
+    for mode in adapted:
+        require_extractable(base.folder, modes[mode])
     with locked(subject.home):
         template = combined_template(modes["instruct"], modes["thinking"])
         with files.atomic_file(out / "chat_template.jinja") as handle:

@@ -231,7 +231,11 @@ class CheckpointJudge:
             merge(config, merged, self.bench.work / "logs" / "merge.log")
             checkpoint.adopt_mode(self.bench.template, merged)
             room = min(context_length(str(merged)), (keys.max_tokens or LARGEST_BUDGET) + PROMPT_ROOM)
-            with serving("vllm", str(merged), engine, self.log, max_len=room) as server, quiet(self.log):
+            with (
+                serving("vllm", str(merged), engine, self.log, max_len=room) as server,
+                server.explaining(self.log),
+                quiet(self.log),
+            ):
                 model = LocalChatCompletion(
                     base_url=f"{server.base_url}/chat/completions",
                     model=str(merged),
