@@ -305,11 +305,11 @@ def test_an_adapter_in_peft_is_the_checkpoint_but_for_what_it_leaves_out(exporte
 
 @pytest.mark.slow
 def test_a_second_export_makes_nothing_again_and_another_base_does(
-    exported: Path, finished_run: Path, command: Any, tmp_path: Path
+    exported: Path, own_run: Path, command: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "iter-1"
     shutil.copytree(exported, out / "export")
-    words = ["export-loras", "--domain", "arithmetic", "--runs", finished_run.parent, "--out", out, "--rank", "8"]
+    words = ["export-loras", "--domain", "arithmetic", "--runs", own_run.parent, "--out", out, "--rank", "8"]
 
     def weights() -> dict[Path, int]:
         return {p: p.stat().st_mtime_ns for p in out.rglob(WEIGHTS)}
@@ -328,11 +328,11 @@ def test_a_second_export_makes_nothing_again_and_another_base_does(
 
 
 @pytest.mark.slow
-def test_refusals_are_one_sentence_and_write_nothing(finished_run: Path, command: Any, tmp_path: Path) -> None:
-    words = ["export-loras", "--domain", "arithmetic", "--runs", finished_run.parent]
-    start = files.read_json(finished_run / "iter-0" / "pair.json")["instruct"]["path"]
+def test_refusals_are_one_sentence_and_write_nothing(own_run: Path, command: Any, tmp_path: Path) -> None:
+    words = ["export-loras", "--domain", "arithmetic", "--runs", own_run.parent]
+    start = files.read_json(own_run / "iter-0" / "pair.json")["instruct"]["path"]
     other = write(tmp_path / "other", qwen3(0))
-    before = set(finished_run.rglob("*"))
+    before = set(own_run.rglob("*"))
     for extra, says in (
         (["--instruct", start], "Give both checkpoints"),
         (["--rank", "1000"], "from 1 to 512"),
@@ -344,7 +344,7 @@ def test_refusals_are_one_sentence_and_write_nothing(finished_run: Path, command
     ):
         done = command(BIN / "thinkswitch", *words, *extra)
         assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert set(finished_run.rglob("*")) == before
+    assert set(own_run.rglob("*")) == before
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 

@@ -74,7 +74,6 @@ def test_iterate_again_has_nothing_to_do(finished_run: Path, command: Any) -> No
         return {p: p.stat().st_mtime_ns for p in finished_run.rglob(".stamps/*.json") if p.stem in names}
 
     words = ("make", "iterate", "ITERATIONS=1", f"RUNS={finished_run.parent}")
-    assert command(*words).returncode == 0  # a sweep that another test added belongs into the report
     before = stamps()
     for path in (finished_run / "iter-1" / "pairs.jsonl", ROOT / "recipes" / "arithmetic.yaml"):
         os.utime(path)

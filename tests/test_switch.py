@@ -318,14 +318,12 @@ def test_the_switch_works_beside_a_loop_that_is_at_work(judged_run: Path, server
 
 
 @pytest.fixture(scope="module")
-def switched(finished_run: Path, tmp_path_factory: pytest.TempPathFactory, command: Any) -> Path:
+def switched(own_run: Path, command: Any) -> Path:
     """A finished run of real checkpoints with its router, by the command."""
-    folder = tmp_path_factory.mktemp("switched") / "arithmetic"
-    shutil.copytree(finished_run, folder)
-    done = command(TS, "switch", folder, "1", "--limit", "300")
+    done = command(TS, "switch", own_run, "1", "--limit", "300")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "instruct: 300 answered, 0 stored before" in done.stdout
-    return folder
+    return own_run
 
 
 @pytest.mark.slow

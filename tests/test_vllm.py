@@ -184,8 +184,8 @@ def test_the_requests_of_the_documentation(both: openai.OpenAI, command: Any) ->
     assert thinking.startswith("thinking ") and "</think>" in thinking
 
 
-def test_the_switch_asks_the_mode_that_its_router_says_of_one_server(exported: Path, both: openai.OpenAI) -> None:
-    folder = exported.parent.parent
+def test_the_switch_asks_the_mode_that_its_router_says_of_one_server(own_run: Path, both: openai.OpenAI) -> None:
+    folder = own_run
     labels = folder / "labels.jsonl"
     texts = task.training_prompts(0, 120)
     rows = [{"prompt": text, "label": "pre" if "*" in text else "post"} for text in texts]
