@@ -23,8 +23,11 @@ from typing import Any
 
 import orjson
 
+from tests import forked
+
 ROOT = Path(__file__).resolve().parent.parent
-TS = (sys.executable, "-m", "thinkswitch_plugin.cli")
+TS = str(Path(sys.executable).with_name("thinkswitch"))
+ENGINES = ("merge config", "task data")  # kinds that mergekit or lm-eval reads
 RECIPE = """base_model: x
 adapter: qlora
 output_dir: out
@@ -383,23 +386,28 @@ def run(form: Form) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
         place(form, folder)
-        command: tuple[str, ...] = (*TS, *form.command)
-        if form.data == NO_PERMISSION and os.geteuid() == 0:  # root may read everything
+        command: tuple[str, ...] = (TS, *form.command)
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "CUDA_VISIBLE_DEVICES": "",
+            "THINKSWITCH_DATA": str(folder / "data"),
+        }
+        may_not_read = form.data == NO_PERMISSION and os.geteuid() == 0  # root may read everything
+        if may_not_read:
             command = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", *command)
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "CUDA_VISIBLE_DEVICES": "",
-                "THINKSWITCH_DATA": str(folder / "data"),
-            },
-            capture_output=True,
-            text=True,
-            timeout=120,
-            stdin=subprocess.DEVNULL,
-        )
+        if form.kind in ENGINES and not may_not_read:
+            done = forked.run(command, folder, env, timeout=300)
+        else:
+            done = subprocess.run(
+                command,
+                cwd=folder,
+                env=env,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                stdin=subprocess.DEVNULL,
+            )
         text = (done.stderr if done.returncode else done.stdout).strip()
         return {
             "exit": done.returncode,

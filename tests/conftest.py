@@ -13,6 +13,8 @@ import hypothesis
 import orjson
 import pytest
 
+from tests import forked as forks
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = ROOT / ".venv" / "bin"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,18 +34,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
+def outside_make() -> dict[str, str]:
+    """The environment without what a `make test` around the tests would tell the commands that they run."""
+    hidden = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "THINKSWITCH_OWNER")
+    return {name: value for name, value in os.environ.items() if name not in hidden}
+
+
 @pytest.fixture(scope="session")
 def command() -> Command:
     """Run a command in the project's folder; output captured, exit code not checked."""
 
     def run(*words: str | Path, cwd: Path = ROOT, timeout: float = 900, **env: str) -> subprocess.CompletedProcess[str]:
-        settings = {
-            k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "THINKSWITCH_OWNER")
-        }
         return subprocess.run(
             [str(w) for w in words],
             cwd=cwd,
-            env={**settings, **env},
+            env={**outside_make(), **env},
             text=True,
             capture_output=True,
             timeout=timeout,
@@ -68,6 +73,16 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None
             make(folder)
             made.touch()
     return folder
+
+
+@pytest.fixture(scope="session")
+def forked() -> Command:
+    """As `command`, for the scripts in BIN: in a fork of a process that has the engines loaded."""
+
+    def run(*words: str | Path, cwd: Path = ROOT, timeout: float = 900, **env: str) -> subprocess.CompletedProcess[str]:
+        return forks.run(words, cwd, {**outside_make(), **env}, timeout)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -38,6 +38,7 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_leading_part_of_a_larger_lora_is_mergekits_smaller_one(extracted: Path, tmp_path: Path) -> None:
     small, large = RANKS
     cut(extracted / f"rank-{large}", tmp_path / "cut", small, base="org/base", revision="abc")
@@ -50,6 +51,7 @@ def test_the_leading_part_of_a_larger_lora_is_mergekits_smaller_one(extracted: P
     assert config["target_modules"] == sorted(reference["target_modules"])
 
 
+@pytest.mark.slow
 def test_nothing_in_an_adapter_that_vllm_would_refuse(extracted: Path) -> None:
     adapter = extracted / f"rank-{RANKS[0]}"
     assert files.read_json(adapter / CONFIG)["modules_to_save"] == []
@@ -57,6 +59,7 @@ def test_nothing_in_an_adapter_that_vllm_would_refuse(extracted: Path) -> None:
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_numpy(extracted: Path) -> None:
     a, b = read(extracted / "a"), read(extracted / "b")
     difference = {name: (b[name].double() - a[name].double()).numpy() for name in a}

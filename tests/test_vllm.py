@@ -43,22 +43,22 @@ import json, sys
 from vllm.config.quantization import resolve_quantization_config
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-options = make_arg_parser(FlexibleArgumentParser()).parse_args(json.loads(sys.argv[1]))
-found = options.quantization and resolve_quantization_config(options.quantization, None)
-print(json.dumps([options.quantization, bool(found and found.linear)]))
+for words in sys.argv[1:]:
+    options = make_arg_parser(FlexibleArgumentParser()).parse_args(json.loads(words))
+    found = options.quantization and resolve_quantization_config(options.quantization, None)
+    print(json.dumps([options.quantization, bool(found and found.linear)]))
 """
 
 
-@pytest.mark.parametrize(("domain", "overlays"), [("aime", ()), ("pubmedqa", ()), ("aime", ("24gb",))])
-def test_vllm_knows_a_recipes_options_and_rounds_the_matrices_of_a_dense_model(
-    domain: str, overlays: tuple[str, ...]
-) -> None:
-    keys = load_recipe(recipe_path(domain), tuple(map(overlay_path, overlays))).keys
-    words = [str(engines.vllm_python()), "-c", UNDERSTOOD, json.dumps(keys.engine.vllm_args)]
+def test_vllm_knows_the_recipes_options_and_rounds_the_matrices_of_a_dense_model() -> None:
+    recipes: list[tuple[str, tuple[str, ...]]] = [("aime", ()), ("pubmedqa", ()), ("aime", ("24gb",))]
+    keys = [load_recipe(recipe_path(domain), tuple(map(overlay_path, overlays))).keys for domain, overlays in recipes]
+    words = [str(engines.vllm_python()), "-c", UNDERSTOOD, *(json.dumps(k.engine.vllm_args) for k in keys)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    name, linear = json.loads(done.stdout.splitlines()[-1])
-    assert linear == (keys.needs.gpu_gb == 8), name  # some of its roundings take the experts of a mixture only
+    for recipe, its, line in zip(recipes, keys, done.stdout.splitlines()[-len(keys) :], strict=True):
+        name, linear = json.loads(line)
+        assert linear == (its.needs.gpu_gb == 8), (recipe, name)  # some roundings take the experts of a mixture only
 
 
 def test_pairs_from_vllm_equal_those_of_the_embedded_engine(finished_run: Path, tmp_path: Path) -> None:
