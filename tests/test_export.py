@@ -308,7 +308,7 @@ def test_an_adapter_in_peft_is_the_checkpoint_but_for_what_it_leaves_out(exporte
 
 @pytest.mark.slow
 def test_a_second_export_makes_nothing_again_and_another_base_does(
-    exported: Path, own_run: Path, command: Any, tmp_path: Path
+    exported: Path, own_run: Path, forked: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "iter-1"
     shutil.copytree(exported, out / "export")
@@ -318,9 +318,9 @@ def test_a_second_export_makes_nothing_again_and_another_base_does(
         return {p: p.stat().st_mtime_ns for p in out.rglob(WEIGHTS)}
 
     before = weights()
-    done = command(BIN / "thinkswitch", *words)
+    done = forked(BIN / "thinkswitch", *words)
     assert done.returncode == 0 and weights() == before and "lm_eval" not in done.stdout
-    one = command(BIN / "thinkswitch", *words, "--base", "instruct", "--limit", "40")
+    one = forked(BIN / "thinkswitch", *words, "--base", "instruct", "--limit", "40")
     assert one.returncode == 0, one.stdout[-2000:] + one.stderr[-2000:]
     result = files.read_json(out / "export" / "export.json")
     assert "instruct" not in result["ranks"][0] and result["base"]["path"].endswith("iter-1/instruct")
@@ -331,7 +331,7 @@ def test_a_second_export_makes_nothing_again_and_another_base_does(
 
 
 @pytest.mark.slow
-def test_refusals_are_one_sentence_and_write_nothing(own_run: Path, command: Any, tmp_path: Path) -> None:
+def test_refusals_are_one_sentence_and_write_nothing(own_run: Path, forked: Any, tmp_path: Path) -> None:
     words = ["export-loras", "--domain", "arithmetic", "--runs", own_run.parent]
     start = files.read_json(own_run / "iter-0" / "pair.json")["instruct"]["path"]
     other = write(tmp_path / "other", qwen3(0))
@@ -345,7 +345,7 @@ def test_refusals_are_one_sentence_and_write_nothing(own_run: Path, command: Any
         (["--overlay", "24gb"], "was begun with OVERLAY=''"),
         (["--instruct", start, "--thinking", start, "--out", tmp_path / "out"], "nothing to export"),
     ):
-        done = command(BIN / "thinkswitch", *words, *extra)
+        done = forked(BIN / "thinkswitch", *words, *extra)
         assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert set(own_run.rglob("*")) == before
     assert not list((tmp_path / "out").rglob("*.safetensors"))

@@ -382,14 +382,14 @@ def test_our_commands_refuse_what_they_would_leave_out(saved: Path, student: Pat
 @pytest.mark.parametrize(
     "words", ["eval-model --domain arithmetic --model", "serve --domain arithmetic --model", "merge"]
 )
-def test_real_commands_refuse_it_in_one_sentence(words: str, saved: Path, tmp_path: Path, command: Command) -> None:
+def test_real_commands_refuse_it_in_one_sentence(words: str, saved: Path, tmp_path: Path, forked: Command) -> None:
     last: list[str | Path] = [saved]
     if words == "merge":
         config = {"merge_method": "linear", "dtype": "float32"}
         config["models"] = [{"model": str(saved), "parameters": {"weight": 0.5}}] * 2  # type: ignore[assignment]
         files.write_yaml(tmp_path / "merge.yaml", config)
         last = [tmp_path / "merge.yaml", tmp_path / "out"]
-    done = command(BIN / "thinkswitch", *words.split(), *last)
+    done = forked(BIN / "thinkswitch", *words.split(), *last)
     assert done.returncode == 1 and "has a perception module, which this command would leave out" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -189,13 +189,13 @@ def test_lambda_1_and_0_score_as_the_checkpoints_themselves(swept: Path, finishe
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_and_a_finer_one_keeps_the_points(swept: Path, own_run: Path, command: Any) -> None:
+def test_a_killed_sweep_goes_on_and_a_finer_one_keeps_the_points(swept: Path, own_run: Path, forked: Any) -> None:
     marks = {p: p.stat().st_mtime_ns for p in swept.glob("points/*/candidate.json")}
     gone = swept / "points" / "lambda-0.5"
     shutil.rmtree(gone)
     (swept / "points" / ".lambda-0.7.partial").mkdir()  # what a kill leaves behind
     words = ["--domain", "arithmetic", "--runs", own_run.parent, "--iteration", "1", "--lambdas", "0.5 0.7"]
-    done = command(TS, "sweep", *words)
+    done = forked(TS, "sweep", *words)
     assert done.returncode == 0, done.stderr[-2000:]
     points = [p["lambda"] for p in files.read_json(swept / "sweep.json")["points"]]
     assert points == [0, 0.2, 0.5, 0.7, 0.9, 1]

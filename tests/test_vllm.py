@@ -74,7 +74,7 @@ def test_pairs_from_vllm_equal_those_of_the_embedded_engine(finished_run: Path, 
     assert (tmp_path / "pairs.jsonl").read_bytes() == (here / "pairs.jsonl").read_bytes()
 
 
-def test_a_sweep_through_vllm_scores_as_the_sweep_in_memory(finished_run: Path, tmp_path: Path, command: Any) -> None:
+def test_a_sweep_through_vllm_scores_as_the_sweep_in_memory(finished_run: Path, tmp_path: Path, forked: Any) -> None:
     overlay = tmp_path / "server.overlay.yaml"
     files.write_yaml(overlay, {"thinkswitch": {"evaluation": {"backend": "server"}}})
     pair = files.read_json(finished_run / "iter-0" / "pair.json")
@@ -83,7 +83,7 @@ def test_a_sweep_through_vllm_scores_as_the_sweep_in_memory(finished_run: Path, 
     found = {}
     for engine, extra in (("embedded", []), ("vllm", ["--overlay", overlay])):
         out = tmp_path / engine
-        done = command(BIN / "thinkswitch", *words, "--engine", engine, "--out", out, *extra)
+        done = forked(BIN / "thinkswitch", *words, "--engine", engine, "--out", out, *extra)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         points = files.read_json(out / "sweep" / "sweep.json")["points"]
         found[engine] = [(p["lambda"], p["mean@k"], p["tokens"], p["think_ratio"]) for p in points]
