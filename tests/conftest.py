@@ -22,15 +22,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 hypothesis.settings.register_profile("thinkswitch", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("thinkswitch")
 
-# Files of tests that take minutes, longest first: begun last, one of them would keep a single core busy at the end.
-LONGEST = ("test_resume", "test_adaptive", "test_labels", "test_real_domains", "test_sweep", "test_vllm", "test_export")
+# Files of tests that take minutes: begun last, one of them would keep a single core busy at the end. The first one makes
+# the tiny pair and the finished run; the next four need neither, and keep the other processes from waiting for them.
+FIRST = (
+    *("test_resume", "test_perception", "test_report_page", "test_rationales", "test_bad_input"),
+    *("test_adaptive", "test_labels", "test_real_domains", "test_sweep", "test_vllm", "test_export"),
+)
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first, in the order of LONGEST."""
-    rank = {name: place for place, name in enumerate(LONGEST)}
+    """Put the files of FIRST first, in that order."""
+    rank = {name: place for place, name in enumerate(FIRST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
