@@ -57,7 +57,7 @@ endif
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines \
 	similarity labels adaptive switch export-loras serve control results chaos bench-engines bench-sweep bench-merge bench-export bench-faults \
-	bench-pairs bench-report gpu-check screenshots fuzz bad-input traces models lint test
+	bench-pairs bench-report gpu-check screenshots fuzz bad-input traces models lint test-fast test
 
 ##@ Run
 
@@ -232,7 +232,10 @@ traces: setup ## a table of every trace convention in every shape: pair, dropped
 lint: setup ## ruff and mypy
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
 
-test: export OMP_NUM_THREADS := 1
+test-fast test: export OMP_NUM_THREADS := 1
+test-fast: setup lint ## lint, types and the unit tests, which start no engine: a few minutes
+	@$(VENV)/bin/pytest -m "not slow"
+
 test: setup setup-vllm lint ## lint, types, unit tests, one real iteration, one generation by real vLLM
 	@$(VENV)/bin/pytest
 

@@ -18,13 +18,16 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from tests import forked
+
 ROOT = Path(__file__).resolve().parent.parent
-TS = (sys.executable, "-m", "thinkswitch_plugin.cli")
+TS = str(Path(sys.executable).with_name("thinkswitch"))
 RECIPE = """base_model: x
 adapter: qlora
 output_dir: out
@@ -395,28 +398,33 @@ def place(form: Form, folder: Path) -> None:
         (folder / "runs/mine/.stamps/recipe-checked.json").write_bytes(orjson.dumps(found))
 
 
-def run(form: Form) -> dict[str, Any]:
-    """What the command answers to a form."""
+def run(form: Form, *, fork: bool = False) -> dict[str, Any]:
+    """What the command answers to a form, in a process of its own or in a fork of one that has the engines loaded."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve()
         place(form, folder)
-        command: tuple[str, ...] = (*TS, *form.command)
-        if form.data == NO_PERMISSION and os.geteuid() == 0:  # root may read everything
+        command: tuple[str, ...] = (TS, *form.command)
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "CUDA_VISIBLE_DEVICES": "",
+            "THINKSWITCH_DATA": str(folder / "data"),
+        }
+        may_not_read = form.data == NO_PERMISSION and os.geteuid() == 0  # root may read everything
+        if may_not_read:
             command = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", *command)
-        done = subprocess.run(
-            command,
-            cwd=folder,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "CUDA_VISIBLE_DEVICES": "",
-                "THINKSWITCH_DATA": str(folder / "data"),
-            },
-            capture_output=True,
-            text=True,
-            timeout=120,
-            stdin=subprocess.DEVNULL,
-        )
+        if fork and not may_not_read:
+            done = forked.run(command, folder, env, timeout=300)
+        else:
+            done = subprocess.run(
+                command,
+                cwd=folder,
+                env=env,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                stdin=subprocess.DEVNULL,
+            )
         text = (done.stderr if done.returncode else done.stdout).strip()
         return {
             "exit": done.returncode,
@@ -446,7 +454,7 @@ def main() -> None:
         print("\n".join(f"{form.kind}: {form.defect}" for form in every))
         return
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(run, every))
+        results = list(pool.map(partial(run, fork=True), every))
     print("| file | defect | answer | exit |\n|---|---|---|---|")
     wrong = []
     for form, found in zip(every, results, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ import hypothesis
 import orjson
 import pytest
 
+from tests import forked as forks
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = ROOT / ".venv" / "bin"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,7 +22,26 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 hypothesis.settings.register_profile("thinkswitch", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("thinkswitch")
 
+# Files of tests that take minutes: begun last, one of them would keep a single core busy at the end. The first one makes
+# the tiny pair and the finished run; the next four need neither, and keep the other processes from waiting for them.
+FIRST = (
+    *("test_resume", "test_perception", "test_report_page", "test_rationales", "test_bad_input"),
+    *("test_adaptive", "test_labels", "test_real_domains", "test_sweep", "test_vllm", "test_export"),
+)
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files of FIRST first, in that order."""
+    rank = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
+def outside_make() -> dict[str, str]:
+    """The environment without what a `make test` around the tests would tell the commands that they run."""
+    hidden = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "THINKSWITCH_OWNER")
+    return {name: value for name, value in os.environ.items() if name not in hidden}
 
 
 @pytest.fixture(scope="session")
@@ -27,13 +49,10 @@ def command() -> Command:
     """Run a command in the project's folder; output captured, exit code not checked."""
 
     def run(*words: str | Path, cwd: Path = ROOT, timeout: float = 900, **env: str) -> subprocess.CompletedProcess[str]:
-        settings = {
-            k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "THINKSWITCH_OWNER")
-        }
         return subprocess.run(
             [str(w) for w in words],
             cwd=cwd,
-            env={**settings, **env},
+            env={**outside_make(), **env},
             text=True,
             capture_output=True,
             timeout=timeout,
@@ -43,26 +62,65 @@ def command() -> Command:
     return run
 
 
+def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """A folder that the first process of pytest-xdist to ask for it makes, while the others wait for it.
+
+    No test may change what is in it: those that have to, work on a copy.
+    """
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    made = folder.with_name(f"{name}.made")
+    with folder.with_name(f"{name}.lock").open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if not made.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make(folder)
+            made.touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def forked() -> Command:
+    """As `command`, for the scripts in BIN: in a fork of a process that has the engines loaded."""
+
+    def run(*words: str | Path, cwd: Path = ROOT, timeout: float = 900, **env: str) -> subprocess.CompletedProcess[str]:
+        return forks.run(words, cwd, {**outside_make(), **env}, timeout)
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def finished_run(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of one iteration of the embedded domain, by `make iterate`.
 
-    Each process of pytest-xdist makes its own, since stamps name their files by path: a copy would be stale.
+    Stamps name their files by path, so a copy of it is stale; it can be swept, exported and switched all the same.
     """
-    runs = tmp_path_factory.mktemp("runs")
-    done = command("make", "iterate", "ITERATIONS=1", f"RUNS={runs}", "ENGINE=embedded", timeout=1800)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return runs / "arithmetic"
+
+    def iterate(runs: Path) -> None:
+        done = command("make", "iterate", "ITERATIONS=1", f"RUNS={runs}", "ENGINE=embedded", timeout=1800)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    return once(tmp_path_factory, "runs", iterate) / "arithmetic"
+
+
+@pytest.fixture(scope="module")
+def own_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the finished run that the tests of a file may add to."""
+    folder = tmp_path_factory.mktemp("own") / "arithmetic"
+    shutil.copytree(finished_run, folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def exported(finished_run: Path, command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The export of a finished run's pair, in a copy of the run, at a small and at the full rank."""
-    runs = tmp_path_factory.mktemp("exported") / "runs"
-    shutil.copytree(finished_run, runs / "arithmetic")
-    done = command(BIN / "thinkswitch", "export-loras", "--domain", "arithmetic", "--runs", runs, "--rank", "8 128")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return runs / "arithmetic" / "iter-1" / "export"
+
+    def export(runs: Path) -> None:
+        shutil.copytree(finished_run, runs / "arithmetic")
+        done = command(BIN / "thinkswitch", "export-loras", "--domain", "arithmetic", "--runs", runs, "--rank", "8 128")
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+    return once(tmp_path_factory, "exported", export) / "arithmetic" / "iter-1" / "export"
 
 
 @pytest.fixture

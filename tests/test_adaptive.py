@@ -251,20 +251,20 @@ def test_labels_training_and_evaluation_at_reduced_size(small: Any) -> None:
 
 
 @pytest.mark.slow
-def test_again_it_does_nothing_and_says_the_same(small: Any, command: Command) -> None:
+def test_again_it_does_nothing_and_says_the_same(small: Any, forked: Command) -> None:
     folder, words = small
     before = (folder / "adaptive.json").read_bytes()
     adapters = {path: path.stat().st_mtime_ns for path in folder.rglob("adapter_model.safetensors")}
-    again = command(*words, timeout=300)
+    again = forked(*words, timeout=300)
     assert again.returncode == 0 and "$ " not in again.stdout  # no engine was started
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("adapter_model.safetensors")} == adapters
     assert (folder / "adaptive.json").read_bytes() == before
 
 
 @pytest.mark.slow
-def test_the_checkpoint_with_its_module_is_refused_by_what_would_leave_it_out(small: Any, command: Command) -> None:
+def test_the_checkpoint_with_its_module_is_refused_by_what_would_leave_it_out(small: Any, forked: Command) -> None:
     folder, _ = small
     checkpoint = folder / "seed-0" / "checkpoint"
-    done = command(BIN / "thinkswitch", "eval-model", "--domain", "arithmetic-mixed", "--model", checkpoint)
+    done = forked(BIN / "thinkswitch", "eval-model", "--domain", "arithmetic-mixed", "--model", checkpoint)
     assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1
     assert "has a perception module, which this command would leave out" in done.stderr

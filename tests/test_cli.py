@@ -24,6 +24,7 @@ def test_help_lists_every_stage_and_imports_nothing_heavy(command: Any) -> None:
     assert command(sys.executable, "-c", code).stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_axolotl_finds_our_commands(command: Any) -> None:
     done = command(BIN / "axolotl", "thinkswitch", "--help")
     assert done.returncode == 0 and "rebuild" in done.stdout
@@ -68,7 +69,7 @@ def test_help_of_make_groups_all_targets_by_what_one_wants_to_do(command: Any) -
         "Run": ("iterate", "check", "pair", "clean-run"),
         "Look": ("status", "report", "compare", "eval"),
         "Tune λ, the weight of the thinking checkpoint": ("sweep", "ablate", "baselines", "similarity"),
-        "Prove": ("verify", "control", "chaos", "lint", "test"),
+        "Prove": ("verify", "control", "chaos", "lint", "test-fast", "test"),
         "Set up": ("setup", "setup-vllm", "help"),
     }.items():
         for target in targets:
@@ -125,6 +126,7 @@ def test_a_gpu_recipe_without_a_gpu_says_what_is_missing_and_what_would_run(comm
     assert "needs a CUDA GPU with 8 GB" in sentence and "make iterate DOMAIN=arithmetic" in sentence
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(has_cuda(), reason="this machine has a GPU")
 def test_check_goes_through_everything_and_counts_what_would_stop_the_run(command: Any) -> None:
     done = command(TS, "check", "--domain", "aime", "--tokens-per-second", "1000", PRICE_PER_HOUR="0.36")
@@ -152,6 +154,7 @@ def test_check_goes_through_everything_and_counts_what_would_stop_the_run(comman
     assert "checks would stop `make iterate DOMAIN=aime`" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("domain", ["arithmetic", "arithmetic-mixed"])
 def test_check_finds_the_embedded_domains_ready(command: Any, domain: str) -> None:
     done = command(TS, "check", "--domain", domain, ENGINE="embedded")

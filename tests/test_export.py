@@ -40,6 +40,7 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_leading_part_of_a_larger_lora_is_mergekits_smaller_one(extracted: Path, tmp_path: Path) -> None:
     small, large = RANKS
     cut(extracted / f"rank-{large}", tmp_path / "cut", small, base="org/base", revision="abc")
@@ -52,6 +53,7 @@ def test_the_leading_part_of_a_larger_lora_is_mergekits_smaller_one(extracted: P
     assert config["target_modules"] == sorted(reference["target_modules"])
 
 
+@pytest.mark.slow
 def test_nothing_in_an_adapter_that_vllm_would_refuse(extracted: Path) -> None:
     adapter = extracted / f"rank-{RANKS[0]}"
     assert files.read_json(adapter / CONFIG)["modules_to_save"] == []
@@ -99,6 +101,7 @@ def test_a_dense_checkpoint_can_be_exported(extracted: Path) -> None:
     require_extractable(extracted / "a", extracted / "b")
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_numpy(extracted: Path) -> None:
     a, b = read(extracted / "a"), read(extracted / "b")
     difference = {name: (b[name].double() - a[name].double()).numpy() for name in a}
@@ -347,19 +350,19 @@ def test_an_adapter_in_peft_is_the_checkpoint_but_for_what_it_leaves_out(exporte
 
 @pytest.mark.slow
 def test_a_second_export_makes_nothing_again_and_another_base_does(
-    exported: Path, finished_run: Path, command: Any, tmp_path: Path
+    exported: Path, own_run: Path, forked: Any, tmp_path: Path
 ) -> None:
     out = tmp_path / "iter-1"
     shutil.copytree(exported, out / "export")
-    words = ["export-loras", "--domain", "arithmetic", "--runs", finished_run.parent, "--out", out, "--rank", "8"]
+    words = ["export-loras", "--domain", "arithmetic", "--runs", own_run.parent, "--out", out, "--rank", "8"]
 
     def weights() -> dict[Path, int]:
         return {p: p.stat().st_mtime_ns for p in out.rglob(WEIGHTS)}
 
     before = weights()
-    done = command(BIN / "thinkswitch", *words)
+    done = forked(BIN / "thinkswitch", *words)
     assert done.returncode == 0 and weights() == before and "lm_eval" not in done.stdout
-    one = command(BIN / "thinkswitch", *words, "--base", "instruct", "--limit", "40")
+    one = forked(BIN / "thinkswitch", *words, "--base", "instruct", "--limit", "40")
     assert one.returncode == 0, one.stdout[-2000:] + one.stderr[-2000:]
     result = files.read_json(out / "export" / "export.json")
     assert "instruct" not in result["ranks"][0] and result["base"]["path"].endswith("iter-1/instruct")
@@ -370,11 +373,11 @@ def test_a_second_export_makes_nothing_again_and_another_base_does(
 
 
 @pytest.mark.slow
-def test_refusals_are_one_sentence_and_write_nothing(finished_run: Path, command: Any, tmp_path: Path) -> None:
-    words = ["export-loras", "--domain", "arithmetic", "--runs", finished_run.parent]
-    start = files.read_json(finished_run / "iter-0" / "pair.json")["instruct"]["path"]
+def test_refusals_are_one_sentence_and_write_nothing(own_run: Path, forked: Any, tmp_path: Path) -> None:
+    words = ["export-loras", "--domain", "arithmetic", "--runs", own_run.parent]
+    start = files.read_json(own_run / "iter-0" / "pair.json")["instruct"]["path"]
     other = write(tmp_path / "other", qwen3(0))
-    before = set(finished_run.rglob("*"))
+    before = set(own_run.rglob("*"))
     for extra, says in (
         (["--instruct", start], "Give both checkpoints"),
         (["--rank", "1000"], "from 1 to 512"),
@@ -384,9 +387,9 @@ def test_refusals_are_one_sentence_and_write_nothing(finished_run: Path, command
         (["--overlay", "24gb"], "was begun with OVERLAY=''"),
         (["--instruct", start, "--thinking", start, "--out", tmp_path / "out"], "nothing to export"),
     ):
-        done = command(BIN / "thinkswitch", *words, *extra)
+        done = forked(BIN / "thinkswitch", *words, *extra)
         assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr, done.stderr
-    assert set(finished_run.rglob("*")) == before
+    assert set(own_run.rglob("*")) == before
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 

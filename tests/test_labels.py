@@ -455,7 +455,7 @@ def test_a_killed_cross_validation_goes_on_with_the_fold_it_was_killed_in(labell
 
 @pytest.mark.slow
 def test_only_the_folds_that_learnt_from_a_changed_rationale_are_trained_again(
-    labelled: Any, material: Path, tmp_path: Path, command: Any
+    labelled: Any, material: Path, tmp_path: Path, forked: Any
 ) -> None:
     work, _ = labelled
     runs = tmp_path / "moved"
@@ -463,7 +463,7 @@ def test_only_the_folds_that_learnt_from_a_changed_rationale_are_trained_again(
     here = runs / work.relative_to(work.parents[3])
     changed = tmp_path / "material"
     shutil.copytree(material, changed)
-    unchanged = command(*words(changed, runs))
+    unchanged = forked(*words(changed, runs))
     assert unchanged.returncode == 0 and "$ " not in unchanged.stdout  # nothing is trained, also after a move
 
     of_fold_1 = next(row for _, row in read_requests(here / "fold-1" / "requests.jsonl"))["custom_id"]
@@ -474,7 +474,7 @@ def test_only_the_folds_that_learnt_from_a_changed_rationale_are_trained_again(
             message["content"] = message["content"].replace("</think>", "0=0\n</think>")
     (changed / "generations.jsonl").write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
     before = {number: state(here / f"fold-{number}" / "post" / "adapter") for number in (1, 2)}
-    again = command(*words(changed, runs))
+    again = forked(*words(changed, runs))
     assert again.returncode == 0 and again.stdout.count("$ ") == 1, again.stdout
     after = {number: state(here / f"fold-{number}" / "post" / "adapter") for number in (1, 2)}
     assert after[1] == before[1] and after[2] != before[2]

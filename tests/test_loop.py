@@ -74,7 +74,6 @@ def test_iterate_again_has_nothing_to_do(finished_run: Path, command: Any) -> No
         return {p: p.stat().st_mtime_ns for p in finished_run.rglob(".stamps/*.json") if p.stem in names}
 
     words = ("make", "iterate", "ITERATIONS=1", f"RUNS={finished_run.parent}")
-    assert command(*words).returncode == 0  # a sweep that another test added belongs into the report
     before = stamps()
     for path in (finished_run / "iter-1" / "pairs.jsonl", ROOT / "recipes" / "arithmetic.yaml"):
         os.utime(path)
@@ -114,7 +113,7 @@ def test_plain_axolotl_trains_an_iterations_config_to_the_same_adapter(
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_axolotl_stops_when_the_adapter_did_not_move(finished_run: Path, command: Any, tmp_path: Path) -> None:
+def test_axolotl_stops_when_the_adapter_did_not_move(finished_run: Path, forked: Any, tmp_path: Path) -> None:
     config = files.read_yaml(finished_run / "iter-1" / "axolotl.yaml")
     config |= {
         "output_dir": str(tmp_path / "adapter"),
@@ -124,7 +123,7 @@ def test_axolotl_stops_when_the_adapter_did_not_move(finished_run: Path, command
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(config))
-    done = command(BIN / "axolotl", "train", path, "--launcher", "python", AXOLOTL_DO_NOT_TRACK="1")
+    done = forked(BIN / "axolotl", "train", path, "--launcher", "python", AXOLOTL_DO_NOT_TRACK="1")
     assert done.returncode != 0 and "the adapter did not move" in done.stdout + done.stderr
 
 

@@ -382,14 +382,14 @@ def test_our_commands_refuse_what_they_would_leave_out(saved: Path, student: Pat
 @pytest.mark.parametrize(
     "words", ["eval-model --domain arithmetic --model", "serve --domain arithmetic --model", "merge"]
 )
-def test_real_commands_refuse_it_in_one_sentence(words: str, saved: Path, tmp_path: Path, command: Command) -> None:
+def test_real_commands_refuse_it_in_one_sentence(words: str, saved: Path, tmp_path: Path, forked: Command) -> None:
     last: list[str | Path] = [saved]
     if words == "merge":
         config = {"merge_method": "linear", "dtype": "float32"}
         config["models"] = [{"model": str(saved), "parameters": {"weight": 0.5}}] * 2  # type: ignore[assignment]
         files.write_yaml(tmp_path / "merge.yaml", config)
         last = [tmp_path / "merge.yaml", tmp_path / "out"]
-    done = command(BIN / "thinkswitch", *words.split(), *last)
+    done = forked(BIN / "thinkswitch", *words.split(), *last)
     assert done.returncode == 1 and "has a perception module, which this command would leave out" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -454,18 +454,18 @@ def write(recipe: dict[str, Any], folder: Path, **changes: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(recipe: dict[str, Any], command: Command) -> Path:
+def trained(recipe: dict[str, Any], forked: Command) -> Path:
     """The adapter that `axolotl train` leaves."""
     path = write(recipe, Path(recipe["output_dir"]).parent)
-    done = command(BIN / "axolotl", "train", path, "--launcher", "python", AXOLOTL_DO_NOT_TRACK="1")
+    done = forked(BIN / "axolotl", "train", path, "--launcher", "python", AXOLOTL_DO_NOT_TRACK="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return Path(recipe["output_dir"])
 
 
 @pytest.fixture(scope="module")
-def merged(recipe: dict[str, Any], trained: Path, command: Command) -> Path:
+def merged(recipe: dict[str, Any], trained: Path, forked: Command) -> Path:
     """What `axolotl merge-lora` makes of it."""
-    done = command(BIN / "axolotl", "merge-lora", trained.parent / "recipe.yaml", AXOLOTL_DO_NOT_TRACK="1")
+    done = forked(BIN / "axolotl", "merge-lora", trained.parent / "recipe.yaml", AXOLOTL_DO_NOT_TRACK="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return trained / "merged"
 
@@ -500,14 +500,14 @@ def test_the_legacy_merge_keeps_the_module_and_the_logits(student: Path, trained
 
 @pytest.mark.slow
 def test_axolotls_default_merge_is_refused_before_and_its_checkpoint_after(
-    recipe: dict[str, Any], trained: Path, command: Command, tmp_path: Path
+    recipe: dict[str, Any], trained: Path, forked: Command, tmp_path: Path
 ) -> None:
     path = write(recipe, tmp_path, merge_method=None)
-    done = command(BIN / "axolotl", "merge-lora", path, AXOLOTL_DO_NOT_TRACK="1")
+    done = forked(BIN / "axolotl", "merge-lora", path, AXOLOTL_DO_NOT_TRACK="1")
     assert done.returncode != 0 and "`thinkswitch.perception` needs `merge_method: legacy`" in done.stderr
     # Without our plugin nobody stops it.
     path = write(recipe, tmp_path, merge_method=None, plugins=None, thinkswitch=None, lora_model_dir=str(trained))
-    done = command(BIN / "axolotl", "merge-lora", path, "--output-dir", tmp_path, AXOLOTL_DO_NOT_TRACK="1")
+    done = forked(BIN / "axolotl", "merge-lora", path, "--output-dir", tmp_path, AXOLOTL_DO_NOT_TRACK="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for refused in (load, lambda folder: checkpoint.resolve(str(folder), None, "evaluated")):
         with pytest.raises(ThinkSwitchError, match=r"no perception module.*`merge_method: legacy`"):
@@ -524,8 +524,8 @@ def test_axolotls_default_merge_is_refused_before_and_its_checkpoint_after(
     ],
 )
 def test_a_recipe_that_would_lose_the_module_is_refused(
-    recipe: dict[str, Any], changes: dict[str, Any], message: str, command: Command, tmp_path: Path
+    recipe: dict[str, Any], changes: dict[str, Any], message: str, forked: Command, tmp_path: Path
 ) -> None:
     path = write(recipe, tmp_path, **changes, output_dir=str(tmp_path / "out"))
-    done = command(BIN / "axolotl", "train", path, "--launcher", "python", AXOLOTL_DO_NOT_TRACK="1")
+    done = forked(BIN / "axolotl", "train", path, "--launcher", "python", AXOLOTL_DO_NOT_TRACK="1")
     assert done.returncode != 0 and message in done.stderr, done.stderr[-3000:]

@@ -205,7 +205,7 @@ def test_memory_is_flat_with_traces_too(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["answer_only", "pre_thinking", "post_thinking", "both"])
 def test_plain_axolotl_trains_with_each_dataset_type(
-    kind: str, student: Path, command: Any, write_jsonl: Write, tmp_path: Path
+    kind: str, student: Path, forked: Any, write_jsonl: Write, tmp_path: Path
 ) -> None:
     """`axolotl train recipe.yaml` with only the plugin line: the adapter moves, on exactly the tokens of the turns."""
     rows = [rationale(f"{a}+{b}", str((a + b) % 10), f"{a}+{b}={(a + b) % 10}") for a in range(8) for b in range(4)]
@@ -235,7 +235,7 @@ def test_plain_axolotl_trains_with_each_dataset_type(
         **dict.fromkeys(("bf16", "fp16", "tf32", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False),
     }
     files.write_yaml(tmp_path / "recipe.yaml", recipe)
-    done = command(BIN / "axolotl", "train", tmp_path / "recipe.yaml", "--launcher", "python", AXOLOTL_DO_NOT_TRACK="1")
+    done = forked(BIN / "axolotl", "train", tmp_path / "recipe.yaml", "--launcher", "python", AXOLOTL_DO_NOT_TRACK="1")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     (prepared,) = {p.parent for p in (tmp_path / "prepared").rglob("*.arrow")}

@@ -78,9 +78,9 @@ def tiny(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return overlay
 
 
-def lm_eval(command: Any, out: Path, data: Path, names: Sequence[str], gen_kwargs: str, *model: str) -> None:
+def lm_eval(forked: Any, out: Path, data: Path, names: Sequence[str], gen_kwargs: str, *model: str) -> None:
     """Run plain lm_eval on tasks."""
-    done = command(
+    done = forked(
         BIN / "lm_eval",
         *model,
         "--tasks",
@@ -162,10 +162,10 @@ def test_an_evaluation_question_among_the_prompts_stops_the_run(
         assert f"{question}" in done.stderr and not (aime / made).exists()
 
 
-def test_k_samples_are_different_samples_with_hf(tiny: Path, data: Path, command: Any, tmp_path: Path) -> None:
+def test_k_samples_are_different_samples_with_hf(tiny: Path, data: Path, forked: Any, tmp_path: Path) -> None:
     thinking = yaml.safe_load(tiny.read_text())["thinkswitch"]["pair"]["thinking"]
     model = ["--model", "hf", "--model_args", f"pretrained={thinking}", "--batch_size", "64"]
-    lm_eval(command, tmp_path, data, ["thinkswitch_aime_k8"], SAMPLED, *model)
+    lm_eval(forked, tmp_path, data, ["thinkswitch_aime_k8"], SAMPLED, *model)
     texts = completions(tmp_path, "thinkswitch_aime_k8")
     assert {len(samples) for samples in texts.values()} == {8}
     assert sum(len(set(samples)) > 1 for samples in texts.values()) > 15
@@ -191,14 +191,14 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[lis
 
 @pytest.fixture(scope="module")
 def judged(
-    server: list[str], tiny: Path, data: Path, command: Any, tmp_path_factory: pytest.TempPathFactory
+    server: list[str], tiny: Path, data: Path, forked: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
     """lm-eval's files of every task by transformers, and by vLLM: one call each, since each takes long to start."""
     thinking = yaml.safe_load(tiny.read_text())["thinkswitch"]["pair"]["thinking"]
     hf = ["--model", "hf", "--model_args", f"pretrained={thinking}", "--batch_size", "64"]
     folders = tmp_path_factory.mktemp("hf"), tmp_path_factory.mktemp("vllm")
     for folder, model in zip(folders, (hf, server), strict=True):
-        lm_eval(command, folder, data, GREEDY_TASKS, GREEDY, *model)
+        lm_eval(forked, folder, data, GREEDY_TASKS, GREEDY, *model)
     return folders
 
 
@@ -213,8 +213,8 @@ def test_hf_and_a_vllm_server_give_the_same_scores(name: str, judged: tuple[Path
 
 @pytest.mark.vllm
 @pytest.mark.skipif(engines.vllm_python() is None, reason="vLLM is not installed: make setup-vllm")
-def test_k_samples_are_different_samples_with_vllm(server: list[str], data: Path, command: Any, tmp_path: Path) -> None:
-    lm_eval(command, tmp_path, data, ["thinkswitch_pubmedqa_k8"], SAMPLED, *server)
+def test_k_samples_are_different_samples_with_vllm(server: list[str], data: Path, forked: Any, tmp_path: Path) -> None:
+    lm_eval(forked, tmp_path, data, ["thinkswitch_pubmedqa_k8"], SAMPLED, *server)
     texts = completions(tmp_path, "thinkswitch_pubmedqa_k8")
     assert {len(samples) for samples in texts.values()} == {8}
     assert sum(len(set(samples)) > 1 for samples in texts.values()) > 6

@@ -15,7 +15,7 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.report import write_report
 from thinkswitch_plugin.run import open_run
 
-pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason=browser.MISSING)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(browser.CHROMIUM is None, reason=browser.MISSING)]
 SIZES = {"desk": (1200, 900), "phone": (390, 844)}
 
 

@@ -42,6 +42,13 @@ def read(path: Path) -> bytes:
         return b""
 
 
+def test_ten_kills_change_nothing(finished_run: Path, command: Any) -> None:
+    done = command(sys.executable, "-m", "tests.chaos", "--kills", "10", "--undisturbed", finished_run, timeout=1500)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    result = orjson.loads(done.stdout.splitlines()[-1])
+    assert result["kills"] == 10 and len(result["hits"]) >= 3
+
+
 def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_adapter(finished_run: Path, tmp_path: Path) -> None:
     overlay = tmp_path / "save.yaml"
     overlay.write_text("save_strategy: epoch\n")
@@ -63,13 +70,6 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_adapter(finis
     assert again.stdout.splitlines()[-1].startswith("checkpoint-")
     name = "adapter/adapter_model.safetensors"
     assert differing_tensors(finished_run / "iter-1" / name, here / name) == 0
-
-
-def test_ten_kills_change_nothing(finished_run: Path, command: Any) -> None:
-    done = command(sys.executable, "-m", "tests.chaos", "--kills", "10", "--undisturbed", finished_run, timeout=1500)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    result = orjson.loads(done.stdout.splitlines()[-1])
-    assert result["kills"] == 10 and len(result["hits"]) >= 3
 
 
 def test_a_finished_run_verifies_and_its_cards_say_where_it_comes_from(finished_run: Path, command: Any) -> None:

@@ -318,18 +318,16 @@ def test_the_switch_works_beside_a_loop_that_is_at_work(judged_run: Path, server
 
 
 @pytest.fixture(scope="module")
-def switched(finished_run: Path, tmp_path_factory: pytest.TempPathFactory, command: Any) -> Path:
+def switched(own_run: Path, forked: Any) -> Path:
     """A finished run of real checkpoints with its router, by the command."""
-    folder = tmp_path_factory.mktemp("switched") / "arithmetic"
-    shutil.copytree(finished_run, folder)
-    done = command(TS, "switch", folder, "1", "--limit", "300")
+    done = forked(TS, "switch", own_run, "1", "--limit", "300")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "instruct: 300 answered, 0 stored before" in done.stdout
-    return folder
+    return own_run
 
 
 @pytest.mark.slow
-def test_labels_router_and_curve_of_real_checkpoints(switched: Path, command: Any) -> None:
+def test_labels_router_and_curve_of_real_checkpoints(switched: Path, forked: Any) -> None:
     here = switched / "iter-1" / "switch"
     found = files.read_json(here / "switch.json")
     rows = [row for _, row in files.read_jsonl(here / "labels.jsonl")]
@@ -348,7 +346,7 @@ def test_labels_router_and_curve_of_real_checkpoints(switched: Path, command: An
     whole = generations.read_bytes()
     generations.write_bytes(whole[: len(whole) * 2 // 3])
     kept = whole[: len(whole) * 2 // 3].count(b"\n")
-    done = command(TS, "switch", switched, "1", "--limit", "310")
+    done = forked(TS, "switch", switched, "1", "--limit", "310")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "instruct: 10 answered, 300 stored before" in done.stdout
     assert f"thinking: {310 - kept} answered, {kept} stored before" in done.stdout
@@ -357,7 +355,7 @@ def test_labels_router_and_curve_of_real_checkpoints(switched: Path, command: An
 
 
 @pytest.mark.slow
-def test_one_question_and_many_in_process(switched: Path, command: Any, tmp_path: Path) -> None:
+def test_one_question_and_many_in_process(switched: Path, command: Any, forked: Any, tmp_path: Path) -> None:
     questions = task.held_out(24)
     switch = Switch.open(switched)
     found = switch.answer_all(questions)
@@ -365,7 +363,7 @@ def test_one_question_and_many_in_process(switched: Path, command: Any, tmp_path
     for i, one in enumerate(found):  # the checkpoints say what they said when they were judged
         assert one.answer == samples[one.mode][i].found[0] and one.tokens == samples[one.mode][i].tokens[0]
     assert {one.mode for one in found} == {"instruct", "thinking"}
-    done = command(TS, "answer", "--pair", switched, questions[0])
+    done = forked(TS, "answer", "--pair", switched, questions[0])
     assert done.returncode == 0, done.stderr
     assert f"  answer: {found[0].answer}" in done.stdout and f"{found[0].mode} (p(think) = " in done.stdout
     source = tmp_path / "questions.jsonl"

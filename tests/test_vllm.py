@@ -47,22 +47,22 @@ import json, sys
 from vllm.config.quantization import resolve_quantization_config
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-options = make_arg_parser(FlexibleArgumentParser()).parse_args(json.loads(sys.argv[1]))
-found = options.quantization and resolve_quantization_config(options.quantization, None)
-print(json.dumps([options.quantization, bool(found and found.linear)]))
+for words in sys.argv[1:]:
+    options = make_arg_parser(FlexibleArgumentParser()).parse_args(json.loads(words))
+    found = options.quantization and resolve_quantization_config(options.quantization, None)
+    print(json.dumps([options.quantization, bool(found and found.linear)]))
 """
 
 
-@pytest.mark.parametrize(("domain", "overlays"), [("aime", ()), ("pubmedqa", ()), ("aime", ("24gb",))])
-def test_vllm_knows_a_recipes_options_and_rounds_the_matrices_of_a_dense_model(
-    domain: str, overlays: tuple[str, ...]
-) -> None:
-    keys = load_recipe(recipe_path(domain), tuple(map(overlay_path, overlays))).keys
-    words = [str(engines.vllm_python()), "-c", UNDERSTOOD, json.dumps(keys.engine.vllm_args)]
+def test_vllm_knows_the_recipes_options_and_rounds_the_matrices_of_a_dense_model() -> None:
+    recipes: list[tuple[str, tuple[str, ...]]] = [("aime", ()), ("pubmedqa", ()), ("aime", ("24gb",))]
+    keys = [load_recipe(recipe_path(domain), tuple(map(overlay_path, overlays))).keys for domain, overlays in recipes]
+    words = [str(engines.vllm_python()), "-c", UNDERSTOOD, *(json.dumps(k.engine.vllm_args) for k in keys)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    name, linear = json.loads(done.stdout.splitlines()[-1])
-    assert linear == (keys.needs.gpu_gb == 8), name  # some of its roundings take the experts of a mixture only
+    for recipe, its, line in zip(recipes, keys, done.stdout.splitlines()[-len(keys) :], strict=True):
+        name, linear = json.loads(line)
+        assert linear == (its.needs.gpu_gb == 8), (recipe, name)  # some roundings take the experts of a mixture only
 
 
 def test_pairs_from_vllm_equal_those_of_the_embedded_engine(finished_run: Path, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_special_tags_are_kept_and_pairs_equal_the_embedded_engines_whoever_open
     assert all(answer.isdigit() for _, answer in found["vllm"])  # no part of a trace
 
 
-def test_a_sweep_through_vllm_scores_as_the_sweep_in_memory(finished_run: Path, tmp_path: Path, command: Any) -> None:
+def test_a_sweep_through_vllm_scores_as_the_sweep_in_memory(finished_run: Path, tmp_path: Path, forked: Any) -> None:
     overlay = tmp_path / "server.overlay.yaml"
     files.write_yaml(overlay, {"thinkswitch": {"evaluation": {"backend": "server"}}})
     pair = files.read_json(finished_run / "iter-0" / "pair.json")
@@ -138,7 +138,7 @@ def test_a_sweep_through_vllm_scores_as_the_sweep_in_memory(finished_run: Path, 
     found = {}
     for engine, extra in (("embedded", []), ("vllm", ["--overlay", overlay])):
         out = tmp_path / engine
-        done = command(BIN / "thinkswitch", *words, "--engine", engine, "--out", out, *extra)
+        done = forked(BIN / "thinkswitch", *words, "--engine", engine, "--out", out, *extra)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         points = files.read_json(out / "sweep" / "sweep.json")["points"]
         found[engine] = [(p["lambda"], p["mean@k"], p["tokens"], p["think_ratio"]) for p in points]
@@ -259,8 +259,8 @@ def test_the_requests_of_the_documentation(both: openai.OpenAI, command: Any) ->
     assert thinking.startswith("thinking ") and "</think>" in thinking
 
 
-def test_the_switch_asks_the_mode_that_its_router_says_of_one_server(exported: Path, both: openai.OpenAI) -> None:
-    folder = exported.parent.parent
+def test_the_switch_asks_the_mode_that_its_router_says_of_one_server(own_run: Path, both: openai.OpenAI) -> None:
+    folder = own_run
     labels = folder / "labels.jsonl"
     texts = task.training_prompts(0, 120)
     rows = [{"prompt": text, "label": "pre" if "*" in text else "post"} for text in texts]

@@ -1,0 +1,54 @@
+"""Real commands without the seconds of their imports: each runs in a fork of one process that has the engines loaded.
+
+For tests of what a command answers or writes. Where the start of a process, its imports or its
+search path are the point, use the `command` fixture.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+# Modules that take long to import; where one is missing the command imports what it needs by itself.
+ENGINES = ["torch", "transformers", "peft", "datasets", "lm_eval.tasks", "mergekit.merge", "axolotl.train"]
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(ENGINES)
+
+
+def run(
+    words: Sequence[str | Path], cwd: Path, env: Mapping[str, str], timeout: float = 900
+) -> subprocess.CompletedProcess[str]:
+    """Run a Python script, such as `.venv/bin/axolotl`, with arguments; output captured, exit code not checked.
+
+    Raises `subprocess.TimeoutExpired` as `subprocess.run` does.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = CONTEXT.Process(target=_run, args=([str(word) for word in words], cwd, dict(env), out, err))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired([str(word) for word in words], timeout)
+        said = (path.read_text(errors="replace") if path.exists() else "" for path in (out, err))
+        return subprocess.CompletedProcess(list(words), process.exitcode, *said)
+
+
+def _run(words: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path) -> None:
+    """The work of a fork: become the command."""
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    for path, stream in ((out, sys.stdout), (err, sys.stderr)):
+        stream.flush()
+        with path.open("wb") as handle:
+            os.dup2(handle.fileno(), stream.fileno())
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
