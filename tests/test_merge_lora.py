@@ -17,7 +17,8 @@ from tests.conftest import ROOT
 from thinkswitch_plugin import distil, files, loop, merge_lora
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.merging.compatibility import list_tensors, require_compatible
+from thinkswitch_plugin.merging.compatibility import require_compatible
+from thinkswitch_plugin.merging.tensors import list_tensors
 from thinkswitch_plugin.recipe import load_recipe
 
 

@@ -17,7 +17,7 @@ from thinkswitch_plugin import engines, files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.evaluation import newest, samples_file
-from thinkswitch_plugin.merging.compatibility import list_tensors
+from thinkswitch_plugin.merging.tensors import list_tensors
 
 pytestmark = pytest.mark.slow
 GREEDY = "temperature=0,do_sample=False,max_gen_toks=40"
