@@ -135,11 +135,18 @@ def _anchored() -> list[tuple[re.Pattern[str], Convention]]:
     ]
 
 
+@functools.cache
+def _any_anchored() -> re.Pattern[str]:
+    return re.compile("|".join(pattern.pattern for pattern, _ in _anchored()))
+
+
 def phrase_at_start(text: str, start: int = 0) -> tuple[int, Convention] | None:
     """Where a phrase that opens a trace ends, if the text begins with one at `start`, and its convention."""
     begin = _SPACE.match(text, start)
     places = {begin.end(): None, _EMPHASIS.match(text, begin.end()).end(): None}  # type: ignore[union-attr]
     for place in places:
+        if not _any_anchored().match(text, place):
+            continue
         for pattern, convention in _anchored():
             if found := pattern.match(text, place):
                 return found.end(), convention

@@ -25,7 +25,7 @@ from thinkswitch_plugin.adaptive import formats
 from thinkswitch_plugin.batch import Asked
 from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.messages import content_of, reasoning_of
+from thinkswitch_plugin.guard import Guard
 from thinkswitch_plugin.repeats import repeats
 from thinkswitch_plugin.traces import Completion, Outcome, control_token, has_tag
 
@@ -36,8 +36,6 @@ NO_MAJORITY = "no_readable_answer"
 CONTROL = "control_token"
 NO_TRACE = "no_trace"
 REPEATS = "answer_repeats_trace"
-BEGINNING = 100  # characters of a completion that are shown
-FEWEST_TRACES = 0.1  # of the completions that came to an end; with fewer, the traces must be of a kind we do not know
 
 
 @dataclass
@@ -203,7 +201,7 @@ def _read_generations(
 ) -> dict[str, _Stored]:
     """What became of every request, by id; whole answers, and traces if they are kept, go into `spill`."""
     stored: dict[str, _Stored] = {}
-    guard = _Guard(generations)
+    guard = Guard(generations)
     for number, row, done in completions(generations, asked, report):
         custom_id = row["custom_id"]
         outcome, *texts = judge(done, asked[custom_id], keep_trace=keep_trace)
@@ -214,37 +212,6 @@ def _read_generations(
         spill.write(answer + trace)
     guard.require_traces()
     return stored
-
-
-class _Guard:
-    """Counts traces where traces are expected, whatever convention they are written in."""
-
-    def __init__(self, generations: Path) -> None:
-        self.generations = generations
-        self.whole = self.traced = 0
-        self.first: tuple[int, str] | None = None  # line and beginning of the first completion without a trace
-
-    def look_at(self, number: int, row: dict[str, Any], done: Completion) -> None:
-        """Count a completion if it shows whether traces can be seen: it has one, or came to its end without."""
-        if done.closed_trace:
-            self.traced += 1
-        elif done.cut or done.outcome in (Outcome.FAILED, Outcome.EMPTY):
-            return
-        elif self.first is None:
-            message = row["response"]["body"]["choices"][0]["message"]
-            self.first = number, (reasoning_of(message) or content_of(message)).strip()[:BEGINNING]
-        self.whole += 1
-
-    def require_traces(self) -> None:
-        """Raise `ThinkSwitchError` if (nearly) no completion has a trace."""
-        if self.first is not None and self.traced < FEWEST_TRACES * self.whole:
-            number, text = self.first
-            raise ThinkSwitchError(
-                f"{self.generations}, line {number}: of {self.whole} finished completions {self.traced} have a trace that "
-                f"can be told from the answer; this one begins {text!r}: set `thinkswitch.trace` in the recipe to the "
-                "convention in which this checkpoint writes its trace, to {open: …, close: …}, or, if it answers "
-                "directly, to none."
-            )
 
 
 def judge(done: Completion, how: Asked, *, keep_trace: bool = False) -> tuple[str, str, str]:

@@ -36,6 +36,7 @@ _CONTROL = re.compile(
 )
 _ENDS = re.compile(rf"(?:\s*(?:{'|'.join(map(re.escape, ENDS))}))+\s*\Z")
 LENGTH = "length"  # the one finish reason that a larger token budget helps against
+_LAST = {end[-1] for end in ENDS} | {""}
 _CHANNELS = {each.name for each in CONVENTIONS if each.channels}
 _OF_TRACES = (Kind.OPEN, Kind.CLOSE, Kind.GUARD)
 _LONGEST_END = 400  # characters at the end of an answer in which the end of its turn is looked for
@@ -284,6 +285,8 @@ def _unwrapped(text: str, rest: Sequence[Mark], start: int) -> tuple[str, bool] 
 
 def without_end(text: str) -> str:
     """A text without the strings at its very end that end a turn (`<|im_end|>`)."""
+    if text.rstrip()[-1:] not in _LAST:
+        return text
     place = max(0, len(text) - _LONGEST_END)
     return text[:place] + _ENDS.sub("", text[place:])
 

@@ -20,6 +20,7 @@ from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.engines import choose, has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.generate import generate
+from thinkswitch_plugin.guard import FEWEST_TRACES
 from thinkswitch_plugin.merging.compatibility import Allowances, require_compatible
 from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
 from thinkswitch_plugin.merging.similarity import similarity
@@ -59,7 +60,7 @@ class Baseline:
 
     def require_traces(self, reference: Path, keys: RebuildKeys) -> None:
         """Raise `ThinkSwitchError` where it (nearly) never thought: any λ would do as well."""
-        if self.ratio < pairs.FEWEST_TRACES and keys.min_think_ratio:
+        if self.ratio < FEWEST_TRACES and keys.min_think_ratio:
             raise ThinkSwitchError(
                 f"{reference}: {self.closed} of {self.whole} finished completions of the original thinking checkpoint have "
                 "a closed trace, so a rebuilt one cannot be compared with it: set `thinkswitch.trace` to the convention in "
