@@ -10,20 +10,29 @@ from thinkswitch_plugin.args import resolve_seed
 from thinkswitch_plugin.domain import prompts_of_iteration
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import uses_server
-from thinkswitch_plugin.hashes import Hashes, read_stamp
+from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.merging.config import check_config, set_lambda
-from thinkswitch_plugin.prune import iterations_kept, prune
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path
-from thinkswitch_plugin.run import Run, forget_stale, locked, read_settings, settings_file
+from thinkswitch_plugin.run import NOTHING_MORE, Given, Run, forget_stale, locked, read_settings, settings_file
+from thinkswitch_plugin.run.prune import iterations_kept, prune
+from thinkswitch_plugin.run.stamp import once
 
 
-def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int, overlays: Sequence[str] = ()) -> Run:
+def begin_run(
+    domain: str,
+    runs: Path,
+    seed: int,
+    engine: str,
+    iterations: int,
+    overlays: Sequence[str] = (),
+    given: Given = NOTHING_MORE,
+) -> Run:
     """Check the settings, write `run.json`, drop stale stamps, and say what is left to do.
 
     Raises `ThinkSwitchError`: no such recipe, a wrong key, a file that is missing, or a
     run folder that was begun with another seed or engine. Nothing is written then.
     """
-    iterations_kept()
+    iterations_kept(given.keep)
     path = recipe_path(domain)
     folder = runs / domain
     before = read_settings(settings_file(folder)) if settings_file(folder).is_file() else None
@@ -48,17 +57,15 @@ def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int, 
             f"{folder} was begun with SEED={before['seed']} ENGINE={before['engine']}; "
             f"give this run a folder of its own, such as RUNS={runs}-seed{seed}."
         )
-    run = Run(folder, recipe, seed, chosen, iterations)
+    run = Run(folder, recipe, seed, chosen, iterations, given)
     require_gpu(recipe)
     _check_files(run)
     _check_merge_config(run)
     if uses_server(recipe.keys.evaluation, chosen) and engines.vllm_python() is None:
         raise ThinkSwitchError(f"{path}: `thinkswitch.evaluation.backend` asks for a server. {engines.NO_VLLM}")
-    checked = folder / ".stamps" / "recipe-checked.json"
     hashes = Hashes(folder)
-    fingerprint = {str(p): hashes.of(p) for p in (path, *recipe.overlays)}
-    if read_stamp(checked) != fingerprint:
-        check_axolotl_keys(recipe)
+    read = {"inputs": {str(p): hashes.of(p) for p in (path, *recipe.overlays)}}
+    once(folder / ".stamps" / "recipe-checked.json", read, (), lambda _: check_axolotl_keys(recipe), part=None)
     with locked(run.folder):
         files.write_json(
             settings_file(folder),
@@ -71,7 +78,6 @@ def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int, 
                 "iterations": iterations,
             },
         )
-        files.write_json(checked, fingerprint)
         total, waiting = forget_stale(run)
         prune(run, Hashes(folder))
     if waiting:

@@ -1,6 +1,6 @@
 """The stages of the loop: what each reads, which engine it calls, what it writes.
 
-Each function does the work of one stage of `run.stages` for iteration k; `run.execute`
+Each function does the work of one row of `run.TABLE` for iteration k; `run.execute`
 decides whether it is needed and keeps its stamp. Follow one prompt: `write_requests`
 -> `answer_requests` -> `build_pairs` -> `train` -> `merge_lora` -> `rebuild` -> `evaluate`.
 """
@@ -17,7 +17,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import Run
 
 
-def prepare_pair(run: Run) -> dict[str, Any]:
+def prepare_pair(run: Run, k: int) -> dict[str, Any]:
     """Fetch (or, for the embedded domain, train) the starting pair and check that it is one.
 
     Writes `iter-0/pair.json`: name, folder and hub commit of both checkpoints.
@@ -29,17 +29,17 @@ def prepare_pair(run: Run) -> dict[str, Any]:
         from thinkswitch_plugin.demo.cache import ensure_mixed, ensure_pair
         from thinkswitch_plugin.demo.mixed import DOMAIN
 
-        ensure_pair(run.seed, Path(run.checkpoint("instruct", 0)), Path(run.checkpoint("thinking", 0)))
+        ensure_pair(run.seed, Path(run.checkpoint("instruct", k)), Path(run.checkpoint("thinking", k)))
         if run.recipe.keys.domain == DOMAIN:
             ensure_mixed(run.seed)
     clean_prompts(run, 1)  # `write_requests` asks again, but after downloads and hours of evaluating the starting pair
     found: dict[str, dict[str, Any]] = {}
     for mode, revision in (("instruct", keys.revision_instruct), ("thinking", keys.revision_thinking)):
-        name = run.checkpoint(mode, 0)
+        name = run.checkpoint(mode, k)
         folder, commit = checkpoint.resolve(name, revision, mode)
         found[mode] = {"name": name, "path": str(folder), "revision": commit}
     require_compatible(Path(found["instruct"]["path"]), Path(found["thinking"]["path"]))
-    files.write_json(run.iteration(0) / "pair.json", found)
+    files.write_json(run.iteration(k) / "pair.json", found)
     return {}
 
 
@@ -235,6 +235,15 @@ def evaluate(run: Run, k: int, mode: str) -> dict[str, Any]:
         answer=run.recipe.keys.labels.answer,
     )
     return {}
+
+
+def report(run: Run, k: int) -> dict[str, Any]:
+    """What changed up to iteration k: writes `report.html`, `report.json`, `report.md` and the pictures."""
+    from thinkswitch_plugin.report import write_report
+
+    notes = write_report(run)
+    cards.complete_cards(run)
+    return notes
 
 
 def require_finished(run: Run, k: int) -> None:

@@ -1,0 +1,288 @@
+"""The stages of a run: the one list of their names, order, inputs, outputs and work.
+
+`TABLE` has a row for each stage. The commands, `make status`, the report's times and what a stamp compares follow
+from it, and a test holds that the Makefile has the same order. Where a stage is for a given iteration, what it
+reads there, depends on and writes is a `Stage`:
+
+    rebuild of iteration 1: iter-1/instruct, the anchor, merge_configs/slerp.yaml, … -> iter-1/thinking, rebuild.json
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run.folder import MODES, Run
+from thinkswitch_plugin.run.stage import Stage
+
+TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja")
+REPORT_PICTURES = ("iterations", "paired", "time")
+REPORT_FILES = (
+    *("report.json", "report.md", "report.html"),
+    *(f"{name}.{kind}" for name in REPORT_PICTURES for kind in ("png", "svg")),
+)
+# Options of vLLM that say how fast it answers, not what.
+MACHINE_OPTIONS = (
+    "--gpu-memory-utilization",
+    "--kv-cache-memory-bytes",
+    "--tensor-parallel-size",
+    "-tp",
+    "--pipeline-parallel-size",
+    "-pp",
+    "--data-parallel-size",
+    "-dp",
+    "--max-num-seqs",
+    "--max-num-batched-tokens",
+    "--swap-space",
+    "--cpu-offload-gb",
+    "--enforce-eager",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Args:
+        command: of `thinkswitch`, on a run folder; with `mode` behind it if there are two rows of it.
+        when: which iterations have it: `pair` (0), `iteration` (1 and later), `both`, or `end` (the last, once).
+        work: the function of `loop` that does it.
+        timed: the name under which `report.json` adds up its seconds.
+        help: what `thinkswitch COMMAND --help` prints.
+        plan: where it is in a run, by run and iteration; what that depends on.
+    """
+
+    command: str
+    when: str
+    work: str
+    timed: str
+    help: str
+    plan: Callable[[Run, int], Stage]
+    mode: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As the stamp is called."""
+        return f"{self.command}-{self.mode}" if self.mode else self.command
+
+    @property
+    def single(self) -> bool:
+        """Whether a run has it once, not for each iteration."""
+        return self.when in ("pair", "end")
+
+    def belongs_to(self, iteration: int, last: int) -> bool:
+        """Whether this iteration of a run has the stage."""
+        return {"pair": iteration == 0, "iteration": iteration > 0, "both": True, "end": iteration == last}[self.when]
+
+
+def _pair(run: Run, k: int) -> Stage:
+    return Stage(
+        "pair",
+        k,
+        (),
+        (run.iteration(k) / "pair.json",),
+        {"pair": run.recipe.keys.pair.model_dump(exclude={"base"}), "seed": run.seed},
+        needs=tuple(Path(run.checkpoint(mode, k)) for mode in MODES),
+    )
+
+
+def _requests(run: Run, k: int) -> Stage:
+    from thinkswitch_plugin.args import resolve_seed
+
+    keys = run.recipe.keys
+    teacher = Path(run.checkpoint("thinking", k - 1))
+    prompts = (Path(resolve_seed(keys.prompts.path, run.seed)),) if keys.prompts.path else ()
+    template = (path for path in (teacher / name for name in TEMPLATE_FILES) if path.is_file())
+    evaluation = keys.evaluation
+    return Stage(
+        "requests",
+        k,
+        (*prompts, *template, *run.task),
+        (run.iteration(k) / "requests.jsonl",),
+        {
+            "prompts": keys.prompts.model_dump(),
+            "sampling": keys.sampling.model_dump(),
+            "seed": run.seed,
+            "contamination": [evaluation.task, evaluation.contamination_ngram, evaluation.contamination_share],
+            "data": run.given.data,
+        },
+    )
+
+
+def _generate(run: Run, k: int) -> Stage:
+    here, labels = run.iteration(k), run.recipe.keys.labels
+    return Stage(
+        "generate",
+        k,
+        (here / "requests.jsonl", Path(run.checkpoint("thinking", k - 1))),
+        (here / "generations.jsonl",),
+        {
+            "engine": _answering(run),
+            "unfinished": labels.unfinished,
+            "retry_max_tokens": labels.retry_max_tokens,
+        },
+        resume_on=("engine",),
+    )
+
+
+def _pairs(run: Run, k: int) -> Stage:
+    here, labels = run.iteration(k), run.recipe.keys.labels
+    return Stage(
+        "pairs",
+        k,
+        (here / "requests.jsonl", here / "generations.jsonl"),
+        (here / "pairs.jsonl", here / "pairs.json"),
+        {"selection": labels.selection, "answer": labels.answer},
+    )
+
+
+def _train(run: Run, k: int) -> Stage:
+    here, keys = run.iteration(k), run.recipe.keys
+    return Stage(
+        "train",
+        k,
+        (here / "pairs.jsonl", Path(run.checkpoint("instruct", k - 1))),
+        (here / "adapter", here / "axolotl.yaml"),
+        {
+            "axolotl": {key: v for key, v in training_config(run, k).items() if key != "thinkswitch"},
+            "axolotl_args": keys.axolotl_args,
+            "min_change": keys.min_adapter_change,
+        },
+        resume_on=("axolotl", "axolotl_args"),
+    )
+
+
+def _merge_lora(run: Run, k: int) -> Stage:
+    here, learner = run.iteration(k), Path(run.checkpoint("instruct", k - 1))
+    inputs = (here / "adapter", here / "axolotl.yaml", learner)
+    return Stage("merge-lora", k, inputs, (here / "instruct",), writes_like=learner)
+
+
+def _rebuild(run: Run, k: int) -> Stage:
+    here, keys, anchor = run.iteration(k), run.recipe.keys.rebuild, Path(run.anchor(k))
+    reference = run.iteration(1) / "generations.jsonl"
+    return Stage(
+        "rebuild",
+        k,
+        (here / "instruct", anchor, Path(keys.config), here / "requests.jsonl", reference),
+        (here / "thinking", here / "rebuild.json", here / "merge.yaml"),
+        {"rebuild": keys.model_dump(), "engine": _answering(run)},
+        resume_on=("rebuild", "engine"),
+        scratch=tuple((here / "logs").glob("check-lambda-*.jsonl")),
+        writes_like=anchor,
+    )
+
+
+def _evaluate(mode: str) -> Callable[[Run, int], Stage]:
+    def plan(run: Run, k: int) -> Stage:
+        keys = run.recipe.keys.evaluation
+        judged_by = {key: v for key, v in keys.model_dump().items() if not key.startswith("contamination")}
+        return Stage(
+            f"eval-{mode}",
+            k,
+            (Path(run.checkpoint(mode, k)), *run.task),
+            (run.iteration(k) / "eval" / mode,),
+            {
+                "evaluation": judged_by,
+                "backend": "hf" if keys.backend == "hf" else _answering(run),
+                "data": run.given.data,
+            },
+        )
+
+    return plan
+
+
+def _report(run: Run, k: int) -> Stage:
+    evaluated = (run.iteration(j) / "eval" / mode for j in range(k + 1) for mode in MODES)
+    counted = (run.iteration(j) / name for j in range(1, k + 1) for name in ("pairs.json", "rebuild.json"))
+    return Stage(
+        "report",
+        k,
+        (*evaluated, *counted, *sweep_files(run)),
+        tuple(run.folder / name for name in REPORT_FILES),
+        {"iterations": k, "price": run.given.price, "answer": run.recipe.keys.labels.answer},
+    )
+
+
+# fmt: off
+TABLE: tuple[Row, ...] = (
+    Row("pair", "pair", "prepare_pair", "pair",
+        "Fetch (or train, for the embedded domain) the starting pair and check that it is one.", _pair),
+    Row("requests", "iteration", "write_requests", "generate", "Task prompts -> requests.jsonl.", _requests),
+    Row("generate", "iteration", "answer_requests", "generate",
+        "The thinking checkpoint answers -> generations.jsonl.", _generate),
+    Row("pairs", "iteration", "build_pairs", "pairs",
+        "Traces removed -> pairs.jsonl and the counts in pairs.json.", _pairs),
+    Row("train", "iteration", "train", "train", "axolotl QLoRA on the pairs -> adapter/.", _train),
+    Row("merge-lora", "iteration", "merge_lora", "merge_lora",
+        "axolotl merges the adapter in full precision -> instruct/.", _merge_lora),
+    Row("rebuild", "iteration", "rebuild", "merge", "mergekit interpolates, checked -> thinking/.", _rebuild),
+    *(Row("eval", "both", "evaluate", "eval", "lm-eval evaluates one checkpoint -> eval/MODE/.", _evaluate(mode), mode)
+      for mode in MODES),
+    Row("report", "end", "report", "report",
+        "Scores, comparisons, pairs, λ, times and every question -> report.html, report.json, report.md, pictures.",
+        _report),
+)
+# fmt: on
+
+
+def stages(run: Run) -> Iterator[Stage]:
+    """Every stage of a run in order."""
+    for k in range(run.iterations + 1):
+        yield from (row.plan(run, k) for row in TABLE if row.belongs_to(k, run.iterations))
+
+
+def find_stage(run: Run, name: str, iteration: int) -> Stage:
+    """The stage of that name. Raises `ThinkSwitchError` if the run has none."""
+    for row in TABLE:
+        if row.name == name and 0 <= iteration <= run.iterations and row.belongs_to(iteration, run.iterations):
+            return row.plan(run, iteration)
+    raise ThinkSwitchError(
+        f"{run.folder} has no stage {name} in iteration {iteration} (it has {run.iterations} iterations); "
+        "`make status` lists them."
+    )
+
+
+def sweep_files(run: Run) -> list[Path]:
+    """The sweeps of a run's iterations, which the report shows where there are any."""
+    every = (run.iteration(k) / "sweep" / "sweep.json" for k in range(run.iterations + 1))
+    return [path for path in every if path.is_file()]
+
+
+def training_config(run: Run, k: int) -> dict[str, Any]:
+    """axolotl's config of iteration k."""
+    from thinkswitch_plugin.distil import iteration_config
+    from thinkswitch_plugin.engines import has_cuda
+
+    here = run.iteration(k)
+    return iteration_config(
+        run.recipe,
+        base_model=run.checkpoint("instruct", k - 1),
+        pairs=here / "pairs.jsonl",
+        adapter=here / "adapter",
+        prepared=here / "prepared",
+        seed=run.seed,
+        on_cpu=not has_cuda(),
+    )
+
+
+def _answering(run: Run) -> list[str]:
+    return [run.engine, *answering_options(run.recipe.keys.engine.vllm_args)]
+
+
+def answering_options(vllm_args: list[str]) -> list[str]:
+    """vLLM's options without those that say only how it uses the machine."""
+    from thinkswitch_plugin.args import option_name
+
+    kept: list[str] = []
+    passing = False
+    for word in vllm_args:
+        if re.match(r"-+[A-Za-z]", word):  # not a value such as -1
+            passing = option_name(word) in MACHINE_OPTIONS
+        if not passing:
+            kept.append(word)
+    return kept
