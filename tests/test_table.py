@@ -12,7 +12,8 @@ import pytest
 from tests.conftest import ROOT
 from thinkswitch_plugin import cli, loop, pictures
 from thinkswitch_plugin.recipe import load_recipe
-from thinkswitch_plugin.run import MOST_ITERATIONS, TABLE, Given, Run, stages, stamp_path
+from thinkswitch_plugin.run import TABLE, Given, Run, stages, stamp_path
+from thinkswitch_plugin.run.folder import MOST_ITERATIONS
 from thinkswitch_plugin.run.table import REPORT_PICTURES
 
 MAKE = ("make", "-o", "setup", "DOMAIN=arithmetic", "ITERATIONS=2")

@@ -13,7 +13,8 @@ from thinkswitch_plugin.evaluation import uses_server
 from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.merging.config import check_config, set_lambda
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path
-from thinkswitch_plugin.run import NOTHING_MORE, Given, Run, forget_stale, locked, read_settings, settings_file
+from thinkswitch_plugin.run import NOTHING_MORE, Given, Run, forget_stale, locked, settings_file
+from thinkswitch_plugin.run.folder import read_settings
 from thinkswitch_plugin.run.prune import iterations_kept, prune
 from thinkswitch_plugin.run.stamp import once
 
@@ -81,10 +82,8 @@ def begin_run(
         total, waiting = forget_stale(run)
         prune(run, Hashes(folder))
     if waiting:
-        names = f"{waiting[0].name} of iteration {waiting[0].iteration}"
-        console.say(
-            f"{folder}: seed {seed}, engine {chosen}; {total - len(waiting)} of {total} stages done, next is {names}"
-        )
+        done = f"{total - len(waiting)} of {total} stages done, next is {waiting[0].title}"
+        console.say(f"{folder}: seed {seed}, engine {chosen}; {done}")
     else:
         console.say(f"Nothing to do: {folder} has all {iterations} iterations; see {folder / 'report.html'}")
     return run

@@ -5,61 +5,11 @@ Nothing here imports another room of the package when it is imported itself, so 
 
 from __future__ import annotations
 
-from thinkswitch_plugin.run.execution import (
-    clear_leftovers,
-    execute,
-    forget_stale,
-    is_done,
-    seconds_of,
-    versions,
-    work_path,
-)
-from thinkswitch_plugin.run.folder import (
-    MODES,
-    MOST_ITERATIONS,
-    NOTHING_MORE,
-    Given,
-    Run,
-    locked,
-    open_run,
-    read_settings,
-    settings_file,
-)
+from thinkswitch_plugin.run.execution import execute, forget_stale, versions
+from thinkswitch_plugin.run.folder import MODES, NOTHING_MORE, Given, Run, locked, open_run, settings_file
 from thinkswitch_plugin.run.stage import Stage, stamp_path
-from thinkswitch_plugin.run.table import (
-    REPORT_FILES,
-    TABLE,
-    answering_options,
-    find_stage,
-    stages,
-    sweep_files,
-    training_config,
-)
+from thinkswitch_plugin.run.table import REPORT_FILES, TABLE, answering_options, find_stage, stages, sweep_files
 
-__all__ = [
-    "MODES",
-    "MOST_ITERATIONS",
-    "NOTHING_MORE",
-    "REPORT_FILES",
-    "TABLE",
-    "Given",
-    "Run",
-    "Stage",
-    "answering_options",
-    "clear_leftovers",
-    "execute",
-    "find_stage",
-    "forget_stale",
-    "is_done",
-    "locked",
-    "open_run",
-    "read_settings",
-    "seconds_of",
-    "settings_file",
-    "stages",
-    "stamp_path",
-    "sweep_files",
-    "training_config",
-    "versions",
-    "work_path",
-]
+__all__ = ["MODES", "NOTHING_MORE", "REPORT_FILES", "TABLE", "Given", "Run", "Stage", "answering_options", "execute"]
+__all__ += ["find_stage", "forget_stale", "locked", "open_run", "settings_file", "stages", "stamp_path"]
+__all__ += ["sweep_files", "versions"]

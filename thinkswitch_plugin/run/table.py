@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,80 +81,56 @@ class Row:
 
 
 def _pair(run: Run, k: int) -> Stage:
-    return Stage(
-        "pair",
-        k,
-        (),
-        (run.iteration(k) / "pair.json",),
-        {"pair": run.recipe.keys.pair.model_dump(exclude={"base"}), "seed": run.seed},
-        needs=tuple(Path(run.checkpoint(mode, k)) for mode in MODES),
-    )
+    values = {"pair": run.recipe.keys.pair.model_dump(exclude={"base"}), "seed": run.seed}
+    needs = tuple(Path(run.checkpoint(mode, k)) for mode in MODES)
+    return Stage("pair", k, (), (run.iteration(k) / "pair.json",), values, needs=needs)
 
 
 def _requests(run: Run, k: int) -> Stage:
     from thinkswitch_plugin.args import resolve_seed
 
-    keys = run.recipe.keys
-    teacher = Path(run.checkpoint("thinking", k - 1))
+    keys, judged = run.recipe.keys, run.recipe.keys.evaluation
     prompts = (Path(resolve_seed(keys.prompts.path, run.seed)),) if keys.prompts.path else ()
-    template = (path for path in (teacher / name for name in TEMPLATE_FILES) if path.is_file())
-    evaluation = keys.evaluation
-    return Stage(
-        "requests",
-        k,
-        (*prompts, *template, *run.task),
-        (run.iteration(k) / "requests.jsonl",),
-        {
-            "prompts": keys.prompts.model_dump(),
-            "sampling": keys.sampling.model_dump(),
-            "seed": run.seed,
-            "contamination": [evaluation.task, evaluation.contamination_ngram, evaluation.contamination_share],
-            "data": run.given.data,
-        },
-    )
+    template = (Path(run.checkpoint("thinking", k - 1)) / name for name in TEMPLATE_FILES)
+    inputs = (*prompts, *(path for path in template if path.is_file()), *run.task)
+    values = {
+        "prompts": keys.prompts.model_dump(),
+        "sampling": keys.sampling.model_dump(),
+        "seed": run.seed,
+        "contamination": [judged.task, judged.contamination_ngram, judged.contamination_share],
+        "data": run.given.data,
+    }
+    return Stage("requests", k, inputs, (run.iteration(k) / "requests.jsonl",), values)
 
 
 def _generate(run: Run, k: int) -> Stage:
     here, labels = run.iteration(k), run.recipe.keys.labels
-    return Stage(
-        "generate",
-        k,
-        (here / "requests.jsonl", Path(run.checkpoint("thinking", k - 1))),
-        (here / "generations.jsonl",),
-        {
-            "engine": _answering(run),
-            "unfinished": labels.unfinished,
-            "retry_max_tokens": labels.retry_max_tokens,
-        },
-        resume_on=("engine",),
-    )
+    inputs = (here / "requests.jsonl", Path(run.checkpoint("thinking", k - 1)))
+    values = {
+        "engine": _answering(run),
+        "unfinished": labels.unfinished,
+        "retry_max_tokens": labels.retry_max_tokens,
+    }
+    return Stage("generate", k, inputs, (here / "generations.jsonl",), values, resume_on=("engine",))
 
 
 def _pairs(run: Run, k: int) -> Stage:
     here, labels = run.iteration(k), run.recipe.keys.labels
-    return Stage(
-        "pairs",
-        k,
-        (here / "requests.jsonl", here / "generations.jsonl"),
-        (here / "pairs.jsonl", here / "pairs.json"),
-        {"selection": labels.selection, "answer": labels.answer},
-    )
+    inputs, outputs = ("requests.jsonl", "generations.jsonl"), ("pairs.jsonl", "pairs.json")
+    values = {"selection": labels.selection, "answer": labels.answer}
+    return Stage("pairs", k, tuple(here / n for n in inputs), tuple(here / n for n in outputs), values)
 
 
 def _train(run: Run, k: int) -> Stage:
     here, keys = run.iteration(k), run.recipe.keys
-    return Stage(
-        "train",
-        k,
-        (here / "pairs.jsonl", Path(run.checkpoint("instruct", k - 1))),
-        (here / "adapter", here / "axolotl.yaml"),
-        {
-            "axolotl": {key: v for key, v in training_config(run, k).items() if key != "thinkswitch"},
-            "axolotl_args": keys.axolotl_args,
-            "min_change": keys.min_adapter_change,
-        },
-        resume_on=("axolotl", "axolotl_args"),
-    )
+    inputs = (here / "pairs.jsonl", Path(run.checkpoint("instruct", k - 1)))
+    values = {
+        "axolotl": {key: v for key, v in training_config(run, k).items() if key != "thinkswitch"},
+        "axolotl_args": keys.axolotl_args,
+        "min_change": keys.min_adapter_change,
+    }
+    outputs = (here / "adapter", here / "axolotl.yaml")
+    return Stage("train", k, inputs, outputs, values, resume_on=("axolotl", "axolotl_args"))
 
 
 def _merge_lora(run: Run, k: int) -> Stage:
@@ -177,35 +154,23 @@ def _rebuild(run: Run, k: int) -> Stage:
     )
 
 
-def _evaluate(mode: str) -> Callable[[Run, int], Stage]:
-    def plan(run: Run, k: int) -> Stage:
-        keys = run.recipe.keys.evaluation
-        judged_by = {key: v for key, v in keys.model_dump().items() if not key.startswith("contamination")}
-        return Stage(
-            f"eval-{mode}",
-            k,
-            (Path(run.checkpoint(mode, k)), *run.task),
-            (run.iteration(k) / "eval" / mode,),
-            {
-                "evaluation": judged_by,
-                "backend": "hf" if keys.backend == "hf" else _answering(run),
-                "data": run.given.data,
-            },
-        )
-
-    return plan
+def _evaluate(run: Run, k: int, mode: str) -> Stage:
+    keys = run.recipe.keys.evaluation
+    values = {
+        "evaluation": {key: v for key, v in keys.model_dump().items() if not key.startswith("contamination")},
+        "backend": "hf" if keys.backend == "hf" else _answering(run),
+        "data": run.given.data,
+    }
+    inputs = (Path(run.checkpoint(mode, k)), *run.task)
+    return Stage(f"eval-{mode}", k, inputs, (run.iteration(k) / "eval" / mode,), values)
 
 
 def _report(run: Run, k: int) -> Stage:
     evaluated = (run.iteration(j) / "eval" / mode for j in range(k + 1) for mode in MODES)
     counted = (run.iteration(j) / name for j in range(1, k + 1) for name in ("pairs.json", "rebuild.json"))
-    return Stage(
-        "report",
-        k,
-        (*evaluated, *counted, *sweep_files(run)),
-        tuple(run.folder / name for name in REPORT_FILES),
-        {"iterations": k, "price": run.given.price, "answer": run.recipe.keys.labels.answer},
-    )
+    values = {"iterations": k, "price": run.given.price, "answer": run.recipe.keys.labels.answer}
+    outputs = tuple(run.folder / name for name in REPORT_FILES)
+    return Stage("report", k, (*evaluated, *counted, *sweep_files(run)), outputs, values)
 
 
 # fmt: off
@@ -221,7 +186,8 @@ TABLE: tuple[Row, ...] = (
     Row("merge-lora", "iteration", "merge_lora", "merge_lora",
         "axolotl merges the adapter in full precision -> instruct/.", _merge_lora),
     Row("rebuild", "iteration", "rebuild", "merge", "mergekit interpolates, checked -> thinking/.", _rebuild),
-    *(Row("eval", "both", "evaluate", "eval", "lm-eval evaluates one checkpoint -> eval/MODE/.", _evaluate(mode), mode)
+    *(Row("eval", "both", "evaluate", "eval", "lm-eval evaluates one checkpoint -> eval/MODE/.",
+          partial(_evaluate, mode=mode), mode)
       for mode in MODES),
     Row("report", "end", "report", "report",
         "Scores, comparisons, pairs, λ, times and every question -> report.html, report.json, report.md, pictures.",
