@@ -21,10 +21,10 @@ class Stage:
     """One stage of one iteration: what it reads, depends on and writes.
 
     Args:
-        resume_on: what a failed attempt left may be gone on with if the inputs and these values
-            are the same; None: the stage starts anew.
+        resume_on: a failed attempt is continued if the inputs and these values are the same;
+            None: the stage always starts anew.
         needs: must be there for the stage to count as done, but are not its outputs.
-        scratch: what an attempt leaves beside its outputs to go on with.
+        scratch: what an attempt leaves beside its outputs to continue from.
         writes_like: a checkpoint about as large as what the stage writes.
     """
 
@@ -40,11 +40,11 @@ class Stage:
 
     @property
     def title(self) -> str:
-        """As messages name it."""
+        """Its name in messages."""
         return self.name if self.name == "report" else f"{self.name} of iteration {self.iteration}"
 
     def resumed_part(self, key: Any) -> Any:
-        """Of what the stage depends on, what its half-finished outputs do."""
+        """The part of `depends_on` that half-finished outputs depend on."""
         values = key.get("values")
         found = {name: values.get(name) for name in self.resume_on or ()} if isinstance(values, dict) else None
         return key.get("inputs"), found

@@ -1,12 +1,12 @@
-"""Work that is done once: again only if what it depends on has changed, and continued after a kill.
+"""Work that is done once: repeated only if what it depends on has changed, continued after a kill.
 
     fold-1/post/trained.json
     {"key": {"student": "9f8e…", "data": [{"path": "41c0…", "type": "thinkswitch_plugin.post_thinking"}], …},
      "seconds": 21.4, …}
 
-Such a stamp is written last and holds what the work depended on, each part under its own name (`key` above;
-`values` and `inputs` of a stage of the loop), then what the work says of itself. `trained.begun` beside it holds
-what an attempt depended on; it stays, so that a lost stamp costs nothing.
+A stamp is written last. It holds the key, what the work depended on (`key` here; a stage of the loop has `values`
+and `inputs`), and what the work returned. `trained.begun` beside it holds the key of the last attempt; it stays, so
+that a lost stamp costs nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Part = Callable[[Key], Any]
 
 
 def whole(key: Key) -> Key:
-    """All of a key: an attempt that depended on anything else is worth nothing."""
+    """The whole key: an attempt with any other key is discarded."""
     return key
 
 
@@ -50,12 +50,12 @@ def _timed(work: Callable[[], Key | None]) -> dict[str, Any]:
 
 
 def begun_path(stamp: Path) -> Path:
-    """Where work says what it depends on before it writes anything."""
+    """Where an attempt records its key before it writes anything."""
     return stamp.with_suffix(".begun")
 
 
 def resumes(stamp: Path, key: Key, part: Part = whole) -> bool:
-    """Whether what an unfinished attempt left may be continued: this part of its key was the same."""
+    """Whether an unfinished attempt can be continued: this part of its key was the same."""
     begun = read_stamp(begun_path(stamp))
     return begun is not None and part(begun) == part(key)
 
@@ -73,10 +73,10 @@ def once(
 
     Args:
         key: everything the outputs depend on.
-        work: writes the outputs, each whole or so that it can be continued; it is told whether what it finds
-            there may be. What it returns is kept in the stamp.
+        work: writes the outputs, each whole or so that it can be continued, and is told whether it may continue
+            what it finds there. What it returns is kept in the stamp.
         scratch: what an attempt leaves beside its outputs to continue from.
-        part: of a key, what a half-finished output depends on; None if the work always begins anew.
+        part: the part of a key that half-finished outputs depend on; None if the work always starts anew.
     """
     if (found := stored(stamp, key, outputs)) is not None:
         return found
@@ -93,11 +93,11 @@ def once(
 def folder_once(
     folder: Path, name: str, key: Key, build: Callable[[Path], Key | None], outputs: Iterable[Path] = ()
 ) -> dict[str, Any]:
-    """A folder that is built whole with its stamp `name` in it, or not at all; return the stamp.
+    """Build a folder with its stamp `name` in it, whole or not at all, unless it is there; return the stamp.
 
     Args:
         build: fills the folder that it is given. What it returns is kept in the stamp.
-        outputs: must be there too for the folder to count.
+        outputs: must exist too for the folder to count as built.
     """
     if (found := stored(folder / name, key, outputs)) is not None:
         return found

@@ -1,8 +1,8 @@
 """The stages of a run: the one list of their names, order, inputs, outputs and work.
 
-`TABLE` has a row for each stage. The commands, `make status`, the report's times and what a stamp compares follow
-from it, and a test holds that the Makefile has the same order. Where a stage is for a given iteration, what it
-reads there, depends on and writes is a `Stage`:
+`TABLE` has a row for each stage. The commands, `make status`, the times in the report and what a stamp compares
+follow from it, and a test checks that the Makefile has the same stages in the same order. A row makes the `Stage`
+of one iteration, which says what is read and written there and which settings count:
 
     rebuild of iteration 1: iter-1/instruct, the anchor, merge_configs/slerp.yaml, … -> iter-1/thinking, rebuild.json
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run.folder import MODES, Run
@@ -50,15 +50,15 @@ class Row:
 
     Args:
         command: of `thinkswitch`, on a run folder; with `mode` behind it if there are two rows of it.
-        when: which iterations have it: `pair` (0), `iteration` (1 and later), `both`, or `end` (the last, once).
+        when: which iterations have it: `pair` (0), `iteration` (1 and later), `both`, or `end` (the last one).
         work: the function of `loop` that does it.
         timed: the name under which `report.json` adds up its seconds.
         help: what `thinkswitch COMMAND --help` prints.
-        plan: where it is in a run, by run and iteration; what that depends on.
+        plan: makes the stage of one iteration of a run.
     """
 
     command: str
-    when: str
+    when: Literal["pair", "iteration", "both", "end"]
     work: str
     timed: str
     help: str
@@ -67,7 +67,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """As the stamp is called."""
+        """The name of its stamp."""
         return f"{self.command}-{self.mode}" if self.mode else self.command
 
     @property
