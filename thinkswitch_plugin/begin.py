@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from thinkswitch_plugin import console, engines, files
 from thinkswitch_plugin.args import resolve_seed
@@ -37,21 +38,7 @@ def begin_run(
     path = recipe_path(domain)
     folder = runs / domain
     before = read_settings(settings_file(folder)) if settings_file(folder).is_file() else None
-    extra = [str(overlay_path(name)) for name in overlays] or (before["overlays"] if before else [])
-    if before and before["overlays"] != extra:
-        raise ThinkSwitchError(
-            f"{folder} was begun with OVERLAY='{' '.join(before['overlays'])}'; give this run a folder of its own by RUNS=."
-        )
-    recipe = load_recipe(path, tuple(Path(name) for name in extra))
-    if recipe.keys.domain != domain:
-        raise ThinkSwitchError(
-            f"{path}: `thinkswitch.domain` is {recipe.keys.domain!r}, but the file is named {domain}; make the two the same."
-        )
-    if recipe.keys.perception:
-        raise ThinkSwitchError(
-            f"{path}: `thinkswitch.perception` belongs to `make adaptive`; the loop's checkpoints have no such module: "
-            "take it out, or put it into an overlay that only `make adaptive` gets."
-        )
+    recipe = _recipe_of_run(path, folder, before, [str(overlay_path(name)) for name in overlays])
     chosen = before["engine"] if before and engine == "auto" else engines.choose(engine)
     if before and (before["seed"], before["engine"]) != (seed, chosen):
         raise ThinkSwitchError(
@@ -87,6 +74,25 @@ def begin_run(
     else:
         console.say(f"Nothing to do: {folder} has all {iterations} iterations; see {folder / 'report.html'}")
     return run
+
+
+def _recipe_of_run(path: Path, folder: Path, before: dict[str, Any] | None, overlays: list[str]) -> Recipe:
+    extra = overlays or (before["overlays"] if before else [])
+    if before and before["overlays"] != extra:
+        raise ThinkSwitchError(
+            f"{folder} was begun with OVERLAY='{' '.join(before['overlays'])}'; give this run a folder of its own by RUNS=."
+        )
+    recipe = load_recipe(path, tuple(Path(name) for name in extra))
+    if recipe.keys.domain != folder.name:
+        raise ThinkSwitchError(
+            f"{path}: `thinkswitch.domain` is {recipe.keys.domain!r}, but the file is named {folder.name}; make the two the same."
+        )
+    if recipe.keys.perception:
+        raise ThinkSwitchError(
+            f"{path}: `thinkswitch.perception` belongs to `make adaptive`; the loop's checkpoints have no such module: "
+            "take it out, or put it into an overlay that only `make adaptive` gets."
+        )
+    return recipe
 
 
 def require_gpu(recipe: Recipe) -> None:

@@ -17,7 +17,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import Run
 
 
-def prepare_pair(run: Run, k: int) -> dict[str, Any]:
+def prepare_pair(run: Run, _k: int = 0) -> dict[str, Any]:
     """Fetch (or, for the embedded domain, train) the starting pair and check that it is one.
 
     Writes `iter-0/pair.json`: name, folder and hub commit of both checkpoints.
@@ -29,17 +29,17 @@ def prepare_pair(run: Run, k: int) -> dict[str, Any]:
         from thinkswitch_plugin.demo.cache import ensure_mixed, ensure_pair
         from thinkswitch_plugin.demo.mixed import DOMAIN
 
-        ensure_pair(run.seed, Path(run.checkpoint("instruct", k)), Path(run.checkpoint("thinking", k)))
+        ensure_pair(run.seed, Path(run.checkpoint("instruct", 0)), Path(run.checkpoint("thinking", 0)))
         if run.recipe.keys.domain == DOMAIN:
             ensure_mixed(run.seed)
     clean_prompts(run, 1)  # `write_requests` asks again, but after downloads and hours of evaluating the starting pair
     found: dict[str, dict[str, Any]] = {}
     for mode, revision in (("instruct", keys.revision_instruct), ("thinking", keys.revision_thinking)):
-        name = run.checkpoint(mode, k)
+        name = run.checkpoint(mode, 0)
         folder, commit = checkpoint.resolve(name, revision, mode)
         found[mode] = {"name": name, "path": str(folder), "revision": commit}
     require_compatible(Path(found["instruct"]["path"]), Path(found["thinking"]["path"]))
-    files.write_json(run.iteration(k) / "pair.json", found)
+    files.write_json(run.iteration(0) / "pair.json", found)
     return {}
 
 
