@@ -1,5 +1,6 @@
 # ThinkSwitch: the whole method as a chain of files. `make help` explains the targets,
-# `make -n iterate` shows the plan. A stage's target is its stamp (thinkswitch_plugin/run.py).
+# `make -n iterate` shows the plan. A stage's target is its stamp; the stages are those of
+# thinkswitch_plugin/run/table.py, in its order.
 
 DOMAIN     ?= arithmetic
 ITERATIONS ?= 2

@@ -393,7 +393,7 @@ def place(form: Form, folder: Path) -> None:
         target.write_bytes(data.replace(b"PROMPTS", b"prompts.jsonl"))
     used = folder / "recipes/mine.yaml"
     if form.works and used.is_file():  # axolotl's schema, which takes seconds, is no matter of these forms
-        found = {"recipes/mine.yaml": hashlib.sha256(used.read_bytes()).hexdigest()}
+        found = {"inputs": {"recipes/mine.yaml": hashlib.sha256(used.read_bytes()).hexdigest()}}
         (folder / "runs/mine/.stamps").mkdir()
         (folder / "runs/mine/.stamps/recipe-checked.json").write_bytes(orjson.dumps(found))
 

@@ -15,7 +15,7 @@ from tests.test_changes import iterate, place  # noqa: F401
 from thinkswitch_plugin import cards, files, run
 from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.recipe import load_recipe
-from thinkswitch_plugin.verify import verify
+from thinkswitch_plugin.run.verify import verify
 
 FIGURES = {
     "n": 30,

@@ -14,11 +14,12 @@ import torch
 
 from tests.checkpoints import write
 from tests.conftest import ROOT
-from thinkswitch_plugin import begin, files, prune, run
+from thinkswitch_plugin import begin, files, run
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.hashes import Hashes
+from thinkswitch_plugin.run import prune
+from thinkswitch_plugin.run.verify import verify
 from thinkswitch_plugin.task_files import task_files
-from thinkswitch_plugin.verify import verify
 
 AFTER_PAIRS = {"train", "merge-lora", "rebuild", "eval-instruct", "eval-thinking", "report"}
 AFTER_GENERATE = {"pairs", *AFTER_PAIRS}
@@ -36,7 +37,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (cache / "prompts.jsonl").write_text('{"id": "p1", "prompt": "1+2"}\n')
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(begin, "check_axolotl_keys", lambda recipe: None)
-    monkeypatch.delenv("KEEP", raising=False)
     return tmp_path
 
 
@@ -47,9 +47,9 @@ def fake_checkpoint(folder: Path, text: str) -> None:
     (folder / "model.safetensors").write_text(text)
 
 
-def iterate(iterations: int = 1, *, until: str = "") -> list[tuple[str, int]]:
+def iterate(iterations: int = 1, *, until: str = "", keep: str = "") -> list[tuple[str, int]]:
     """What `make iterate` does, with stages that write something made of what they read; the stages done."""
-    opened = begin.begin_run("arithmetic", Path("runs"), 0, "embedded", iterations)
+    opened = begin.begin_run("arithmetic", Path("runs"), 0, "embedded", iterations, given=run.Given(keep=keep))
     done: list[tuple[str, int]] = []
     for stage in list(run.stages(opened)):
         if f"{stage.name}-{stage.iteration}" == until:
@@ -61,7 +61,7 @@ def iterate(iterations: int = 1, *, until: str = "") -> list[tuple[str, int]]:
 def worker(opened: run.Run, stage: run.Stage, done: list[tuple[str, int]]) -> Callable[[], None]:
     def work() -> None:
         done.append((stage.name, stage.iteration))
-        read = orjson.dumps(run.fingerprint(stage, Hashes(opened.folder)))
+        read = orjson.dumps(stage.depends_on(Hashes(opened.folder)))
         text = hashlib.sha256(read).hexdigest()
         for output in stage.outputs:
             if output.name == "pair.json":
@@ -214,25 +214,21 @@ BOTH = list(run.MODES)
 
 
 @pytest.mark.parametrize(("keep", "left"), [("all", [BOTH] * 3), ("2", [[], BOTH, BOTH]), ("last", [[], [], BOTH])])
-def test_keep_prunes_old_weights_and_nothing_runs_again(
-    place: Path, monkeypatch: pytest.MonkeyPatch, keep: str, left: list[list[str]]
-) -> None:
-    monkeypatch.setenv("KEEP", keep)
-    assert len(iterate(3)) == 28
+def test_keep_prunes_old_weights_and_nothing_runs_again(place: Path, keep: str, left: list[list[str]]) -> None:
+    assert len(iterate(3, keep=keep)) == 28
     assert weights(3) == left
     assert (place / "runs/arithmetic/iter-1/instruct/tokenizer_config.json").is_file()
     assert all((place / f".cache/arithmetic/seed-0/{mode}/model.safetensors").is_file() for mode in run.MODES)
-    assert iterate(3) == []
+    assert iterate(3, keep=keep) == []
     (place / "runs/arithmetic/.stamps/report.json").unlink()
-    assert iterate(3) == [("report", 3)]
+    assert iterate(3, keep=keep) == [("report", 3)]
     verify(Path("runs/arithmetic"))
 
 
-def test_pruning_takes_no_pair_that_an_unfinished_iteration_reads(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KEEP", "last")
-    iterate(3, until="train-3")
+def test_pruning_takes_no_pair_that_an_unfinished_iteration_reads(place: Path) -> None:
+    iterate(3, until="train-3", keep="last")
     assert weights(2) == [[], BOTH]
-    assert [name for name, k in iterate(3) if k == 3] == [
+    assert [name for name, k in iterate(3, keep="last") if k == 3] == [
         "train",
         "merge-lora",
         "rebuild",
@@ -243,12 +239,8 @@ def test_pruning_takes_no_pair_that_an_unfinished_iteration_reads(place: Path, m
     assert weights(3) == [[], [], BOTH]
 
 
-def test_a_stage_that_needs_a_pruned_checkpoint_says_so_and_how_to_get_it_back(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("KEEP", "last")
-    iterate(2)
-    monkeypatch.setenv("KEEP", "all")
+def test_a_stage_that_needs_a_pruned_checkpoint_says_so_and_how_to_get_it_back(place: Path) -> None:
+    iterate(2, keep="last")
     old = {p: p.read_bytes() for p in place.rglob("iter-2/*/model.safetensors")}
     replace(RECIPE, "lambda: 0.9", "lambda: 0.92")()
     with pytest.raises(
@@ -279,12 +271,9 @@ def test_a_kill_between_note_and_deletion_loses_nothing(place: Path, monkeypatch
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "newest", "1.5"])
-def test_a_policy_that_is_none_is_refused_before_any_work(
-    place: Path, monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
-    monkeypatch.setenv("KEEP", text)
+def test_a_policy_that_is_none_is_refused_before_any_work(place: Path, text: str) -> None:
     with pytest.raises(ThinkSwitchError, match=f"KEEP={text} is unknown"):
-        iterate()
+        iterate(keep=text)
     assert not (place / "runs").exists()
 
 

@@ -13,9 +13,9 @@ from click import unstyle
 
 from tests.conftest import ROOT
 from tests.terminal import run_on_terminal
-from thinkswitch_plugin import console, engines, progress, timing
+from thinkswitch_plugin import console, engines, progress
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import Stage
+from thinkswitch_plugin.run import Stage, timing
 
 # Work of two kinds: in process, and an engine that knows only its own progress bar.
 WORK = """

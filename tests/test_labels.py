@@ -22,7 +22,7 @@ from tests import checkpoints
 from tests.conftest import BIN, ROOT
 from tests.test_pairs import answer, request
 from thinkswitch_plugin import check, engines, files
-from thinkswitch_plugin.adaptive import answering, labels, steps, training
+from thinkswitch_plugin.adaptive import answering, labels, training
 from thinkswitch_plugin.adaptive.answering import write_questions
 from thinkswitch_plugin.adaptive.formats import POST, PRE, parse
 from thinkswitch_plugin.args import EngineKeys, PerceptionKeys
@@ -210,40 +210,6 @@ def test_several_answers_are_drawn_and_numbered(tmp_path: Path) -> None:
     assert [row["custom_id"] for row in rows] == ["p0-s0", "p0-s1", "p0-s2"]
     assert {row["body"]["temperature"] for row in rows} == {1.0}
     assert len({row["body"]["seed"] for row in rows}) == 3
-
-
-def test_a_step_is_done_once_gone_on_with_after_a_kill_and_redone_when_its_key_changes(tmp_path: Path) -> None:
-    stamp, out = tmp_path / "step.json", tmp_path / "out"
-    told: list[bool] = []
-
-    def work(resume: bool) -> dict[str, Any]:
-        told.append(resume)
-        if len(told) == 1:
-            out.write_text("half")
-            raise KeyboardInterrupt  # a kill
-        out.write_text("whole")
-        return {"n": len(told)}
-
-    with pytest.raises(KeyboardInterrupt):
-        steps.once(stamp, {"a": 1}, (out,), work)
-    assert steps.stored(stamp, {"a": 1}, (out,)) is None and out.read_text() == "half"
-    assert steps.once(stamp, {"a": 1}, (out,), work)["n"] == 2
-    assert steps.once(stamp, {"a": 1}, (out,), work)["n"] == 2  # not done again
-    assert steps.once(stamp, {"a": 2}, (out,), work)["n"] == 3
-    out.unlink()
-    assert steps.once(stamp, {"a": 2}, (out,), work)["n"] == 4
-    stamp.unlink()
-    steps.once(stamp, {"a": 2}, (out,), work)
-    assert told == [False, True, False, True, True]
-
-
-def test_what_an_attempt_with_another_key_left_is_removed(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.write_text("of another key")
-    files.temporary_sibling(out).mkdir()
-    found = []
-    steps.once(tmp_path / "s.json", {"a": 1}, (out,), lambda _: found.append(list(tmp_path.glob("*out*"))) or {})
-    assert found == [[]]
 
 
 def test_a_conditions_config_is_the_recipes_with_its_rows_its_template_and_no_module_it_does_not_have(

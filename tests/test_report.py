@@ -19,7 +19,7 @@ from thinkswitch_plugin.report import page, tables, write_report
 from thinkswitch_plugin.report.build import build_report, evaluations, price_per_hour
 from thinkswitch_plugin.report.charts import inline
 from thinkswitch_plugin.report.questions import Limits, Prompts, Questions, sent_text, shorten
-from thinkswitch_plugin.run import REPORT_FILES, open_run
+from thinkswitch_plugin.run import REPORT_FILES, Given, open_run
 
 
 @pytest.fixture(scope="module")
@@ -294,20 +294,18 @@ def test_the_command_that_made_a_run_names_its_overlays(tmp_path: Path) -> None:
     assert page.provenance(open_run(here))["command"].endswith(f" OVERLAY='{' '.join(overlays)}'")
 
 
-def test_a_price_gives_money(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_price_gives_money(made: Path) -> None:
     from thinkswitch_plugin.report.page import costs
 
-    monkeypatch.setenv("PRICE_PER_HOUR", "36")
-    opened = open_run(made)
+    opened = open_run(made, Given(price="36"))
     rows = list(costs(build_report(opened, evaluations(opened))))
     assert rows[0][:3] == ["0", "pair", "2.5"] and rows[0][4] == "0.0250"
 
 
 @pytest.mark.parametrize("text", ["cheap", "nan", "inf", "-1"])
-def test_what_is_no_price_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PRICE_PER_HOUR", text)
+def test_what_is_no_price_is_refused(text: str) -> None:
     with pytest.raises(ThinkSwitchError, match=f"PRICE_PER_HOUR={text} is no price"):
-        price_per_hour()
+        price_per_hour(text)
 
 
 def test_the_wheel_carries_the_pages_parts(tmp_path: Path) -> None:

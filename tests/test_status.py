@@ -13,8 +13,9 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.test_changes import RECIPE, iterate, place, replace  # noqa: F401
-from thinkswitch_plugin import files, run, status
+from thinkswitch_plugin import files, run
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run import status
 
 pytestmark = pytest.mark.usefixtures("place")
 RUN = Path("runs/arithmetic")
@@ -232,7 +233,7 @@ def test_a_damaged_pair_is_one_sentence(text: str) -> None:
 def test_nothing_heavy_is_imported(command: Any) -> None:
     iterate(until="train-1")
     code = (
-        "import sys; from pathlib import Path; from thinkswitch_plugin.status import show_status;"
+        "import sys; from pathlib import Path; from thinkswitch_plugin.run.status import show_status;"
         "show_status(Path('runs/arithmetic'));"
         "print(sorted({'torch', 'numpy', 'transformers', 'axolotl', 'datasets', 'rich'} & set(sys.modules)))"
     )

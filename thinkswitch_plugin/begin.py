@@ -4,61 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from thinkswitch_plugin import console, engines, files
 from thinkswitch_plugin.args import resolve_seed
 from thinkswitch_plugin.domain import prompts_of_iteration
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import uses_server
-from thinkswitch_plugin.hashes import Hashes, read_stamp
+from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.merging.config import check_config, set_lambda
-from thinkswitch_plugin.prune import iterations_kept, prune
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path
-from thinkswitch_plugin.run import Run, forget_stale, locked, read_settings, settings_file
+from thinkswitch_plugin.run import NOTHING_MORE, Given, Run, forget_stale, locked, settings_file
+from thinkswitch_plugin.run.folder import read_settings
+from thinkswitch_plugin.run.prune import iterations_kept, prune
+from thinkswitch_plugin.run.stamp import once
 
 
-def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int, overlays: Sequence[str] = ()) -> Run:
+def begin_run(
+    domain: str,
+    runs: Path,
+    seed: int,
+    engine: str,
+    iterations: int,
+    overlays: Sequence[str] = (),
+    given: Given = NOTHING_MORE,
+) -> Run:
     """Check the settings, write `run.json`, drop stale stamps, and say what is left to do.
 
     Raises `ThinkSwitchError`: no such recipe, a wrong key, a file that is missing, or a
     run folder that was begun with another seed or engine. Nothing is written then.
     """
-    iterations_kept()
+    iterations_kept(given.keep)
     path = recipe_path(domain)
     folder = runs / domain
     before = read_settings(settings_file(folder)) if settings_file(folder).is_file() else None
-    extra = [str(overlay_path(name)) for name in overlays] or (before["overlays"] if before else [])
-    if before and before["overlays"] != extra:
-        raise ThinkSwitchError(
-            f"{folder} was begun with OVERLAY='{' '.join(before['overlays'])}'; give this run a folder of its own by RUNS=."
-        )
-    recipe = load_recipe(path, tuple(Path(name) for name in extra))
-    if recipe.keys.domain != domain:
-        raise ThinkSwitchError(
-            f"{path}: `thinkswitch.domain` is {recipe.keys.domain!r}, but the file is named {domain}; make the two the same."
-        )
-    if recipe.keys.perception:
-        raise ThinkSwitchError(
-            f"{path}: `thinkswitch.perception` belongs to `make adaptive`; the loop's checkpoints have no such module: "
-            "take it out, or put it into an overlay that only `make adaptive` gets."
-        )
+    recipe = _recipe_of_run(path, folder, before, [str(overlay_path(name)) for name in overlays])
     chosen = before["engine"] if before and engine == "auto" else engines.choose(engine)
     if before and (before["seed"], before["engine"]) != (seed, chosen):
         raise ThinkSwitchError(
             f"{folder} was begun with SEED={before['seed']} ENGINE={before['engine']}; "
             f"give this run a folder of its own, such as RUNS={runs}-seed{seed}."
         )
-    run = Run(folder, recipe, seed, chosen, iterations)
+    run = Run(folder, recipe, seed, chosen, iterations, given)
     require_gpu(recipe)
     _check_files(run)
     _check_merge_config(run)
     if uses_server(recipe.keys.evaluation, chosen) and engines.vllm_python() is None:
         raise ThinkSwitchError(f"{path}: `thinkswitch.evaluation.backend` asks for a server. {engines.NO_VLLM}")
-    checked = folder / ".stamps" / "recipe-checked.json"
     hashes = Hashes(folder)
-    fingerprint = {str(p): hashes.of(p) for p in (path, *recipe.overlays)}
-    if read_stamp(checked) != fingerprint:
-        check_axolotl_keys(recipe)
+    read = {"inputs": {str(p): hashes.of(p) for p in (path, *recipe.overlays)}}
+    once(folder / ".stamps" / "recipe-checked.json", read, (), lambda _: check_axolotl_keys(recipe), part=None)
     with locked(run.folder):
         files.write_json(
             settings_file(folder),
@@ -71,17 +66,33 @@ def begin_run(domain: str, runs: Path, seed: int, engine: str, iterations: int, 
                 "iterations": iterations,
             },
         )
-        files.write_json(checked, fingerprint)
         total, waiting = forget_stale(run)
         prune(run, Hashes(folder))
     if waiting:
-        names = f"{waiting[0].name} of iteration {waiting[0].iteration}"
-        console.say(
-            f"{folder}: seed {seed}, engine {chosen}; {total - len(waiting)} of {total} stages done, next is {names}"
-        )
+        done = f"{total - len(waiting)} of {total} stages done, next is {waiting[0].title}"
+        console.say(f"{folder}: seed {seed}, engine {chosen}; {done}")
     else:
         console.say(f"Nothing to do: {folder} has all {iterations} iterations; see {folder / 'report.html'}")
     return run
+
+
+def _recipe_of_run(path: Path, folder: Path, before: dict[str, Any] | None, overlays: list[str]) -> Recipe:
+    extra = overlays or (before["overlays"] if before else [])
+    if before and before["overlays"] != extra:
+        raise ThinkSwitchError(
+            f"{folder} was begun with OVERLAY='{' '.join(before['overlays'])}'; give this run a folder of its own by RUNS=."
+        )
+    recipe = load_recipe(path, tuple(Path(name) for name in extra))
+    if recipe.keys.domain != folder.name:
+        raise ThinkSwitchError(
+            f"{path}: `thinkswitch.domain` is {recipe.keys.domain!r}, but the file is named {folder.name}; make the two the same."
+        )
+    if recipe.keys.perception:
+        raise ThinkSwitchError(
+            f"{path}: `thinkswitch.perception` belongs to `make adaptive`; the loop's checkpoints have no such module: "
+            "take it out, or put it into an overlay that only `make adaptive` gets."
+        )
+    return recipe
 
 
 def require_gpu(recipe: Recipe) -> None:

@@ -30,8 +30,13 @@ GUESSED_TOKENS_PER_SECOND = 300.0
 MIB_OF_A_GB = 950  # a card sold as 24 GB shows 23,028 MiB and more, one of 8 GB a little less than 8,192
 
 
-def check_domain(name: str, overlays: Sequence[str], iterations: int, tokens_per_second: float | None) -> None:
+def check_domain(
+    name: str, overlays: Sequence[str], iterations: int, tokens_per_second: float | None, price: str = ""
+) -> None:
     """Print the findings for a domain.
+
+    Args:
+        price: of an hour of this machine, as the user wrote it.
 
     Raises `ThinkSwitchError` if something would stop the run.
     """
@@ -48,7 +53,7 @@ def check_domain(name: str, overlays: Sequence[str], iterations: int, tokens_per
         ("training", lambda: training(recipe)),
         ("prompts", lambda: prompts(keys)),
         ("questions", lambda: questions(keys, counted)),
-        ("budget", lambda: budget(keys, iterations, tokens_per_second, counted[0] if counted else None)),
+        ("budget", lambda: budget(keys, iterations, tokens_per_second, counted[0] if counted else None, price)),
     ]
     failed = 0
     for title, find in checks:
@@ -210,7 +215,9 @@ def questions(keys: ThinkSwitchKeys, counted: list[int]) -> str:
     return f"{keys.evaluation.task} loads, {counted[0]} questions; no training prompt is in it"
 
 
-def budget(keys: ThinkSwitchKeys, iterations: int, tokens_per_second: float | None, questions: int | None) -> str:
+def budget(
+    keys: ThinkSwitchKeys, iterations: int, tokens_per_second: float | None, questions: int | None, per_hour: str
+) -> str:
     """Tokens at most, and the time and money that would take, with the basis of the estimate.
 
     Args:
@@ -234,7 +241,7 @@ def budget(keys: ThinkSwitchKeys, iterations: int, tokens_per_second: float | No
     rate = tokens_per_second or GUESSED_TOKENS_PER_SECOND
     basis = "as you gave it" if tokens_per_second else "a guess, nobody measured this card"
     hours = total / rate / 3600
-    price = price_per_hour()
+    price = price_per_hour(per_hour)
     money = f", {price * hours:.2f} at {price:g} an hour" if price else "; set PRICE_PER_HOUR for the money"
     rest = "Training and merging come" if len(parts) == 3 else "Evaluation, training and merging come"
     listed = "\n".join(f"          {tokens:,} {what}" for what, tokens in parts.items())

@@ -1,7 +1,7 @@
 """The command `thinkswitch …`, also reached as `axolotl thinkswitch …`.
 
-Each stage of the loop is one sub-command on a run folder; `make -n iterate` shows their
-order. Heavy imports stay inside the commands, so help is instant.
+Each stage of the loop is one sub-command on a run folder, made from the table of stages; `make -n iterate`
+shows their order. Heavy imports stay inside the commands, so help is instant.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +20,8 @@ import click
 from thinkswitch_plugin import __version__, console, progress
 from thinkswitch_plugin.answers import EXTRACTORS
 from thinkswitch_plugin.errors import AGAIN, ThinkSwitchError, with_next_command
+from thinkswitch_plugin.run import MODES, TABLE, Given, execute, open_run
+from thinkswitch_plugin.run.table import Row
 
 NO_GPU_MEMORY = (
     "the GPU's memory does not hold the model and what it works on; end what else uses it (`nvidia-smi` shows it), lower "
@@ -91,15 +95,37 @@ def main() -> None:
     console.fetch_no_code()
 
 
-def iteration_stage(name: str, **options: Any) -> Callable[[F], click.Command]:
-    """A command RUN ITERATION that does one stage."""
+def given() -> Given:
+    """What the environment tells a command besides its own options; `make` hands these on."""
+    from thinkswitch_plugin.sources import DATA_VARIABLE
 
-    def decorate(function: F) -> click.Command:
-        command = click.argument("iteration", type=click.IntRange(min=0))(function)
-        command = click.argument("run", type=FOLDER)(command)
-        return main.command(name, **options)(command)
+    names = {"keep": "KEEP", "price": "PRICE_PER_HOUR", "data": DATA_VARIABLE}
+    return Given(**{name: os.environ.get(variable, "") for name, variable in names.items()})
 
-    return decorate
+
+def add_stages() -> None:
+    """A command for each stage of the table: RUN, ITERATION unless a run has it once, MODE if there are two."""
+    for command, group in groupby(TABLE, lambda row: row.command):
+        rows = {row.mode: row for row in group}
+        first = next(iter(rows.values()))
+        parameters: list[click.Parameter] = [click.Argument(["run"], type=FOLDER)]
+        if not first.single:
+            parameters.append(click.Argument(["iteration"], type=click.IntRange(min=0)))
+        if first.mode:
+            parameters.append(click.Argument(["mode"], type=click.Choice(list(MODES))))
+        work = partial(do_stage, rows)
+        main.add_command(click.Command(command, params=parameters, callback=work, help=first.help))
+
+
+def do_stage(rows: dict[str | None, Row], run: Path, iteration: int = 0, mode: str | None = None) -> None:
+    """Do one stage of a run."""
+    from thinkswitch_plugin import loop
+    from thinkswitch_plugin.run.prune import prune
+
+    opened, row = open_run(run, given()), rows[mode]
+    k = opened.iterations if row.when == "end" else iteration
+    work = partial(getattr(loop, row.work), opened, k, *([mode] if mode else []))
+    execute(opened, row.name, k, work, after=prune)
 
 
 @main.command()
@@ -113,103 +139,16 @@ def begin(domain: str, runs: Path, seed: int, engine: str, iterations: int, over
     """Check the recipe, settle what the run depends on, and say what is left to do."""
     from thinkswitch_plugin.begin import begin_run
 
-    begin_run(domain, runs, seed, engine, iterations, overlay.split())
-
-
-@main.command()
-@click.argument("run", type=FOLDER)
-def pair(run: Path) -> None:
-    """Fetch (or train, for the embedded domain) the starting pair and check that it is one."""
-    from thinkswitch_plugin import loop
-    from thinkswitch_plugin.run import execute, open_run
-
-    opened = open_run(run)
-    execute(opened, "pair", 0, lambda: loop.prepare_pair(opened))
-
-
-def _do(run: Path, iteration: int, name: str, function: str) -> None:
-    from thinkswitch_plugin import loop
-    from thinkswitch_plugin.run import execute, open_run
-
-    opened = open_run(run)
-    execute(opened, name, iteration, lambda: getattr(loop, function)(opened, iteration))
-
-
-@iteration_stage("requests")
-def requests(run: Path, iteration: int) -> None:
-    """Task prompts -> requests.jsonl."""
-    _do(run, iteration, "requests", "write_requests")
-
-
-@iteration_stage("generate")
-def generate(run: Path, iteration: int) -> None:
-    """The thinking checkpoint answers -> generations.jsonl."""
-    _do(run, iteration, "generate", "answer_requests")
-
-
-@iteration_stage("pairs")
-def pairs(run: Path, iteration: int) -> None:
-    """Traces removed -> pairs.jsonl and the counts in pairs.json."""
-    _do(run, iteration, "pairs", "build_pairs")
-
-
-@iteration_stage("train")
-def train(run: Path, iteration: int) -> None:
-    """axolotl QLoRA on the pairs -> adapter/."""
-    _do(run, iteration, "train", "train")
-
-
-@iteration_stage("merge-lora")
-def merge_lora(run: Path, iteration: int) -> None:
-    """axolotl merges the adapter in full precision -> instruct/."""
-    _do(run, iteration, "merge-lora", "merge_lora")
-
-
-@iteration_stage("rebuild")
-def rebuild(run: Path, iteration: int) -> None:
-    """mergekit interpolates, checked -> thinking/."""
-    _do(run, iteration, "rebuild", "rebuild")
-
-
-@main.command("eval")
-@click.argument("run", type=FOLDER)
-@click.argument("iteration", type=click.IntRange(min=0))
-@click.argument("mode", type=click.Choice(["instruct", "thinking"]))
-def evaluate(run: Path, iteration: int, mode: str) -> None:
-    """lm-eval judges one checkpoint -> eval/MODE/."""
-    from thinkswitch_plugin import loop
-    from thinkswitch_plugin.prune import prune
-    from thinkswitch_plugin.run import execute, open_run
-
-    opened = open_run(run)
-    execute(opened, f"eval-{mode}", iteration, lambda: loop.evaluate(opened, iteration, mode), after=prune)
-
-
-@main.command()
-@click.argument("run", type=FOLDER)
-def report(run: Path) -> None:
-    """Scores, comparisons, pairs, λ, times and every question -> report.html, report.json, report.md, pictures."""
-    from thinkswitch_plugin.cards import complete_cards
-    from thinkswitch_plugin.report import write_report
-    from thinkswitch_plugin.run import execute, open_run
-
-    opened = open_run(run)
-
-    def work() -> dict[str, Any]:
-        notes = write_report(opened)
-        complete_cards(opened)
-        return notes
-
-    execute(opened, "report", opened.iterations, work)
+    begin_run(domain, runs, seed, engine, iterations, overlay.split(), given())
 
 
 @main.command()
 @click.argument("run", type=FOLDER)
 def status(run: Path) -> None:
     """What of a run is done, at work and left; also while it runs, and after a crash."""
-    from thinkswitch_plugin.status import show_status
+    from thinkswitch_plugin.run.status import show_status
 
-    show_status(run)
+    show_status(run, given())
 
 
 @main.command()
@@ -246,9 +185,9 @@ def compare(run: Path, question: str, iteration: str, overlay: str, out: str, **
 @click.argument("run", type=FOLDER)
 def verify(run: Path) -> None:
     """Read every file of a run again and name what no longer fits its stamps."""
-    from thinkswitch_plugin.verify import verify as verify_run
+    from thinkswitch_plugin.run.verify import verify as verify_run
 
-    verify_run(run)
+    verify_run(run, given())
 
 
 @main.command("eval-model")
@@ -273,7 +212,7 @@ def check(domain: str, overlay: str, iterations: int, tokens_per_second: float |
     """Before a GPU hour is spent: machine, engines, hub, recipe, pair, prompts, time and money."""
     from thinkswitch_plugin.check import check_domain
 
-    check_domain(domain, overlay.split(), iterations, tokens_per_second)
+    check_domain(domain, overlay.split(), iterations, tokens_per_second, given().price)
 
 
 @main.command()
@@ -326,7 +265,6 @@ def keys() -> None:
 def control(name: str, run: Path) -> None:
     """A control experiment on iteration 1 of a finished run -> controls/NAME/."""
     from thinkswitch_plugin.controls import run_control
-    from thinkswitch_plugin.run import open_run
 
     run_control(open_run(run), name)
 
@@ -458,7 +396,9 @@ def merge(arguments: tuple[str, ...]) -> None:
     command.main(args=list(arguments), prog_name="thinkswitch merge", standalone_mode=False)
 
 
-@iteration_stage("switch")
+@main.command()
+@click.argument("run", type=FOLDER)
+@click.argument("iteration", type=click.IntRange(min=0))
 @click.option(
     "--labels", default="", help='Labels to learn from, rows {"prompt", "label"}, instead of the pair\'s own.'
 )
@@ -466,7 +406,6 @@ def merge(arguments: tuple[str, ...]) -> None:
 def switch(run: Path, iteration: int, labels: str, limit: str) -> None:
     """Train a router that sends each question to instruct or thinking, and judge it -> switch/."""
     from thinkswitch_plugin.adaptive.make_switch import make_switch
-    from thinkswitch_plugin.run import open_run
 
     labels_file = Path(labels) if labels else None
     make_switch(open_run(run), iteration, labels_file=labels_file, limit=whole_number("--limit", limit))
@@ -615,6 +554,8 @@ def similarity(first: str, second: str, out: Path) -> None:
     folders = [checkpoint.resolve(name, None, which)[0] for name, which in ((first, "first"), (second, "second"))]
     report_similarity(folders[0], folders[1], out)
 
+
+add_stages()
 
 if __name__ == "__main__":
     sys.exit(main())

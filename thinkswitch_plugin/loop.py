@@ -1,6 +1,6 @@
 """The stages of the loop: what each reads, which engine it calls, what it writes.
 
-Each function does the work of one stage of `run.stages` for iteration k; `run.execute`
+Each function does the work of one row of `run.TABLE` for iteration k; `run.execute`
 decides whether it is needed and keeps its stamp. Follow one prompt: `write_requests`
 -> `answer_requests` -> `build_pairs` -> `train` -> `merge_lora` -> `rebuild` -> `evaluate`.
 """
@@ -17,7 +17,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import Run
 
 
-def prepare_pair(run: Run) -> dict[str, Any]:
+def prepare_pair(run: Run, _k: int = 0) -> dict[str, Any]:
     """Fetch (or, for the embedded domain, train) the starting pair and check that it is one.
 
     Writes `iter-0/pair.json`: name, folder and hub commit of both checkpoints.
@@ -246,6 +246,15 @@ def evaluate(run: Run, k: int, mode: str) -> dict[str, Any]:
         convention=run.recipe.keys.convention,
     )
     return {}
+
+
+def report(run: Run, k: int) -> dict[str, Any]:
+    """What changed up to iteration k: writes `report.html`, `report.json`, `report.md` and the pictures."""
+    from thinkswitch_plugin.report import write_report
+
+    notes = write_report(run)
+    cards.complete_cards(run)
+    return notes
 
 
 def require_finished(run: Run, k: int) -> None:

@@ -23,8 +23,9 @@ from thinkswitch_plugin.adaptive.formats import POST, PRE, Format
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import final_answer
 from thinkswitch_plugin.generate import generate
-from thinkswitch_plugin.hashes import Hashes, read_stamp
+from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.run import MODES, Run, answering_options
+from thinkswitch_plugin.run.stamp import once
 
 FEWEST = 50  # unseen prompts; with fewer the trained ones are taken too
 FLATTERS = (
@@ -185,10 +186,10 @@ def _answers(
         "seed": run.seed,
         "engine": [run.engine, *answering_options(keys.engine.vllm_args)],
     }
-    if read_stamp(here / "key.json") != key:
-        files.remove(here)
-        domain.write_requests(
-            here / "requests.jsonl",
+
+    def ask(_resumes: bool) -> dict[str, Any]:
+        count = domain.write_requests(
+            requests,
             list(prompts),
             model=checkpoint,
             how=batch.asked_of(
@@ -198,11 +199,15 @@ def _answers(
             sampling=sampling,
             seed=run.seed,
         )
-        files.write_json(here / "key.json", key)
+        return {"requests": count}
+
+    # Answers to other requests go with those; answers to these are continued by their ids.
+    requests, answered = here / "requests.jsonl", here / "generations.jsonl"
+    once(here / "key.json", key, (requests,), ask, scratch=(answered,), part=None)
     hashes.save()
     report = generate(
-        here / "requests.jsonl",
-        here / "generations.jsonl",
+        requests,
+        answered,
         checkpoint,
         run.engine,
         keys.engine,

@@ -10,11 +10,11 @@ from transformers import set_seed
 
 from thinkswitch_plugin import checkpoint, engines, files
 from thinkswitch_plugin.adaptive.formats import STOP
-from thinkswitch_plugin.adaptive.steps import once
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.generate import generate
 from thinkswitch_plugin.hashes import Hashes
+from thinkswitch_plugin.run.stamp import once
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -155,4 +155,4 @@ def answer(
             )
         return {"questions": report.requests, "tokens": report.tokens}
 
-    return once(out.with_suffix(".json"), key, (out,), work)
+    return once(out.with_suffix(".json"), {"key": key}, (out,), work)

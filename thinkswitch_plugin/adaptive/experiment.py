@@ -30,7 +30,6 @@ from thinkswitch_plugin.adaptive.formats import ANSWER, PRE, THINK, Format
 from thinkswitch_plugin.adaptive.judging import judge, read_columns
 from thinkswitch_plugin.adaptive.labels import RATIONALES, Job, label, prepare_student
 from thinkswitch_plugin.adaptive.router import candidates, describe
-from thinkswitch_plugin.adaptive.steps import once
 from thinkswitch_plugin.adaptive.training import TYPES, Condition, train_condition
 from thinkswitch_plugin.args import PerceptionKeys
 from thinkswitch_plugin.checkpoint import MODULE
@@ -43,6 +42,7 @@ from thinkswitch_plugin.loop import merge_adapter
 from thinkswitch_plugin.pictures import adaptive_picture, save
 from thinkswitch_plugin.report.questions import asked_texts
 from thinkswitch_plugin.run import locked, versions
+from thinkswitch_plugin.run.stamp import once
 from thinkswitch_plugin.task_files import task_files
 
 if TYPE_CHECKING:
@@ -207,9 +207,8 @@ def merge_checkpoint(job: Job, hashes: Hashes) -> None:
         merge_adapter(here, str(student), out, on_cpu=job.recipe.keys.merge_on == "cpu")
         return {}
 
-    once(
-        out.with_suffix(".json"), {"adapter": hashes.of(here / "adapter"), "student": hashes.of(student)}, (out,), work
-    )
+    key = {"adapter": hashes.of(here / "adapter"), "student": hashes.of(student)}
+    once(out.with_suffix(".json"), {"key": key}, (out,), work)
 
 
 def serve_checkpoint(job: Job, hashes: Hashes) -> dict[str, int]:
@@ -249,9 +248,8 @@ def serve_checkpoint(job: Job, hashes: Hashes) -> dict[str, int]:
         equal = sum(one.text == row["resps"][0][0] for one, row in zip(found, rows, strict=True))
         return {"questions": len(rows), "equal": equal}
 
-    done = once(
-        job.work / "served.json", {"checkpoint": hashes.of(checkpoint), "samples": hashes.of(samples)}, (), work
-    )
+    key = {"checkpoint": hashes.of(checkpoint), "samples": hashes.of(samples)}
+    done = once(job.work / "served.json", {"key": key}, (), work)
     return {name: int(done[name]) for name in ("questions", "equal")}
 
 
@@ -364,7 +362,7 @@ class Judging:
             judge(model, tokenizer, out, self.evaluation, log=log, prefix=prefix, within=within)
             return {}
 
-        self.seconds += once(self.here / f"{name}.json", key, (out,), work)["seconds"]
+        self.seconds += once(self.here / f"{name}.json", {"key": key}, (out,), work)["seconds"]
         return read_columns(out, self.evaluation, self.tokenizer, self.job.recipe.keys.labels.answer, prefix)
 
     def soft_prompts(self) -> Tensor:
@@ -392,7 +390,7 @@ class Judging:
                 "embedding_rms": float(model.get_input_embeddings().weight.float().square().mean().sqrt()),
             }
 
-        done = once(self.here / "prompts.json", self.key, (), work)
+        done = once(self.here / "prompts.json", {"key": self.key}, (), work)
         return {name: done[name] for name in ("prompt_std", "prompt_rms", "embedding_rms")}
 
 

@@ -31,7 +31,6 @@ from thinkswitch_plugin import answers, batch, checkpoint, console, domain, file
 from thinkswitch_plugin.adaptive import formats
 from thinkswitch_plugin.adaptive.answering import answer, choose_engine, write_questions
 from thinkswitch_plugin.adaptive.formats import POST, PRE, Format
-from thinkswitch_plugin.adaptive.steps import once
 from thinkswitch_plugin.adaptive.training import TYPES, Condition, train_condition
 from thinkswitch_plugin.args import resolve_seed
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -39,6 +38,7 @@ from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.progress import duration
 from thinkswitch_plugin.recipe import Recipe, load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.run import Run, locked, open_run, settings_file, versions
+from thinkswitch_plugin.run.stamp import once
 
 RATIONALES = "rationales.jsonl"
 Source = Literal["gold", "majority"]
@@ -376,7 +376,7 @@ def prepare_student(job: Job, hashes: Hashes, soft_tokens: int = 0) -> tuple[Pat
 
     key = {"base": hashes.of(base), "soft_tokens": soft_tokens, "new_rows": NEW_ROWS}
     hashes.save()
-    return out, float(once(out.with_suffix(".json"), key, (out,), work)["seconds"])
+    return out, float(once(out.with_suffix(".json"), {"key": key}, (out,), work)["seconds"])
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ from typing import Any
 
 from thinkswitch_plugin import distil
 from thinkswitch_plugin.adaptive.formats import POST, PRE, Format
-from thinkswitch_plugin.adaptive.steps import once
 from thinkswitch_plugin.args import PerceptionKeys, ThinkSwitchKeys
 from thinkswitch_plugin.checkpoint import MODULE
 from thinkswitch_plugin.engines import has_cuda
 from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.recipe import Recipe, overlay
+from thinkswitch_plugin.run.stamp import once
 
 TYPES: dict[Format, str] = {PRE: "thinkswitch_plugin.pre_thinking", POST: "thinkswitch_plugin.post_thinking"}
 PLACES = ("base_model", "datasets", "dataset_prepared_path", "output_dir")  # known by content, not by path
@@ -74,7 +74,7 @@ def train_condition(recipe: Recipe, condition: Condition, here: Path, hashes: Ha
         return distil.train(config, here, resume=resume, options=options, minimum=recipe.keys.min_adapter_change)
 
     adapter = here / "adapter"
-    done = once(here / "trained.json", key, (adapter, here / "axolotl.yaml"), work)
+    done = once(here / "trained.json", {"key": key}, (adapter, here / "axolotl.yaml"), work)
     return Trained(adapter, float(done["seconds"]), float(done["adapter_change"]))
 
 

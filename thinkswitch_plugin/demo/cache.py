@@ -14,10 +14,11 @@ from typing import Any
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.demo import mixed, task
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.hashes import read_stamp
 from thinkswitch_plugin.run import locked
+from thinkswitch_plugin.run.stamp import folder_once, stored
 
 CACHE = Path(".cache")
+SETTINGS = "settings.json"  # its stamp, in the folder
 PROMPTS = 2048  # enough for four iterations of 512 fresh ones
 
 
@@ -52,19 +53,16 @@ def _ensure(
 ) -> None:
     """Have `make` fill the folder, unless it was filled with these settings and `witness` is there."""
     with locked(folder.with_name(f".{folder.name}"), patience=3600):  # runs in other folders share it
-        made = folder / "settings.json"
-        if read_stamp(made) == wanted and witness.exists():
+        if stored(folder / SETTINGS, wanted, (witness,)) is not None:
             console.say(f"  {folder} is used again")
             return
-        if folder.exists() and any(folder.iterdir()) and not made.is_file():
+        if folder.exists() and any(folder.iterdir()) and not (folder / SETTINGS).is_file():
             raise ThinkSwitchError(
                 f"{folder} holds something that the embedded domain did not make; move it away, or give the {what} "
                 "a folder of its own in the recipe (without `embedded: true` the checkpoints that lie there are used)."
             )
         console.say(f"  making the {what} in {folder}{duration}; kept for later runs")
-        with files.atomic_folder(folder) as building:
-            make(building, wanted)
-            files.write_json(building / "settings.json", wanted)
+        folder_once(folder, SETTINGS, wanted, lambda building: make(building, wanted), (witness,))
 
 
 def _train_pair(building: Path, wanted: dict[str, Any]) -> None:

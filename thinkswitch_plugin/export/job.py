@@ -23,11 +23,12 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import read_samples, run_lm_eval, summarize, uses_server
 from thinkswitch_plugin.export.extract import WEIGHTS, cut, extract, losses, require_extractable, require_plain_name
 from thinkswitch_plugin.export.template import chat_template, combined_template
-from thinkswitch_plugin.hashes import CARD, Hashes, read_stamp
+from thinkswitch_plugin.hashes import CARD, Hashes
 from thinkswitch_plugin.interpolation.subject import Subject, Wanted, few_questions, find_subject, write_results
 from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.report import table
 from thinkswitch_plugin.run import MODES, locked, open_run
+from thinkswitch_plugin.run.stamp import once, record, stored
 from thinkswitch_plugin.sources import DATA_VARIABLE
 from thinkswitch_plugin.task_files import task_files
 
@@ -188,9 +189,8 @@ class Job:
         keys = self.subject.keys
         judged = place / "eval" / f"{mode}{few_questions(self.subject)}"
         store = judged.with_name(f"{judged.name}.json")
-        settings = {"made_of": made_of, **self.judged_by()}
-        if (stored := _stored(store, "settings", settings)) is None:
-            store.unlink(missing_ok=True)
+
+        def evaluate(_resumes: bool) -> dict[str, Any]:
             run_lm_eval(
                 str(self.base.folder if lora else self.subject.roles[mode]),
                 judged,
@@ -203,9 +203,10 @@ class Job:
                 convention=keys.convention,
                 lora=lora,
             )
-            stored = {"settings": settings, "figures": self._read(mode, judged)}
-            files.write_json(store, stored)
-        return dict(stored["figures"])
+            return {"figures": self._read(mode, judged)}
+
+        key = {"settings": {"made_of": made_of, **self.judged_by()}}
+        return dict(once(store, key, (judged,), evaluate, part=None)["figures"])
 
     def _read(self, mode: str, judged: Path) -> dict[str, Any]:
         keys = self.subject.keys
@@ -230,10 +231,8 @@ class Job:
         places = {rank: self.out / f"rank-{rank}" / mode for rank in ranks}
         notes = {rank: place.with_name(f"{mode}.json") for rank, place in places.items()}
 
-        def stored(rank: int) -> dict[str, Any] | None:
-            return _stored(notes[rank], "made_of", self.made_of(mode, rank)) if places[rank].is_dir() else None
-
-        waiting = [rank for rank in ranks if stored(rank) is None]
+        keys = {rank: {"made_of": self.made_of(mode, rank)} for rank in ranks}
+        waiting = [rank for rank in ranks if stored(notes[rank], keys[rank], (places[rank],)) is None]
         if waiting:
             # Two factors of a matrix are seldom larger than it, so an adapter stays below the checkpoint.
             files.require_space(self.out, files.size(source), "the export of adapters")
@@ -250,14 +249,13 @@ class Job:
             lost = losses(self.base.folder, source, [places[rank] for rank in waiting])
             for rank, loss in zip(waiting, lost, strict=True):
                 found = {
-                    "made_of": self.made_of(mode, rank),
                     "path": str(places[rank]),
                     "largest_rank": adapter_rank(places[rank]),
                     "bytes": files.size(places[rank] / WEIGHTS),
                     "seconds_of_extraction": round(seconds, 2),
                     **loss,
                 }
-                files.write_json(notes[rank], found)
+                record(notes[rank], keys[rank], found)
         return [files.read_json(notes[rank]) for rank in ranks]
 
     def _build(self, source: Path, largest: Path, adapter: Path, rank: int) -> None:
@@ -297,11 +295,6 @@ class Job:
         }
         about = f"The {mode} mode of a pair made by [ThinkSwitch](https://arxiv.org/abs/2606.01080), for its base."
         cards.save(cards.compose(data, f"{keys.domain}: {mode} mode as a LoRA", about, facts), adapter / CARD)
-
-
-def _stored(path: Path, key: str, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    found = read_stamp(path)
-    return found if found is not None and found.get(key) == wanted else None
 
 
 def keeps(full: dict[str, Any], lora: dict[str, Any], mode: str) -> bool:

@@ -12,7 +12,6 @@ which is written last, so a candidate is done or it is not.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,6 +34,9 @@ from thinkswitch_plugin.evaluation import (
 from thinkswitch_plugin.generate import PROMPT_ROOM, context_length
 from thinkswitch_plugin.in_process import Sampling, evaluate, quiet
 from thinkswitch_plugin.progress import Bar
+from thinkswitch_plugin.run.stamp import folder_once, stored
+
+STAMP = "candidate.json"
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,7 @@ class Bench:
 
 def finished(bench: Bench, candidate: Candidate) -> dict[str, Any] | None:
     """What is stored of a candidate, if it was judged with these very settings."""
-    path = bench.work / candidate.name / "candidate.json"
-    if not path.is_file():
-        return None
-    stored = files.read_json(path)
-    return stored if stored.get("settings") == bench.settings(candidate) else None
+    return stored(bench.work / candidate.name / STAMP, {"settings": bench.settings(candidate)})
 
 
 def judge_all(bench: Bench, candidates: Sequence[Candidate], title: str) -> list[dict[str, Any]]:
@@ -111,31 +109,23 @@ def judge_all(bench: Bench, candidates: Sequence[Candidate], title: str) -> list
 
     Raises `ThinkSwitchError` if a merge or an evaluation fails; what is done stays done.
     """
-    found = [finished(bench, candidate) for candidate in candidates]
-    waiting = [c for c, stored in zip(candidates, found, strict=True) if stored is None]
+    waiting = [candidate for candidate in candidates if finished(bench, candidate) is None]
     if waiting:
         judge: InMemoryJudge | CheckpointJudge
         judge = CheckpointJudge(bench) if uses_server(bench.evaluation, bench.engine) else InMemoryJudge(bench)
         bar = Bar(len(candidates), title, initial=len(candidates) - len(waiting), unit="candidate")
         for candidate in waiting:
-            folder = bench.work / candidate.name
-            started = time.monotonic()
-            with files.atomic_folder(folder) as building:
+
+            def build(building: Path, candidate: Candidate = candidate) -> dict[str, Any]:
                 judge.judge(candidate, building)
                 task, template = bench.evaluation.task, str(bench.template)
                 samples = list(read_samples(building, task, template, bench.answer, bench.convention))
-                files.write_json(
-                    building / "candidate.json",
-                    {
-                        "settings": bench.settings(candidate),
-                        "seconds": round(time.monotonic() - started, 2),
-                        "figures": figures(samples),
-                        "questions": by_question(samples),
-                    },
-                )
+                return {"figures": figures(samples), "questions": by_question(samples)}
+
+            folder_once(bench.work / candidate.name, STAMP, {"settings": bench.settings(candidate)}, build)
             bar.update(1)
         bar.close()
-    return [files.read_json(bench.work / c.name / "candidate.json") for c in candidates]
+    return [files.read_json(bench.work / c.name / STAMP) for c in candidates]
 
 
 def figures(samples: Sequence[Sample]) -> dict[str, Any]:

@@ -14,18 +14,9 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import Sample, graded, read_samples, samples_file, summarize
 from thinkswitch_plugin.paired import compare
-from thinkswitch_plugin.run import MODES, Run, stages, stamp_path, versions
+from thinkswitch_plugin.run import MODES, TABLE, Run, stages, stamp_path, versions
 
-TIMED = {
-    "requests": "generate",
-    "generate": "generate",
-    "pairs": "pairs",
-    "train": "train",
-    "merge-lora": "merge_lora",
-    "rebuild": "merge",
-    "eval-instruct": "eval",
-    "eval-thinking": "eval",
-}
+TIMED = {row.name: row.timed for row in TABLE}
 
 
 @dataclass(frozen=True)
@@ -86,7 +77,7 @@ def build_report(run: Run, judged: Sequence[Evaluation]) -> dict[str, Any]:
         entry["seconds"] = seconds.get(k, {})
         iterations.append(entry)
     total = sum(sum(stage.values()) for stage in seconds.values())
-    price = price_per_hour()
+    price = price_per_hour(run.given.price)
     return {
         "domain": run.recipe.keys.domain,
         "seed": run.seed,
@@ -98,11 +89,10 @@ def build_report(run: Run, judged: Sequence[Evaluation]) -> dict[str, Any]:
     }
 
 
-def price_per_hour() -> float:
-    """PRICE_PER_HOUR of the environment. Raises `ThinkSwitchError` if it is no amount of money."""
-    text = os.environ.get("PRICE_PER_HOUR") or "0"
+def price_per_hour(text: str) -> float:
+    """What PRICE_PER_HOUR= says, 0 without one. Raises `ThinkSwitchError` if it is not an amount of money."""
     try:
-        price = float(text)
+        price = float(text or 0)
     except ValueError:
         price = math.nan
     if not (math.isfinite(price) and price >= 0):
@@ -124,7 +114,7 @@ def stage_seconds(run: Run) -> dict[int, dict[str, float]]:
         if stage.name == "report" or not path.is_file():
             continue
         times = found.setdefault(stage.iteration, {})
-        name = TIMED.get(stage.name, stage.name)
+        name = TIMED[stage.name]
         times[name] = round(times.get(name, 0.0) + files.read_json(path)["seconds"], 2)
     return found
 

@@ -15,20 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import console, timing
+from thinkswitch_plugin import console
 from thinkswitch_plugin.hashes import Hashes, read_stamp
 from thinkswitch_plugin.progress import amount, duration
-from thinkswitch_plugin.run import (
-    Run,
-    Stage,
-    fingerprint,
-    open_run,
-    seconds_of,
-    settings_file,
-    stages,
-    stamp_path,
-    work_path,
-)
+from thinkswitch_plugin.run import timing
+from thinkswitch_plugin.run.execution import seconds_of, work_path
+from thinkswitch_plugin.run.folder import NOTHING_MORE, Given, Run, open_run, settings_file
+from thinkswitch_plugin.run.stage import Stage, stamp_path
+from thinkswitch_plugin.run.stamp import stored
+from thinkswitch_plugin.run.table import stages
 
 READ_AT_MOST = 2**20  # bytes; a larger file is not read anew
 DONE, CHANGED, UNCHECKED, LEFT, NOW, STOPPED = "done", "changed", "not checked", "left", "now", "stopped"
@@ -60,7 +55,7 @@ class AtWork:
     failed: dict[str, Any] | None
 
 
-def show_status(folder: Path) -> None:
+def show_status(folder: Path, given: Given = NOTHING_MORE) -> None:
     """Print what of the run in `folder` is done, at work and left, and the next command.
 
     Raises `ThinkSwitchError` if the run's own files are damaged.
@@ -72,7 +67,7 @@ def show_status(folder: Path) -> None:
         if adaptive and (worker := lock_holder(folder / ".lock")) is not None:
             console.say(console.printable(f"Now:    process {worker}{words_of(worker)}"))
         return
-    run = open_run(folder)
+    run = open_run(folder, given)
     every = list(stages(run))
     seconds, record, holder = seconds_of(run, every), read_record(work_path(folder)), lock_holder(folder / ".lock")
     if record is not None and (record.stage, record.iteration) in seconds:
@@ -103,15 +98,14 @@ def show_status(folder: Path) -> None:
 
 
 def state_of(run: Run, stage: Stage, hashes: Hashes) -> str:
-    """Whether a stage is done, as `run.is_done` would say, without reading what is large."""
+    """Whether a stage is done, as `execution.is_done` would, without reading what is large."""
     stamp = read_stamp(stamp_path(run, stage))
     if stamp is None:
         return LEFT
     if not all(needed.exists() for needed in (*stage.outputs, *stage.needs)):
         return CHANGED
-    before = {k: stamp.get(k) for k in ("values", "inputs")}
     try:
-        fits = before == fingerprint(stage, hashes)
+        fits = stored(stamp_path(run, stage), stage.depends_on(hashes)) is not None
     except NotRemembered:
         return UNCHECKED if stamp.get("values") == stage.values else CHANGED
     return DONE if fits else CHANGED
@@ -156,7 +150,7 @@ def at_work(
         if holder is not None:
             yield f"Locked: another command is at work here, process {holder}{words_of(holder)}"
         return
-    title = record.stage if record.stage == "report" else f"{record.stage} of iteration {record.iteration}"
+    title = Stage(record.stage, record.iteration, (), ()).title
     progress = "".join(f", {text}" for text in progress_text(record.progress))
     now = time.time()
     if holder == record.pid:

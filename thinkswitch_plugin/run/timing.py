@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from thinkswitch_plugin.progress import duration
 
 if TYPE_CHECKING:
-    from thinkswitch_plugin.run import Stage
+    from thinkswitch_plugin.run.stage import Stage
 
 Seconds = Mapping[tuple[str, int], float]  # of the stages that are done, by name and iteration
 

@@ -10,21 +10,19 @@ what was deleted, so its stage counts as done and the report can be written agai
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from thinkswitch_plugin import console
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.hashes import Hashes
-from thinkswitch_plugin.run import MODES, Run, is_done, stages
+from thinkswitch_plugin.run.execution import is_done
+from thinkswitch_plugin.run.folder import MODES, Run
+from thinkswitch_plugin.run.table import stages
 
-KEEP_VARIABLE = "KEEP"
 
-
-def iterations_kept() -> int | None:
+def iterations_kept(text: str) -> int | None:
     """How many finished iterations `KEEP=` keeps; None is all. Raises `ThinkSwitchError` for anything else."""
-    text = os.environ.get(KEEP_VARIABLE) or "all"
-    if text == "all":
+    if text in ("", "all"):
         return None
     if text == "last":
         return 1
@@ -35,7 +33,7 @@ def iterations_kept() -> int | None:
 
 def prune(run: Run, hashes: Hashes) -> list[Path]:
     """Delete the weights that `KEEP=` gives up; return the folders. The lock is held."""
-    kept = iterations_kept()
+    kept = iterations_kept(run.given.keep)
     if kept is None:
         return []
     every = list(stages(run))
@@ -55,5 +53,5 @@ def prune(run: Run, hashes: Hashes) -> list[Path]:
                 hashes.prune(weights)
                 pruned.append(folder)
     if pruned:
-        console.say(f"  KEEP={os.environ[KEEP_VARIABLE]}: weights pruned of {', '.join(map(str, pruned))}")
+        console.say(f"  KEEP={run.given.keep}: weights pruned of {', '.join(map(str, pruned))}")
     return pruned

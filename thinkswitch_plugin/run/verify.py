@@ -12,15 +12,17 @@ from pathlib import Path
 from thinkswitch_plugin import console
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.hashes import CARD, Hashes, read_stamp
-from thinkswitch_plugin.run import Run, Stage, open_run, stages, stamp_path
+from thinkswitch_plugin.run.folder import NOTHING_MORE, Given, Run, open_run
+from thinkswitch_plugin.run.stage import Stage, stamp_path
+from thinkswitch_plugin.run.table import stages
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, given: Given = NOTHING_MORE) -> None:
     """Compare a run with its stamps and name every file that does not fit.
 
     Raises `ThinkSwitchError` if there is one, or if the folder is no run.
     """
-    run = open_run(folder)
+    run = open_run(folder, given)
     hashes = Hashes(folder, trust=False)
     problems: list[str] = []
     done = waiting = 0

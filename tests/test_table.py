@@ -1,0 +1,77 @@
+"""The table of stages, and that the Makefile, the commands and the report's pictures follow it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from tests.conftest import ROOT
+from thinkswitch_plugin import cli, loop, pictures
+from thinkswitch_plugin.recipe import load_recipe
+from thinkswitch_plugin.run import TABLE, Given, Run, stages, stamp_path
+from thinkswitch_plugin.run.folder import MOST_ITERATIONS
+from thinkswitch_plugin.run.table import REPORT_PICTURES
+
+MAKE = ("make", "-o", "setup", "DOMAIN=arithmetic", "ITERATIONS=2")
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Run:
+    return Run(tmp_path / "arithmetic", load_recipe(Path("recipes/arithmetic.yaml")), 0, "embedded", 2)
+
+
+def test_make_runs_the_commands_of_the_table_in_its_order(opened: Run, command: Any) -> None:
+    rows = {row.name: row for row in TABLE}
+    expected = []
+    for stage in stages(opened):
+        row = rows[stage.name]
+        expected.append([row.command, *([] if row.single else [str(stage.iteration)]), *([row.mode] * bool(row.mode))])
+    done = command(*MAKE, "-n", "loop", f"RUNS={opened.folder.parent}")
+    found = [
+        line.split("bin/thinkswitch ")[1].partition("  #")[0].replace('"$RUN" ', "").replace(' "$RUN"', "").split()
+        for line in done.stdout.splitlines()
+    ]
+    assert found == expected
+
+
+def test_makes_targets_are_the_stamps_of_the_table(opened: Run, command: Any) -> None:
+    for stage in stages(opened):
+        stamp_path(opened, stage).parent.mkdir(parents=True, exist_ok=True)
+        stamp_path(opened, stage).touch()
+    words = (*MAKE, "-q", "loop", f"RUNS={opened.folder.parent}")
+    assert command(*words).returncode == 0
+    for stage in stages(opened):
+        stamp_path(opened, stage).rename(opened.folder / "away")
+        assert command(*words).returncode == 1, stage.title
+        (opened.folder / "away").rename(stamp_path(opened, stage))
+
+
+def test_make_has_rules_for_as_many_iterations_as_a_run_may_have() -> None:
+    found = re.search(r"^COUNT := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert found is not None and found[1].split() == [str(k) for k in range(1, MOST_ITERATIONS + 1)]
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_each_stage_has_its_work_and_its_command(row: Any) -> None:
+    assert callable(getattr(loop, row.work))
+    words = [parameter.name for parameter in cli.main.commands[row.command].params]
+    assert words == ["run", *(["iteration"] * (not row.single)), *(["mode"] * bool(row.mode))]
+
+
+def test_the_report_has_a_file_for_each_picture_that_is_drawn() -> None:
+    assert tuple(pictures.OF_REPORT) == REPORT_PICTURES and set(pictures.KINDS) == {"png", "svg"}
+
+
+def test_what_the_environment_says_reaches_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"KEEP": "last", "PRICE_PER_HOUR": "0.35", "THINKSWITCH_DATA": "mine"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.given() == Given(keep="last", price="0.35", data="mine")
+
+
+def test_a_command_without_its_iteration_is_wrong_usage() -> None:
+    with pytest.raises(click.MissingParameter):
+        cli.main.commands["train"].make_context("train", ["runs/arithmetic"])

@@ -1,0 +1,141 @@
+"""A run folder: what it was begun with, where its files lie, and the lock that keeps a second command out."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thinkswitch_plugin import console, files
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.hashes import read_stamp
+
+if TYPE_CHECKING:
+    from thinkswitch_plugin.recipe import Recipe
+
+MODES = ("instruct", "thinking")
+MOST_ITERATIONS = 20  # as many rules the Makefile has
+LOCK_PATIENCE = 5.0  # seconds; a command that was just killed takes a moment to let go
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a command is told besides what the run was begun with, as text; `run.json` does not hold it.
+
+    Args:
+        keep: KEEP=, which iterations keep their weights; see `prune`.
+        price: PRICE_PER_HOUR=, for the report.
+        data: THINKSWITCH_DATA, a folder that the evaluation sets are read from.
+    """
+
+    keep: str = ""
+    price: str = ""
+    data: str = ""
+
+
+NOTHING_MORE = Given()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder with the settings it was begun with, and what this command was told besides."""
+
+    folder: Path
+    recipe: Recipe
+    seed: int
+    engine: str
+    iterations: int
+    given: Given = NOTHING_MORE
+
+    @cached_property
+    def task(self) -> tuple[Path, ...]:
+        """The files that the evaluation task is made of."""
+        from thinkswitch_plugin.task_files import task_files
+
+        return task_files(self.recipe.keys.evaluation.task)
+
+    def iteration(self, k: int) -> Path:
+        """The folder of iteration k."""
+        return self.folder / f"iter-{k}"
+
+    def checkpoint(self, mode: str, k: int) -> str:
+        """The checkpoint of a mode after iteration k; k = 0 is the starting pair."""
+        if k > 0:
+            return str(self.iteration(k) / mode)
+        pair_file = self.iteration(0) / "pair.json"
+        if pair_file.is_file():
+            try:
+                return str(files.read_json(pair_file)[mode]["path"])
+            except (KeyError, TypeError):
+                raise ThinkSwitchError(
+                    f"{pair_file} is damaged (`{mode}`); delete it and run `make iterate`: what is done stays done."
+                ) from None
+        from thinkswitch_plugin.args import resolve_seed
+
+        return resolve_seed(getattr(self.recipe.keys.pair, mode), self.seed)
+
+    def anchor(self, k: int) -> str:
+        """The thinking checkpoint that iteration k interpolates with."""
+        previous = self.recipe.keys.rebuild.anchor == "previous"
+        return self.checkpoint("thinking", k - 1 if previous else 0)
+
+
+def settings_file(folder: Path) -> Path:
+    """Where a run keeps what it was begun with."""
+    return folder / "run.json"
+
+
+def open_run(folder: Path, given: Given = NOTHING_MORE) -> Run:
+    """The run that lies in a folder. Raises `ThinkSwitchError` if there is none."""
+    from thinkswitch_plugin.recipe import load_recipe
+
+    path = settings_file(folder)
+    if not path.is_file():
+        raise ThinkSwitchError(f"{folder} is not a run folder (no run.json); begin one with `make iterate DOMAIN=…`.")
+    values = read_settings(path)
+    recipe = load_recipe(Path(values["recipe"]), tuple(Path(p) for p in values["overlays"]))
+    return Run(folder, recipe, values["seed"], values["engine"], values["iterations"], given)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a run was begun with. Raises `ThinkSwitchError` if its file is damaged."""
+    shape = {"domain": str, "recipe": str, "overlays": list, "seed": int, "engine": str, "iterations": int}
+    values = read_stamp(path) or {}
+    for key, kind in shape.items():
+        if type(values.get(key)) is not kind or (key == "iterations" and not 1 <= values[key] <= MOST_ITERATIONS):
+            raise ThinkSwitchError(
+                f"{path} is damaged (`{key}`); delete it and run `make iterate` with the DOMAIN, SEED, ENGINE and "
+                "OVERLAY of this run: what is done stays done."
+            )
+    return values
+
+
+@contextmanager
+def locked(folder: Path, patience: float = LOCK_PATIENCE) -> Iterator[None]:
+    """Keep a second command out of a folder; the kernel frees the lock when its owner and its engines have gone.
+
+    Raises `ThinkSwitchError` if another command still holds it after `patience` seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as handle:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise ThinkSwitchError(
+                        f"Another command is at work in {folder}; wait for it, or give this one its own RUNS=."
+                    ) from None
+                time.sleep(0.1)
+        console.HELD_LOCKS.add(handle.fileno())
+        try:
+            yield
+        finally:
+            console.HELD_LOCKS.discard(handle.fileno())

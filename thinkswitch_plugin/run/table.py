@@ -1,0 +1,255 @@
+"""The stages of a run: the one list of their names, order, inputs, outputs and work.
+
+`TABLE` has a row for each stage. The commands, `make status`, the times in the report and what a stamp compares
+follow from it, and a test checks that the Makefile has the same stages in the same order. A row makes the `Stage`
+of one iteration, which says what is read and written there and which settings count:
+
+    rebuild of iteration 1: iter-1/instruct, the anchor, merge_configs/slerp.yaml, … -> iter-1/thinking, rebuild.json
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run.folder import MODES, Run
+from thinkswitch_plugin.run.stage import Stage
+
+TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja")
+REPORT_PICTURES = ("iterations", "paired", "time")
+REPORT_FILES = (
+    *("report.json", "report.md", "report.html"),
+    *(f"{name}.{kind}" for name in REPORT_PICTURES for kind in ("png", "svg")),
+)
+# Options of vLLM that say how fast it answers, not what.
+MACHINE_OPTIONS = (
+    "--gpu-memory-utilization",
+    "--kv-cache-memory-bytes",
+    "--tensor-parallel-size",
+    "-tp",
+    "--pipeline-parallel-size",
+    "-pp",
+    "--data-parallel-size",
+    "-dp",
+    "--max-num-seqs",
+    "--max-num-batched-tokens",
+    "--swap-space",
+    "--cpu-offload-gb",
+    "--enforce-eager",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table.
+
+    Args:
+        command: of `thinkswitch`, on a run folder; with `mode` behind it if there are two rows of it.
+        when: which iterations have it: `pair` (0), `iteration` (1 and later), `both`, or `end` (the last one).
+        work: the function of `loop` that does it.
+        timed: the name under which `report.json` adds up its seconds.
+        help: what `thinkswitch COMMAND --help` prints.
+        plan: makes the stage of one iteration of a run.
+    """
+
+    command: str
+    when: Literal["pair", "iteration", "both", "end"]
+    work: str
+    timed: str
+    help: str
+    plan: Callable[[Run, int], Stage]
+    mode: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of its stamp."""
+        return f"{self.command}-{self.mode}" if self.mode else self.command
+
+    @property
+    def single(self) -> bool:
+        """Whether a run has it once, not for each iteration."""
+        return self.when in ("pair", "end")
+
+    def belongs_to(self, iteration: int, last: int) -> bool:
+        """Whether this iteration of a run has the stage."""
+        return {"pair": iteration == 0, "iteration": iteration > 0, "both": True, "end": iteration == last}[self.when]
+
+
+def _pair(run: Run, k: int) -> Stage:
+    values = {"pair": run.recipe.keys.pair.model_dump(exclude={"base"}), "seed": run.seed}
+    needs = tuple(Path(run.checkpoint(mode, k)) for mode in MODES)
+    return Stage("pair", k, (), (run.iteration(k) / "pair.json",), values, needs=needs)
+
+
+def _requests(run: Run, k: int) -> Stage:
+    from thinkswitch_plugin.args import resolve_seed
+
+    keys, judged = run.recipe.keys, run.recipe.keys.evaluation
+    prompts = (Path(resolve_seed(keys.prompts.path, run.seed)),) if keys.prompts.path else ()
+    template = (Path(run.checkpoint("thinking", k - 1)) / name for name in TEMPLATE_FILES)
+    inputs = (*prompts, *(path for path in template if path.is_file()), *run.task)
+    values = {
+        "prompts": keys.prompts.model_dump(),
+        "sampling": keys.sampling.model_dump(),
+        "seed": run.seed,
+        "contamination": [judged.task, judged.contamination_ngram, judged.contamination_share],
+        "data": run.given.data,
+    }
+    return Stage("requests", k, inputs, (run.iteration(k) / "requests.jsonl",), values)
+
+
+def _generate(run: Run, k: int) -> Stage:
+    here, labels = run.iteration(k), run.recipe.keys.labels
+    inputs = (here / "requests.jsonl", Path(run.checkpoint("thinking", k - 1)))
+    answering, server = _answering(run), run.recipe.keys.engine.server.changing_answers()
+    values = {
+        "engine": [*answering, server] if server and run.engine.startswith("http") else answering,
+        "unfinished": labels.unfinished,
+        "retry_max_tokens": labels.retry_max_tokens,
+    }
+    return Stage("generate", k, inputs, (here / "generations.jsonl",), values, resume_on=("engine",))
+
+
+def _pairs(run: Run, k: int) -> Stage:
+    here, keys = run.iteration(k), run.recipe.keys
+    inputs, outputs = ("requests.jsonl", "generations.jsonl"), ("pairs.jsonl", "pairs.json")
+    values = {"selection": keys.labels.selection, "answer": keys.labels.answer, "trace": keys.trace}
+    return Stage("pairs", k, tuple(here / n for n in inputs), tuple(here / n for n in outputs), values)
+
+
+def _train(run: Run, k: int) -> Stage:
+    here, keys = run.iteration(k), run.recipe.keys
+    inputs = (here / "pairs.jsonl", Path(run.checkpoint("instruct", k - 1)))
+    values = {
+        "axolotl": {key: v for key, v in training_config(run, k).items() if key != "thinkswitch"},
+        "axolotl_args": keys.axolotl_args,
+        "min_change": keys.min_adapter_change,
+    }
+    outputs = (here / "adapter", here / "axolotl.yaml")
+    return Stage("train", k, inputs, outputs, values, resume_on=("axolotl", "axolotl_args"))
+
+
+def _merge_lora(run: Run, k: int) -> Stage:
+    here, learner = run.iteration(k), Path(run.checkpoint("instruct", k - 1))
+    inputs = (here / "adapter", here / "axolotl.yaml", learner)
+    return Stage("merge-lora", k, inputs, (here / "instruct",), writes_like=learner)
+
+
+def _rebuild(run: Run, k: int) -> Stage:
+    here, trace, keys, anchor = run.iteration(k), run.recipe.keys.trace, run.recipe.keys.rebuild, Path(run.anchor(k))
+    reference = run.iteration(1) / "generations.jsonl"
+    return Stage(
+        "rebuild",
+        k,
+        (here / "instruct", anchor, Path(keys.config), here / "requests.jsonl", reference),
+        (here / "thinking", here / "rebuild.json", here / "merge.yaml"),
+        {"rebuild": keys.model_dump(), "engine": _answering(run), "trace": trace},
+        resume_on=("rebuild", "engine"),
+        scratch=tuple((here / "logs").glob("check-lambda-*.jsonl")),
+        writes_like=anchor,
+    )
+
+
+def _evaluate(run: Run, k: int, mode: str) -> Stage:
+    keys = run.recipe.keys.evaluation
+    values = {
+        "evaluation": {key: v for key, v in keys.model_dump().items() if not key.startswith("contamination")},
+        "backend": "hf" if keys.backend == "hf" else _answering(run),
+        "data": run.given.data,
+    }
+    inputs = (Path(run.checkpoint(mode, k)), *run.task)
+    return Stage(f"eval-{mode}", k, inputs, (run.iteration(k) / "eval" / mode,), values)
+
+
+def _report(run: Run, k: int) -> Stage:
+    evaluated = (run.iteration(j) / "eval" / mode for j in range(k + 1) for mode in MODES)
+    counted = (run.iteration(j) / name for j in range(1, k + 1) for name in ("pairs.json", "rebuild.json"))
+    values = {"iterations": k, "price": run.given.price, "answer": run.recipe.keys.labels.answer}
+    outputs = tuple(run.folder / name for name in REPORT_FILES)
+    return Stage("report", k, (*evaluated, *counted, *sweep_files(run)), outputs, values)
+
+
+# fmt: off
+TABLE: tuple[Row, ...] = (
+    Row("pair", "pair", "prepare_pair", "pair",
+        "Fetch (or train, for the embedded domain) the starting pair and check that it is one.", _pair),
+    Row("requests", "iteration", "write_requests", "generate", "Task prompts -> requests.jsonl.", _requests),
+    Row("generate", "iteration", "answer_requests", "generate",
+        "The thinking checkpoint answers -> generations.jsonl.", _generate),
+    Row("pairs", "iteration", "build_pairs", "pairs",
+        "Traces removed -> pairs.jsonl and the counts in pairs.json.", _pairs),
+    Row("train", "iteration", "train", "train", "axolotl QLoRA on the pairs -> adapter/.", _train),
+    Row("merge-lora", "iteration", "merge_lora", "merge_lora",
+        "axolotl merges the adapter in full precision -> instruct/.", _merge_lora),
+    Row("rebuild", "iteration", "rebuild", "merge", "mergekit interpolates, checked -> thinking/.", _rebuild),
+    *(Row("eval", "both", "evaluate", "eval", "lm-eval evaluates one checkpoint -> eval/MODE/.",
+          partial(_evaluate, mode=mode), mode)
+      for mode in MODES),
+    Row("report", "end", "report", "report",
+        "Scores, comparisons, pairs, λ, times and every question -> report.html, report.json, report.md, pictures.",
+        _report),
+)
+# fmt: on
+
+
+def stages(run: Run) -> Iterator[Stage]:
+    """Every stage of a run in order."""
+    for k in range(run.iterations + 1):
+        yield from (row.plan(run, k) for row in TABLE if row.belongs_to(k, run.iterations))
+
+
+def find_stage(run: Run, name: str, iteration: int) -> Stage:
+    """The stage of that name. Raises `ThinkSwitchError` if the run has none."""
+    for row in TABLE:
+        if row.name == name and 0 <= iteration <= run.iterations and row.belongs_to(iteration, run.iterations):
+            return row.plan(run, iteration)
+    raise ThinkSwitchError(
+        f"{run.folder} has no stage {name} in iteration {iteration} (it has {run.iterations} iterations); "
+        "`make status` lists them."
+    )
+
+
+def sweep_files(run: Run) -> list[Path]:
+    """The sweeps of a run's iterations, which the report shows where there are any."""
+    every = (run.iteration(k) / "sweep" / "sweep.json" for k in range(run.iterations + 1))
+    return [path for path in every if path.is_file()]
+
+
+def training_config(run: Run, k: int) -> dict[str, Any]:
+    """axolotl's config of iteration k."""
+    from thinkswitch_plugin.distil import iteration_config
+    from thinkswitch_plugin.engines import has_cuda
+
+    here = run.iteration(k)
+    return iteration_config(
+        run.recipe,
+        base_model=run.checkpoint("instruct", k - 1),
+        pairs=here / "pairs.jsonl",
+        adapter=here / "adapter",
+        prepared=here / "prepared",
+        seed=run.seed,
+        on_cpu=not has_cuda(),
+    )
+
+
+def _answering(run: Run) -> list[str]:
+    return [run.engine, *answering_options(run.recipe.keys.engine.vllm_args)]
+
+
+def answering_options(vllm_args: list[str]) -> list[str]:
+    """vLLM's options without those that say only how it uses the machine."""
+    from thinkswitch_plugin.args import option_name
+
+    kept: list[str] = []
+    passing = False
+    for word in vllm_args:
+        if re.match(r"-+[A-Za-z]", word):  # not a value such as -1
+            passing = option_name(word) in MACHINE_OPTIONS
+        if not passing:
+            kept.append(word)
+    return kept
