@@ -19,10 +19,11 @@ from urllib.request import urlopen
 
 import openai
 
-from thinkswitch_plugin import domain, engines, files
+from thinkswitch_plugin import domain, engines
 from thinkswitch_plugin.args import PromptKeys, SamplingKeys
 from thinkswitch_plugin.batch import Asked
 from thinkswitch_plugin.demo import task
+from thinkswitch_plugin.run import files
 
 CHECKPOINT = Path(".cache/arithmetic/seed-0/thinking")
 QUESTIONS = 512
@@ -40,7 +41,7 @@ import sys
 from pathlib import Path
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from thinkswitch_plugin import files
+from thinkswitch_plugin.run import files
 model = HFLM(pretrained=sys.argv[2], device="cpu", dtype="float32", batch_size=64)
 settings = {"until": ["<|im_end|>"], "do_sample": False, "max_gen_toks": 64}
 rows = [row for _, row in files.read_jsonl(Path(sys.argv[1]) / "requests.jsonl")]

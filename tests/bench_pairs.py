@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import files
+from thinkswitch_plugin.run import files
 
 ALONE = """
 import sys

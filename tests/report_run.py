@@ -10,10 +10,11 @@ import random
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import files, run
+from thinkswitch_plugin import run
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.evaluation import store_graded
+from thinkswitch_plugin.run import files
 
 TASK = "thinkswitch_arithmetic"
 RIGHT = {"instruct": (0.50, 0.86, 0.88), "thinking": (0.97, 0.975, 0.97)}

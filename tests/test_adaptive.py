@@ -10,13 +10,14 @@ import pytest
 from click.testing import CliRunner
 
 from tests.conftest import BIN, Command
-from thinkswitch_plugin import cli, files
+from thinkswitch_plugin import cli
 from thinkswitch_plugin.adaptive import experiment, judging, results
 from thinkswitch_plugin.adaptive.formats import POST, PRE, Format
 from thinkswitch_plugin.args import PerceptionKeys
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import bootstrapped
+from thinkswitch_plugin.run import files
 
 LABELS: dict[str, Format] = {f"p{i}": POST if i % 4 else PRE for i in range(40)}
 

@@ -14,10 +14,10 @@ import torch
 
 from tests.checkpoints import write
 from tests.conftest import ROOT
-from thinkswitch_plugin import begin, files, run
+from thinkswitch_plugin import begin, run
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.hashes import Hashes
-from thinkswitch_plugin.run import prune
+from thinkswitch_plugin.run import files, prune
+from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.verify import verify
 from thinkswitch_plugin.task_files import task_files
 

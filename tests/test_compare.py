@@ -13,13 +13,14 @@ from tests.conftest import BIN, ROOT
 from tests.faulty_server import FaultyServer
 from tests.terminal import run_on_terminal
 from tests.test_changes import iterate, place  # noqa: F401
-from thinkswitch_plugin import compare, domain, files
+from thinkswitch_plugin import compare, domain
 from thinkswitch_plugin.args import PromptKeys
 from thinkswitch_plugin.console import printable
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.recipe import load_recipe
+from thinkswitch_plugin.run import files
 from thinkswitch_plugin.traces import Outcome
 
 RUN = Path("runs/arithmetic")

@@ -13,15 +13,17 @@ from click import unstyle
 
 from tests.conftest import ROOT
 from tests.terminal import run_on_terminal
-from thinkswitch_plugin import console, engines, progress
+from thinkswitch_plugin import engines
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import Stage, timing
+from thinkswitch_plugin.run import Stage, processes, progress, timing
 
 # Work of two kinds: in process, and an engine that knows only its own progress bar.
 WORK = """
 import sys, time
 from pathlib import Path
-from thinkswitch_plugin import console, progress
+from thinkswitch_plugin import console
+from thinkswitch_plugin.run import processes
+from thinkswitch_plugin.run import progress
 progress.QUIET_SECONDS = float(sys.argv[2])
 folder = Path(sys.argv[1])
 engine = '''
@@ -43,7 +45,7 @@ with progress.working(work):
             bar.update()
             time.sleep(0.02)
     console.say("said after it")
-    console.run_logged([sys.executable, folder / "engine.py", sys.argv[3]], folder / "train.log", title="axolotl train")
+    processes.run_logged([sys.executable, folder / "engine.py", sys.argv[3]], folder / "train.log", title="axolotl train")
 """
 
 
@@ -70,7 +72,7 @@ def test_a_terminal_shows_bars_speed_time_left_and_where_the_run_is(tmp_path: Pa
 
 NESTED = """
 import time
-from thinkswitch_plugin import progress
+from thinkswitch_plugin.run import progress
 with progress.Bar(3, "sweep", unit="candidate") as outer:
     for _ in range(3):
         with progress.Bar(4, "starting vllm") as inner:
@@ -89,7 +91,8 @@ def test_a_bar_within_a_bar_is_a_row_of_the_same_view(tmp_path: Path) -> None:
 
 
 FAILING = """
-from thinkswitch_plugin import cli, progress
+from thinkswitch_plugin import cli
+from thinkswitch_plugin.run import progress
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 @cli.main.command("work")
@@ -217,7 +220,7 @@ def test_a_bar_belongs_to_the_stage_around_it_and_to_none_afterwards(tmp_path: P
 def test_escape_codes_of_an_engine_stay_in_its_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_bytes(b"  0%|  |\r\x1b[32mINFO\x1b[0m 07:12 ready\r\n\x1b]0;title\x07\x1b[2J\xff gone\n")
-    shown = console.tail(log)
+    shown = processes.tail(log)
     assert not {c for c in shown if unicodedata.category(c) == "Cc"} - {"\n"}
     assert shown.splitlines()[0] == "    INFO 07:12 ready" and shown.endswith("gone")
 
@@ -229,14 +232,14 @@ def test_what_is_shown_of_an_engine_cannot_steer_the_terminal(tmp_path: Path) ->
     with log.open("ab") as handle:
         handle.write(b"\x1b[2J\x07\x1b7 loading\tnow \n")
     bar = progress.Bar(0, "axolotl train")
-    console.follow(bar, log, earlier)
+    processes.follow(bar, log, earlier)
     assert (bar.text, bar.total) == ("7 loading now", 0)
     with log.open("ab") as handle:
         handle.write(b"\x1b[32mExecuting\x1b[0m graph:  25%|x| 10/40 [00:01]\r")
-    console.follow(bar, log, earlier)
+    processes.follow(bar, log, earlier)
     assert (bar.text, bar.n, bar.total) == ("Executing graph", 10, 40)
     log.write_bytes(b"")
-    console.follow(bar, log, 0)
+    processes.follow(bar, log, 0)
     assert (bar.text, bar.n) == ("Executing graph", 10)
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from thinkswitch_plugin import distil, files, recipe
+from thinkswitch_plugin import distil, recipe
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run import files
 
 
 def adapter(folder: Path, b: torch.Tensor) -> Path:

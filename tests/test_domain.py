@@ -7,10 +7,11 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from thinkswitch_plugin import conventions, domain, files
+from thinkswitch_plugin import conventions, domain
 from thinkswitch_plugin.args import PromptKeys, SamplingKeys
 from thinkswitch_plugin.batch import Asked
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run import files
 
 Write = Callable[[str, Sequence[object]], Path]
 

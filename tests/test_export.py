@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, Lfm
 
 from tests.checkpoints import qwen3, read, write
 from tests.conftest import BIN, ROOT
-from thinkswitch_plugin import files
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.engines import adapter_rank, lora_arguments
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -25,6 +24,7 @@ from thinkswitch_plugin.export.serve import both_modes
 from thinkswitch_plugin.export.template import PROBES, SWITCH, combine, combined_template
 from thinkswitch_plugin.interpolation.subject import Subject
 from thinkswitch_plugin.recipe import load_recipe
+from thinkswitch_plugin.run import files
 
 RANKS = (4, 32)
 

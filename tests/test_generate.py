@@ -16,11 +16,12 @@ import torch
 
 from tests import bench_faults
 from tests.faulty_server import FaultyServer
-from thinkswitch_plugin import embedded, engines, files
+from thinkswitch_plugin import embedded, engines
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.generate import PROMPT_ROOM, generate, prompt_room, repair
+from thinkswitch_plugin.run import files
 
 Write = Callable[[str, Sequence[object]], Path]
 KEYS = EngineKeys(concurrency=4, timeout=5)  # type: ignore[call-arg]

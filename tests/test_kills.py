@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import pytest
 
 from tests.conftest import ROOT
-from thinkswitch_plugin import checkpoint, distil, files, run, supervise
+from thinkswitch_plugin import checkpoint, distil, run
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run import files, supervise
 
 # An engine whose worker has a session of its own and ignores SIGTERM, as the worst of them do.
 ENGINE = """
@@ -31,9 +32,10 @@ CALLER = """
 import sys, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from thinkswitch_plugin import console, run
+from thinkswitch_plugin import run
+from thinkswitch_plugin.run import processes
 with run.locked(Path(sys.argv[1])), open(sys.argv[2], "ab") as log:
-    process = console.spawn([sys.executable, "-c", sys.argv[3]], log)
+    process = processes.spawn([sys.executable, "-c", sys.argv[3]], log)
     print(process.pid, flush=True)
     process.wait()
 """
@@ -103,7 +105,8 @@ import signal
 import time
 for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(sign, signal.SIG_DFL)  # who runs the tests may have had some of them ignored
-from thinkswitch_plugin import cli, files
+from thinkswitch_plugin import cli
+from thinkswitch_plugin.run import files
 from pathlib import Path
 
 @cli.main.command("work")

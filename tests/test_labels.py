@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from tests import checkpoints
 from tests.conftest import BIN, ROOT
 from tests.test_pairs import answer, request
-from thinkswitch_plugin import check, engines, files
+from thinkswitch_plugin import check, engines
 from thinkswitch_plugin.adaptive import answering, labels, training
 from thinkswitch_plugin.adaptive.answering import write_questions
 from thinkswitch_plugin.adaptive.formats import POST, PRE, parse
@@ -29,8 +29,9 @@ from thinkswitch_plugin.args import EngineKeys, PerceptionKeys
 from thinkswitch_plugin.batch import read_requests
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.recipe import load_recipe
+from thinkswitch_plugin.run import files
+from thinkswitch_plugin.run.hashes import Hashes
 
 Write = Callable[[str, Sequence[object]], Path]
 IDS = st.lists(st.text(min_size=1, max_size=4), unique=True, min_size=2, max_size=60)

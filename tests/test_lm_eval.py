@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from thinkswitch_plugin import evaluation, files, score
+from thinkswitch_plugin import evaluation, score
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
 from thinkswitch_plugin.in_process import Sampling, evaluate, quiet
+from thinkswitch_plugin.run import files
 from thinkswitch_plugin.trace_tokens import keep_tags, special_tags
 
 ENDS = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": "[UNK]"}

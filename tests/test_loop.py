@@ -13,10 +13,9 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import BIN, ROOT
-from thinkswitch_plugin import files
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.evaluation import newest
-from thinkswitch_plugin.run import open_run, stages
+from thinkswitch_plugin.run import files, open_run, stages
 from thinkswitch_plugin.traces import has_tag
 
 pytestmark = pytest.mark.slow

@@ -14,12 +14,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tests.checkpoints import equal, qwen3, read
 from tests.checkpoints import write as write_checkpoint
 from tests.conftest import ROOT
-from thinkswitch_plugin import distil, files, loop, merge_lora
+from thinkswitch_plugin import distil, loop, merge_lora
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.merging.tensors import list_tensors
 from thinkswitch_plugin.recipe import load_recipe
+from thinkswitch_plugin.run import files
 
 
 def legacy(config: dict[str, Any], here: Path, adapter: Path) -> dict[str, torch.Tensor]:

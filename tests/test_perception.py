@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import BIN, ROOT, Command
-from thinkswitch_plugin import checkpoint, files
+from thinkswitch_plugin import checkpoint
 from thinkswitch_plugin.adaptive import features
 from thinkswitch_plugin.adaptive.model import (
     Markers,
@@ -34,6 +34,7 @@ from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.demo.pair import PairSettings, new_model, save_checkpoint
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run import files
 
 TOKENS = 3
 QUESTIONS = ["7*3+4*2", "1+2", "9*0-4"]

@@ -18,13 +18,14 @@ from transformers import (
 )
 
 from tests.checkpoints import read
-from thinkswitch_plugin import files, merge_lora
+from thinkswitch_plugin import merge_lora
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.plugin import ThinkSwitchPlugin
 from thinkswitch_plugin.reach import find_experts, require_reach
 from thinkswitch_plugin.recipe import CPU_OVERLAY, load_recipe, overlay_path, recipe_path
+from thinkswitch_plugin.run import files
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,

@@ -13,11 +13,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import BIN, ROOT
-from thinkswitch_plugin import engines, files
+from thinkswitch_plugin import engines
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.evaluation import newest, samples_file
 from thinkswitch_plugin.merging.tensors import list_tensors
+from thinkswitch_plugin.run import files
 
 pytestmark = pytest.mark.slow
 GREEDY = "temperature=0,do_sample=False,max_gen_toks=40"

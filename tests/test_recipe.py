@@ -7,8 +7,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from thinkswitch_plugin import check, files, recipe
+from thinkswitch_plugin import check, recipe
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run import files
 
 ARITHMETIC = Path("recipes/arithmetic.yaml")
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.chaos import differing_tensors
 from tests.conftest import BIN, ROOT
-from thinkswitch_plugin import hashes
+from thinkswitch_plugin.run import hashes
 
 pytestmark = pytest.mark.slow
 

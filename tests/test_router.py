@@ -13,14 +13,14 @@ import pytest
 import skops.io
 
 from tests.conftest import ROOT
-from thinkswitch_plugin import domain, files
+from thinkswitch_plugin import domain
 from thinkswitch_plugin.adaptive import router
 from thinkswitch_plugin.adaptive.agreement import label_of, prompts_to_label, read_labels
 from thinkswitch_plugin.adaptive.router import Router, describe, threshold_that_keeps, train
 from thinkswitch_plugin.batch import Asked
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import Run, open_run
+from thinkswitch_plugin.run import Run, files, open_run
 
 Write = Callable[[str, Sequence[object]], Path]
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from thinkswitch_plugin import begin, files, run
+from thinkswitch_plugin import begin, run
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run import files
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from tests.conftest import BIN
-from thinkswitch_plugin import files, score, traces
+from thinkswitch_plugin import score, traces
 from thinkswitch_plugin.conventions import CONVENTIONS, Convention
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run import files
 
 Write = Callable[[str, Sequence[object]], Path]
 OUTPUTS = Path("../shared/data/outputs")

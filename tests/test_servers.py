@@ -12,10 +12,11 @@ import pytest
 from pydantic import ValidationError
 
 from tests.faulty_server import SHAPES, FaultyServer
-from thinkswitch_plugin import engines, files, recipe, replies, run
+from thinkswitch_plugin import engines, recipe, replies, run
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.generate import generate
+from thinkswitch_plugin.run import files
 
 Write = Callable[[str, Sequence[object]], Path]
 KEY = "sk-5ecret5ecret"

@@ -13,16 +13,17 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.test_changes import RECIPE, iterate, place, replace  # noqa: F401
-from thinkswitch_plugin import files, run
+from thinkswitch_plugin import run
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import status
+from thinkswitch_plugin.run import files, status
 
 pytestmark = pytest.mark.usefixtures("place")
 RUN = Path("runs/arithmetic")
 AT_WORK = """
 import sys
 from pathlib import Path
-from thinkswitch_plugin import progress, run
+from thinkswitch_plugin import run
+from thinkswitch_plugin.run import progress
 progress.RECORD_SECONDS = 0
 opened = run.open_run(Path("runs/arithmetic"))
 def work():

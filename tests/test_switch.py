@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from tests import report_run
 from tests.conftest import BIN, ROOT
 from tests.faulty_server import FaultyServer
-from thinkswitch_plugin import engines, files, run
+from thinkswitch_plugin import engines, run
 from thinkswitch_plugin.adaptive import curve
 from thinkswitch_plugin.adaptive.curve import Judged
 from thinkswitch_plugin.adaptive.make_switch import KEEP, held_out, make_switch
@@ -27,6 +27,7 @@ from thinkswitch_plugin.adaptive.switch import Switch, answer_file, served_name
 from thinkswitch_plugin.cli import main
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run import files
 
 TS = BIN / "thinkswitch"
 SMALL = Judged(

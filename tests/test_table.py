@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,13 @@ def test_what_the_environment_says_reaches_the_run(monkeypatch: pytest.MonkeyPat
     for name, value in {"KEEP": "last", "PRICE_PER_HOUR": "0.35", "THINKSWITCH_DATA": "mine"}.items():
         monkeypatch.setenv(name, value)
     assert cli.given() == Given(keep="last", price="0.35", data="mine")
+
+
+def test_the_room_of_the_run_imports_no_other_room() -> None:
+    code = "import sys, thinkswitch_plugin.run; print(*(m for m in sys.modules if m.startswith('thinkswitch_plugin')))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    others = {name for name in found.stdout.split() if not name.startswith("thinkswitch_plugin.run")}
+    assert others == {"thinkswitch_plugin", "thinkswitch_plugin.console", "thinkswitch_plugin.errors"}
 
 
 def test_a_command_without_its_iteration_is_wrong_usage() -> None:

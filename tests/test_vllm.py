@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from tests.conftest import BIN, ROOT
-from thinkswitch_plugin import engines, evaluation, files
+from thinkswitch_plugin import engines, evaluation
 from thinkswitch_plugin.adaptive.answering import load_model
 from thinkswitch_plugin.adaptive.make_switch import make_switch
 from thinkswitch_plugin.adaptive.switch import Switch
@@ -33,7 +33,7 @@ from thinkswitch_plugin.embedded import EmbeddedEngine
 from thinkswitch_plugin.generate import generate
 from thinkswitch_plugin.pairs import write_pairs
 from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
-from thinkswitch_plugin.run import open_run
+from thinkswitch_plugin.run import files, open_run
 
 pytestmark = [
     pytest.mark.slow,

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import conventions, files, traces
+from thinkswitch_plugin import conventions, traces
 from thinkswitch_plugin.conventions import NONE, Convention
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.messages import content_of
+from thinkswitch_plugin.run import files
 
 TRACES = ("inline", "opened", "none")
 

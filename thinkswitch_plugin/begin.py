@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import console, engines, files
+from thinkswitch_plugin import console, engines
 from thinkswitch_plugin.args import resolve_seed
 from thinkswitch_plugin.domain import prompts_of_iteration
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import uses_server
-from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.merging.config import check_config, set_lambda
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path
-from thinkswitch_plugin.run import NOTHING_MORE, Given, Run, forget_stale, locked, settings_file
+from thinkswitch_plugin.run import NOTHING_MORE, Given, Run, files, forget_stale, locked, settings_file
 from thinkswitch_plugin.run.folder import read_settings
+from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.prune import iterations_kept, prune
 from thinkswitch_plugin.run.stamp import once
 

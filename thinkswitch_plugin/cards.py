@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from thinkswitch_plugin import console, files, report
+from thinkswitch_plugin import console, report
 from thinkswitch_plugin.args import is_local, resolve_seed
-from thinkswitch_plugin.hashes import CARD, Hashes, read_stamp
-from thinkswitch_plugin.run import MODES, Run, versions
+from thinkswitch_plugin.run import MODES, Run, files, versions
+from thinkswitch_plugin.run.hashes import CARD, Hashes, read_stamp
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import console, distil, domain, engines, files
+from thinkswitch_plugin import console, distil, domain, engines
 from thinkswitch_plugin.args import ThinkSwitchKeys, is_local, resolve_seed
 from thinkswitch_plugin.contamination import require_uncontaminated
 from thinkswitch_plugin.errors import ThinkSwitchError, reason
@@ -22,7 +22,7 @@ from thinkswitch_plugin.merging.settings import config_difference
 from thinkswitch_plugin.merging.tensors import quantisation, quantised
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.report import price_per_hour
-from thinkswitch_plugin.run import versions
+from thinkswitch_plugin.run import files, versions
 from thinkswitch_plugin.task_files import repeats
 
 # What one card generated in a batch, where nobody measured: a cautious guess, said as such.

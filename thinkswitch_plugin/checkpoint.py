@@ -7,8 +7,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run import files
 
 # What differs between an instruct and a thinking checkpoint beside the weights.
 MODE_FILES = (

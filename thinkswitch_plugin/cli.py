@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 
 import click
 
-from thinkswitch_plugin import __version__, console, progress
+from thinkswitch_plugin import __version__, console
 from thinkswitch_plugin.answers import EXTRACTORS
 from thinkswitch_plugin.errors import AGAIN, ThinkSwitchError, with_next_command
-from thinkswitch_plugin.run import MODES, TABLE, Given, execute, open_run
+from thinkswitch_plugin.run import MODES, TABLE, Given, execute, open_run, processes, progress
 from thinkswitch_plugin.run.table import Row
 
 NO_GPU_MEMORY = (
@@ -31,6 +31,7 @@ NO_GPU_MEMORY = (
 F = TypeVar("F", bound=Callable[..., Any])
 FOLDER = click.Path(path_type=Path, readable=False)  # whether it can be read is said in our own words
 EXPORT_RANK = 64
+OWNER_VARIABLE = "THINKSWITCH_OWNER"  # process id of the `make` that the user started
 OVERLAY = click.option("--overlay", default="", help="Overlays put on the recipe: names or paths, by spaces.")
 
 
@@ -66,14 +67,14 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a sub-command."""
-        console.end_on_signals()
-        console.end_with_owner()
+        processes.end_on_signals()
+        processes.end_with_owner(os.environ.get(OWNER_VARIABLE, ""))
         try:
             try:
                 return super().invoke(ctx)
             finally:
                 progress.take_down()
-        except console.Interrupted as signal:
+        except processes.Interrupted as signal:
             click.echo("\nthinkswitch: stopped; the same command goes on from what is there.", err=True)
             ctx.exit(128 + signal.number)
         except Exception as error:

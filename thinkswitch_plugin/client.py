@@ -20,10 +20,11 @@ from typing import Any, TypeVar
 
 import openai
 
-from thinkswitch_plugin import batch, connection, console, files, replies
+from thinkswitch_plugin import batch, connection, replies
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.engines import Server
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run import files, processes
 
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 8.0
@@ -41,7 +42,7 @@ class Unanswered(Exception):
 def run_async(work: Coroutine[Any, Any, T]) -> T:
     """`asyncio.run`, ended by a signal between the steps of its tasks, so that none of them prints a traceback.
 
-    Raises `console.Interrupted` then, as the command line's own handlers do everywhere else.
+    Raises `processes.Interrupted` then, as the command line's own handlers do everywhere else.
     """
     stopped: list[int] = []
     with asyncio.Runner() as runner, ExitStack() as undo:
@@ -51,10 +52,10 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
         def stop(number: int) -> None:
             stopped.append(number)
             undo.close()  # closing the loop would otherwise undo what comes now
-            console.end_soon(number)
+            processes.end_soon(number)
             task.cancel()
 
-        for number in console.HANDLED if threading.current_thread() is threading.main_thread() else ():
+        for number in processes.HANDLED if threading.current_thread() is threading.main_thread() else ():
             undo.callback(signal.signal, number, signal.getsignal(number))
             loop.add_signal_handler(number, stop, number)
             undo.callback(loop.remove_signal_handler, number)
@@ -66,7 +67,7 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
             return runner.run(finished())
         except asyncio.CancelledError:
             if stopped:
-                raise console.Interrupted(stopped[0]) from None
+                raise processes.Interrupted(stopped[0]) from None
             raise
 
 

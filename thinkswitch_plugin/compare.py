@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import checkpoint, console, domain, engines, files, traces
+from thinkswitch_plugin import checkpoint, console, domain, engines, traces
 from thinkswitch_plugin.args import ThinkSwitchKeys
 from thinkswitch_plugin.console import printable
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.generate import PROMPT_ROOM, context_length
-from thinkswitch_plugin.progress import Bar
 from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
-from thinkswitch_plugin.run import MODES, Run, open_run, settings_file
+from thinkswitch_plugin.run import MODES, Run, files, open_run, settings_file
+from thinkswitch_plugin.run.progress import Bar
 
 SHOWN_TRACE = (500, 200)  # characters of a trace that are shown, of its start and of its end
 NO_ANSWER = {

@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import console, files, loop
+from thinkswitch_plugin import console, loop
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import run_lm_eval
 from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
 from thinkswitch_plugin.merging.rebuild import merge
 from thinkswitch_plugin.report import header, rows, score, table
-from thinkswitch_plugin.run import MODES, Run, locked, open_run
+from thinkswitch_plugin.run import MODES, Run, files, locked, open_run
 
 NAMES = {
     "shuffled": ("instruct", "labels shuffled among prompts"),

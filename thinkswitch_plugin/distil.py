@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinkswitch_plugin import console, files
+from thinkswitch_plugin import console
 from thinkswitch_plugin.engines import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError, reason
 from thinkswitch_plugin.recipe import CPU_OVERLAY, Recipe, overlay
+from thinkswitch_plugin.run import files, processes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,7 +145,7 @@ def train(
         command += ["--launcher", "python"]
     command += options
     try:
-        console.run_logged(command, here / "logs" / "train.log", env=ENGINE_ENV, title="axolotl train")
+        processes.run_logged(command, here / "logs" / "train.log", env=ENGINE_ENV, title="axolotl train")
     except ThinkSwitchError:
         if before and whole_checkpoints(building) == before:
             files.remove(before[-1])  # it may be what failed: the next attempt takes the one before

@@ -16,9 +16,10 @@ from typing import Any
 from jinja2 import ChainableUndefined, StrictUndefined, Template, TemplateSyntaxError, Undefined, meta
 from jinja2.sandbox import SandboxedEnvironment
 
-from thinkswitch_plugin import batch, files, sources
+from thinkswitch_plugin import batch, sources
 from thinkswitch_plugin.args import PromptKeys, SamplingKeys, resolve_seed
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run import files
 from thinkswitch_plugin.traces import control_token
 
 QUESTION_FIELDS = ("prompt", "problem", "question")  # what a row's question is called

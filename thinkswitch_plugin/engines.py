@@ -18,11 +18,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from thinkswitch_plugin import console, files
+from thinkswitch_plugin import console
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.connection import LOOPBACK, listed_models, opener
 from thinkswitch_plugin.errors import ThinkSwitchError, reason
-from thinkswitch_plugin.progress import Bar
+from thinkswitch_plugin.run import files, processes
+from thinkswitch_plugin.run.progress import Bar
 
 VLLM_VENV = Path(".venv-vllm")  # where `make setup-vllm` puts it; it cannot share axolotl's environment
 ENDING = 10.0  # seconds that an engine whose worker has died may take to end
@@ -58,7 +59,7 @@ class Server:
             self.process.wait(wait)
             raise ThinkSwitchError(
                 f"The engine ended in the middle of its work (exit code {self.process.returncode}); what was finished "
-                f"is kept: run the same command again. Its log, {self.log}, says:\n{console.cause(self.log)}"
+                f"is kept: run the same command again. Its log, {self.log}, says:\n{processes.cause(self.log)}"
             )
 
     @contextmanager
@@ -197,13 +198,13 @@ def serving(engine: str, model: str, keys: EngineKeys, log: Path, *, max_len: in
     log.parent.mkdir(parents=True, exist_ok=True)
     console.say(f"  $ {' '.join(command)}")
     with log.open("ab") as handle:
-        process = console.spawn(command, handle, VLLM_ENVIRONMENT)
+        process = processes.spawn(command, handle, VLLM_ENVIRONMENT)
         try:
             base_url = f"http://{LOOPBACK}:{port}/v1"
             _wait_until_ready(process, f"http://{LOOPBACK}:{port}/health", keys.start_timeout, engine, log)
             yield Server(base_url, process, log, keeps_special=True)
         finally:
-            console.stop_group(process)
+            processes.stop_group(process)
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float, engine: str, log: Path) -> None:
@@ -213,7 +214,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float
             if process.poll() is not None:
                 raise ThinkSwitchError(
                     f"The {engine} engine ended while starting (exit code {process.returncode}); "
-                    f"its log, {log}, says:\n{console.cause(log)}"
+                    f"its log, {log}, says:\n{processes.cause(log)}"
                 )
             try:
                 with opener(url).open(url, timeout=2) as reply:
@@ -224,7 +225,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float
             if time.monotonic() - started > timeout:
                 raise ThinkSwitchError(
                     f"The {engine} engine did not answer within {timeout:g} s; raise "
-                    f"`thinkswitch.engine.start_timeout`, or see {log}:\n{console.tail(log)}"
+                    f"`thinkswitch.engine.start_timeout`, or see {log}:\n{processes.tail(log)}"
                 )
             time.sleep(0.5)
             bar.update(0)

@@ -23,13 +23,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import answers, conventions, decisions, files, integers, marks, statements, traces
+from thinkswitch_plugin import answers, conventions, decisions, integers, marks, statements, traces
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
 from thinkswitch_plugin.batch import Asked, asked_of
-from thinkswitch_plugin.console import run_logged
 from thinkswitch_plugin.engines import has_cuda, lora_arguments, serving
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.generate import PROMPT_ROOM, context_length
+from thinkswitch_plugin.run import files
+from thinkswitch_plugin.run.processes import run_logged
 from thinkswitch_plugin.task_files import budget as task_budget
 from thinkswitch_plugin.task_files import kind_of_task
 from thinkswitch_plugin.trace_tokens import SERVED, keep_tags_of

@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from thinkswitch_plugin import batch, files
+from thinkswitch_plugin import batch
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.engines import Server, lora_arguments, serving
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.progress import Bar
+from thinkswitch_plugin.run import files
+from thinkswitch_plugin.run.progress import Bar
 from thinkswitch_plugin.traces import LENGTH
 
 ADAPTER = "adapter"  # as vLLM serves it

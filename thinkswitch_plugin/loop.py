@@ -11,10 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import cards, checkpoint, console, files
+from thinkswitch_plugin import cards, checkpoint, console
 from thinkswitch_plugin.engines import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import Run
+from thinkswitch_plugin.run import Run, files, processes
 
 
 def prepare_pair(run: Run, _k: int = 0) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def merge_adapter(
     trained = files.read_yaml(here / "axolotl.yaml")
     default = {**trained, "merge_method": "memory_efficient"}
     files.write_yaml(config, default if rounded else merge_config(trained, adapter, Path(parent)))
-    console.run_logged(
+    processes.run_logged(
         [distil.tool("axolotl"), "merge-lora", config, "--lora-model-dir", adapter, "--output-dir", building],
         here / "logs" / "merge-lora.log",
         env=distil.ENGINE_ENV | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}),

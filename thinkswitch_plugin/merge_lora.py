@@ -7,12 +7,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import files
 from thinkswitch_plugin.checkpoint import MODULE
 from thinkswitch_plugin.distil import ADAPTER_WEIGHTS
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import list_weights
 from thinkswitch_plugin.merging.tensors import list_file, list_tensors
+from thinkswitch_plugin.run import files
 
 # How axolotl's `legacy` merge is told the dtype to write, by the name that safetensors has for it.
 DTYPE_KEYS: dict[str, dict[str, bool]] = {

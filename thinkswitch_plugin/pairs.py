@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from thinkswitch_plugin import answers, batch, files
+from thinkswitch_plugin import answers, batch
 from thinkswitch_plugin.adaptive import formats
 from thinkswitch_plugin.batch import Asked
 from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.guard import Guard
 from thinkswitch_plugin.repeats import repeats
+from thinkswitch_plugin.run import files
 from thinkswitch_plugin.traces import Completion, Outcome, control_token, has_tag
 
 # Reasons beyond `Outcome`, which names what can be wrong with one completion.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinkswitch_plugin import files
+from thinkswitch_plugin.run import files
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

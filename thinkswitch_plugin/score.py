@@ -22,12 +22,13 @@ from typing import Any
 
 import orjson
 
-from thinkswitch_plugin import answers, console, conventions, files
+from thinkswitch_plugin import answers, console, conventions
 from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import final_answer
 from thinkswitch_plugin.messages import reasoning_of
 from thinkswitch_plugin.report import table
+from thinkswitch_plugin.run import files
 from thinkswitch_plugin.task_files import answer_kind
 from thinkswitch_plugin.traces import Completion, Outcome, split, split_message
 

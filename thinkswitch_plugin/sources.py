@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StrictInt, StringConstraints, ValidationError
 
-from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run import files
 
 if TYPE_CHECKING:
     from datasets import Dataset

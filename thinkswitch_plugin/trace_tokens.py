@@ -10,9 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import files, traces
+from thinkswitch_plugin import traces
 from thinkswitch_plugin.conventions import NONE, Convention
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run import files
 
 SERVED = {"skip_special_tokens": False}  # what vLLM's requests carry
 

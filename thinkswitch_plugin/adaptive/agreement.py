@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import answers, batch, console, domain, files
+from thinkswitch_plugin import answers, batch, console, domain
 from thinkswitch_plugin.adaptive.formats import POST, PRE, Format
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import final_answer
 from thinkswitch_plugin.generate import generate
-from thinkswitch_plugin.hashes import Hashes
-from thinkswitch_plugin.run import MODES, Run, answering_options
+from thinkswitch_plugin.run import MODES, Run, answering_options, files
+from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.stamp import once
 
 FEWEST = 50  # unseen prompts; with fewer the trained ones are taken too

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import set_seed
 
-from thinkswitch_plugin import checkpoint, engines, files
+from thinkswitch_plugin import checkpoint, engines
 from thinkswitch_plugin.adaptive.formats import STOP
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.generate import generate
-from thinkswitch_plugin.hashes import Hashes
+from thinkswitch_plugin.run import files
+from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.stamp import once
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from thinkswitch_plugin import batch, console, files
+from thinkswitch_plugin import batch, console
 from thinkswitch_plugin.adaptive import results
 from thinkswitch_plugin.adaptive.answering import load_model
 from thinkswitch_plugin.adaptive.formats import ANSWER, PRE, THINK, Format
@@ -37,11 +37,11 @@ from thinkswitch_plugin.contamination import require_uncontaminated
 from thinkswitch_plugin.engines import has_cuda, vllm_python
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import LM_EVAL_BUDGET, samples_file
-from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.loop import merge_adapter
 from thinkswitch_plugin.pictures import adaptive_picture, save
 from thinkswitch_plugin.report.questions import asked_texts
-from thinkswitch_plugin.run import locked, versions
+from thinkswitch_plugin.run import files, locked, versions
+from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.stamp import once
 from thinkswitch_plugin.task_files import task_files
 

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import answers, files
+from thinkswitch_plugin import answers
 from thinkswitch_plugin.adaptive.formats import PRE, STOP, parse
 from thinkswitch_plugin.args import EvaluationKeys
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import LM_EVAL_BUDGET, is_cut, samples_file
 from thinkswitch_plugin.in_process import Sampling, evaluate, quiet
+from thinkswitch_plugin.run import files
 
 
 @dataclass(frozen=True)

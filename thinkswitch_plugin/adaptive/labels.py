@@ -27,17 +27,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from thinkswitch_plugin import answers, batch, checkpoint, console, domain, files, pairs
+from thinkswitch_plugin import answers, batch, checkpoint, console, domain, pairs
 from thinkswitch_plugin.adaptive import formats
 from thinkswitch_plugin.adaptive.answering import answer, choose_engine, write_questions
 from thinkswitch_plugin.adaptive.formats import POST, PRE, Format
 from thinkswitch_plugin.adaptive.training import TYPES, Condition, train_condition
 from thinkswitch_plugin.args import resolve_seed
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.hashes import Hashes
-from thinkswitch_plugin.progress import duration
 from thinkswitch_plugin.recipe import Recipe, load_recipe, overlay_path, recipe_path
-from thinkswitch_plugin.run import Run, locked, open_run, settings_file, versions
+from thinkswitch_plugin.run import Run, files, locked, open_run, settings_file, versions
+from thinkswitch_plugin.run.hashes import Hashes
+from thinkswitch_plugin.run.progress import duration
 from thinkswitch_plugin.run.stamp import once
 
 RATIONALES = "rationales.jsonl"

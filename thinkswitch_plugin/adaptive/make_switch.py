@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from thinkswitch_plugin import console, files, loop
+from thinkswitch_plugin import console, loop
 from thinkswitch_plugin.adaptive import curve
 from thinkswitch_plugin.adaptive.agreement import Labels, label_by_agreement, read_labels
 from thinkswitch_plugin.adaptive.router import Router, Trained, threshold_that_keeps, train
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import Sample, interval, read_samples, samples_file, summarize
-from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.paired import compare
-from thinkswitch_plugin.run import MODES, Run, locked, versions
+from thinkswitch_plugin.run import MODES, Run, files, locked, versions
+from thinkswitch_plugin.run.hashes import Hashes
 
 KEEP = 0.99  # share of the label prompts that must still get what they need at the default threshold
 RULE = (

@@ -26,12 +26,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from thinkswitch_plugin import files
 from thinkswitch_plugin.adaptive import features
 from thinkswitch_plugin.adaptive.perception import Perception
 from thinkswitch_plugin.args import PerceptionKeys
 from thinkswitch_plugin.checkpoint import MODEL_TYPE, MODULE, PLACEHOLDER, perception_of, require_weights
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run import files
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 CODE_FILE = "modeling_thinkswitch.py"

@@ -18,11 +18,12 @@ import openai
 import torch
 from torch import Tensor
 
-from thinkswitch_plugin import connection, engines, files
+from thinkswitch_plugin import connection, engines
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.checkpoint import MODEL_TYPE, MODULE, perception_of
 from thinkswitch_plugin.client import CONNECT_SECONDS
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run import files
 
 INDEX = "model.safetensors.index.json"
 PREFIX = f"{MODULE}."

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import checkpoint, files, traces
+from thinkswitch_plugin import checkpoint, traces
 from thinkswitch_plugin.adaptive import formats
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run import files
 
 SOFT = checkpoint.PLACEHOLDER  # a perception module overwrites it; `traces.control_token` keeps it out of prompts
 TABLES = ("embed_tokens.weight", "lm_head.weight")

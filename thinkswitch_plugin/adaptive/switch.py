@@ -19,14 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from thinkswitch_plugin import checkpoint, compare, connection, domain, engines, files
+from thinkswitch_plugin import checkpoint, compare, connection, domain, engines
 from thinkswitch_plugin.adaptive.make_switch import stored_switch
 from thinkswitch_plugin.adaptive.router import Router
 from thinkswitch_plugin.args import EngineKeys, ThinkSwitchKeys
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.export.template import SWITCH
-from thinkswitch_plugin.progress import Bar
-from thinkswitch_plugin.run import MODES, Run, open_run
+from thinkswitch_plugin.run import MODES, Run, files, open_run
+from thinkswitch_plugin.run.progress import Bar
 
 if TYPE_CHECKING:
     from thinkswitch_plugin.client import Unanswered

@@ -16,8 +16,8 @@ from thinkswitch_plugin.adaptive.formats import POST, PRE, Format
 from thinkswitch_plugin.args import PerceptionKeys, ThinkSwitchKeys
 from thinkswitch_plugin.checkpoint import MODULE
 from thinkswitch_plugin.engines import has_cuda
-from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.recipe import Recipe, overlay
+from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.stamp import once
 
 TYPES: dict[Format, str] = {PRE: "thinkswitch_plugin.pre_thinking", POST: "thinkswitch_plugin.post_thinking"}

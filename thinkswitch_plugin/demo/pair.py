@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
-from thinkswitch_plugin.progress import Bar
+from thinkswitch_plugin.run.progress import Bar
 
 Example = tuple[str, str]  # (question, completion)
 

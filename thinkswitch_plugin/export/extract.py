@@ -19,12 +19,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from thinkswitch_plugin import console, files
 from thinkswitch_plugin.engines import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError, reason
 from thinkswitch_plugin.merging.compatibility import list_weights, require_compatible
 from thinkswitch_plugin.merging.kernel import non_finite
-from thinkswitch_plugin.progress import Bar
+from thinkswitch_plugin.run import files, processes
+from thinkswitch_plugin.run.progress import Bar
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OUTSIDE_LAYERS = r"^(?!.*\.\d+\.)"  # a module name without a layer's number
@@ -53,7 +53,7 @@ def extract(base: Path, checkpoint: Path, out: Path, rank: int, log: Path) -> fl
         *("--base-model", base, "--model", checkpoint, "--out-path", out, "--max-rank", str(rank)),
         *("--exclude-regex", OUTSIDE_LAYERS, "--skip-undecomposable"),
     ]
-    return console.run_logged(words + (["--cuda"] if has_cuda() else []), log, title="mergekit-extract-lora")
+    return processes.run_logged(words + (["--cuda"] if has_cuda() else []), log, title="mergekit-extract-lora")
 
 
 def planned(base: Path, checkpoint: Path) -> set[str]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import console, files
+from thinkswitch_plugin import console
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.in_process import Sampling
 from thinkswitch_plugin.interpolation.candidates import Candidate, judge_all
@@ -27,6 +27,7 @@ from thinkswitch_plugin.merging.config import (
     set_lambda,
 )
 from thinkswitch_plugin.merging.settings import layers_of
+from thinkswitch_plugin.run import files
 
 SETTABLE = (NAME, "slerp", "linear")  # methods that have a λ
 

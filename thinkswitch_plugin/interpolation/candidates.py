@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import checkpoint, files
+from thinkswitch_plugin import checkpoint
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
 from thinkswitch_plugin.conventions import Convention, as_metadata
 from thinkswitch_plugin.engines import has_cuda, serving
@@ -33,7 +33,8 @@ from thinkswitch_plugin.evaluation import (
 )
 from thinkswitch_plugin.generate import PROMPT_ROOM, context_length
 from thinkswitch_plugin.in_process import Sampling, evaluate, quiet
-from thinkswitch_plugin.progress import Bar
+from thinkswitch_plugin.run import files
+from thinkswitch_plugin.run.progress import Bar
 from thinkswitch_plugin.run.stamp import folder_once, stored
 
 STAMP = "candidate.json"

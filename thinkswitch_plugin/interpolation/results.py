@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import console, files
+from thinkswitch_plugin import console
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.interpolation import ablation
 from thinkswitch_plugin.report import table
+from thinkswitch_plugin.run import files
 
 WORD = {0: "before", 1: "after 1"}
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from thinkswitch_plugin import checkpoint, engines, files
+from thinkswitch_plugin import checkpoint, engines
 from thinkswitch_plugin.args import ThinkSwitchKeys, resolve_seed
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.interpolation.candidates import Bench
 from thinkswitch_plugin.merging.compatibility import Allowances, require_compatible
 from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
-from thinkswitch_plugin.run import locked, open_run, settings_file
+from thinkswitch_plugin.run import files, locked, open_run, settings_file
+from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.task_files import task_files
 
 Template = Literal["instruct", "thinking"]

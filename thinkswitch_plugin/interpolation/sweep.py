@@ -17,13 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import console, files
+from thinkswitch_plugin import console
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.in_process import Sampling
 from thinkswitch_plugin.interpolation import stages
 from thinkswitch_plugin.interpolation.candidates import Bench, Candidate, finished, judge_all
 from thinkswitch_plugin.interpolation.subject import Subject, Template, few_questions, of_template, write_results
 from thinkswitch_plugin.merging.config import allow, check_config, place_models, set_lambda
+from thinkswitch_plugin.run import files
 
 ELLIPSIS = ("…", "...")
 PAIR = ("instruct", "thinking")

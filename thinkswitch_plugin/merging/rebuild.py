@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from thinkswitch_plugin import checkpoint, console, files, pairs
+from thinkswitch_plugin import checkpoint, console, pairs
 from thinkswitch_plugin.args import EngineKeys, RebuildKeys
 from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.engines import choose, has_cuda
@@ -24,6 +24,7 @@ from thinkswitch_plugin.guard import FEWEST_TRACES
 from thinkswitch_plugin.merging.compatibility import Allowances, require_compatible
 from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
 from thinkswitch_plugin.merging.similarity import similarity
+from thinkswitch_plugin.run import files, processes
 from thinkswitch_plugin.traces import Outcome
 
 SMALL_SET = 100  # up to so many prompts, one may fail to think without failing the check
@@ -111,7 +112,7 @@ def merge(config: Path, out: Path, log: Path) -> None:
     ]
     if has_cuda():
         command.append("--cuda")
-    console.run_logged(command, log, title="mergekit")
+    processes.run_logged(command, log, title="mergekit")
 
 
 def rebuild_thinking(

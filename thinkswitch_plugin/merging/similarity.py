@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from thinkswitch_plugin import console, files
+from thinkswitch_plugin import console
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import align_compatible, list_weights
 from thinkswitch_plugin.merging.kernel import (
@@ -35,7 +35,8 @@ from thinkswitch_plugin.merging.kernel import (
 )
 from thinkswitch_plugin.merging.layout import Stored, align
 from thinkswitch_plugin.merging.tensors import TensorInfo
-from thinkswitch_plugin.progress import Bar
+from thinkswitch_plugin.run import files
+from thinkswitch_plugin.run.progress import Bar
 
 DTYPES = {
     "F64": torch.float64,

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import Sample, graded, read_samples, samples_file, summarize
 from thinkswitch_plugin.paired import compare
-from thinkswitch_plugin.run import MODES, TABLE, Run, stages, stamp_path, versions
+from thinkswitch_plugin.run import MODES, TABLE, Run, files, stages, stamp_path, versions
 
 TIMED = {row.name: row.timed for row in TABLE}
 

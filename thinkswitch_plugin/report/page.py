@@ -16,13 +16,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from thinkswitch_plugin import files, paired, pictures
-from thinkswitch_plugin.hashes import Hashes, read_stamp
+from thinkswitch_plugin import paired, pictures
 from thinkswitch_plugin.report import tables
 from thinkswitch_plugin.report.build import Evaluation
 from thinkswitch_plugin.report.charts import inline
 from thinkswitch_plugin.report.questions import BLOCK, Questions
-from thinkswitch_plugin.run import MODES, Run, stages, stamp_path, sweep_files
+from thinkswitch_plugin.run import MODES, Run, files, stages, stamp_path, sweep_files
+from thinkswitch_plugin.run.hashes import Hashes, read_stamp
 
 FOLDER = Path(__file__).parent
 SWEEP_SIZE = (5.0, 7.0)  # inches; narrow, so that letters can be read on a phone

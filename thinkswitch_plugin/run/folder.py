@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.hashes import read_stamp
+from thinkswitch_plugin.run import files, processes
+from thinkswitch_plugin.run.hashes import read_stamp
 
 if TYPE_CHECKING:
     from thinkswitch_plugin.recipe import Recipe
@@ -134,8 +134,8 @@ def locked(folder: Path, patience: float = LOCK_PATIENCE) -> Iterator[None]:
                         f"Another command is at work in {folder}; wait for it, or give this one its own RUNS=."
                     ) from None
                 time.sleep(0.1)
-        console.HELD_LOCKS.add(handle.fileno())
+        processes.HELD_LOCKS.add(handle.fileno())
         try:
             yield
         finally:
-            console.HELD_LOCKS.discard(handle.fileno())
+            processes.HELD_LOCKS.discard(handle.fileno())

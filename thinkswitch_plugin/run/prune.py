@@ -14,9 +14,9 @@ from pathlib import Path
 
 from thinkswitch_plugin import console
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.run.execution import is_done
 from thinkswitch_plugin.run.folder import MODES, Run
+from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.table import stages
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin.hashes import Hashes
 from thinkswitch_plugin.run.folder import Run
+from thinkswitch_plugin.run.hashes import Hashes
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import console
-from thinkswitch_plugin.hashes import Hashes, read_stamp
-from thinkswitch_plugin.progress import amount, duration
 from thinkswitch_plugin.run import timing
 from thinkswitch_plugin.run.execution import seconds_of, work_path
 from thinkswitch_plugin.run.folder import NOTHING_MORE, Given, Run, open_run, settings_file
+from thinkswitch_plugin.run.hashes import Hashes, read_stamp
+from thinkswitch_plugin.run.progress import amount, duration
 from thinkswitch_plugin.run.stage import Stage, stamp_path
 from thinkswitch_plugin.run.stamp import stored
 from thinkswitch_plugin.run.table import stages

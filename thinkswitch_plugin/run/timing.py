@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from thinkswitch_plugin.progress import duration
+from thinkswitch_plugin.run.progress import duration
 
 if TYPE_CHECKING:
     from thinkswitch_plugin.run.stage import Stage

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from thinkswitch_plugin import console
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.hashes import CARD, Hashes, read_stamp
 from thinkswitch_plugin.run.folder import NOTHING_MORE, Given, Run, open_run
+from thinkswitch_plugin.run.hashes import CARD, Hashes, read_stamp
 from thinkswitch_plugin.run.stage import Stage, stamp_path
 from thinkswitch_plugin.run.table import stages
 
