@@ -23,7 +23,7 @@ class Guard:
 
     def look_at(self, number: int, row: dict[str, Any], done: Completion) -> None:
         """Count a completion if it shows whether traces can be seen: it has one, or came to its end without."""
-        if done.closed_trace and done.trace:  # an empty one shows nothing
+        if done.closed_trace:
             self.traced += 1
         elif done.cut or done.outcome in (Outcome.FAILED, Outcome.EMPTY):
             return
