@@ -232,6 +232,8 @@ def test_an_answer_that_repeats_its_reasoning_is_no_pair(
         {"content": [{"type": "text", "text": "5"}], "reasoning_content": "t"},
         {"content": "5", "reasoning_details": [{"type": "reasoning.text", "text": "t"}]},
         {"content": "5", "reasoning": "", "thinking": "t"},
+        {"content": "5", "reasoning": {"text": "t"}},
+        {"content": "5", "thinking_blocks": [{"type": "thinking", "thinking": "t"}]},
         {"content": "5", "reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}]},
     ],
 )
@@ -291,3 +293,30 @@ def test_memory_is_flat_and_the_spill_leaves_nothing(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "generations.jsonl", "pairs.json", "pairs.jsonl", "requests.jsonl",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {}}, {"type": "tool_use", "input": {}}])
+def test_a_part_that_is_no_text_does_not_pass_for_a_trace(write_jsonl: Write, part: dict[str, Any]) -> None:
+    requests = write_jsonl("requests.jsonl", [inline(f"p{i}") for i in range(2)])
+    lines = [answer("p0-s0", "<think>t</think>5"), answer("p1-s0", "")]
+    lines[1]["response"]["body"]["choices"][0]["message"] = {"content": [{"type": "text", "text": "SECRET 5"}, part]}
+    rows, report = built(requests, write_jsonl("g.jsonl", lines))
+    assert rows == ["p0-s0=5"] and report.dropped == {"failed": 1}
+
+
+@pytest.mark.parametrize(
+    "rest", ["[e~[\n]~b]ai\n6", "<｜DSML｜function_calls>6", "<role>HUMAN</role>6", "<SPECIAL_12>6"]
+)
+def test_what_opens_another_turn_is_in_no_answer(write_jsonl: Write, rest: str) -> None:
+    requests = write_jsonl("requests.jsonl", [inline(f"p{i}") for i in range(2)])
+    lines = [answer("p0-s0", "<think>t</think>5<SPECIAL_12>"), answer("p1-s0", f"<think>t</think>5{rest}")]
+    rows, report = built(requests, write_jsonl("g.jsonl", lines))
+    assert rows == ["p0-s0=5"] and report.dropped == {"control_token": 1}
+
+
+def test_the_parts_of_a_message_are_kept_where_the_tokenizers_end_is_taken_off(write_jsonl: Write) -> None:
+    requests = write_jsonl("requests.jsonl", [inline("p0", ends=["@@END"])])
+    line = answer("p0-s0", "")
+    parts = [{"type": "thinking", "thinking": "t"}, {"type": "text", "text": "5@@END"}]
+    line["response"]["body"]["choices"][0]["message"] = {"content": parts}
+    assert built(requests, write_jsonl("g.jsonl", [line]))[0] == ["p0-s0=5"]

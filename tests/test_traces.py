@@ -68,3 +68,19 @@ def test_no_token_before_the_last_closing_tag_is_ever_in_an_answer(pieces: list[
         assert done.answer == after.strip()
     if done.complete:
         assert "think>" not in (done.answer or "") and len(closings) <= 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["<思考>SECRET</思考>4", "【推理】SECRET【/推理】4", "<réflexion>SECRET</réflexion>4", "<plan>SECRET</plan>4", "<tool_use>SECRET</tool_use>4"],
+)  # fmt: skip
+def test_a_second_trace_in_another_language_or_a_plan_keeps_an_answer_from_being_whole(answer: str) -> None:
+    assert split(f"<think>a</think>{answer}").outcome is Outcome.AMBIGUOUS
+    assert split_message({"content": answer, "reasoning": "a"}).outcome is Outcome.AMBIGUOUS
+
+
+@pytest.mark.parametrize(
+    "quoted", ["“</think>”", "«</think>»", "「</think>」", "(</think>)", '\\"</think>\\"', "~~~\n</think>\n~~~"]
+)
+def test_a_closing_tag_that_is_only_quoted_ends_no_trace(quoted: str) -> None:
+    assert split(f"<think>a {quoted} SECRET").outcome is Outcome.UNCLOSED

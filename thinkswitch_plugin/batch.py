@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import conventions, traces
+from thinkswitch_plugin import conventions, messages, traces
 from thinkswitch_plugin.conventions import NONE, Convention
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.messages import content_of
 from thinkswitch_plugin.run import files
 
 TRACES = ("inline", "opened", "none")
@@ -40,6 +39,15 @@ class Asked:
     def thinks(self) -> bool:
         """Whether a trace is expected; a completion without one is then not an answer."""
         return self.convention is not NONE
+
+    def split(self, message: dict[str, Any], finish_reason: str | None) -> traces.Completion:
+        """Split the message of a chat completion. Raises `ValueError` as `messages.texts`."""
+        if self.ends:
+            found = messages.texts(message)
+            message = {**found, "content": _without(found.get("content", ""), self.ends)}
+        return traces.split_message(
+            message, opened=self.opened, finish_reason=finish_reason, convention=self.convention
+        )
 
     def metadata(self) -> dict[str, Any]:
         """What a request keeps of it, in its `metadata`."""
@@ -154,11 +162,8 @@ def fault_of_completion(body: object) -> str | None:
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(message, dict):
         return "its first choice has no `message`"
-    for name in ("content", "reasoning", "reasoning_content"):
-        value = message.get(name)
-        parts = isinstance(value, list) and name == "content" and all(isinstance(part, dict) for part in value)
-        if not isinstance(value, str | None) and not parts:
-            return f"`message.{name}` is not text"
+    if wrong := messages.fault(message):
+        return wrong
     if not isinstance(choice.get("finish_reason"), str | None):
         return "`finish_reason` is not text"
     usage = body.get("usage")
@@ -183,12 +188,7 @@ def completion_of(row: dict[str, Any], how: Asked) -> traces.Completion:
     if body is None:
         return traces.Completion(None, None, traces.Outcome.FAILED)
     choice = body["choices"][0]
-    message = choice["message"]
-    if how.ends:
-        message = {**message, "content": _without(content_of(message), how.ends)}
-    return traces.split_message(
-        message, opened=how.opened, finish_reason=choice.get("finish_reason"), convention=how.convention
-    )
+    return how.split(choice["message"], choice.get("finish_reason"))
 
 
 def _without(text: str, ends: tuple[str, ...]) -> str:

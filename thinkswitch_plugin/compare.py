@@ -15,7 +15,9 @@ from typing import Any
 
 from thinkswitch_plugin import checkpoint, console, domain, engines, traces
 from thinkswitch_plugin.args import ThinkSwitchKeys
+from thinkswitch_plugin.batch import asked_of
 from thinkswitch_plugin.console import printable
+from thinkswitch_plugin.conventions import NONE, Convention
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.generate import PROMPT_ROOM, context_length
 from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
@@ -155,16 +157,17 @@ def ask(title: str, name: str, text: str, keys: ThinkSwitchKeys, engine: str, se
         )
     ask_it = in_process if engine == "embedded" else through_server
     reply, seconds = ask_it(name, body, keys, engine, logs)
-    return read_reply(title, name, reply, seconds, tokenizer)
+    return read_reply(title, name, reply, seconds, tokenizer, keys.convention)
 
 
-def read_reply(title: str, name: str, reply: dict[str, Any], seconds: float, tokenizer: Any) -> Answer:
-    """What a chat completion of the checkpoint `name` says; its tokenizer knows whether the template opens the trace."""
+def read_reply(
+    title: str, name: str, reply: dict[str, Any], seconds: float, tokenizer: Any, convention: Convention | None = None
+) -> Answer:
+    """What a chat completion of the checkpoint `name` says, split by its tokenizer and the recipe's convention."""
     choice = reply["choices"][0]
     cut = choice.get("finish_reason") == "length"
-    done = traces.split_message(
-        choice["message"], opened=traces.opens_trace(tokenizer), finish_reason=choice.get("finish_reason")
-    )
+    how = asked_of(tokenizer, None if convention is NONE else convention)
+    done = how.split(choice["message"], choice.get("finish_reason"))
     return Answer(
         title=title,
         checkpoint=name,

@@ -120,13 +120,21 @@ ENDS = (
     "<|end|>", "<|return|>", "<|call|>", "<|user|>", "<|flush|>", "<end_of_turn>", "<turn|>", "[|endofturn|]", "[EOS]", "[eos]",
     "<｜end▁of▁sentence｜>", "<|end▁of▁sentence|>", "<|END_OF_TURN_TOKEN|>", "<|end_of_msg|>", "<|end_message|>", "<|hy_eos|>",
     "<|content_model_end_sampling|>", "<|plamo:tag|>", "<|close|>message<|sep|>", "<seed:eos>", "<|assistant_end|>",
-    "<|role_end|>", "<|message_sep|>", "[END FINAL RESPONSE]", "[e~[", "<|end_of_role|>", "<sep>", "[EOT]", "<|ipynb|>",
+    "<|role_end|>", "<|message_sep|>", "[END FINAL RESPONSE]", "[e~[", "<|eos|>", "<SPECIAL_12>", "<|end_of_role|>", "<sep>", "[EOT]", "<|ipynb|>",
 )  # fmt: skip
 
 # Neither trace nor answer: calls of tools, and pieces of a frame that is broken.
 LEFTOVERS = (
     "<tool_call>", "</tool_call>", "<tool_calls>", "</tool_calls>", "[TOOL_CALLS]", "<function_calls>", "</function_calls>",
     "<|channel|>", "<|message|>", "<minimax:tool_call>", "<seed:tool_call>", "<longcat_tool_call>", "<tool_response>", "<ifm|tool_calls>",
+    "<tool_use>", "<function_call>", "<plan>", "<planning>", "<draft>", "<brainstorm>",
+)  # fmt: skip
+
+# What the name of a tag of a trace holds, in the languages that models are trained to think in.
+TRACE_WORDS = (
+    "think", "thought", "reasoning", "scratchpad", "monolog", "reflect", "chainof", "思考", "思维", "思維", "推理", "생각", "추론",
+    "размышлени", "рассуждени", "réflexion", "raisonnement", "denken", "denkprozess", "überlegung", "pensamiento",
+    "razonamiento", "pensamento", "raciocínio", "pensiero", "ragionamento",
 )  # fmt: skip
 
 _BY_NAME = {each.name: each for each in (*CONVENTIONS, NONE)}

@@ -23,9 +23,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import answers, conventions, decisions, integers, marks, statements, traces
+from thinkswitch_plugin import (
+    answers,
+    batch,
+    conventions,
+    decisions,
+    integers,
+    marks,
+    messages,
+    statements,
+    traces,
+)
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
-from thinkswitch_plugin.batch import Asked, asked_of
 from thinkswitch_plugin.engines import has_cuda, lora_arguments, serving
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.generate import PROMPT_ROOM, context_length
@@ -205,7 +214,7 @@ def grading_rules() -> str:
     from importlib.metadata import version
 
     digest = hashlib.sha256(version("math-verify").encode())
-    for module in (answers, conventions, decisions, integers, marks, statements, traces):
+    for module in (answers, batch, conventions, decisions, integers, marks, messages, statements, traces):
         digest.update(Path(str(module.__file__)).read_bytes())
     digest.update(Path(__file__).read_bytes())
     return digest.hexdigest()[:16]
@@ -227,14 +236,14 @@ def _grade_file(
     # Two cores tokenize one batch; nothing is forked afterwards, which is what the library warns of.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    how = asked_of(tokenizer, None if convention is conventions.NONE else convention)
+    how = batch.asked_of(tokenizer, None if convention is conventions.NONE else convention)
 
     def samples() -> Iterator[Sample]:
-        for batch in _batches(path):
-            texts = [text for _, _, completions, _ in batch for text in completions]
+        for questions in _batches(path):
+            texts = [text for _, _, completions, _ in questions for text in completions]
             encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
             lengths = iter([len(ids) for ids in encoded["input_ids"]])
-            for doc_id, gold, completions, budget in batch:
+            for doc_id, gold, completions, budget in questions:
                 counted = [(text, next(lengths)) for text in completions]
                 yield grade_question(doc_id, gold, counted, budget, kind=kind, how=how)
 
@@ -243,24 +252,24 @@ def _grade_file(
 
 def _batches(path: Path) -> Iterator[list[tuple[int, str, list[str], int]]]:
     """doc_id, gold answer, completions and token budget of the questions of a samples file, a batch at a time."""
-    batch: list[tuple[int, str, list[str], int]] = []
+    found: list[tuple[int, str, list[str], int]] = []
     size = 0
     for number, row in files.read_jsonl(path):
         completions = row.get("resps")
         if not completions or not isinstance(completions[0], list):
             raise ThinkSwitchError(f"{path}, line {number}: `resps` is missing.")
         budget = row["arguments"]["gen_args_0"]["arg_1"].get("max_gen_toks", LM_EVAL_BUDGET)
-        batch.append((row["doc_id"], str(row["target"]), completions[0], budget))
+        found.append((row["doc_id"], str(row["target"]), completions[0], budget))
         size += sum(map(len, completions[0]))
         if size > BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+            yield found
+            found, size = [], 0
+    if found:
+        yield found
 
 
 def grade_question(
-    doc_id: int, gold: str, completions: list[tuple[str, int]], budget: int, *, kind: str, how: Asked
+    doc_id: int, gold: str, completions: list[tuple[str, int]], budget: int, *, kind: str, how: batch.Asked
 ) -> Sample:
     """The verdicts on one question's completions, each with the tokens of its text.
 

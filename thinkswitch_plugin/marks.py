@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from enum import Enum, auto
 from typing import NamedTuple
 
-from thinkswitch_plugin.conventions import CONVENTIONS, LEFTOVERS, WRAPPERS, Convention
+from thinkswitch_plugin.conventions import CONVENTIONS, LEFTOVERS, TRACE_WORDS, WRAPPERS, Convention
 
 
 class Kind(Enum):
@@ -52,11 +52,11 @@ _KIMI = re.compile(r"◁([^<>◁▷]{1,64})▷")
 _NAME = re.compile(r"<\s*[/\\]?\s*([A-Za-z][\w:-]{2,24})\b")
 _ATTRIBUTES = re.compile(r"(\s*/?\s*[\w:.-]+)\s+[\w:-]+\s*=", re.DOTALL)
 _SUFFIX = re.compile(r"(</?think):[\w-]+>")  # Hunyuan: <think:6124c78e>
-_LIKE_A_TRACE = re.compile(r"think|thought|reasoning|scratchpad|monolog|reflect|chainof")
+_LIKE_A_TRACE = re.compile("|".join(TRACE_WORDS))
 _SPOKEN = ("assistantfinal", "assistantanalysis", "assistantcommentary")  # harmony without its special tokens
 _SPACE = re.compile(rf"[\s{_INVISIBLE}]*")
 _EMPHASIS = re.compile(r"[*_>\s]{0,8}")
-_QUOTES = "`\"'"
+_QUOTES = frozenset(("``", '""', "''", "“”", "‘’", "„“", "«»", "「」", "『』", "()"))
 
 
 @functools.lru_cache(4096)
@@ -176,11 +176,11 @@ def _phrases(text: str, convention: Convention) -> Iterator[Mark]:
 
 def _candidates(text: str) -> Iterator[tuple[int, int, str]]:
     """Start, end and text of all that may be a tag, in plain brackets."""
-    for pattern in (_TAG, _BRACKET):
-        for m in pattern.finditer(text):
+    for sign, pattern in (("<", _TAG), ("[", _BRACKET)):
+        for m in pattern.finditer(text) if sign in text else ():
             yield m.start(), m.end(), m[0]
-    for pattern in _ESCAPED:
-        for m in pattern.finditer(text):
+    for sign, pattern in zip(("&", "\\u003"), _ESCAPED, strict=True):
+        for m in pattern.finditer(text) if sign in text else ():
             yield m.start(), m.end(), f"<{m[1]}>"
     if not text.isascii():
         for pattern in _NOT_ASCII:
@@ -249,13 +249,13 @@ def _without_mentions(text: str, found: list[Mark]) -> list[Mark]:
     """A mark in quotes or in a block of code is spoken of: it opens and ends nothing."""
     if not found:
         return found
-    fences = [m.start() for m in re.finditer("```", text)] if "`" in text else []
+    fences = [m.start() for m in re.finditer("```|~~~", text)] if "`" in text or "~~~" in text else []
     kept, passed = [], 0
     for mark in found:
         while passed < len(fences) and fences[passed] < mark.start:
             passed += 1
-        before, after = text[mark.start - 1 : mark.start], text[mark.end : mark.end + 1]
-        quoted = bool(before) and before == after and before in _QUOTES
+        after = mark.end + text.startswith("\\", mark.end)  # in a JSON string the quote is escaped
+        quoted = text[mark.start - 1 : mark.start] + text[after : after + 1] in _QUOTES
         spoken_of = quoted or passed % 2
         if spoken_of and mark.kind in (Kind.OPEN, Kind.CLOSE):
             mark = mark._replace(kind=Kind.GUARD)

@@ -11,13 +11,13 @@ SHORT = 60  # an answer below this length is no stretch
 
 
 def repeats(trace: str | None, answer: str) -> bool:
-    """Whether an answer repeats the trace: all of it, or a long stretch, white space aside.
+    """Whether an answer repeats the trace: all of it, or a long stretch, whatever the case, white space and Markdown.
 
     What is short may be in both: a trace that ends in `4` has the answer `4`.
     """
-    text = " ".join(answer.split())
+    text = _plain(answer)
     # A longer trace than this cannot stand whole in a short answer.
-    reasoning = " ".join(((trace or "") if len(text) >= SHORT else (trace or "")[:300]).split())
+    reasoning = _plain((trace or "") if len(text) >= SHORT else (trace or "")[:300])
     if text.startswith(reasoning):
         return len(reasoning) >= 8
     if reasoning in text:
@@ -26,6 +26,13 @@ def repeats(trace: str | None, answer: str) -> bool:
     piece = stretch // 2  # every stretch holds one of these pieces whole; of a very long answer some are looked for
     places = range(0, len(text) - piece + 1, max(piece, len(text) // 200)) if len(text) >= SHORT else ()
     return any(_in_common(text, at, reasoning, piece) >= stretch for at in places)
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().translate(_MARKDOWN).split())
+
+
+_MARKDOWN = dict.fromkeys(map(ord, ">*_#`"))
 
 
 def _in_common(text: str, at: int, other: str, piece: int) -> int:

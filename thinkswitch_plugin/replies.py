@@ -17,9 +17,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-# Where servers put the trace beside the two names that are stored; the first that has text counts.
-REASONING = ("reasoning", "reasoning_content")
-OTHER_REASONING = ("reasoning_text", "thinking", "thinking_content", "thinking_blocks", "reasoning_details")
+from thinkswitch_plugin.messages import REASONING, texts
+
 END_OF_TURN = ("eos", "eos_token", "end_turn")  # what Together, TGI and Anthropic call `stop`
 LONGEST_WORDS = 500
 _SERVER_SENT_EVENTS = re.compile(rb"\s*(?:data|event|id|retry)?:")
@@ -53,7 +52,7 @@ class Streamed(ValueError):
 
 
 class Unreadable(ValueError):
-    """A whole chat completion whose message is no text; asking again would bring the same."""
+    """A whole chat completion whose message is not text; asking again would bring the same."""
 
 
 def completion(data: bytes, *, streamed: bool) -> Any:
@@ -65,7 +64,7 @@ def completion(data: bytes, *, streamed: bool) -> Any:
     Raises:
         Refusal: the reply holds an error.
         Streamed: it is a stream, and none was asked for.
-        Unreadable: its message is no text.
+        Unreadable: its message is not text.
         ValueError: it is not JSON, or a stream that broke off.
     """
     if _SERVER_SENT_EVENTS.match(data):
@@ -146,7 +145,7 @@ def _require_no_error(reply: object) -> None:
 def _assembled(text: str) -> dict[str, Any]:
     """The chat completion that a stream of events adds up to. Raises `ValueError` if it broke off."""
     reply: dict[str, Any] = {}
-    texts: dict[str, str] = {}
+    pieces: dict[str, str] = {}
     finish, usage = None, None
     for line in re.split(r"\r\n|\r|\n", text):
         data = line.removeprefix("data:").strip()
@@ -159,11 +158,11 @@ def _assembled(text: str) -> dict[str, Any]:
         for choice in event.get("choices") or []:
             if choice.get("index", 0) == 0:
                 finish = choice.get("finish_reason") or finish
-                for name, value in _texts(choice.get("delta") or choice.get("message") or {}).items():
-                    texts[name] = texts.get(name, "") + value
+                for name, value in texts(choice.get("delta") or choice.get("message") or {}).items():
+                    pieces[name] = pieces.get(name, "") + value
     if finish is None:
         raise ValueError("the stream broke off before its end")
-    message = {"role": "assistant", "content": None, **texts}
+    message = {"role": "assistant", "content": None, **pieces}
     return reply | {"choices": [{"index": 0, "message": message, "finish_reason": finish}], "usage": usage}
 
 
@@ -178,51 +177,14 @@ def _normalize(reply: dict[str, Any]) -> None:
     if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
         return
     message = choice["message"]
-    texts = _texts(message)
-    choice["message"] = {k: v for k, v in message.items() if k not in (*REASONING, *OTHER_REASONING)} | texts
+    try:
+        found = texts(message)
+    except ValueError as error:
+        raise Unreadable(str(error)) from None
+    choice["message"] = {k: v for k, v in message.items() if k not in REASONING} | found
     finish = choice.get("finish_reason")
     if isinstance(finish, str) and (finish.lower() in END_OF_TURN or finish.lower() == "stop"):
         choice["finish_reason"] = "stop"
-
-
-def _texts(message: dict[str, Any]) -> dict[str, str]:
-    """The texts of a message or of a part of it by the names under which they are stored.
-
-    Raises `Unreadable` for content of which a part is neither text nor a trace.
-    """
-    found: dict[str, str] = {}
-    content, trace = message.get("content"), ""
-    if isinstance(content, list | dict):
-        parts = content if isinstance(content, list) else [content]
-        is_trace = [isinstance(part, dict) and str(part.get("type")).startswith(("think", "reason")) for part in parts]
-        trace = "".join(_text(part) or "" for part, yes in zip(parts, is_trace, strict=True) if yes)
-        answer = [_text(part) for part, yes in zip(parts, is_trace, strict=True) if not yes]
-        if None in answer:
-            raise Unreadable("`message.content` has a part without text")
-        found["content"] = "".join(part or "" for part in answer)
-    elif isinstance(content, str):
-        found["content"] = content
-    elif content is not None:
-        raise Unreadable("`message.content` is not text")
-    for name in REASONING:
-        if text := _text(message.get(name)):
-            found[name] = text
-    other = next(filter(None, (_text(message.get(name)) for name in OTHER_REASONING)), "")
-    if (text := trace or other) and not any(name in found for name in REASONING):
-        found["reasoning"] = text
-    if isinstance(message.get("refusal"), str) and message["refusal"]:
-        found["refusal"] = message["refusal"]
-    return found
-
-
-def _text(value: object) -> str | None:
-    """The text of a part of a message, whichever of the usual shapes it has; None if it has none."""
-    if isinstance(value, list):
-        return "".join(_text(part) or "" for part in value)
-    if isinstance(value, dict):
-        names = ("text", "thinking", "content", "summary", "reasoning")
-        return next((text for name in names if (text := _text(value.get(name))) is not None), None)
-    return value if isinstance(value, str) else None
 
 
 def _whole_number(value: object) -> int | None:

@@ -22,11 +22,10 @@ from typing import Any
 
 import orjson
 
-from thinkswitch_plugin import answers, console, conventions
+from thinkswitch_plugin import answers, console, conventions, messages
 from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import final_answer
-from thinkswitch_plugin.messages import reasoning_of
 from thinkswitch_plugin.report import table
 from thinkswitch_plugin.run import files
 from thinkswitch_plugin.task_files import answer_kind
@@ -71,14 +70,16 @@ def completions_of(
         message: dict[str, Any] = {"content": row["raw"]}
     else:
         message = {"reasoning": row.get("reasoning"), "content": row.get("content")}
-        opened = opened and not reasoning_of(message)  # a server that parsed the trace has taken it out
+        if fault := messages.fault(message):
+            raise ThinkSwitchError(f"{where}: {fault}.")
+        opened = opened and not messages.reasoning_of(message)  # a server that parsed the trace has taken it out
     finish_reason = row.get("finish_reason")
     return [split_message(message, opened=opened, finish_reason=finish_reason, convention=convention)]
 
 
 def _is_choice(choice: Any) -> bool:
     message = choice.get("message") if isinstance(choice, dict) else None
-    return isinstance(message, dict) and isinstance(message.get("content"), str | list | None)
+    return isinstance(message, dict) and messages.fault(message) is None
 
 
 def gold_of(row: dict[str, Any]) -> str | None:

@@ -32,7 +32,8 @@ from thinkswitch_plugin.messages import content_of, reasoning_of
 # What ends a turn or opens another, and other tokens of chat formats: tokenized, it would be no text.
 _CONTROL = re.compile(
     r"<(?:\|[A-Za-z0-9_:▁-]{1,40}\|?|[a-z_]{1,30}\||/s|eos|bos|pad|unused\d{1,4}|seed:(?:eos|bos|pad)|(?:start|end)_of_turn)>"
-    r"|<｜[^<>｜]{1,40}｜>|\[/?INST\]|\[\|[A-Za-z_]{1,30}\|\]|◁[^◁▷]{1,40}▷"
+    rf"|{'|'.join(map(re.escape, ENDS))}"
+    r"|</?｜[^<>｜]{1,40}｜|\]~b\]|<role>[A-Z]{4,12}</role>|\[/?INST\]|\[\|[A-Za-z_]{1,30}\|\]|◁[^◁▷]{1,40}▷"
 )
 _ENDS = re.compile(rf"(?:\s*(?:{'|'.join(map(re.escape, ENDS))}))+\s*\Z")
 LENGTH = "length"  # the one finish reason that a larger token budget helps against

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import Sample, graded, read_samples, samples_file, summarize
 from thinkswitch_plugin.paired import compare
@@ -26,6 +27,7 @@ class Evaluation:
         path: lm-eval's samples file.
         opened: whether the chat template had opened the trace.
         samples: one a question, in the order of the file's lines.
+        convention: how traces are written, as the recipe says.
     """
 
     iteration: int
@@ -33,6 +35,7 @@ class Evaluation:
     path: Path
     opened: bool
     samples: list[Sample]
+    convention: Convention | None = None
 
 
 def evaluations(run: Run) -> list[Evaluation]:
@@ -42,9 +45,11 @@ def evaluations(run: Run) -> list[Evaluation]:
     for k in range(run.iterations + 1):
         for mode in MODES:
             folder = run.iteration(k) / "eval" / mode
-            opened, samples = graded(folder, keys.evaluation.task, run.checkpoint(mode, k), keys.labels.answer)
+            opened, samples = graded(
+                folder, keys.evaluation.task, run.checkpoint(mode, k), keys.labels.answer, keys.convention
+            )
             path = samples_file(folder, keys.evaluation.task)
-            found.append(Evaluation(k, mode, path, opened, list(samples)))
+            found.append(Evaluation(k, mode, path, opened, list(samples), keys.convention))
     return found
 
 

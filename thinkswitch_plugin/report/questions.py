@@ -27,6 +27,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from thinkswitch_plugin import traces
+from thinkswitch_plugin.conventions import NONE
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation import Sample, newest, vote_is_right
 from thinkswitch_plugin.report.build import Evaluation
@@ -117,13 +118,11 @@ class Questions:
             "found": [text if text is None else shorten(text, SHORTEST) for text in sample.found],
             "tokens": sample.tokens,
             "truncated": sample.truncated,
-            "texts": [
-                self._text(str(text), reader.opened, cut) for text, cut in itertools.islice(shown, self.limits.samples)
-            ],
+            "texts": [self._text(str(text), reader, cut) for text, cut in itertools.islice(shown, self.limits.samples)],
         }
 
-    def _text(self, text: str, opened: bool, cut: bool) -> dict[str, str | None]:
-        done = traces.split(text, opened=opened, cut=cut)
+    def _text(self, text: str, reader: SampleFile, cut: bool) -> dict[str, str | None]:
+        done = traces.split(text, opened=reader.opened, cut=cut, convention=reader.convention)
         limit = self.limits.completion
         answer = None if done.answer is None else shorten(done.answer, limit // 2)
         rest = limit - len(answer or "")
@@ -174,6 +173,7 @@ class SampleFile:
 
     def __init__(self, judged: Evaluation) -> None:
         self.path, self.opened = judged.path, judged.opened
+        self.convention = None if judged.convention is NONE else judged.convention
         self._order = [s.doc_id for s in judged.samples]
         self._places: dict[int, tuple[int, int]] = {}  # doc_id -> where its line begins, and its number from 1
 
