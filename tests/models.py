@@ -48,18 +48,21 @@ HYBRID: dict[str, Any] = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
-MLA: dict[str, Any] = {
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
+ROUTED: dict[str, Any] = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
     "first_k_dense_replace": 1,
     "n_group": 1,
     "topk_group": 1,
+}
+MLA: dict[str, Any] = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    **ROUTED,
     "num_key_value_heads": 4,
 }
 VISION: dict[str, Any] = {
@@ -186,14 +189,7 @@ MODELS = (
     Model(
         "GLM-4.5-MoE, MTP layer in one",
         "Glm4MoeForCausalLM",
-        {
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 16,
-            "first_k_dense_replace": 1,
-            "n_group": 1,
-            "topk_group": 1,
-        },
+        ROUTED,
         extra={"model.layers.4.eh_proj.weight": ("instruct",)},
     ),
     Model("SmolLM3", "SmolLM3ForCausalLM"),
