@@ -308,7 +308,7 @@ def forms() -> Iterator[Form]:
         "a trace convention that nobody knows", RECIPE + "  trace: granit\n", "nearest convention is 'granite'"
     )
     yield stage(
-        "generations", "content of another type", lines(answer(), answer(["x"], "p1-s0")), "1 failed", works=True
+        "generations", "content of another type", lines(answer(), answer([7], "p1-s0")), "1 failed", works=True
     )
     yield stage("generations", "empty", b"", "holds no complete answer .*2 not_generated")
     yield stage("generations", "a folder in its place", FOLDER, "generations.jsonl is a folder")

@@ -94,7 +94,7 @@ def require_trainable(recipe: Recipe, checkpoint: str, revision: str | None = No
 
     Raises `ThinkSwitchError` for the chat template or a mixture's experts; see `contract` and `reach`.
     """
-    os.environ.update(ENGINE_ENV)  # before axolotl is imported, which would report its use
+    os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # before axolotl is imported, which would report its use
     from thinkswitch_plugin.dataset_type import require_template
     from thinkswitch_plugin.reach import require_reach
 
