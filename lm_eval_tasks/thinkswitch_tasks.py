@@ -13,8 +13,8 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from thinkswitch_plugin import answers
-from thinkswitch_plugin.evaluation import completions, grade, grade_repeats
+from thinkswitch_plugin.data import answers
+from thinkswitch_plugin.judging.evaluation import completions, grade, grade_repeats
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,21 +44,21 @@ def arithmetic_mixed_dataset(**arguments: Any) -> dict[str, Any]:
 
 def aime_dataset(**arguments: Any) -> dict[str, Any]:
     """AIME 2026: 30 problems from MathArena/aime_2026, or from THINKSWITCH_DATA."""
-    from thinkswitch_plugin.sources import aime_rows
+    from thinkswitch_plugin.data.sources import aime_rows
 
     return _test(aime_rows(), arguments)
 
 
 def pubmedqa_dataset(**arguments: Any) -> dict[str, Any]:
     """The fixed 30-question subset of PubMedQA's official test half."""
-    from thinkswitch_plugin.sources import pubmedqa_subset
+    from thinkswitch_plugin.data.sources import pubmedqa_subset
 
     return _test(pubmedqa_subset(), arguments)
 
 
 def pubmedqa_full_dataset(**arguments: Any) -> dict[str, Any]:
     """All 500 questions of PubMedQA's official test half."""
-    from thinkswitch_plugin.sources import pubmedqa_half
+    from thinkswitch_plugin.data.sources import pubmedqa_half
 
     return _test(pubmedqa_half("test"), arguments)
 
@@ -104,7 +104,7 @@ def grade_arithmetic_mixed(doc: dict[str, Any], results: list[Any]) -> dict[str,
     lm-eval takes each metric's mean over the questions that have it. A checkpoint that knows no format (one of
     the loop's) is read as in `thinkswitch_arithmetic`.
     """
-    from thinkswitch_plugin.adaptive import formats
+    from thinkswitch_plugin.data import formats
 
     text, gold = str(results[0]), str(doc["answer"])
     done = formats.parse(text)

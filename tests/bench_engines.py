@@ -19,11 +19,11 @@ from urllib.request import urlopen
 
 import openai
 
-from thinkswitch_plugin import domain, engines
+from thinkswitch_plugin import files
 from thinkswitch_plugin.args import PromptKeys, SamplingKeys
-from thinkswitch_plugin.batch import Asked
+from thinkswitch_plugin.data.batch import Asked
 from thinkswitch_plugin.demo import task
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin.engines import servers
 
 CHECKPOINT = Path(".cache/arithmetic/seed-0/thinking")
 QUESTIONS = 512
@@ -32,7 +32,7 @@ EMBEDDED = """
 import sys
 from pathlib import Path
 from thinkswitch_plugin.args import EngineKeys
-from thinkswitch_plugin.generate import generate
+from thinkswitch_plugin.engines.generate import generate
 folder = Path(sys.argv[1])
 generate(folder / "requests.jsonl", folder / "out.jsonl", sys.argv[2], "embedded", EngineKeys(), log=folder / "log")
 """
@@ -41,7 +41,7 @@ import sys
 from pathlib import Path
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin import files
 model = HFLM(pretrained=sys.argv[2], device="cpu", dtype="float32", batch_size=64)
 settings = {"until": ["<|im_end|>"], "do_sample": False, "max_gen_toks": 64}
 rows = [row for _, row in files.read_jsonl(Path(sys.argv[1]) / "requests.jsonl")]
@@ -65,7 +65,7 @@ def serve(*options: str) -> Callable[[Path], None]:
     """A candidate behind `transformers serve`."""
 
     def run(folder: Path) -> None:
-        port = engines.free_port(0)
+        port = servers.free_port(0)
         command = [Path(sys.executable).with_name("transformers"), "serve", CHECKPOINT, "--port", str(port), *options]
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen([str(w) for w in command], stdout=log, stderr=log)
@@ -110,7 +110,7 @@ def main() -> None:
     for name, run in CANDIDATES.items():
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            domain.write_requests(
+            prompts.write_requests(
                 folder / "requests.jsonl",
                 prompts,
                 model=str(CHECKPOINT),

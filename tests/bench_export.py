@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from tests.bench_merge import make_pair
+from thinkswitch_plugin import files
 from thinkswitch_plugin.export.extract import WEIGHTS, extract
-from thinkswitch_plugin.run import files
 
 LAYERS = 36
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.faulty_server import FOREVER, HARMLESS, MODEL, ONCE, FaultyServer
-from thinkswitch_plugin import batch
+from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
-from thinkswitch_plugin.generate import generate
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin.data import batch
+from thinkswitch_plugin.engines.generate import generate
 
 
 def prompts(count: int, seed: int = 0) -> Iterator[str]:

@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from thinkswitch_plugin import files
 from thinkswitch_plugin.merging.tensors import list_tensors
 from thinkswitch_plugin.merging.writer import StreamingWriter
-from thinkswitch_plugin.run import files
 
 WEIGHT = 0.8  # λ of every candidate
 NOISE = 0.054  # relative; makes σ ≈ 0.027, the real pair's

@@ -1,7 +1,7 @@
 """`make bench-pairs`: pairs from 100,000 generations of 20 kB, in how much memory and how fast?
 
 Writes the two files into a temporary folder, reads and parses the generations with orjson alone,
-builds the pairs with `thinkswitch_plugin.pairs.write_pairs` in a process of its own, and watches
+builds the pairs with `thinkswitch_plugin.data.pairs.write_pairs` in a process of its own, and watches
 that process's memory. The files are removed afterwards.
 """
 
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin import files
 
 ALONE = """
 import sys
@@ -33,7 +33,7 @@ print(rows)
 PAIRS = """
 import sys
 from pathlib import Path
-from thinkswitch_plugin.pairs import write_pairs
+from thinkswitch_plugin.data.pairs import write_pairs
 folder = Path(sys.argv[1])
 report = write_pairs(
     folder / "requests.jsonl", folder / "generations.jsonl", folder / "pairs.jsonl", selection="first",

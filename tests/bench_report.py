@@ -21,7 +21,7 @@ from typing import Any
 from tests import browser
 from tests.bench_pairs import watched
 from tests.report_run import TASK, make_run
-from thinkswitch_plugin.evaluation import GRADED, newest, store_graded
+from thinkswitch_plugin.judging.evaluation import GRADED, newest, store_graded
 
 REPORT = """
 import sys

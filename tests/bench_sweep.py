@@ -15,10 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from thinkswitch_plugin.evaluation import newest, read_samples, summarize
-from thinkswitch_plugin.interpolation.sweep import parse_weights
+from thinkswitch_plugin import files
+from thinkswitch_plugin.judging.evaluation import newest, read_samples, summarize
 from thinkswitch_plugin.merging.config import place_models, set_lambda
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin.search.sweep import parse_weights
 
 PAIR = Path(".cache/arithmetic/seed-0")
 TASK = "thinkswitch_arithmetic"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin import files
 
 HIDDEN, FFN, HEADS, HEAD, VOCABULARY = 32, 64, 2, 16, 96
 CONFIG = {

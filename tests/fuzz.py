@@ -22,7 +22,7 @@ import yaml
 
 from tests import invariants
 from tests.invariants import CLOSINGS, CONTROL, FILLERS, OPENINGS, SECRET
-from thinkswitch_plugin.answers import EXTRACTORS
+from thinkswitch_plugin.data.answers import EXTRACTORS
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 TEMPLATE = Path(__file__).parent.parent / "recipes" / "template.yaml"

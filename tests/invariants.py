@@ -12,10 +12,11 @@ from typing import Any
 
 import orjson
 
-from thinkswitch_plugin import answers, domain, recipe, traces
+from thinkswitch_plugin import recipe
 from thinkswitch_plugin.args import PromptKeys
+from thinkswitch_plugin.data import answers, prompts, traces
+from thinkswitch_plugin.data.pairs import PairReport, build_pairs
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.pairs import PairReport, build_pairs
 
 SECRET = "SECRET"  # stands only where a trace is
 CLOSINGS = ("</think>", "</ Think >", "<|end_of_thought|>", "[/THINK]", "</reasoning>", "<channel|>", "＜/think＞")
@@ -116,7 +117,7 @@ def check_prompts(data: bytes, template: str, folder: Path) -> bool:
     path = folder / "prompts.jsonl"
     path.write_bytes(data)
     try:
-        found, _ = domain.read_prompts(PromptKeys(path=str(path), template=template), 0)  # type: ignore[call-arg]
+        found, _ = prompts.read_prompts(PromptKeys(path=str(path), template=template), 0)  # type: ignore[call-arg]
     except ThinkSwitchError as error:
         assert one_sentence(error) and ("prompts.jsonl" in str(error) or "template" in str(error)), str(error)
         return False

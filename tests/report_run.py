@@ -10,11 +10,10 @@ import random
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import run
+from thinkswitch_plugin import files, run
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
-from thinkswitch_plugin.evaluation import store_graded
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin.judging.evaluation import store_graded
 
 TASK = "thinkswitch_arithmetic"
 RIGHT = {"instruct": (0.50, 0.86, 0.88), "thinking": (0.97, 0.975, 0.97)}
@@ -127,7 +126,7 @@ def write_counts(here: Path) -> None:
 
 def write_sweep(here: Path, questions: int = 60) -> Path:
     """A drawn sweep of iteration 1, its stages and λ* found by the real rules."""
-    from thinkswitch_plugin.interpolation import stages
+    from thinkswitch_plugin.search import stages
 
     draw = random.Random(1)
     stored: list[dict[str, Any]] = []

@@ -10,14 +10,13 @@ import pytest
 from click.testing import CliRunner
 
 from tests.conftest import BIN, Command
-from thinkswitch_plugin import cli
-from thinkswitch_plugin.adaptive import experiment, judging, results
-from thinkswitch_plugin.adaptive.formats import POST, PRE, Format
+from thinkswitch_plugin import cli, files
 from thinkswitch_plugin.args import PerceptionKeys
+from thinkswitch_plugin.data.formats import POST, PRE, Format
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.evaluation import bootstrapped
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin.judging.evaluation import bootstrapped
+from thinkswitch_plugin.perception import experiment, results, scoring
 
 LABELS: dict[str, Format] = {f"p{i}": POST if i % 4 else PRE for i in range(40)}
 
@@ -158,7 +157,7 @@ def test_questions_are_read_back_from_the_samples_of_lm_eval(write_jsonl: Any) -
         sample(3, "nonsense", "2", "easy"),
     ]
     path = write_jsonl("samples.jsonl", rows)
-    first, cut, direct, none = judging.read_questions(path, tokenizer, "digit")
+    first, cut, direct, none = scoring.read_questions(path, tokenizer, "digit")
     assert (first.stratum, first.correct, first.think, first.answer) == ("short", True, True, "2")
     assert first.tokens == len(tokenizer.encode("<think>\n1+1=2\n</think>\n\n2", add_special_tokens=False)) + 1
     assert (cut.correct, cut.think, cut.answer) == (False, True, None)
@@ -168,8 +167,8 @@ def test_questions_are_read_back_from_the_samples_of_lm_eval(write_jsonl: Any) -
 
 def test_a_prefix_that_was_forced_counts_as_the_format(write_jsonl: Any) -> None:
     path = write_jsonl("samples.jsonl", [sample(0, "7", "7", "hard")])
-    (forced,) = judging.read_questions(path, build_tokenizer("instruct"), "digit", "<answer>")
-    free = judging.read_questions(
+    (forced,) = scoring.read_questions(path, build_tokenizer("instruct"), "digit", "<answer>")
+    free = scoring.read_questions(
         write_jsonl("free.jsonl", [sample(0, "<answer>7", "7", "hard")]), build_tokenizer("instruct"), "digit"
     )
     assert forced.correct and not forced.think
@@ -179,7 +178,7 @@ def test_a_prefix_that_was_forced_counts_as_the_format(write_jsonl: Any) -> None
 def test_a_swapped_prompt_is_never_the_questions_own_and_does_not_depend_on_the_batch() -> None:
     import torch
 
-    from thinkswitch_plugin.adaptive.model import prompts_of_others
+    from thinkswitch_plugin.perception.model import prompts_of_others
 
     pool = torch.randn(7, 2, 3, generator=torch.Generator().manual_seed(0))
     swapped = torch.cat([prompts_of_others(pool, seed)(pool[[i]]) for seed in range(20) for i in range(7)])
@@ -191,9 +190,9 @@ def test_a_swapped_prompt_is_never_the_questions_own_and_does_not_depend_on_the_
 
 
 def test_an_answer_that_comes_first_ends_at_its_tag_in_every_task() -> None:
-    from thinkswitch_plugin.adaptive.formats import STOP
     from thinkswitch_plugin.args import EvaluationKeys
-    from thinkswitch_plugin.in_process import Sampling, load_task
+    from thinkswitch_plugin.data.formats import STOP
+    from thinkswitch_plugin.judging.in_process import Sampling, load_task
 
     for name, before in (("thinkswitch_arithmetic", []), ("thinkswitch_arithmetic_mixed", list(STOP))):
         plain, ours = (
@@ -207,7 +206,7 @@ def test_an_answer_that_comes_first_ends_at_its_tag_in_every_task() -> None:
 def test_rows_of_another_shape_are_one_sentence(write_jsonl: Any) -> None:
     path = write_jsonl("samples.jsonl", [{"doc_id": 4, "resps": []}])
     with pytest.raises(ThinkSwitchError, match="question 4: not a row of lm-eval"):
-        list(judging.read_questions(path, build_tokenizer("instruct"), "digit"))
+        list(scoring.read_questions(path, build_tokenizer("instruct"), "digit"))
 
 
 # ---- labels, training and evaluation, small and real ----

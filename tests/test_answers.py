@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from thinkswitch_plugin import answers
+from thinkswitch_plugin.data import answers
 
 
 def test_a_digit_is_the_whole_text_or_nothing() -> None:

@@ -12,9 +12,9 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from tests.conftest import BIN, ROOT
 from tests.test_changes import iterate, place  # noqa: F401
-from thinkswitch_plugin import cards, run
+from thinkswitch_plugin import files, run
 from thinkswitch_plugin.recipe import load_recipe
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin.report import cards
 from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.verify import verify
 

@@ -14,12 +14,13 @@ import torch
 
 from tests.checkpoints import write
 from tests.conftest import ROOT
-from thinkswitch_plugin import begin, run
+from thinkswitch_plugin import files, run
+from thinkswitch_plugin.data.task_files import task_files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import files, prune
+from thinkswitch_plugin.loop import begin
+from thinkswitch_plugin.run import prune
 from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.verify import verify
-from thinkswitch_plugin.task_files import task_files
 
 AFTER_PAIRS = {"train", "merge-lora", "rebuild", "eval-instruct", "eval-thinking", "report"}
 AFTER_GENERATE = {"pairs", *AFTER_PAIRS}

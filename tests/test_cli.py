@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import BIN, ROOT
-from thinkswitch_plugin.engines import has_cuda
+from thinkswitch_plugin.engines.servers import has_cuda
 from thinkswitch_plugin.errors import with_next_command
 
 TS = BIN / "thinkswitch"

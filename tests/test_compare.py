@@ -13,15 +13,16 @@ from tests.conftest import BIN, ROOT
 from tests.faulty_server import FaultyServer
 from tests.terminal import run_on_terminal
 from tests.test_changes import iterate, place  # noqa: F401
-from thinkswitch_plugin import compare, domain
+from thinkswitch_plugin import files
 from thinkswitch_plugin.args import PromptKeys
 from thinkswitch_plugin.console import printable
+from thinkswitch_plugin.data import prompts
+from thinkswitch_plugin.data.traces import Outcome
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.judging import compare
 from thinkswitch_plugin.recipe import load_recipe
-from thinkswitch_plugin.run import files
-from thinkswitch_plugin.traces import Outcome
 
 RUN = Path("runs/arithmetic")
 
@@ -85,7 +86,7 @@ def test_no_question_is_a_sentence_that_shows_how(command: Any) -> None:
 )
 def test_a_question_is_asked_as_the_domain_asks_its_own(recipe: str, text: str, empty: list[str]) -> None:
     keys = load_recipe(Path(f"recipes/{recipe}.yaml")).keys
-    assert domain.as_asked(keys.prompts, "1+2") == (text, empty)
+    assert prompts.as_asked(keys.prompts, "1+2") == (text, empty)
 
 
 @pytest.mark.parametrize(
@@ -101,12 +102,12 @@ def test_a_question_is_asked_as_the_domain_asks_its_own(recipe: str, text: str, 
 )
 def test_a_question_that_cannot_be_asked_is_refused(template: str, question: str, says: str) -> None:
     with pytest.raises(ThinkSwitchError, match=says):
-        domain.as_asked(PromptKeys(path="x", template=template), question)  # type: ignore[call-arg]
+        prompts.as_asked(PromptKeys(path="x", template=template), question)  # type: ignore[call-arg]
 
 
 def test_the_system_turn_is_the_recipes() -> None:
     keys = PromptKeys(path="x", system="Be brief.")  # type: ignore[call-arg]
-    assert domain.messages(keys, "1+2") == [
+    assert prompts.messages(keys, "1+2") == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "1+2"},
     ]

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from tests.checkpoints import qwen3, write
+from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import Allowances, require_compatible
 from thinkswitch_plugin.merging.similarity import similarity
 from thinkswitch_plugin.merging.tensors import list_tensors
-from thinkswitch_plugin.run import files
 
 W = {"w": torch.zeros(2, 2)}
 NORM = "model.norm.weight"

@@ -7,8 +7,8 @@ import orjson
 import pytest
 
 from tests.conftest import ROOT
-from thinkswitch_plugin import contamination
 from thinkswitch_plugin.args import EvaluationKeys
+from thinkswitch_plugin.data import contamination
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.errors import ThinkSwitchError
 

@@ -13,10 +13,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from tests import checkpoints
-from thinkswitch_plugin import distil
 from thinkswitch_plugin.answer_only import load
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.recipe import load_recipe, recipe_path
+from thinkswitch_plugin.training import distil
 
 Write = Callable[[str, Sequence[object]], Path]
 

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from tests import traces_table
 from tests.conftest import ROOT
 from tests.traces_table import closing, opening, stored, written
-from thinkswitch_plugin import conventions, marks, traces
+from thinkswitch_plugin import conventions, files
 from thinkswitch_plugin.args import PluginKeys
-from thinkswitch_plugin.batch import Asked, asked, asked_of, completion_of
 from thinkswitch_plugin.conventions import CONVENTIONS, NONE, Convention
+from thinkswitch_plugin.data import marks, traces
+from thinkswitch_plugin.data.batch import Asked, asked, asked_of, completion_of
+from thinkswitch_plugin.data.pairs import PairReport, build_pairs, judge
+from thinkswitch_plugin.data.traces import Outcome, finish_name, finished, split
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.pairs import PairReport, build_pairs, judge
-from thinkswitch_plugin.run import files
-from thinkswitch_plugin.traces import Outcome, finish_name, finished, split
 
 MARK = "\ue000"  # stands only in traces
 ENDING = [each for each in CONVENTIONS if each.closes]

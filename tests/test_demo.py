@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+from thinkswitch_plugin.data.traces import opens_trace, split
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
-from thinkswitch_plugin.traces import opens_trace, split
 
 
 def test_a_chain_is_worked_from_left_to_right_modulo_10() -> None:

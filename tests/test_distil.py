@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from thinkswitch_plugin import distil, recipe
+from thinkswitch_plugin import files, recipe
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin.training import distil
 
 
 def adapter(folder: Path, b: torch.Tensor) -> Path:

@@ -7,11 +7,11 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from thinkswitch_plugin import conventions, domain
+from thinkswitch_plugin import conventions, files
 from thinkswitch_plugin.args import PromptKeys, SamplingKeys
-from thinkswitch_plugin.batch import Asked
+from thinkswitch_plugin.data import prompts
+from thinkswitch_plugin.data.batch import Asked
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import files
 
 Write = Callable[[str, Sequence[object]], Path]
 
@@ -21,7 +21,7 @@ def keys(path: Path, **more: object) -> PromptKeys:
 
 
 def texts(path: Path, iteration: int, seed: int = 0, **more: object) -> list[str]:
-    return [text for _, text in domain.prompts_of_iteration(keys(path, **more), seed, iteration)[0]]
+    return [text for _, text in prompts.prompts_of_iteration(keys(path, **more), seed, iteration)[0]]
 
 
 def test_fresh_prompts_move_on_and_others_stay(write_jsonl: Write) -> None:
@@ -77,7 +77,7 @@ def test_a_request_for_every_sample_in_openais_batch_format(tmp_path: Path) -> N
     out = tmp_path / "requests.jsonl"
     sampling = SamplingKeys(samples=2, temperature=0.6, top_p=0.95, top_k=20, max_tokens=99)
     asked = PromptKeys.model_validate({"path": "-", "system": "Be brief."})
-    count = domain.write_requests(
+    count = prompts.write_requests(
         out, [("a", "1+1"), ("b", "2+2")], model="m", how=Asked(opened=True), keys=asked, sampling=sampling, seed=3
     )
     rows = [row for _, row in files.read_jsonl(out)]
@@ -97,7 +97,7 @@ def test_a_request_for_every_sample_in_openais_batch_format(tmp_path: Path) -> N
 
 def test_a_request_keeps_how_its_completion_is_read(tmp_path: Path) -> None:
     how = Asked(False, conventions.from_key("granite"), ("<stop>",))
-    domain.write_requests(
+    prompts.write_requests(
         tmp_path / "r.jsonl",
         [("a", "1+1")],
         model="m",

@@ -7,9 +7,9 @@ from statistics import mean
 
 import pytest
 
-from thinkswitch_plugin.batch import Asked
+from thinkswitch_plugin.data.batch import Asked
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.evaluation import (
+from thinkswitch_plugin.judging.evaluation import (
     Sample,
     grade,
     grade_question,

@@ -14,17 +14,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, Lfm
 
 from tests.checkpoints import qwen3, read, write
 from tests.conftest import BIN, ROOT
+from thinkswitch_plugin import files
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
-from thinkswitch_plugin.engines import adapter_rank, lora_arguments
+from thinkswitch_plugin.engines.servers import adapter_rank, lora_arguments
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.evaluation import GRADED, samples_file
 from thinkswitch_plugin.export.extract import CONFIG, WEIGHTS, cut, extract, losses, require_extractable
 from thinkswitch_plugin.export.job import Base, export, keeps, parse_ranks
 from thinkswitch_plugin.export.serve import both_modes
 from thinkswitch_plugin.export.template import PROBES, SWITCH, combine, combined_template
-from thinkswitch_plugin.interpolation.subject import Subject
+from thinkswitch_plugin.judging.evaluation import GRADED, samples_file
 from thinkswitch_plugin.recipe import load_recipe
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin.search.subject import Subject
 
 RANKS = (4, 32)
 
@@ -179,7 +179,7 @@ def test_vllm_is_given_a_rank_it_knows(tmp_path: Path) -> None:
 
 
 def test_the_ranks_offered_are_those_of_the_installed_vllm() -> None:
-    from thinkswitch_plugin.engines import MAX_LORA_RANKS, vllm_python
+    from thinkswitch_plugin.engines.servers import MAX_LORA_RANKS, vllm_python
 
     python = vllm_python()
     if python is None:

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkswitch_plugin import traces
-from thinkswitch_plugin.adaptive.formats import POST, PRE, STOP, Format, Parsed, fault, parse, render
+from thinkswitch_plugin.data import traces
+from thinkswitch_plugin.data.formats import POST, PRE, STOP, Format, Parsed, fault, parse, render
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 FORMS = st.sampled_from([PRE, POST])

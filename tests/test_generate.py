@@ -16,12 +16,12 @@ import torch
 
 from tests import bench_faults
 from tests.faulty_server import FaultyServer
-from thinkswitch_plugin import embedded, engines
+from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
+from thinkswitch_plugin.engines import embedded, servers
+from thinkswitch_plugin.engines.generate import PROMPT_ROOM, generate, prompt_room, repair
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.generate import PROMPT_ROOM, generate, prompt_room, repair
-from thinkswitch_plugin.run import files
 
 Write = Callable[[str, Sequence[object]], Path]
 KEYS = EngineKeys(concurrency=4, timeout=5)  # type: ignore[call-arg]
@@ -279,13 +279,13 @@ def test_an_engine_of_ours_that_ends_is_not_waited_for(tmp_path: Path) -> None:
     ended = subprocess.Popen(["false"])
     ended.wait()
     with pytest.raises(ThinkSwitchError, match=r"engine ended .*exit code 1(.|\n)*out of memory"):
-        engines.Server("http://127.0.0.1:1/v1", ended, tmp_path / "log").require_alive()
+        servers.Server("http://127.0.0.1:1/v1", ended, tmp_path / "log").require_alive()
 
 
 @pytest.mark.parametrize("address", ["http://me:pa55@host/v1", "https://host/v1?key=pa55", "http://pa55@host"])
 def test_an_address_that_holds_a_secret_is_refused_without_repeating_it(address: str) -> None:
     with pytest.raises(ThinkSwitchError, match="OPENAI_API_KEY") as refused:
-        engines.choose(address)
+        servers.choose(address)
     assert "pa55" not in str(refused.value)
 
 
@@ -295,14 +295,14 @@ def test_a_port_that_is_taken_is_named() -> None:
         holder.listen()
         port = holder.getsockname()[1]
         with pytest.raises(ThinkSwitchError, match=f"Port {port} on 127.0.0.1 is not free"):
-            engines.free_port(port)
+            servers.free_port(port)
 
 
 def test_engine_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "vllm_python", lambda: None)
-    assert engines.choose("auto") == "embedded"
-    assert engines.choose("http://127.0.0.1:8000/v1/") == "http://127.0.0.1:8000/v1"
+    monkeypatch.setattr(servers, "vllm_python", lambda: None)
+    assert servers.choose("auto") == "embedded"
+    assert servers.choose("http://127.0.0.1:8000/v1/") == "http://127.0.0.1:8000/v1"
     with pytest.raises(ThinkSwitchError, match="make setup-vllm"):
-        engines.choose("vllm")
+        servers.choose("vllm")
     with pytest.raises(ThinkSwitchError, match="ENGINE=llama is unknown"):
-        engines.choose("llama")
+        servers.choose("llama")

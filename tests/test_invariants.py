@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests import fuzz, invariants
 from tests.invariants import CLOSINGS, FILLERS, OPENINGS, SECRET
-from thinkswitch_plugin.answers import EXTRACTORS
+from thinkswitch_plugin.data.answers import EXTRACTORS
 
 # The same examples every time; `make fuzz` looks further.
 HERE = settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
@@ -96,6 +96,6 @@ def test_a_slice_of_the_fuzz_command_finds_nothing(kind: str) -> None:
 
 
 def test_the_checks_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("thinkswitch_plugin.marks.find", lambda *_: [])
+    monkeypatch.setattr("thinkswitch_plugin.data.marks.find", lambda *_: [])
     with pytest.raises(AssertionError):
         invariants.check_split([SECRET, "</think>", "5"], False, False)

@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 import pytest
 
 from tests.conftest import ROOT
-from thinkswitch_plugin import checkpoint, distil, run
+from thinkswitch_plugin import files, run
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import files, supervise
+from thinkswitch_plugin.run import checkpoint, supervise
+from thinkswitch_plugin.training import distil
 
 # An engine whose worker has a session of its own and ignores SIGTERM, as the worst of them do.
 ENGINE = """
@@ -106,7 +107,7 @@ import time
 for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(sign, signal.SIG_DFL)  # who runs the tests may have had some of them ignored
 from thinkswitch_plugin import cli
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin import files
 from pathlib import Path
 
 @cli.main.command("work")
@@ -247,7 +248,7 @@ def test_a_signal_while_answers_are_awaited_is_one_sentence(
     rows = [{"custom_id": str(n), "method": "POST", "url": "/v1/chat/completions", "body": body} for n in range(8)]
     requests = write_jsonl("requests.jsonl", rows)
     ask = (
-        "from thinkswitch_plugin.generate import generate; from thinkswitch_plugin.args import EngineKeys; "
+        "from thinkswitch_plugin.engines.generate import generate; from thinkswitch_plugin.args import EngineKeys; "
         f"import openai; print('asking', flush=True); generate(Path({str(requests)!r}), Path('answers.jsonl'), 'm', "
         f"'http://127.0.0.1:{server.server_port}/v1', EngineKeys(), log=Path('log'))"
     )

@@ -21,16 +21,17 @@ from hypothesis import strategies as st
 from tests import checkpoints
 from tests.conftest import BIN, ROOT
 from tests.test_pairs import answer, request
-from thinkswitch_plugin import check, engines
-from thinkswitch_plugin.adaptive import answering, labels, training
-from thinkswitch_plugin.adaptive.answering import write_questions
-from thinkswitch_plugin.adaptive.formats import POST, PRE, parse
+from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys, PerceptionKeys
-from thinkswitch_plugin.batch import read_requests
+from thinkswitch_plugin.data.batch import read_requests
+from thinkswitch_plugin.data.formats import POST, PRE, parse
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
+from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.loop import check
+from thinkswitch_plugin.perception import answering, labels, training
+from thinkswitch_plugin.perception.answering import write_questions
 from thinkswitch_plugin.recipe import load_recipe
-from thinkswitch_plugin.run import files
 from thinkswitch_plugin.run.hashes import Hashes
 
 Write = Callable[[str, Sequence[object]], Path]
@@ -244,7 +245,7 @@ def test_a_conditions_config_is_the_recipes_with_its_rows_its_template_and_no_mo
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An engine on a checkpoint of random weights."""
-    from thinkswitch_plugin.embedded import EmbeddedEngine
+    from thinkswitch_plugin.engines.embedded import EmbeddedEngine
 
     folder = checkpoints.write(tmp_path_factory.mktemp("tiny") / "checkpoint", checkpoints.qwen3(0))
     build_tokenizer("instruct").save_pretrained(folder)
@@ -449,7 +450,7 @@ def test_only_the_folds_that_learnt_from_a_changed_rationale_are_trained_again(
 
 @pytest.mark.slow
 @pytest.mark.vllm
-@pytest.mark.skipif(engines.vllm_python() is None, reason="vLLM is not installed: make setup-vllm")
+@pytest.mark.skipif(servers.vllm_python() is None, reason="vLLM is not installed: make setup-vllm")
 def test_vllm_with_the_adapter_answers_as_transformers_does(labelled: Any, tmp_path: Path) -> None:
     work, _ = labelled
     fold = work / "fold-1"

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from thinkswitch_plugin import evaluation, score
+from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
-from thinkswitch_plugin.in_process import Sampling, evaluate, quiet
-from thinkswitch_plugin.run import files
-from thinkswitch_plugin.trace_tokens import keep_tags, special_tags
+from thinkswitch_plugin.judging import evaluation, score
+from thinkswitch_plugin.judging.in_process import Sampling, evaluate, quiet
+from thinkswitch_plugin.judging.trace_tokens import keep_tags, special_tags
 
 ENDS = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": "[UNK]"}
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant{% endif %}"

@@ -13,10 +13,11 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.conftest import BIN, ROOT
+from thinkswitch_plugin import files
+from thinkswitch_plugin.data.traces import has_tag
 from thinkswitch_plugin.demo import task
-from thinkswitch_plugin.evaluation import newest
-from thinkswitch_plugin.run import files, open_run, stages
-from thinkswitch_plugin.traces import has_tag
+from thinkswitch_plugin.judging.evaluation import newest
+from thinkswitch_plugin.run import open_run, stages
 
 pytestmark = pytest.mark.slow
 
@@ -168,7 +169,7 @@ def test_a_lambda_that_stops_the_thinking_is_refused_and_the_old_pair_kept(
 ) -> None:
     from thinkswitch_plugin.args import EngineKeys, RebuildKeys
     from thinkswitch_plugin.errors import ThinkSwitchError
-    from thinkswitch_plugin.merging.rebuild import rebuild_thinking
+    from thinkswitch_plugin.loop.rebuild import rebuild_thinking
 
     here = finished_run / "iter-1"
     pair = files.read_json(finished_run / "iter-0" / "pair.json")

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.config import check_config, place_models, set_lambda
 from thinkswitch_plugin.merging.method import module_kind
-from thinkswitch_plugin.run import files
 
 
 def test_lambda_becomes_each_methods_own_numbers() -> None:

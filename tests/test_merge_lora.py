@@ -14,13 +14,15 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tests.checkpoints import equal, qwen3, read
 from tests.checkpoints import write as write_checkpoint
 from tests.conftest import ROOT
-from thinkswitch_plugin import distil, loop, merge_lora
+from thinkswitch_plugin import files
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.loop import work
+from thinkswitch_plugin.merging import lora
 from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.merging.tensors import list_tensors
 from thinkswitch_plugin.recipe import load_recipe
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin.training import distil
 
 
 def legacy(config: dict[str, Any], here: Path, adapter: Path) -> dict[str, torch.Tensor]:
@@ -69,7 +71,7 @@ def test_a_bfloat16_checkpoint_trained_on_a_cpu_is_merged_in_bfloat16(tmp_path: 
         on_cpu=True,
     )
     distil.train(config, tmp_path, resume=False, options=(), minimum=1e-4)
-    loop.merge_adapter(tmp_path, str(parent), tmp_path / "out")
+    work.merge_adapter(tmp_path, str(parent), tmp_path / "out")
     require_compatible(tmp_path / "out", parent)
 
     assert files.read_yaml(tmp_path / "merge-lora.yaml")["merge_method"] == "memory_efficient"
@@ -78,7 +80,7 @@ def test_a_bfloat16_checkpoint_trained_on_a_cpu_is_merged_in_bfloat16(tmp_path: 
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(list(parent.glob("*.safetensors"))) > 2
     trained = {name for name in before if "_proj." in name}
     assert {name for name in before if not torch.equal(before[name], merged[name])} == trained
-    in_bfloat16 = config | merge_lora.DTYPE_KEYS["BF16"] | {"adapter": "lora", "load_in_4bit": False}
+    in_bfloat16 = config | lora.DTYPE_KEYS["BF16"] | {"adapter": "lora", "load_in_4bit": False}
     assert equal(merged, legacy(in_bfloat16, tmp_path, tmp_path / "adapter"))
 
 
@@ -120,7 +122,7 @@ def test_the_method_is_the_one_that_leaves_nothing_out(
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in (qwen3(0) | extra).items()}
     parent = write_checkpoint(tmp_path / "parent", tensors, shards=shards)
     trained = {"adapter": "qlora", "load_in_4bit": True, "bf16": False, "quantize_moe_experts": True}
-    config = merge_lora.merge_config(trained, adapter_for(tmp_path / "adapter", *adapter), parent)
+    config = lora.merge_config(trained, adapter_for(tmp_path / "adapter", *adapter), parent)
     assert (config["merge_method"], config["adapter"], config["load_in_4bit"]) == (method, "lora", False)
     assert "quantize_moe_experts" not in config
     if method == "legacy":
@@ -132,21 +134,21 @@ def test_a_single_shard_with_an_index_keeps_its_index(tmp_path: Path) -> None:
     (parent / "model.safetensors").rename(parent / "model-00001-of-00001.safetensors")
     places = dict.fromkeys(qwen3(0), "model-00001-of-00001.safetensors")
     files.write_json(parent / "model.safetensors.index.json", {"weight_map": places})
-    assert not merge_lora.merges_by_shard(adapter_for(tmp_path / "adapter", *UP), parent)
+    assert not lora.merges_by_shard(adapter_for(tmp_path / "adapter", *UP), parent)
 
 
 def test_a_merge_into_another_layout_or_dtype_is_refused(tmp_path: Path) -> None:
     parent = write_checkpoint(tmp_path / "parent", qwen3(0) | EXPERTS)
-    merge_lora.require_same_layout(parent, write_checkpoint(tmp_path / "same", qwen3(1) | EXPERTS, shards=2))
+    lora.require_same_layout(parent, write_checkpoint(tmp_path / "same", qwen3(1) | EXPERTS, shards=2))
     tied = write_checkpoint(tmp_path / "tied", qwen3(1) | EXPERTS | {"lm_head.weight": torch.zeros(96, 32)})
-    merge_lora.require_same_layout(parent, tied)
+    lora.require_same_layout(parent, tied)
     other = {name: tensor.to(torch.bfloat16) for name, tensor in qwen3(1).items()} | EXPERTS
     with pytest.raises(
         ThinkSwitchError, match=r"model\.embed_tokens\.weight is F32 \[96, 32\] in .* and BF16 \[96, 32"
     ):
-        merge_lora.require_same_layout(parent, write_checkpoint(tmp_path / "other", other))
+        lora.require_same_layout(parent, write_checkpoint(tmp_path / "other", other))
     with pytest.raises(ThinkSwitchError, match=r"experts\.0\.up_proj\.weight is F32 \[2, 2\] in .* and missing"):
-        merge_lora.require_same_layout(parent, write_checkpoint(tmp_path / "fused", qwen3(1)))
+        lora.require_same_layout(parent, write_checkpoint(tmp_path / "fused", qwen3(1)))
 
 
 def test_vectors_that_a_merge_cast_are_the_parents_again(tmp_path: Path) -> None:
@@ -154,7 +156,7 @@ def test_vectors_that_a_merge_cast_are_the_parents_again(tmp_path: Path) -> None
     bfloat16 = {name: tensor.to(torch.bfloat16) for name, tensor in qwen3(0).items()}
     parent = write_checkpoint(tmp_path / "parent", bfloat16 | {vector: torch.tensor([1.001, 2.002])}, shards=2)
     merged = write_checkpoint(tmp_path / "merged", bfloat16 | {vector: torch.ones(2, dtype=torch.bfloat16)}, shards=3)
-    merge_lora.restore_vectors(parent, merged)
-    merge_lora.require_same_layout(parent, merged)
+    lora.restore_vectors(parent, merged)
+    lora.require_same_layout(parent, merged)
     assert equal(read(merged), read(parent))
     assert not list(merged.glob("*.partial"))

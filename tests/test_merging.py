@@ -19,11 +19,10 @@ from mergekit.options import MergeOptions
 from safetensors import safe_open
 
 from tests.checkpoints import equal, qwen3, read, write
-from thinkswitch_plugin import cli
+from thinkswitch_plugin import cli, files
 from thinkswitch_plugin.merging import run, writer
 from thinkswitch_plugin.merging.in_memory import load, merge_into
 from thinkswitch_plugin.merging.method import module_kind
-from thinkswitch_plugin.run import files
 
 Tensors = dict[str, torch.Tensor]
 BAD = "model.layers.1.mlp.up_proj.weight"

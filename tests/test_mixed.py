@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT
-from thinkswitch_plugin import pairs
-from thinkswitch_plugin.contamination import overlaps
+from thinkswitch_plugin import files
+from thinkswitch_plugin.data import pairs
+from thinkswitch_plugin.data.contamination import overlaps
 from thinkswitch_plugin.demo import cache, mixed, task
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import files
 
 SEEDS = st.integers(0, 50)
 

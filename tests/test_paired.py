@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from thinkswitch_plugin import paired
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.evaluation import Sample, interval
+from thinkswitch_plugin.judging import paired
+from thinkswitch_plugin.judging.evaluation import Sample, interval
 
 
 def sample(doc_id: int, correct: list[bool]) -> Sample:
@@ -105,7 +105,7 @@ def test_equal_differences_of_means_show_nothing(n: int) -> None:
 
 
 def test_a_bootstrap_in_parts_draws_what_one_in_one_piece_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    from thinkswitch_plugin import evaluation
+    from thinkswitch_plugin.judging import evaluation
 
     values = list(np.random.default_rng(1).integers(0, 9, 501) / 8)
     whole = interval(values, 8)

@@ -9,9 +9,9 @@ import pytest
 
 from tests import bench_pairs
 from tests.conftest import ROOT
+from thinkswitch_plugin import files
+from thinkswitch_plugin.data.pairs import PairReport, build_pairs, write_pairs
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.pairs import PairReport, build_pairs, write_pairs
-from thinkswitch_plugin.run import files
 
 Write = Callable[[str, Sequence[object]], Path]
 

@@ -14,9 +14,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import BIN, ROOT, Command
-from thinkswitch_plugin import checkpoint
-from thinkswitch_plugin.adaptive import features
-from thinkswitch_plugin.adaptive.model import (
+from thinkswitch_plugin import files
+from thinkswitch_plugin.args import PerceptionKeys
+from thinkswitch_plugin.demo import task
+from thinkswitch_plugin.demo.pair import PairSettings, new_model, save_checkpoint
+from thinkswitch_plugin.demo.tokenizer import build_tokenizer
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.perception import features
+from thinkswitch_plugin.perception.model import (
     Markers,
     attach,
     find_markers,
@@ -26,15 +31,10 @@ from thinkswitch_plugin.adaptive.model import (
     replaced_prompts,
     soft_prompts,
 )
-from thinkswitch_plugin.adaptive.perception import Perception
-from thinkswitch_plugin.adaptive.prompt_embeds import write_plain_view
-from thinkswitch_plugin.adaptive.student import make_student
-from thinkswitch_plugin.args import PerceptionKeys
-from thinkswitch_plugin.demo import task
-from thinkswitch_plugin.demo.pair import PairSettings, new_model, save_checkpoint
-from thinkswitch_plugin.demo.tokenizer import build_tokenizer
-from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin.perception.module import Perception
+from thinkswitch_plugin.perception.prompt_embeds import write_plain_view
+from thinkswitch_plugin.perception.student import make_student
+from thinkswitch_plugin.run import checkpoint
 
 TOKENS = 3
 QUESTIONS = ["7*3+4*2", "1+2", "9*0-4"]

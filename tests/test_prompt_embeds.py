@@ -10,16 +10,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from thinkswitch_plugin import engines
-from thinkswitch_plugin.adaptive import prompt_embeds
-from thinkswitch_plugin.adaptive.formats import POST, PRE, STOP, parse, render
-from thinkswitch_plugin.adaptive.model import attach, load
-from thinkswitch_plugin.adaptive.model import prompt_embeds as embeds_of
-from thinkswitch_plugin.adaptive.student import make_student
 from thinkswitch_plugin.args import EngineKeys, PerceptionKeys
+from thinkswitch_plugin.data.formats import POST, PRE, STOP, parse, render
 from thinkswitch_plugin.demo import mixed, task
 from thinkswitch_plugin.demo.cache import CACHE, ensure_pair
+from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.perception import prompt_embeds
+from thinkswitch_plugin.perception.model import attach, load
+from thinkswitch_plugin.perception.model import prompt_embeds as embeds_of
+from thinkswitch_plugin.perception.student import make_student
 
 TOKENS, STEPS, BATCH = 4, 200, 32
 QUESTIONS = mixed.held_out()[:80]
@@ -27,7 +27,7 @@ QUESTIONS = mixed.held_out()[:80]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.vllm,
-    pytest.mark.skipif(engines.vllm_python() is None, reason="vLLM is not installed: make setup-vllm"),
+    pytest.mark.skipif(servers.vllm_python() is None, reason="vLLM is not installed: make setup-vllm"),
 ]
 
 

@@ -14,12 +14,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from tests import bench_pairs, checkpoints
 from tests.conftest import BIN
 from tests.test_pairs import answer, request
-from thinkswitch_plugin import answer_only, pairs, post_thinking, pre_thinking
-from thinkswitch_plugin.adaptive.formats import POST, PRE, Format, parse, render
-from thinkswitch_plugin.adaptive.student import make_student
+from thinkswitch_plugin import answer_only, files, post_thinking, pre_thinking
+from thinkswitch_plugin.data import pairs
+from thinkswitch_plugin.data.formats import POST, PRE, Format, parse, render
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin.perception.student import make_student
 
 Write = Callable[[str, Sequence[object]], Path]
 TYPES = {PRE: pre_thinking, POST: post_thinking}

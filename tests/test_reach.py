@@ -18,14 +18,14 @@ from transformers import (
 )
 
 from tests.checkpoints import read
-from thinkswitch_plugin import merge_lora
+from thinkswitch_plugin import files
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.merging import lora
 from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.plugin import ThinkSwitchPlugin
-from thinkswitch_plugin.reach import find_experts, require_reach
 from thinkswitch_plugin.recipe import CPU_OVERLAY, load_recipe, overlay_path, recipe_path
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin.training.reach import find_experts, require_reach
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -119,7 +119,7 @@ def test_experts_named_by_lora_target_parameters_are_trained_and_merged(
     adapted.save_pretrained(tmp_path / "adapter")
 
     trained = {"base_model": str(parent), "adapter": "qlora", "load_in_4bit": True, "lora_r": 4, "lora_alpha": 8}
-    config = merge_lora.merge_config(
+    config = lora.merge_config(
         {**trained, "datasets": [{"path": "x", "type": "alpaca"}], "micro_batch_size": 1, "learning_rate": 1e-3}
         | {"gradient_accumulation_steps": 1, "num_epochs": 1, "lora_target_parameters": EXPERTS}
         | files.read_yaml(CPU_OVERLAY),
@@ -132,7 +132,7 @@ def test_experts_named_by_lora_target_parameters_are_trained_and_merged(
         str(tmp_path / "merge-lora.yaml"), lora_model_dir=str(tmp_path / "adapter"), output_dir=str(tmp_path / "out")
     )
     before, after = read(parent), read(tmp_path / "out" / "merged")
-    merge_lora.require_same_layout(parent, tmp_path / "out" / "merged")
+    lora.require_same_layout(parent, tmp_path / "out" / "merged")
     require_compatible(parent, tmp_path / "out" / "merged")
     changed = {n for n in before if not torch.equal(before[n], after[n])}
     assert changed == {

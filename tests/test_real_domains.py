@@ -13,12 +13,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import BIN, ROOT
-from thinkswitch_plugin import engines
+from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.demo import task
-from thinkswitch_plugin.evaluation import newest, samples_file
+from thinkswitch_plugin.engines import servers
+from thinkswitch_plugin.judging.evaluation import newest, samples_file
 from thinkswitch_plugin.merging.tensors import list_tensors
-from thinkswitch_plugin.run import files
 
 pytestmark = pytest.mark.slow
 GREEDY = "temperature=0,do_sample=False,max_gen_toks=40"
@@ -180,7 +180,7 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[lis
     thinking = yaml.safe_load(tiny.read_text())["thinkswitch"]["pair"]["thinking"]
     log = tmp_path_factory.mktemp("vllm") / "log"
     keys = EngineKeys.model_validate({})
-    with engines.serving("vllm", thinking, keys, log, max_len=512) as started:
+    with servers.serving("vllm", thinking, keys, log, max_len=512) as started:
         url = f"{started.base_url}/chat/completions"
         yield [
             "--model",
@@ -204,7 +204,7 @@ def judged(
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(engines.vllm_python() is None, reason="vLLM is not installed: make setup-vllm")
+@pytest.mark.skipif(servers.vllm_python() is None, reason="vLLM is not installed: make setup-vllm")
 @pytest.mark.parametrize("name", GREEDY_TASKS)
 def test_hf_and_a_vllm_server_give_the_same_scores(name: str, judged: tuple[Path, Path]) -> None:
     hf, vllm = judged
@@ -213,7 +213,7 @@ def test_hf_and_a_vllm_server_give_the_same_scores(name: str, judged: tuple[Path
 
 
 @pytest.mark.vllm
-@pytest.mark.skipif(engines.vllm_python() is None, reason="vLLM is not installed: make setup-vllm")
+@pytest.mark.skipif(servers.vllm_python() is None, reason="vLLM is not installed: make setup-vllm")
 def test_k_samples_are_different_samples_with_vllm(server: list[str], data: Path, forked: Any, tmp_path: Path) -> None:
     lm_eval(forked, tmp_path, data, ["thinkswitch_pubmedqa_k8"], SAMPLED, *server)
     texts = completions(tmp_path, "thinkswitch_pubmedqa_k8")

@@ -8,7 +8,7 @@ import pytest
 from tests.test_pairs import answer, request
 from thinkswitch_plugin.args import RebuildKeys
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.merging.rebuild import Baseline, asked_ids, baseline, still_thinks, think_ratio
+from thinkswitch_plugin.loop.rebuild import Baseline, asked_ids, baseline, still_thinks, think_ratio
 
 
 @pytest.mark.parametrize(

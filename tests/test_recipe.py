@@ -7,9 +7,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from thinkswitch_plugin import check, recipe
+from thinkswitch_plugin import files, recipe
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin.loop import check
 
 ARITHMETIC = Path("recipes/arithmetic.yaml")
 

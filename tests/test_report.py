@@ -13,13 +13,14 @@ import orjson
 import pytest
 
 from tests.report_run import BUDGET, HOSTILE, TASK, make_run, write_sweep
-from thinkswitch_plugin import evaluation, paired, pictures
+from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.report import page, tables, write_report
+from thinkswitch_plugin.judging import evaluation, paired
+from thinkswitch_plugin.report import page, pictures, tables, write_report
 from thinkswitch_plugin.report.build import build_report, evaluations, price_per_hour
 from thinkswitch_plugin.report.charts import inline
 from thinkswitch_plugin.report.questions import Limits, Prompts, Questions, sent_text, shorten
-from thinkswitch_plugin.run import REPORT_FILES, Given, files, open_run
+from thinkswitch_plugin.run import REPORT_FILES, Given, open_run
 
 
 @pytest.fixture(scope="module")

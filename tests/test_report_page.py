@@ -11,8 +11,9 @@ import pytest
 
 from tests import browser
 from tests.report_run import make_run, write_sweep
+from thinkswitch_plugin import files
 from thinkswitch_plugin.report import write_report
-from thinkswitch_plugin.run import files, open_run
+from thinkswitch_plugin.run import open_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(browser.CHROMIUM is None, reason=browser.MISSING)]
 SIZES = {"desk": (1200, 900), "phone": (390, 844)}

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.slow
 TRAIN = """
 import sys
 from pathlib import Path
-from thinkswitch_plugin import loop, recipe
+from thinkswitch_plugin import recipe
+from thinkswitch_plugin.loop import work
 from thinkswitch_plugin.run import Run
 
 finished, here, overlay = map(Path, sys.argv[1:])

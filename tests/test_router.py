@@ -13,14 +13,15 @@ import pytest
 import skops.io
 
 from tests.conftest import ROOT
-from thinkswitch_plugin import domain
-from thinkswitch_plugin.adaptive import router
-from thinkswitch_plugin.adaptive.agreement import label_of, prompts_to_label, read_labels
-from thinkswitch_plugin.adaptive.router import Router, describe, threshold_that_keeps, train
-from thinkswitch_plugin.batch import Asked
+from thinkswitch_plugin import files
+from thinkswitch_plugin.data import prompts
+from thinkswitch_plugin.data.batch import Asked
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import Run, files, open_run
+from thinkswitch_plugin.router import classifier
+from thinkswitch_plugin.router.agreement import label_of, prompts_to_label, read_labels
+from thinkswitch_plugin.router.classifier import Router, describe, threshold_that_keeps, train
+from thinkswitch_plugin.run import Run, open_run
 
 Write = Callable[[str, Sequence[object]], Path]
 
@@ -33,7 +34,7 @@ def questions(count: int, seed: int = 0) -> tuple[list[str], list[bool]]:
 
 
 @pytest.fixture(scope="module")
-def trained() -> router.Trained:
+def trained() -> classifier.Trained:
     return train(*questions(200), seed=0)
 
 
@@ -83,11 +84,11 @@ def test_what_a_router_looks_at() -> None:
     ((text, places, words, characters),) = describe(["7 *3"])
     assert (text, words, characters) == ("7 *3", 2, 4)
     assert places == "s0=7 s1=_ s2=* s3=3 e0=3 e1=* e2=_ e3=7"
-    assert len(router.by_place("x" * 100).split()) == 2 * router.PLACES
+    assert len(classifier.by_place("x" * 100).split()) == 2 * classifier.PLACES
     assert describe([]).shape[0] == 0
 
 
-def test_the_router_finds_what_decides_and_its_probabilities_are_shares(trained: router.Trained) -> None:
+def test_the_router_finds_what_decides_and_its_probabilities_are_shares(trained: classifier.Trained) -> None:
     assert "characters" in trained.router.name or "runs" in trained.router.name
     texts, needs = questions(400, seed=1)
     p = trained.router.p_think(texts)
@@ -97,8 +98,8 @@ def test_the_router_finds_what_decides_and_its_probabilities_are_shares(trained:
     losses = [row["log_loss"] for row in trained.tried]
     assert losses == sorted(losses)
     tried = {row["name"]: row for row in trained.tried}
-    assert tried[trained.router.name]["log_loss"] < tried[router.CONSTANT]["log_loss"] - 0.1
-    assert [other.name for other in trained.others].count(router.CONSTANT) == 1
+    assert tried[trained.router.name]["log_loss"] < tried[classifier.CONSTANT]["log_loss"] - 0.1
+    assert [other.name for other in trained.others].count(classifier.CONSTANT) == 1
 
 
 @pytest.mark.usefixtures("few")
@@ -113,10 +114,10 @@ def test_the_same_labels_make_the_same_router() -> None:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the candidates that learn by heart best, and the constant: the networks take their time."""
-    every = router.candidates
-    kept = ("runs of 1 to 3 characters", router.CONSTANT)
+    every = classifier.candidates
+    kept = ("runs of 1 to 3 characters", classifier.CONSTANT)
     monkeypatch.setattr(
-        router, "candidates", lambda seed: {n: c for n, c in every(seed).items() if any(k in n for k in kept)}
+        classifier, "candidates", lambda seed: {n: c for n, c in every(seed).items() if any(k in n for k in kept)}
     )
 
 
@@ -126,7 +127,7 @@ def test_nothing_is_learnt_where_there_is_nothing_to_learn() -> None:
     draw = random.Random(5)
     found = train(texts, [draw.random() < 0.3 for _ in texts], seed=0)
     tried = {row["name"]: row["log_loss"] for row in found.tried}
-    assert tried[found.router.name] > tried[router.CONSTANT] - 0.02
+    assert tried[found.router.name] > tried[classifier.CONSTANT] - 0.02
 
 
 @pytest.mark.usefixtures("few")
@@ -147,7 +148,7 @@ def test_too_few_of_one_label_is_a_sentence() -> None:
         train(texts, [True] * 60, seed=0)
 
 
-def test_a_router_that_is_written_and_read_says_the_same(trained: router.Trained, tmp_path: Path) -> None:
+def test_a_router_that_is_written_and_read_says_the_same(trained: classifier.Trained, tmp_path: Path) -> None:
     texts, _ = questions(100, seed=4)
     for made in (trained.router, *trained.others):  # all kinds, the MLPs among them
         made.save(tmp_path / "router.skops")
@@ -159,22 +160,24 @@ def test_a_router_that_is_written_and_read_says_the_same(trained: router.Trained
     assert trained.router.p_think([]).shape == (0,)
 
 
-def test_a_router_file_with_anything_else_in_it_is_not_loaded(trained: router.Trained, tmp_path: Path) -> None:
+def test_a_router_file_with_anything_else_in_it_is_not_loaded(trained: classifier.Trained, tmp_path: Path) -> None:
     path = tmp_path / "router.skops"
     pipeline = trained.router.pipeline
-    path.write_bytes(skops.io.dumps({"format": router.FORMAT, "name": "x", "pipeline": pipeline, "more": print}))
+    path.write_bytes(skops.io.dumps({"format": classifier.FORMAT, "name": "x", "pipeline": pipeline, "more": print}))
     with pytest.raises(ThinkSwitchError, match=r"router.skops holds builtins.print, which a router does not"):
         Router.load(path)
     for value in ({"format": "thinkswitch router 0"}, [1], pipeline):
         path.write_bytes(skops.io.dumps(value))
         with pytest.raises(ThinkSwitchError, match="no router of this version; train one by `make switch`"):
             Router.load(path)
-    path.write_bytes(skops.io.dumps({"format": router.FORMAT, "name": "x", "sklearn": "0.9.1", "pipeline": pipeline}))
+    path.write_bytes(
+        skops.io.dumps({"format": classifier.FORMAT, "name": "x", "sklearn": "0.9.1", "pipeline": pipeline})
+    )
     with pytest.raises(ThinkSwitchError, match=r"was made with scikit-learn 0.9.1"):
         Router.load(path)
 
 
-def test_a_damaged_router_file_is_a_sentence(trained: router.Trained, tmp_path: Path) -> None:
+def test_a_damaged_router_file_is_a_sentence(trained: classifier.Trained, tmp_path: Path) -> None:
     path = tmp_path / "router.skops"
     with pytest.raises(ThinkSwitchError, match="does not exist"):
         Router.load(path)
@@ -244,7 +247,7 @@ def begun(
     keys = run.recipe.keys
     for k, (start, end) in asked.items():
         out = run.iteration(k) / "requests.jsonl"
-        domain.write_requests(
+        prompts.write_requests(
             out, every[start:end], model="m", how=Asked(opened=True), keys=keys.prompts, sampling=keys.sampling, seed=0
         )
     return run, every

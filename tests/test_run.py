@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from thinkswitch_plugin import begin, run
+from thinkswitch_plugin import files, run
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin.loop import begin
 
 
 @pytest.fixture

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from thinkswitch_plugin import checkpoint, evaluation, recipe
+from thinkswitch_plugin import recipe
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
-from thinkswitch_plugin.connection import LOOPBACK
-from thinkswitch_plugin.engines import vllm_command
+from thinkswitch_plugin.engines.connection import LOOPBACK
+from thinkswitch_plugin.engines.servers import vllm_command
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.judging import evaluation
+from thinkswitch_plugin.run import checkpoint
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ def test_pickled_weights_are_not_taken(tmp_path: Path) -> None:
 
 
 def test_servers_of_ours_listen_on_the_loopback_interface_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("thinkswitch_plugin.engines.vllm_python", lambda: Path(sys.executable))
+    monkeypatch.setattr("thinkswitch_plugin.engines.servers.vllm_python", lambda: Path(sys.executable))
     command = vllm_command("m", 1234, EngineKeys(), None)  # type: ignore[call-arg]
     assert LOOPBACK == "127.0.0.1" and command[command.index("--host") + 1] == LOOPBACK
 

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from tests.conftest import BIN
-from thinkswitch_plugin import score, traces
+from thinkswitch_plugin import files
 from thinkswitch_plugin.conventions import CONVENTIONS, Convention
+from thinkswitch_plugin.data import traces
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin.judging import score
 
 Write = Callable[[str, Sequence[object]], Path]
 OUTPUTS = Path("../shared/data/outputs")

@@ -12,11 +12,11 @@ import pytest
 from pydantic import ValidationError
 
 from tests.faulty_server import SHAPES, FaultyServer
-from thinkswitch_plugin import engines, recipe, replies, run
+from thinkswitch_plugin import files, recipe, run
 from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.engines import replies, servers
+from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.generate import generate
-from thinkswitch_plugin.run import files
 
 Write = Callable[[str, Sequence[object]], Path]
 KEY = "sk-5ecret5ecret"
@@ -91,7 +91,7 @@ def test_an_address_that_lacks_its_v1_is_put_right(ask: Any, elsewhere: tuple[in
         with pytest.raises(ThinkSwitchError, match=f"use ENGINE={server.url}"):
             ask(bare)
     for address in ("http://127.0.0.1:8000/v1/", "http://127.0.0.1:8000/v1/chat/completions"):
-        assert engines.choose(address) == "http://127.0.0.1:8000/v1"
+        assert servers.choose(address) == "http://127.0.0.1:8000/v1"
 
 
 def test_the_recipes_keys_say_who_is_asked_and_by_which_fields(ask: Any) -> None:
@@ -315,7 +315,7 @@ def test_an_unlisted_model_is_named_in_a_list_of_bearable_length() -> None:
         FaultyServer(models=(200, [f"model-{n}" for n in range(300)])) as server,
         pytest.raises(ThinkSwitchError, match="model-9 and 290 more, not m;"),
     ):
-        engines.connect(server.url, "m")
+        servers.connect(server.url, "m")
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +351,7 @@ def test_certificates_of_the_environment_are_trusted_and_one_that_is_not_is_fina
                 (row,) = ask(server)
                 assert row["error"] is None
         # One that stops being trusted in the middle is no outage either.
-        monkeypatch.setattr(engines, "listed_models", lambda url: None)
+        monkeypatch.setattr(servers, "listed_models", lambda url: None)
         with pytest.raises(ThinkSwitchError, match="not trusted"):
             ask(server)
         monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))

@@ -10,16 +10,15 @@ from click.testing import CliRunner
 
 from tests.checkpoints import CONFIG, qwen3, write
 from tests.test_merging import assert_refused, merge, pair, recipe
-from thinkswitch_plugin import cli
+from thinkswitch_plugin import cli, files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.interpolation.subject import Subject
 from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.merging.config import allow, check_config, place_models
 from thinkswitch_plugin.merging.in_memory import load, merge_into
 from thinkswitch_plugin.merging.settings import config_difference, resolve
 from thinkswitch_plugin.merging.tensors import require_unquantised
 from thinkswitch_plugin.recipe import load_recipe
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin.search.subject import Subject
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 

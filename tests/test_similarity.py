@@ -9,12 +9,11 @@ import torch
 from click.testing import CliRunner
 
 from tests.checkpoints import qwen3, write
-from thinkswitch_plugin import cli
+from thinkswitch_plugin import cli, files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging import similarity as module
 from thinkswitch_plugin.merging.kernel import angle
 from thinkswitch_plugin.merging.similarity import layer_of, similarity
-from thinkswitch_plugin.run import files
 
 
 def test_sigma_and_angles_of_a_pair(tmp_path: Path) -> None:

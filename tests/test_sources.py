@@ -5,8 +5,9 @@ from pathlib import Path
 import orjson
 import pytest
 
-from thinkswitch_plugin import contamination, domain, sources
 from thinkswitch_plugin.args import PromptKeys
+from thinkswitch_plugin.data import contamination, sources
+from thinkswitch_plugin.data.prompts import read_prompts
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 SHARED = Path("../shared/data/pubmedqa")
@@ -43,7 +44,7 @@ def test_the_test_half_is_the_official_one_and_no_training_prompt_is_in_it(
     keys = PromptKeys.model_validate(
         {"path": str(tmp_path / "pubmedqa.jsonl"), "subset": "pubmedqa-train", "template": template}
     )
-    prompts, _ = domain.read_prompts(keys, 0)
+    prompts, _ = read_prompts(keys, 0)
     assert len(prompts) == 500 and not {i for i, _ in prompts} & official
     questions = contamination.evaluation_questions("thinkswitch_pubmedqa_full")
     assert len(questions) == 500

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkswitch_plugin.interpolation.stages import Curve, borders, crossing, describe, pick, stages, sweet_spot
+from thinkswitch_plugin.search.stages import Curve, borders, crossing, describe, pick, stages, sweet_spot
 
 WEIGHTS = [0.0, 0.25, 0.5, 0.75, 1.0]
 

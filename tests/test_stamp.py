@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin import files
 from thinkswitch_plugin.run.stamp import begun_path, folder_once, once, stored
 
 

@@ -13,9 +13,9 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.test_changes import RECIPE, iterate, place, replace  # noqa: F401
-from thinkswitch_plugin import run
+from thinkswitch_plugin import files, run
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import files, status
+from thinkswitch_plugin.run import status
 
 pytestmark = pytest.mark.usefixtures("place")
 RUN = Path("runs/arithmetic")

@@ -10,11 +10,11 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests import checkpoints
-from thinkswitch_plugin import traces
-from thinkswitch_plugin.adaptive.formats import ANSWER, POST, PRE, THINK, render
-from thinkswitch_plugin.adaptive.student import SOFT, make_student
+from thinkswitch_plugin.data import traces
+from thinkswitch_plugin.data.formats import ANSWER, POST, PRE, THINK, render
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.perception.student import SOFT, make_student
 
 
 def base(folder: Path, mode: Any = "instruct", **config: Any) -> Path:

@@ -18,16 +18,16 @@ from click.testing import CliRunner
 from tests import report_run
 from tests.conftest import BIN, ROOT
 from tests.faulty_server import FaultyServer
-from thinkswitch_plugin import engines, run
-from thinkswitch_plugin.adaptive import curve
-from thinkswitch_plugin.adaptive.curve import Judged
-from thinkswitch_plugin.adaptive.make_switch import KEEP, held_out, make_switch
-from thinkswitch_plugin.adaptive.router import Router
-from thinkswitch_plugin.adaptive.switch import Switch, answer_file, served_name
+from thinkswitch_plugin import files, run
 from thinkswitch_plugin.cli import main
 from thinkswitch_plugin.demo import task
+from thinkswitch_plugin.engines.servers import free_port
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin.router import curve
+from thinkswitch_plugin.router.classifier import Router
+from thinkswitch_plugin.router.curve import Judged
+from thinkswitch_plugin.router.make_switch import KEEP, held_out, make_switch
+from thinkswitch_plugin.router.switch import Switch, answer_file, served_name
 
 TS = BIN / "thinkswitch"
 SMALL = Judged(
@@ -252,7 +252,7 @@ def test_a_threshold_of_the_users_own(judged_run: Path, server: FaultyServer, th
 
 
 def test_a_server_that_is_down_or_serves_something_else_is_a_sentence(judged_run: Path, server: FaultyServer) -> None:
-    nobody = f"http://127.0.0.1:{engines.free_port(0)}/v1"
+    nobody = f"http://127.0.0.1:{free_port(0)}/v1"
     with pytest.raises(ThinkSwitchError, match=f"{nobody}: no OpenAI-compatible server answers there"):
         Switch.open(judged_run, url=nobody)
     with pytest.raises(ThinkSwitchError, match=r"serves m; none of these is `instruct` or .*iter-2/instruct\. Start"):

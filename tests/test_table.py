@@ -12,8 +12,10 @@ import click
 import pytest
 
 from tests.conftest import ROOT
-from thinkswitch_plugin import cli, loop, pictures
+from thinkswitch_plugin import cli
+from thinkswitch_plugin.loop import work
 from thinkswitch_plugin.recipe import load_recipe
+from thinkswitch_plugin.report import pictures
 from thinkswitch_plugin.run import TABLE, Given, Run, stages, stamp_path
 from thinkswitch_plugin.run.folder import MOST_ITERATIONS
 from thinkswitch_plugin.run.table import REPORT_PICTURES
@@ -59,7 +61,7 @@ def test_make_has_rules_for_as_many_iterations_as_a_run_may_have() -> None:
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
 def test_each_stage_has_its_work_and_its_command(row: Any) -> None:
-    assert callable(getattr(loop, row.work))
+    assert callable(getattr(work, row.work))
     words = [parameter.name for parameter in cli.main.commands[row.command].params]
     assert words == ["run", *(["iteration"] * (not row.single)), *(["mode"] * bool(row.mode))]
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thinkswitch_plugin.traces import Outcome, split, split_message, template_opens_trace
+from thinkswitch_plugin.data.traces import Outcome, split, split_message, template_opens_trace
 
 
 @pytest.mark.parametrize(

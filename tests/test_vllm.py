@@ -22,23 +22,25 @@ import pytest
 import torch
 
 from tests.conftest import BIN, ROOT
-from thinkswitch_plugin import engines, evaluation
-from thinkswitch_plugin.adaptive.answering import load_model
-from thinkswitch_plugin.adaptive.make_switch import make_switch
-from thinkswitch_plugin.adaptive.switch import Switch
+from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.data.pairs import write_pairs
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.demo.tokenizer import CHAT_TEMPLATES
-from thinkswitch_plugin.embedded import EmbeddedEngine
-from thinkswitch_plugin.generate import generate
-from thinkswitch_plugin.pairs import write_pairs
+from thinkswitch_plugin.engines import servers
+from thinkswitch_plugin.engines.embedded import EmbeddedEngine
+from thinkswitch_plugin.engines.generate import generate
+from thinkswitch_plugin.judging import evaluation
+from thinkswitch_plugin.perception.answering import load_model
 from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
-from thinkswitch_plugin.run import files, open_run
+from thinkswitch_plugin.router.make_switch import make_switch
+from thinkswitch_plugin.router.switch import Switch
+from thinkswitch_plugin.run import open_run
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.vllm,
-    pytest.mark.skipif(engines.vllm_python() is None, reason="vLLM is not installed: make setup-vllm"),
+    pytest.mark.skipif(servers.vllm_python() is None, reason="vLLM is not installed: make setup-vllm"),
 ]
 
 
@@ -57,7 +59,7 @@ for words in sys.argv[1:]:
 def test_vllm_knows_the_recipes_options_and_rounds_the_matrices_of_a_dense_model() -> None:
     recipes: list[tuple[str, tuple[str, ...]]] = [("aime", ()), ("pubmedqa", ()), ("aime", ("24gb",))]
     keys = [load_recipe(recipe_path(domain), tuple(map(overlay_path, overlays))).keys for domain, overlays in recipes]
-    words = [str(engines.vllm_python()), "-c", UNDERSTOOD, *(json.dumps(k.engine.vllm_args) for k in keys)]
+    words = [str(servers.vllm_python()), "-c", UNDERSTOOD, *(json.dumps(k.engine.vllm_args) for k in keys)]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     for recipe, its, line in zip(recipes, keys, done.stdout.splitlines()[-len(keys) :], strict=True):
@@ -149,7 +151,7 @@ def test_a_sweep_through_vllm_scores_as_the_sweep_in_memory(finished_run: Path, 
 @pytest.fixture(scope="module")
 def both(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     """`thinkswitch serve` on an export, and a client of it."""
-    port, log = engines.free_port(0), tmp_path_factory.mktemp("serve") / "log"
+    port, log = servers.free_port(0), tmp_path_factory.mktemp("serve") / "log"
     runs = exported.parent.parent.parent
     words = ["serve", "--domain", "arithmetic", "--runs", runs, "--rank", "128", "--port", port]
     with log.open("wb") as handle:

@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import batch, evaluation
-from thinkswitch_plugin.batch import Asked
+from thinkswitch_plugin import files
 from thinkswitch_plugin.conventions import CONVENTIONS, Convention
+from thinkswitch_plugin.data import batch
+from thinkswitch_plugin.data.batch import Asked
+from thinkswitch_plugin.data.pairs import PairReport, build_pairs
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.pairs import PairReport, build_pairs
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin.judging import evaluation
 
 MARKED = "QZX"  # stands only in traces
 TRACE = f"{MARKED} maybe \\boxed{{77777}}? Let me see, {MARKED}."

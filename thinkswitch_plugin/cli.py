@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import click
 
 from thinkswitch_plugin import __version__, console
-from thinkswitch_plugin.answers import EXTRACTORS
+from thinkswitch_plugin.data.answers import EXTRACTORS
 from thinkswitch_plugin.errors import AGAIN, ThinkSwitchError, with_next_command
 from thinkswitch_plugin.run import MODES, TABLE, Given, execute, open_run, processes, progress
 from thinkswitch_plugin.run.table import Row
@@ -98,7 +98,7 @@ def main() -> None:
 
 def given() -> Given:
     """What the environment tells a command besides its own options; `make` hands these on."""
-    from thinkswitch_plugin.sources import DATA_VARIABLE
+    from thinkswitch_plugin.data.sources import DATA_VARIABLE
 
     names = {"keep": "KEEP", "price": "PRICE_PER_HOUR", "data": DATA_VARIABLE}
     return Given(**{name: os.environ.get(variable, "") for name, variable in names.items()})
@@ -120,13 +120,13 @@ def add_stages() -> None:
 
 def do_stage(rows: dict[str | None, Row], run: Path, iteration: int = 0, mode: str | None = None) -> None:
     """Do one stage of a run."""
-    from thinkswitch_plugin import loop
+    from thinkswitch_plugin.loop import work
     from thinkswitch_plugin.run.prune import prune
 
     opened, row = open_run(run, given()), rows[mode]
     k = opened.iterations if row.when == "end" else iteration
-    work = partial(getattr(loop, row.work), opened, k, *([mode] if mode else []))
-    execute(opened, row.name, k, work, after=prune)
+    do = partial(getattr(work, row.work), opened, k, *([mode] if mode else []))
+    execute(opened, row.name, k, do, after=prune)
 
 
 @main.command()
@@ -138,7 +138,7 @@ def do_stage(rows: dict[str | None, Row], run: Path, iteration: int = 0, mode: s
 @OVERLAY
 def begin(domain: str, runs: Path, seed: int, engine: str, iterations: int, overlay: str) -> None:
     """Check the recipe, settle what the run depends on, and say what is left to do."""
-    from thinkswitch_plugin.begin import begin_run
+    from thinkswitch_plugin.loop.begin import begin_run
 
     begin_run(domain, runs, seed, engine, iterations, overlay.split(), given())
 
@@ -168,7 +168,7 @@ def status(run: Path) -> None:
 @click.option("--out", default="", help="Write the answers there as JSON.")
 def compare(run: Path, question: str, iteration: str, overlay: str, out: str, **options: str) -> None:
     """Instruct before, instruct after and thinking answer one question, side by side."""
-    from thinkswitch_plugin.compare import compare as compare_answers
+    from thinkswitch_plugin.judging.compare import compare as compare_answers
 
     if iteration and not (iteration.isascii() and iteration.isdigit()):
         raise click.UsageError(f"--iteration {iteration}: give a whole number from 0.")
@@ -199,7 +199,7 @@ def verify(run: Path) -> None:
 @OVERLAY
 def eval_model(domain: str, model: str, engine: str, out: Path, overlay: str) -> None:
     """Judge any checkpoint with a domain's lm-eval task."""
-    from thinkswitch_plugin.begin import evaluate_model
+    from thinkswitch_plugin.loop.begin import evaluate_model
 
     evaluate_model(domain, model, engine, out, overlay.split())
 
@@ -211,7 +211,7 @@ def eval_model(domain: str, model: str, engine: str, out: Path, overlay: str) ->
 @click.option("--tokens-per-second", type=click.FloatRange(min=0, min_open=True), help="What your GPU generates.")
 def check(domain: str, overlay: str, iterations: int, tokens_per_second: float | None) -> None:
     """Before a GPU hour is spent: machine, engines, hub, recipe, pair, prompts, time and money."""
-    from thinkswitch_plugin.check import check_domain
+    from thinkswitch_plugin.loop.check import check_domain
 
     check_domain(domain, overlay.split(), iterations, tokens_per_second, given().price)
 
@@ -239,7 +239,7 @@ def score(
     file: Path,
 ) -> None:
     """Grade saved outputs again: JSONL rows, lm-eval sample files, OpenAI or vLLM batch files."""
-    from thinkswitch_plugin.score import convention_named, kind_of, score_file
+    from thinkswitch_plugin.judging.score import convention_named, kind_of, score_file
 
     if (task is None) == (answer is None):
         raise click.UsageError("Give either --task or --answer.")
@@ -280,7 +280,7 @@ def results(part: str, runs: tuple[Path, ...]) -> None:
 
         print_results(list(runs))
     else:
-        from thinkswitch_plugin.interpolation.results import print_interpolation
+        from thinkswitch_plugin.search.results import print_interpolation
 
         print_interpolation(list(runs))
 
@@ -331,15 +331,15 @@ def whole_number(option: str, text: str) -> int | None:
 
 
 def _wanted(overlay: str, out: str, limit: str, **others: Any) -> Any:
-    from thinkswitch_plugin.interpolation.subject import Wanted
+    from thinkswitch_plugin.search.subject import Wanted
 
     where = Path(out) if out else None
     return Wanted(overlays=overlay.split(), out=where, limit=whole_number("--limit", limit), **others)
 
 
 def _subject(template: str, sampling: str, samples: str, **others: Any) -> tuple[Any, list[Any], Any]:
-    from thinkswitch_plugin.interpolation.subject import find_subject
-    from thinkswitch_plugin.interpolation.sweep import parse_sampling
+    from thinkswitch_plugin.search.subject import find_subject
+    from thinkswitch_plugin.search.sweep import parse_sampling
 
     drawn = parse_sampling(sampling, whole_number("--samples", samples))
     return find_subject(_wanted(**others)), drawn, template
@@ -351,8 +351,8 @@ def _subject(template: str, sampling: str, samples: str, **others: Any) -> tuple
 @click.option("--lambdas", default="0 0.1 … 1", show_default=True, help="Weights of the thinking checkpoint.")
 def sweep(lambdas: str, **options: Any) -> None:
     """Interpolate a pair at many λ, judge each point, find the stages and the sweet spot -> sweep/."""
-    from thinkswitch_plugin.interpolation.sweep import parse_weights
-    from thinkswitch_plugin.interpolation.sweep import sweep as run_sweep
+    from thinkswitch_plugin.search.sweep import parse_weights
+    from thinkswitch_plugin.search.sweep import sweep as run_sweep
 
     weights = parse_weights(lambdas)
     subject, sampling, template = _subject(**options)
@@ -367,8 +367,8 @@ def sweep(lambdas: str, **options: Any) -> None:
 @click.argument("configs", nargs=-1, required=True, type=FOLDER)
 def judge_merges(name: str, weight: str, configs: tuple[Path, ...], **options: Any) -> None:
     """Judge merge configs (YAML files, or folders of them) on one pair -> merges/NAME/."""
-    from thinkswitch_plugin.interpolation.ablation import judge_configs
-    from thinkswitch_plugin.interpolation.sweep import parse_weights
+    from thinkswitch_plugin.search.ablation import judge_configs
+    from thinkswitch_plugin.search.sweep import parse_weights
 
     chosen = parse_weights(weight)[0] if weight.strip() else None
     subject, sampling, template = _subject(**options)
@@ -406,7 +406,7 @@ def merge(arguments: tuple[str, ...]) -> None:
 @click.option("--limit", default="", help="At most so many label prompts.")
 def switch(run: Path, iteration: int, labels: str, limit: str) -> None:
     """Train a router that sends each question to instruct or thinking, and judge it -> switch/."""
-    from thinkswitch_plugin.adaptive.make_switch import make_switch
+    from thinkswitch_plugin.router.make_switch import make_switch
 
     labels_file = Path(labels) if labels else None
     make_switch(open_run(run), iteration, labels_file=labels_file, limit=whole_number("--limit", limit))
@@ -429,7 +429,7 @@ def answer(pair: Path, source: str, out: str, question: str, **options: Any) -> 
 
     A question that begins with a minus sign goes behind `--`.
     """
-    from thinkswitch_plugin.adaptive.switch import STDIN, Switch, answer_file, answer_one
+    from thinkswitch_plugin.router.switch import STDIN, Switch, answer_file, answer_one
 
     source = STDIN if question == STDIN else source
     if bool(source) == bool(question.strip() and question != STDIN):
@@ -508,7 +508,7 @@ def serve(
 @click.option("--generations", default="", help="Another generations.jsonl, requests.jsonl beside it.")
 def labels(folds: str, overlay: str, domain: str, **options: Any) -> None:
     """Complexity labels by K-fold cross-validation: which questions need thinking? -> adaptive/seed-N/labels/."""
-    from thinkswitch_plugin.adaptive.labels import find_job, make_labels
+    from thinkswitch_plugin.perception.labels import find_job, make_labels
 
     count = whole_number("--folds", folds)
     make_labels(find_job(domain, overlays=overlay.split(), folds=count, **options))
@@ -527,8 +527,8 @@ def labels(folds: str, overlay: str, domain: str, **options: Any) -> None:
 @OVERLAY
 def adaptive(domain: str, runs: Path, seeds: str, folds: str, conditions: str, overlay: str, **options: Any) -> None:
     """Adaptive thinking with all its controls: labels, training, evaluation, table and picture -> adaptive/."""
-    from thinkswitch_plugin.adaptive.experiment import run_experiment
-    from thinkswitch_plugin.adaptive.labels import find_job
+    from thinkswitch_plugin.perception.experiment import run_experiment
+    from thinkswitch_plugin.perception.labels import find_job
 
     words = seeds.split()
     numbers = [int(word) for word in words if word.isascii() and word.isdigit()]
@@ -549,8 +549,8 @@ def similarity(first: str, second: str, out: Path) -> None:
     """How near two checkpoints (folders or hub ids) are: angles, distances and σ -> similarity.json, .png, .svg."""
     if not (first and second):
         raise click.UsageError("name two checkpoints: make similarity A=folder B=folder")
-    from thinkswitch_plugin import checkpoint
     from thinkswitch_plugin.merging.similarity import report_similarity
+    from thinkswitch_plugin.run import checkpoint
 
     folders = [checkpoint.resolve(name, None, which)[0] for name, which in ((first, "first"), (second, "second"))]
     report_similarity(folders[0], folders[1], out)

@@ -13,13 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import console, loop
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.evaluation import run_lm_eval
+from thinkswitch_plugin.judging.evaluation import run_lm_eval
+from thinkswitch_plugin.loop import work
+from thinkswitch_plugin.loop.rebuild import merge
 from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
-from thinkswitch_plugin.merging.rebuild import merge
 from thinkswitch_plugin.report import header, rows, score, table
-from thinkswitch_plugin.run import MODES, Run, files, locked, open_run
+from thinkswitch_plugin.run import MODES, Run, locked, open_run
 
 NAMES = {
     "shuffled": ("instruct", "labels shuffled among prompts"),
@@ -34,7 +35,7 @@ def run_control(run: Run, name: str) -> None:
 
     Raises `ThinkSwitchError` if iteration 1 is not finished or the control does not apply.
     """
-    loop.require_finished(run, 1)
+    work.require_finished(run, 1)
     mode, title = NAMES[name]
     here = run.folder / "controls" / name
     on_cpu = run.recipe.keys.merge_on == "cpu"
@@ -46,15 +47,15 @@ def run_control(run: Run, name: str) -> None:
             with files.atomic_file(pairs) as handle:
                 for row in relabelled(run, name):
                     handle.write(files.dumps_line(row))
-            loop.train_adapter(run, pairs=pairs, base_model=run.checkpoint("instruct", 0), here=here)
-            loop.merge_adapter(here, run.checkpoint("instruct", 0), out, on_cpu=on_cpu)
+            work.train_adapter(run, pairs=pairs, base_model=run.checkpoint("instruct", 0), here=here)
+            work.merge_adapter(here, run.checkpoint("instruct", 0), out, on_cpu=on_cpu)
         elif name == "rounded":
             first = run.iteration(1)
             files.remove(here)
             here.mkdir(parents=True)
             files.write_yaml(here / "axolotl.yaml", files.read_yaml(first / "axolotl.yaml"))
             (here / "adapter").symlink_to((first / "adapter").resolve())
-            loop.merge_adapter(here, run.checkpoint("instruct", 0), out, on_cpu=on_cpu, rounded=True)
+            work.merge_adapter(here, run.checkpoint("instruct", 0), out, on_cpu=on_cpu, rounded=True)
         else:
             weight = files.read_json(run.iteration(1) / "rebuild.json")["lambda"]
             config = Path(run.recipe.keys.rebuild.config)

@@ -20,10 +20,10 @@ from axolotl.loaders import load_tokenizer
 from transformers import set_seed
 
 from thinkswitch_plugin.args import PerceptionKeys
-from thinkswitch_plugin.checkpoint import MODULE
-from thinkswitch_plugin.distil import change, require_moved
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.reach import require_reach
+from thinkswitch_plugin.run.checkpoint import MODULE
+from thinkswitch_plugin.training.distil import change, require_moved
+from thinkswitch_plugin.training.reach import require_reach
 
 
 class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]
@@ -39,7 +39,7 @@ class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]
         Checkpoints that hold a module are made known here, before axolotl reads the base model's config.
         """
         if isinstance(cfg.get("thinkswitch"), dict) and cfg["thinkswitch"].get("perception") is not None:
-            import thinkswitch_plugin.adaptive.model  # noqa: F401
+            import thinkswitch_plugin.perception.model  # noqa: F401
 
             require_kept(cfg)
 
@@ -61,7 +61,7 @@ class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]
             )
         require_reach(cfg, cfg.base_model)
         if keys := perception_keys(cfg):
-            from thinkswitch_plugin.adaptive.model import find_markers
+            from thinkswitch_plugin.perception.model import find_markers
 
             require_kept(cfg)
             find_markers(load_tokenizer(cfg), keys.tokens)
@@ -69,7 +69,7 @@ class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]
     def post_model_build(self, cfg: Any, model: Any) -> None:
         """Attach the perception module: before the adapter, which is to hold a trained copy of it."""
         if keys := perception_keys(cfg):
-            from thinkswitch_plugin.adaptive.model import attach
+            from thinkswitch_plugin.perception.model import attach
 
             attach(model, keys, load_tokenizer(cfg))
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from thinkswitch_plugin.adaptive.formats import PRE
-from thinkswitch_plugin.dataset_type import Completions, strategy
+from thinkswitch_plugin.data.formats import PRE
+from thinkswitch_plugin.training.strategy import Completions, strategy
 
 
 def load(tokenizer: Any, cfg: Any, ds_cfg: Any = None) -> Completions:

@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from thinkswitch_plugin import files
 from thinkswitch_plugin.args import ThinkSwitchKeys, keys_of
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import files
 
 RECIPES = Path("recipes")
 CPU_OVERLAY = RECIPES / "cpu.overlay.yaml"

@@ -11,10 +11,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import console
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.demo import mixed, task
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import files, locked
+from thinkswitch_plugin.run import locked
 from thinkswitch_plugin.run.stamp import folder_once, stored
 
 CACHE = Path(".cache")

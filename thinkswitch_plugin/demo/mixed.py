@@ -20,9 +20,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin.adaptive import formats
+from thinkswitch_plugin import files
+from thinkswitch_plugin.data import formats
 from thinkswitch_plugin.demo import task
-from thinkswitch_plugin.run import files
 
 DOMAIN = "arithmetic-mixed"
 STRATA = ("short", "easy", "hard")

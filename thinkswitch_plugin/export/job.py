@@ -16,21 +16,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import cards, checkpoint, console
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import is_local, resolve_seed
-from thinkswitch_plugin.engines import MAX_LORA_RANKS, adapter_rank
+from thinkswitch_plugin.data.sources import DATA_VARIABLE
+from thinkswitch_plugin.data.task_files import task_files
+from thinkswitch_plugin.engines.servers import MAX_LORA_RANKS, adapter_rank
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.evaluation import read_samples, run_lm_eval, summarize, uses_server
 from thinkswitch_plugin.export.extract import WEIGHTS, cut, extract, losses, require_extractable, require_plain_name
 from thinkswitch_plugin.export.template import chat_template, combined_template
-from thinkswitch_plugin.interpolation.subject import Subject, Wanted, few_questions, find_subject, write_results
+from thinkswitch_plugin.judging.evaluation import read_samples, run_lm_eval, summarize, uses_server
 from thinkswitch_plugin.merging.compatibility import require_compatible
-from thinkswitch_plugin.report import table
-from thinkswitch_plugin.run import MODES, files, locked, open_run
+from thinkswitch_plugin.report import cards, table
+from thinkswitch_plugin.run import MODES, checkpoint, locked, open_run
 from thinkswitch_plugin.run.hashes import CARD, Hashes
 from thinkswitch_plugin.run.stamp import once, record, stored
-from thinkswitch_plugin.sources import DATA_VARIABLE
-from thinkswitch_plugin.task_files import task_files
+from thinkswitch_plugin.search.subject import Subject, Wanted, few_questions, find_subject, write_results
 
 LEAST_KEPT = 0.98  # of the full checkpoint's think ratio, as where thinking is rebuilt
 HEADER = ["rank", "mode", "MB", "error", "accuracy", "95 %", "tokens", "think ratio", "keeps its mode and score"]

@@ -7,13 +7,13 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from thinkswitch_plugin import checkpoint, console
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import ThinkSwitchKeys
-from thinkswitch_plugin.engines import VLLM_ENVIRONMENT, free_port, lora_arguments, vllm_command
+from thinkswitch_plugin.engines.generate import PROMPT_ROOM, context_length
+from thinkswitch_plugin.engines.servers import VLLM_ENVIRONMENT, free_port, lora_arguments, vllm_command
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.export.template import SWITCH
-from thinkswitch_plugin.generate import PROMPT_ROOM, context_length
-from thinkswitch_plugin.run import MODES, files
+from thinkswitch_plugin.run import MODES, checkpoint
 
 
 def serve(export: Path, model: str, rank: int | None, keys: ThinkSwitchKeys, port: int, extra: Sequence[str]) -> None:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinkswitch_plugin import console
-from thinkswitch_plugin.checkpoint import require_plain
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.settings import SIZES, config_difference, is_tied, resolve
 from thinkswitch_plugin.merging.tensors import TensorInfo, list_tensors, require_unquantised
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin.run.checkpoint import require_plain
 
 if TYPE_CHECKING:
     from thinkswitch_plugin.merging.layout import Aligned, Stored

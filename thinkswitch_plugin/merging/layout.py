@@ -23,9 +23,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.initialization import no_init_weights
 
+from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.tensors import TensorInfo
-from thinkswitch_plugin.run import files
 
 
 def model_class(checkpoint: Path) -> type[PreTrainedModel] | None:

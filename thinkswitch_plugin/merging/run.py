@@ -23,8 +23,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from pydantic import ValidationError
 from safetensors import safe_open
 
-from thinkswitch_plugin import console
-from thinkswitch_plugin.checkpoint import require_plain
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.architecture import architecture, planning_for, use_layout
 from thinkswitch_plugin.merging.compatibility import Allowances, align_compatible
@@ -37,7 +36,7 @@ from thinkswitch_plugin.merging.readahead import ReadAheadExecutor
 from thinkswitch_plugin.merging.settings import adopt, layers_of, require_known
 from thinkswitch_plugin.merging.tensors import list_tensors, require_unquantised
 from thinkswitch_plugin.merging.writer import NonFiniteOutputError, writer
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin.run.checkpoint import require_plain
 
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of <malloc.h>
 

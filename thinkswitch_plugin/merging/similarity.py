@@ -21,21 +21,12 @@ from typing import Any
 
 import torch
 
-from thinkswitch_plugin import console
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import align_compatible, list_weights
-from thinkswitch_plugin.merging.kernel import (
-    CHUNK,
-    MERGEKIT_LINEAR,
-    Scratch,
-    Sums,
-    chunk_sums,
-    non_finite,
-    workers,
-)
+from thinkswitch_plugin.merging.kernel import CHUNK, MERGEKIT_LINEAR, Scratch, Sums, chunk_sums, non_finite, workers
 from thinkswitch_plugin.merging.layout import Stored, align
 from thinkswitch_plugin.merging.tensors import TensorInfo
-from thinkswitch_plugin.run import files
 from thinkswitch_plugin.run.progress import Bar
 
 DTYPES = {
@@ -67,7 +58,7 @@ def report_similarity(first: Path, second: Path, out: Path) -> None:
 
     Raises `ThinkSwitchError` as `require_compatible` and `similarity` do.
     """
-    from thinkswitch_plugin import pictures
+    from thinkswitch_plugin.report import pictures
 
     aligned = align_compatible([first, second])
     if aligned and aligned.carried:

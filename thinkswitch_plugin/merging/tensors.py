@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import files
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 # What quantisers add beside the codes: FP8, compressed-tensors, GPTQ, AWQ, bitsandbytes, MXFP4.

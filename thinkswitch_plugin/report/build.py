@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from thinkswitch_plugin import files
 from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.evaluation import Sample, graded, read_samples, samples_file, summarize
-from thinkswitch_plugin.paired import compare
-from thinkswitch_plugin.run import MODES, TABLE, Run, files, stages, stamp_path, versions
+from thinkswitch_plugin.judging.evaluation import Sample, graded, read_samples, samples_file, summarize
+from thinkswitch_plugin.judging.paired import compare
+from thinkswitch_plugin.run import MODES, TABLE, Run, stages, stamp_path, versions
 
 TIMED = {row.name: row.timed for row in TABLE}
 
@@ -125,7 +126,7 @@ def stage_seconds(run: Run) -> dict[int, dict[str, float]]:
 
 def hardware() -> dict[str, Any]:
     """Processor, cores, memory and GPU of this machine."""
-    from thinkswitch_plugin.engines import has_cuda
+    from thinkswitch_plugin.engines.servers import has_cuda
 
     pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     found: dict[str, Any] = {

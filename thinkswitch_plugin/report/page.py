@@ -16,12 +16,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from thinkswitch_plugin import paired, pictures
-from thinkswitch_plugin.report import tables
+from thinkswitch_plugin import files
+from thinkswitch_plugin.judging import paired
+from thinkswitch_plugin.report import pictures, tables
 from thinkswitch_plugin.report.build import Evaluation
 from thinkswitch_plugin.report.charts import inline
 from thinkswitch_plugin.report.questions import BLOCK, Questions
-from thinkswitch_plugin.run import MODES, Run, files, stages, stamp_path, sweep_files
+from thinkswitch_plugin.run import MODES, Run, stages, stamp_path, sweep_files
 from thinkswitch_plugin.run.hashes import Hashes, read_stamp
 
 FOLDER = Path(__file__).parent
@@ -156,7 +157,7 @@ def _series(report: dict[str, Any], mode: str, panel: str) -> str:
 
 def sweeps(run: Run) -> Iterator[dict[str, Any]]:
     """Picture, tables and words of every sweep over λ that lies in the run."""
-    from thinkswitch_plugin.interpolation import sweep
+    from thinkswitch_plugin.search import sweep
 
     for path in sweep_files(run):
         result = files.read_json(path)

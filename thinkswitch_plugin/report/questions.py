@@ -26,12 +26,12 @@ import orjson
 from jinja2 import TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
-from thinkswitch_plugin import traces
+from thinkswitch_plugin import files
 from thinkswitch_plugin.conventions import NONE
+from thinkswitch_plugin.data import traces
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.evaluation import Sample, newest, vote_is_right
+from thinkswitch_plugin.judging.evaluation import Sample, newest, vote_is_right
 from thinkswitch_plugin.report.build import Evaluation
-from thinkswitch_plugin.run import files
 
 BLOCK = 100  # questions
 START = 140  # characters of a prompt that the list shows

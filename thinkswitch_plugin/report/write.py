@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from thinkswitch_plugin import console, pictures
-from thinkswitch_plugin.report import page, tables
+from thinkswitch_plugin import console, files
+from thinkswitch_plugin.report import page, pictures, tables
 from thinkswitch_plugin.report.build import build_report, evaluations
-from thinkswitch_plugin.run import Run, files
+from thinkswitch_plugin.run import Run
 
 
 def write_report(run: Run) -> dict[str, Any]:

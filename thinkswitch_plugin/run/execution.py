@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import console
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import files, progress, stamp, timing
+from thinkswitch_plugin.run import progress, stamp, timing
 from thinkswitch_plugin.run.folder import Run, locked
 from thinkswitch_plugin.run.hashes import Hashes, read_stamp
 from thinkswitch_plugin.run.stage import Stage, stamp_path

@@ -11,8 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import files, processes
+from thinkswitch_plugin.run import processes
 from thinkswitch_plugin.run.hashes import read_stamp
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Run:
     @cached_property
     def task(self) -> tuple[Path, ...]:
         """The files that the evaluation task is made of."""
-        from thinkswitch_plugin.task_files import task_files
+        from thinkswitch_plugin.data.task_files import task_files
 
         return task_files(self.recipe.keys.evaluation.task)
 

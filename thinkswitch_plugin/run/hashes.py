@@ -9,8 +9,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import files
 
 CARD = "README.md"  # of a folder; documentation, which may be completed and corrected
 CLOCK_TICK = 20_000_000  # ns; two writes within one tick of the file system's clock look alike
@@ -63,7 +63,7 @@ class Hashes:
         """
         if path.is_file():
             return {str(path): self._file(path)}
-        from thinkswitch_plugin.checkpoint import FETCHED
+        from thinkswitch_plugin.run.checkpoint import FETCHED
 
         # What the hub's client adds to a checkpoint's folder later, or git keeps there, makes no other checkpoint of it.
         patterns = (*FETCHED, "*.yml") if (path / "config.json").is_file() else ("*",)

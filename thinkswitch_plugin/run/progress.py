@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin import files
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin.run import files
+from thinkswitch_plugin import files
 from thinkswitch_plugin.run.hashes import read_stamp
 
 Key = Mapping[str, Any]  # plain JSON values by name

@@ -1,0 +1,1 @@
+"""Text in, text out: traces, answers, batch files, prompts, pairs, contamination. No models, servers or run folders."""

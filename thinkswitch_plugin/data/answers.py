@@ -1,0 +1,69 @@
+"""Extract and compare final answers: one rule for pair selection, the lm-eval tasks and `thinkswitch score`.
+
+Each kind turns the text *after* the trace into one normal form, or None where no final
+answer can be read. docs/grading.md says in words what counts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from thinkswitch_plugin.data import decisions, integers
+from thinkswitch_plugin.data.statements import stated
+
+
+def exact(text: str) -> str | None:
+    """The whole text without surrounding white space."""
+    return text.strip() or None
+
+
+def digit(text: str) -> str | None:
+    """The text if it is one digit and nothing else (the embedded domain)."""
+    text = text.strip()
+    return text if re.fullmatch(r"[0-9]", text) else None
+
+
+EXTRACTORS: dict[str, Callable[[str], str | None]] = {
+    "exact": exact,
+    "digit": digit,
+    "integer": integers.integer,
+    "decision": decisions.decision,
+    "matharena": integers.last_integer,
+}
+WHOLE_TEXT = ("exact", "digit")  # kinds whose answer is all of the text
+
+
+def extract(kind: str, text: str | None, letters: Mapping[str, str] | None = None) -> str | None:
+    """The final answer in `text` in its normal form, or None where there is none."""
+    if text is None:
+        return None
+    if kind == "decision" and letters:
+        return decisions.decision(text, letters)
+    return EXTRACTORS[kind](text)
+
+
+def extract_unfinished(kind: str, text: str | None, letters: Mapping[str, str] | None = None) -> str | None:
+    """The final answer that a text stated before it was cut off; None where the kind takes the whole text for it."""
+    return None if text is None or kind in WHOLE_TEXT else extract(kind, stated(text), letters)
+
+
+def gold(kind: str, text: str) -> str | None:
+    """The normal form of a published right answer, None if the kind cannot read it (`8/21` is no integer).
+
+    It is the answer itself (`016`, `45.0`, `70^\\circ`, `yes`) or states it (`\\boxed{7}`, `… #### 80`);
+    nothing is looked for in prose.
+    """
+    return integers.published(text) if kind in ("integer", "matharena") else EXTRACTORS[kind](text)
+
+
+def unread(kind: str, text: str) -> str:
+    """What is wrong with a gold answer that `gold` cannot read, to stand inside a sentence."""
+    return f"the gold answer {text[:80]!r} cannot be read as `{kind}`"
+
+
+def majority(found: Sequence[str | None]) -> str | None:
+    """The most frequent answer (the earliest of equals), None if there is none at all."""
+    counts = Counter(a for a in found if a is not None)
+    return counts.most_common(1)[0][0] if counts else None

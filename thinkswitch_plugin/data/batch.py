@@ -1,0 +1,199 @@
+"""OpenAI batch files, read and checked: the requests of a run, and one server's completion of each.
+
+{"custom_id": "p00007-s0", "method": "POST", "url": "/v1/chat/completions",
+ "body": {"model": "…", "messages": [{"role": "user", "content": "7*3+4*2"}], "max_tokens": 64}}
+{"id": "…", "custom_id": "p00007-s0", "response": {"status_code": 200, "body": {"choices": […]}}, "error": null}
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin import conventions, files
+from thinkswitch_plugin.conventions import NONE, Convention
+from thinkswitch_plugin.data import messages, traces
+from thinkswitch_plugin.errors import ThinkSwitchError
+
+TRACES = ("inline", "opened", "none")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How the completion of a request is read.
+
+    Args:
+        opened: the chat template opens the trace.
+        convention: how the trace is written; None for any of the table, `NONE` for a checkpoint that answers directly.
+        ends: further strings that end this tokenizer's turns.
+    """
+
+    opened: bool = False
+    convention: Convention | None = None
+    ends: tuple[str, ...] = ()
+
+    @property
+    def thinks(self) -> bool:
+        """Whether a trace is expected; a completion without one is then not an answer."""
+        return self.convention is not NONE
+
+    def split(self, message: dict[str, Any], finish_reason: str | None) -> traces.Completion:
+        """Split the message of a chat completion. Raises `ValueError` as `messages.texts`."""
+        if self.ends:
+            found = messages.texts(message)
+            message = {**found, "content": _without(found.get("content", ""), self.ends)}
+        return traces.split_message(
+            message, opened=self.opened, finish_reason=finish_reason, convention=self.convention
+        )
+
+    def metadata(self) -> dict[str, Any]:
+        """What a request keeps of it, in its `metadata`."""
+        trace = "opened" if self.opened else "inline" if self.thinks else "none"
+        return {
+            "trace": trace,
+            **conventions.as_metadata(self.convention),
+            **({"ends": list(self.ends)} if self.ends else {}),
+        }
+
+
+def asked_of(tokenizer: Any, key: Convention | None = None) -> Asked:
+    """How a checkpoint's completions are read, from its tokenizer, its chat template and the recipe's convention.
+
+    Raises `ThinkSwitchError` if the recipe says that it writes no trace, and its template opens one.
+    """
+    opened = traces.opens_trace(tokenizer, None if key is NONE else key)
+    if opened and key is NONE:
+        raise ThinkSwitchError(
+            f"`thinkswitch.trace` is none, but the chat template of {getattr(tokenizer, 'name_or_path', '') or 'the checkpoint'} "
+            "opens a trace; leave the key out, or name the convention."
+        )
+    known = (getattr(tokenizer, "eos_token", None), getattr(tokenizer, "eot_token", None))
+    ends = tuple(dict.fromkeys(end for end in known if isinstance(end, str) and traces.without_end(end)))
+    return Asked(opened, key or traces.convention_of(tokenizer), ends)
+
+
+def read_requests(path: Path, limit: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, request) of a batch file, each one checked; memory grows with the ids only.
+
+    Raises `ThinkSwitchError` naming file, line and field of what is wrong, or an id that occurs twice.
+    """
+    lines: dict[str, int] = {}
+    for number, row in itertools.islice(files.read_jsonl(path), limit):
+        where = f"{path}, line {number}"
+        if fault := _fault_of_request(row):
+            raise ThinkSwitchError(f"{where}: {fault}.")
+        first = lines.setdefault(row["custom_id"], number)
+        if first != number:
+            raise ThinkSwitchError(
+                f"{where}: the `custom_id` {row['custom_id']!r} is that of line {first} already; give each its own."
+            )
+        yield number, row
+
+
+def _fault_of_request(row: dict[str, Any]) -> str | None:
+    if not isinstance(row.get("custom_id"), str) or not row["custom_id"]:
+        return "`custom_id` is missing or not text"
+    body = row.get("body")
+    if not isinstance(body, dict):
+        return "`body` is missing or no object"
+    if not isinstance(body.get("messages"), list) or not body["messages"]:
+        return "`body.messages` is missing or empty"
+    for place, message in enumerate(body["messages"]):
+        if not isinstance(message, dict):
+            return f"`body.messages[{place}]` is no object"
+        for name in ("role", "content"):
+            if not isinstance(message.get(name), str):
+                return f"`body.messages[{place}].{name}` is missing or not text"
+    budget = body.get("max_tokens", 1)
+    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
+        return f"`body.max_tokens` is {budget!r}; use a whole number above 0"
+    metadata = body.get("metadata", {})
+    if not isinstance(metadata, dict):
+        return "`body.metadata` is no object"
+    if not isinstance(metadata.get("prompt_id", ""), str):
+        return "`body.metadata.prompt_id` is not text"
+    if metadata.get("trace", "inline") not in TRACES:
+        return f"`body.metadata.trace` is {metadata['trace']!r}; use {' or '.join(TRACES)}"
+    ends = metadata.get("ends", [])
+    if not isinstance(ends, list) or not all(isinstance(end, str) and end for end in ends):
+        return "`body.metadata.ends` is not a list of texts"
+    return conventions.fault(metadata.get("convention", "auto"), "`body.metadata.convention`")
+
+
+def prompt_id(request: dict[str, Any]) -> str:
+    """Whose sample a request is."""
+    return str(request["body"].get("metadata", {}).get("prompt_id", request["custom_id"]))
+
+
+def asked(request: dict[str, Any], key: Convention | None = None) -> Asked:
+    """How the completion of a request is read: as `key`, the recipe's convention, else as its metadata says.
+
+    So a key that is set when the answers are there already needs none of them asked again. A template that opened the
+    trace is a fact, whatever the key.
+    """
+    metadata = request["body"].get("metadata", {})
+    opened = metadata.get("trace") == "opened"
+    convention = None if key is NONE and opened else key
+    if convention is None and metadata.get("trace") == "none":
+        convention = NONE
+    if convention is None and "convention" in metadata:
+        convention = conventions.from_key(metadata["convention"])
+    return Asked(opened, convention, tuple(metadata.get("ends", ())))
+
+
+def stored_id(row: dict[str, Any], path: Path, number: int) -> str:
+    """The id of one line of a batch output. Raises `ThinkSwitchError` if it has none."""
+    if not isinstance(row.get("custom_id"), str):
+        raise ThinkSwitchError(f"{path}, line {number}: `custom_id` is missing or not text; repair or delete the line.")
+    return str(row["custom_id"])
+
+
+def fault_of_completion(body: object) -> str | None:
+    """What keeps a value from being a chat completion with text, None if it is one."""
+    if not isinstance(body, dict):
+        return "it is no JSON object"
+    choices = body.get("choices")
+    if not isinstance(choices, list) or not choices:
+        return "it has no `choices`"
+    choice = choices[0]
+    message = choice.get("message") if isinstance(choice, dict) else None
+    if not isinstance(message, dict):
+        return "its first choice has no `message`"
+    if wrong := messages.fault(message):
+        return wrong
+    if not isinstance(choice.get("finish_reason"), str | None):
+        return "`finish_reason` is not text"
+    usage = body.get("usage")
+    if not isinstance(usage, dict | None):
+        return "`usage` is no object"
+    tokens = (usage or {}).get("completion_tokens")
+    if not isinstance(tokens, int | None) and not (isinstance(tokens, float) and tokens.is_integer()):
+        return "`usage.completion_tokens` is no whole number"
+    return None
+
+
+def completion_body(row: dict[str, Any]) -> dict[str, Any] | None:
+    """The chat completion that one line of a batch output holds, None for a failure or anything else."""
+    response = row.get("response")
+    body = response.get("body") if isinstance(response, dict) else None
+    return None if row.get("error") or fault_of_completion(body) else body
+
+
+def completion_of(row: dict[str, Any], how: Asked) -> traces.Completion:
+    """The split completion of one line of a batch output file."""
+    body = completion_body(row)
+    if body is None:
+        return traces.Completion(None, None, traces.Outcome.FAILED)
+    choice = body["choices"][0]
+    return how.split(choice["message"], choice.get("finish_reason"))
+
+
+def _without(text: str, ends: tuple[str, ...]) -> str:
+    """A text without the strings of `ends` that it ends with."""
+    text = text.rstrip()
+    while found := next((end for end in ends if text.endswith(end)), None):
+        text = text.removesuffix(found).rstrip()
+    return text

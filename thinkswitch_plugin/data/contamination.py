@@ -1,0 +1,148 @@
+"""Is a training prompt also an evaluation question? Checked before anything is generated.
+
+Two texts overlap if they are equal after normalisation, or if the runs of `n` words they share
+make up a stated share of the shorter one. Runs of words alone would not do: abstracts of
+one field share stock phrases.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from thinkswitch_plugin.args import EvaluationKeys
+from thinkswitch_plugin.data.answers import gold, unread
+from thinkswitch_plugin.data.task_files import kind_of_task
+from thinkswitch_plugin.errors import ThinkSwitchError, reason
+
+SHOWN = 5  # offending pairs in the message
+SHORTEST = 6  # words from which on a short question inside a prompt counts
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """A training prompt and an evaluation question that are too much alike."""
+
+    prompt_id: str
+    question: int
+    share: float
+    excerpt: str
+
+
+def words(text: str) -> list[str]:
+    """A text as lower-case words and single symbols, without regard to white space or width."""
+    return re.findall(r"\w+|[^\w\s]", unicodedata.normalize("NFKC", text).lower())
+
+
+def runs_of(tokens: Sequence[str], n: int) -> set[tuple[str, ...]]:
+    """Every run of n words."""
+    return {tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)}
+
+
+def overlaps(prompts: Iterable[tuple[str, str]], questions: Sequence[str], *, n: int, share: float) -> list[Overlap]:
+    """Every (prompt, question) pair that overlaps; memory grows with the evaluation set only.
+
+    Args:
+        prompts: (id, text) of the training prompts.
+        n: length of a shared run, in words.
+        share: shared runs over the runs of the shorter text, from which on it counts.
+    """
+    exact: dict[tuple[str, ...], int] = {}
+    short_questions: dict[int, str] = {}  # those with no run of n words, to be looked for whole
+    holders: dict[tuple[str, ...], list[int]] = {}
+    for number, question in enumerate(questions):
+        tokens = words(question)
+        exact.setdefault(tuple(tokens), number)
+        if SHORTEST <= len(tokens) < n:
+            short_questions[number] = f" {' '.join(tokens)} "
+        for run in runs_of(tokens, n):
+            holders.setdefault(run, []).append(number)
+    # What many questions share is the task's own wording ("Please reason step by step").
+    common = max(2, len(questions) // 50)
+    wording = {run for run, numbers in holders.items() if len(numbers) > common}
+    lengths: Counter[int] = Counter()
+    for run, numbers in holders.items():
+        if run not in wording:
+            lengths.update(numbers)
+    found = []
+    for prompt_id, text in prompts:
+        tokens = words(text)
+        if tuple(tokens) in exact:
+            found.append(Overlap(prompt_id, exact[tuple(tokens)], 1.0, text.strip()[:80]))
+            continue
+        runs = runs_of(tokens, n) - wording
+        hits: Counter[int] = Counter()
+        for run in runs:
+            hits.update(holders.get(run, ()))
+        shares = {number: count / min(len(runs), lengths[number]) for number, count in hits.items()}
+        flat = f" {' '.join(tokens)} "
+        shares |= {number: 1.0 for number, short in short_questions.items() if short in flat}
+        worst = max(shares, key=shares.__getitem__, default=None)
+        if worst is not None and shares[worst] >= share:
+            found.append(Overlap(prompt_id, worst, shares[worst], text.strip()[:80]))
+    return found
+
+
+def evaluation_questions(task: str) -> list[str]:
+    """The text of every question of an lm-eval task, as the task itself renders it.
+
+    Raises `ThinkSwitchError` if lm-eval knows no such task or its data cannot be loaded.
+    """
+    import logging
+
+    from datasets.utils.logging import disable_progress_bar
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it cannot read, we say
+    disable_progress_bar()
+    ours = TaskManager(include_path="lm_eval_tasks", include_defaults=False)
+    manager = ours if task in ours.all_tasks else TaskManager(include_path="lm_eval_tasks")
+    if task not in manager.all_tasks:
+        raise ThinkSwitchError(f"lm-eval knows no task {task!r}; put its YAML into lm_eval_tasks/.")
+    try:
+        loaded = get_task_dict([task], manager).get(task)
+        if loaded is None:
+            raise ThinkSwitchError(
+                f"{task} is a group of lm-eval tasks; name one task in `thinkswitch.evaluation.task`."
+            )
+        questions = [(str(loaded.doc_to_text(doc)), loaded.doc_to_target(doc)) for doc in loaded.eval_docs]
+    except ThinkSwitchError:
+        raise
+    except Exception as error:  # whatever a task file and the libraries that load its data raise
+        raise ThinkSwitchError(f"The questions of lm-eval's task {task} cannot be loaded: {reason(error)}.") from None
+    kind = kind_of_task(task)
+    for number, (question, target) in enumerate(questions):
+        if not question.strip() or target is None or not str(target).strip():
+            raise ThinkSwitchError(f"Question {number} of lm-eval's task {task} (from 0) is empty, or its answer is.")
+        if kind and gold(kind, str(target)) is None:
+            raise ThinkSwitchError(
+                f"Question {number} of lm-eval's task {task} (from 0) cannot be graded: {unread(kind, str(target))}; "
+                "correct it in the task's data."
+            )
+    if not questions:
+        raise ThinkSwitchError(f"lm-eval's task {task} has no questions.")
+    return [question for question, _ in questions]
+
+
+def require_uncontaminated(prompts: Sequence[tuple[str, str]], keys: EvaluationKeys) -> int:
+    """How many questions the evaluation set has.
+
+    Raises `ThinkSwitchError`, showing the pairs, if a training prompt is in it.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    questions = evaluation_questions(keys.task)
+    found = overlaps(prompts, questions, n=keys.contamination_ngram, share=keys.contamination_share)
+    if found:
+        shown = "\n".join(
+            f"    prompt {o.prompt_id} and question {o.question} ({100 * o.share:.0f} % shared): {o.excerpt!r}"
+            for o in found[:SHOWN]
+        )
+        raise ThinkSwitchError(
+            f"{len(found)} training prompt(s) overlap with the evaluation set of {keys.task}; remove them:\n{shown}"
+        )
+    return len(questions)

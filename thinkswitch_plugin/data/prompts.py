@@ -1,0 +1,232 @@
+"""Task prompts -> `requests.jsonl`, the OpenAI batch file that the thinking checkpoint answers.
+
+{"custom_id": "p00007-s0", "method": "POST", "url": "/v1/chat/completions",
+ "body": {"model": "...", "messages": [{"role": "user", "content": "7*3+4*2"}],
+          "temperature": 0.0, "max_tokens": 64, "seed": 0,
+          "metadata": {"prompt_id": "p00007", "trace": "opened", "convention": "think"}}}
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import ChainableUndefined, StrictUndefined, Template, TemplateSyntaxError, Undefined, meta
+from jinja2.sandbox import SandboxedEnvironment
+
+from thinkswitch_plugin import files
+from thinkswitch_plugin.args import PromptKeys, SamplingKeys, resolve_seed
+from thinkswitch_plugin.data import batch, sources
+from thinkswitch_plugin.data.traces import control_token
+from thinkswitch_plugin.errors import ThinkSwitchError
+
+QUESTION_FIELDS = ("prompt", "problem", "question")  # what a row's question is called
+
+
+def read_prompts(keys: PromptKeys, seed: int) -> tuple[list[tuple[str, str]], str | None]:
+    """Every prompt of the recipe's source as (id, text), and the hub commit if it came from there.
+
+    A row may name its own `id` (or `pubid`); else the row number serves.
+    Raises `ThinkSwitchError` naming the file, row and field of a bad row.
+    """
+    rows, commit = _rows(keys, seed)
+    template = _template(keys, StrictUndefined)
+    seen: set[str] = set()
+    found = []
+    for where, number, row in rows:
+        if fault := _fault_of_row(row):
+            raise ThinkSwitchError(f"{where}: {fault}.")
+        try:
+            text = template.render(row)
+        except Exception as error:  # a template may compute anything with a row
+            raise ThinkSwitchError(
+                f"{where}: `thinkswitch.prompts.template` does not fit the row: {_first_line(error)}."
+            ) from None
+        if not text.strip():
+            raise ThinkSwitchError(f"{where}: the prompt is empty; fill it or delete the row.")
+        if token := control_token(text):
+            raise ThinkSwitchError(f"{where}: the prompt holds {token!r}, which would end the turn there; take it out.")
+        prompt_id = _prompt_id(row, number)
+        if prompt_id in seen:
+            raise ThinkSwitchError(f"{where}: the id {prompt_id!r} occurs twice; give each row its own.")
+        seen.add(prompt_id)
+        found.append((prompt_id, text))
+    if keys.shuffle:
+        random.Random(f"prompts-{seed}").shuffle(found)
+    return found, commit
+
+
+def read_field(keys: PromptKeys, seed: int, field: str) -> dict[str, str]:
+    """One field of every row of the recipe's source, such as its right answer, by prompt id.
+
+    Raises `ThinkSwitchError` naming the row that does not have it.
+    """
+    found = {}
+    for where, number, row in _rows(keys, seed)[0]:
+        value = row.get(field)
+        if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+            raise ThinkSwitchError(
+                f"{where}: the field `{field}` is {'missing' if value is None else 'neither text nor a number'}; "
+                f"fields of this row: {', '.join(row)}."
+            )
+        found[_prompt_id(row, number)] = str(value)
+    return found
+
+
+def _prompt_id(row: dict[str, Any], number: int) -> str:
+    return str(row.get("id", row.get("pubid", f"p{number - 1:05d}")))
+
+
+def _template(keys: PromptKeys, undefined: type[Undefined]) -> Template:
+    try:
+        return SandboxedEnvironment(undefined=undefined).from_string(keys.template)
+    except (TemplateSyntaxError, RecursionError) as error:
+        raise ThinkSwitchError(f"`thinkswitch.prompts.template` is no Jinja template: {_first_line(error)}.") from None
+
+
+def messages(keys: PromptKeys, text: str) -> list[dict[str, str]]:
+    """The turns that ask one prompt."""
+    system = [{"role": "system", "content": keys.system}] if keys.system else []
+    return [*system, {"role": "user", "content": text}]
+
+
+def request_body(model: str, turns: list[dict[str, str]], sampling: SamplingKeys, seed: int) -> dict[str, Any]:
+    """The body of one chat request with the recipe's sampling."""
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": turns,
+        "temperature": sampling.temperature,
+        "max_tokens": sampling.max_tokens,
+        "seed": seed,
+    }
+    if sampling.temperature > 0:
+        body |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
+    return body
+
+
+def as_asked(keys: PromptKeys, question: str, others: Mapping[str, Any] | None = None) -> tuple[str, list[str]]:
+    """A question of the user's own as the domain's template asks it, and the template's fields left empty.
+
+    The question takes the place of the field that holds it in the domain's own rows; `others` are further fields.
+    Raises `ThinkSwitchError` if the template has no such field or the question cannot be asked.
+    """
+    if not question.strip():
+        raise ThinkSwitchError('there is no question; give one: make compare QUESTION="…".')
+    if any("\ud800" <= c <= "\udfff" for c in question):
+        raise ThinkSwitchError("the question holds bytes that are not UTF-8 text; write it in UTF-8.")
+    if token := control_token(question):
+        raise ThinkSwitchError(f"the question holds {token!r}, which would end the turn there; take it out.")
+    template = _template(keys, ChainableUndefined)
+    fields = meta.find_undeclared_variables(SandboxedEnvironment().parse(keys.template))
+    field = next((name for name in QUESTION_FIELDS if name in fields), None)
+    if field is None and len(fields) == 1:
+        (field,) = fields
+    if field is None:
+        raise ThinkSwitchError(
+            f"`thinkswitch.prompts.template` has no field for a question ({', '.join(sorted(fields)) or 'none at all'}); "
+            f"name it {' or '.join(QUESTION_FIELDS)} in the recipe."
+        )
+    try:
+        text = template.render({**(others or {}), field: question}).strip("\n")
+    except Exception as error:  # a template may compute anything with a row
+        raise ThinkSwitchError(
+            f"`thinkswitch.prompts.template` cannot ask a question by itself: {_first_line(error)}; "
+            "it needs the other fields of the domain's rows."
+        ) from None
+    return text, sorted(fields - {field} - set(others or {}))
+
+
+def _fault_of_row(row: dict[str, Any]) -> str | None:
+    for name, value in row.items():
+        if isinstance(value, bytes):
+            return f"`{name}` holds bytes that are not UTF-8 text; save the file as UTF-8"
+    for name in QUESTION_FIELDS:
+        if not isinstance(row.get(name, ""), str):
+            return f"`{name}` must be text, found {type(row[name]).__name__}"
+    for name in ("id", "pubid"):
+        value = row.get(name, "-")
+        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+            return f"`{name}` must be text or a whole number, found {str(value)[:50]!r}; leave it out to count the rows"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _rows(keys: PromptKeys, seed: int) -> tuple[Iterator[tuple[str, int, dict[str, Any]]], str | None]:
+    commit = None
+    if keys.path is not None:
+        path = Path(resolve_seed(keys.path, seed))
+        unit = "line" if path.suffix == ".jsonl" else "row"
+        rows = ((f"{path}, {unit} {number}", number, row) for number, row in sources.read_file(path))
+    else:
+        dataset, commit = sources.load_hub(str(keys.hub), keys.config, keys.split, keys.revision)
+        rows = ((f"{keys.hub}, row {number}", number, row) for number, row in enumerate(dataset, 1))
+    if keys.subset == "pubmedqa-train":
+        every = list(rows)
+        for where, _, row in every:
+            if not {"pubid", "final_decision"} <= row.keys():
+                raise ThinkSwitchError(
+                    f"{where}: `pubid` or `final_decision` is missing; this is no PubMedQA row; use `subset: all`."
+                )
+        test = sources.pubmedqa_test_ids((str(row["pubid"]), row["final_decision"]) for _, _, row in every)
+        rows = (entry for entry in every if str(entry[2]["pubid"]) not in test)
+    return rows, commit
+
+
+def prompts_of_iteration(keys: PromptKeys, seed: int, iteration: int) -> tuple[list[tuple[str, str]], str | None]:
+    """The prompts that iteration 1, 2, … asks (the first `count`, or the next ones if `fresh`), and the hub commit.
+
+    Raises `ThinkSwitchError` if the source is too small.
+    """
+    start = (iteration - 1) * keys.count if keys.fresh else 0
+    every, commit = read_prompts(keys, seed)
+    chosen = every[start : start + keys.count]
+    if len(chosen) < keys.count:
+        source = keys.hub or resolve_seed(keys.path or "", seed)
+        raise ThinkSwitchError(
+            f"{source} has only {len(every)} prompts; iteration {iteration} needs {start + keys.count}: "
+            "add prompts, lower `thinkswitch.prompts.count`, or set `fresh: false`."
+        )
+    return chosen, commit
+
+
+def write_requests(
+    out: Path,
+    prompts: list[tuple[str, str]],
+    *,
+    model: str,
+    how: batch.Asked,
+    keys: PromptKeys,
+    sampling: SamplingKeys,
+    seed: int,
+) -> int:
+    """Write one request for every prompt and sample; return how many.
+
+    Args:
+        prompts: (id, text) of every prompt.
+        model: the name under which the thinking checkpoint is served.
+        how: how its completions are read; each request's metadata keeps it.
+        seed: run seed; sample j of every prompt is seeded with ``seed * samples + j``.
+    """
+    written = 0
+    with files.atomic_file(out) as handle:
+        for prompt_id, text in prompts:
+            for sample in range(sampling.samples):
+                body = request_body(model, messages(keys, text), sampling, seed * sampling.samples + sample)
+                body["metadata"] = {"prompt_id": prompt_id, **how.metadata()}
+                handle.write(
+                    files.dumps_line(
+                        {
+                            "custom_id": f"{prompt_id}-s{sample}",
+                            "method": "POST",
+                            "url": "/v1/chat/completions",
+                            "body": body,
+                        }
+                    )
+                )
+                written += 1
+    return written

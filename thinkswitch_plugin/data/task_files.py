@@ -1,0 +1,121 @@
+"""The files that an lm-eval task of ours is made of, for the stamps of the stages that use it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from thinkswitch_plugin.data.answers import EXTRACTORS
+from thinkswitch_plugin.data.sources import DATA_VARIABLE
+from thinkswitch_plugin.errors import ThinkSwitchError
+
+TASKS = Path("lm_eval_tasks")
+
+
+class _AnyTag(yaml.SafeLoader):
+    """Reads task files, whose `!function` tags name Python functions, without calling anything."""
+
+
+_AnyTag.add_multi_constructor("!", lambda loader, tag, node: {"function": str(getattr(node, "value", ""))})
+
+
+def installed() -> Path | None:
+    """The folder of our tasks that lm-eval finds without an option (a checkout links its own), None if there is none."""
+    spec = find_spec("lm_eval")
+    roots = [Path(root) for root in (spec and spec.submodule_search_locations) or ()]
+    modules = [root / "tasks" / "thinkswitch" / "thinkswitch_tasks.py" for root in roots]
+    return next((module.resolve().parent for module in modules if module.is_file()), None)
+
+
+def answer_kind(name: str) -> str | None:
+    """How an lm-eval task of ours reads answers, by the function that it grades with: `grade_integer` -> integer.
+
+    Args:
+        name: the task, with or without `thinkswitch_`.
+
+    Returns:
+        A key of `answers.EXTRACTORS`; None if the task grades in another way.
+
+    Raises `ThinkSwitchError` if there is no such task.
+    """
+    names, folders = dict.fromkeys((f"thinkswitch_{name}", name)), [f for f in (TASKS, installed()) if f]
+    place = next(((n, f) for f in folders for n in names if (f / f"{n}.yaml").is_file()), None)
+    if place is None:
+        known = sorted({p.stem.removeprefix("thinkswitch_") for f in folders for p in f.glob("thinkswitch_*.yaml")})
+        raise ThinkSwitchError(
+            f"There is no task {name!r}; use one of {', '.join(known)}, a file of lm_eval_tasks/, or `--answer KIND`."
+            if known
+            else f"There is no task {name!r}, as no task files are installed; use `--answer KIND`."
+        )
+    return kind_of_task(*place)
+
+
+def kind_of_task(name: str, folder: Path = TASKS) -> str | None:
+    """A key of `answers.EXTRACTORS` if a task of ours grades by one, None for any other task."""
+    functions = (values.get("process_results") for values in _every(name, folder))
+    function = next((str(value["function"]) for value in functions if isinstance(value, dict)), "")
+    kind = function.rpartition(".")[2].removeprefix("grade_")
+    return kind if kind in EXTRACTORS else None
+
+
+def task_files(name: str, folder: Path = TASKS) -> tuple[Path, ...]:
+    """The files that an lm-eval task of ours is made of: YAML, what it includes, functions, local data."""
+    found: dict[Path, None] = {}
+
+    def visit(path: Path) -> None:
+        if not path.is_file() or path in found:
+            return
+        found[path] = None
+        for key, text in _texts(_read(path)):
+            if key == "include":
+                visit(path.parent / text)
+            elif key == "function":
+                visit(path.parent / f"{text.split('.')[0]}.py")
+            elif Path(text).suffix in (".json", ".jsonl", ".csv", ".parquet"):
+                visit(Path(text))
+
+    visit(folder / f"{name}.yaml")
+    if data := os.environ.get(DATA_VARIABLE):
+        found[Path(data)] = None
+    return tuple(found)
+
+
+def repeats(name: str) -> int:
+    """How many answers to each question a task of ours asks for."""
+    return next((int(values["repeats"]) for values in _every(name) if "repeats" in values), 1)
+
+
+def budget(name: str) -> int | None:
+    """The tokens that a task of ours gives to an answer; None where it does not say, or is not ours."""
+    settings = (values.get("generation_kwargs") or {} for values in _every(name))
+    return next((int(found["max_gen_toks"]) for found in settings if "max_gen_toks" in found), None)
+
+
+def _every(name: str, folder: Path = TASKS) -> Iterator[dict[str, Any]]:
+    """A task's YAML file, then what that includes."""
+    yield from (values for path in task_files(name, folder) if isinstance(values := _read(path), dict))
+
+
+def _read(path: Path) -> Any:
+    if path.suffix != ".yaml":
+        return None
+    try:
+        return yaml.load(path.read_bytes(), Loader=_AnyTag)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None  # lm-eval says what is wrong with it
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _texts(inner, str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner, key)

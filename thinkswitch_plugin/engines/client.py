@@ -1,0 +1,284 @@
+"""Ask an OpenAI-compatible server, and tell its troubles from those of a prompt.
+
+The openai client retries refusals, dropped connections, 429 and 5xx by itself, with growing
+pauses. What it leaves open is done here: a prompt is asked in a bounded number of such rounds,
+before each further one the server must answer at all (for which it is waited), time-outs are not
+multiplied by retries, a body that is no chat completion is asked again instead of stored, and what
+every prompt would be refused for stops the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+import openai
+
+from thinkswitch_plugin import files
+from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.data import batch
+from thinkswitch_plugin.engines import connection, replies
+from thinkswitch_plugin.engines.servers import Server
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run import processes
+
+CONNECT_SECONDS = 10.0
+LONGEST_PAUSE = 8.0
+Limits = type(openai.DEFAULT_CONNECTION_LIMITS)  # of whichever HTTP library this openai is built on
+TIME_OUTS = 2  # a stalled connection deserves a second try, a prompt that is too long no more
+
+
+T = TypeVar("T")
+
+
+class Unanswered(Exception):
+    """A prompt that could not be answered, and why."""
+
+
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run`, ended by a signal between the steps of its tasks, so that none of them prints a traceback.
+
+    Raises `processes.Interrupted` then, as the command line's own handlers do everywhere else.
+    """
+    stopped: list[int] = []
+    with asyncio.Runner() as runner, ExitStack() as undo:
+        loop = runner.get_loop()
+        task = loop.create_task(work)
+
+        def stop(number: int) -> None:
+            stopped.append(number)
+            undo.close()  # closing the loop would otherwise undo what comes now
+            processes.end_soon(number)
+            task.cancel()
+
+        for number in processes.HANDLED if threading.current_thread() is threading.main_thread() else ():
+            undo.callback(signal.signal, number, signal.getsignal(number))
+            loop.add_signal_handler(number, stop, number)
+            undo.callback(loop.remove_signal_handler, number)
+
+        async def finished() -> T:
+            return await task
+
+        try:
+            return runner.run(finished())
+        except asyncio.CancelledError:
+            if stopped:
+                raise processes.Interrupted(stopped[0]) from None
+            raise
+
+
+class Client:
+    """Answers chat requests through one server, as one model."""
+
+    def __init__(self, server: Server, model: str, keys: EngineKeys) -> None:
+        self.server, self.model, self.keys = server, model, keys
+        self.waiting = asyncio.Lock()
+        self.openai = openai.AsyncOpenAI(
+            base_url=server.base_url,
+            api_key=connection.api_key() or "none",
+            timeout=openai.Timeout(None, connect=CONNECT_SECONDS),  # `ask` bounds the whole answer
+            http_client=openai.DefaultAsyncHttpxClient(
+                # On a connection of its own an answer cannot be taken for that of the next prompt.
+                limits=Limits(max_keepalive_connections=0),
+                trust_env=not connection.on_loopback(server.base_url),  # a proxy cannot reach our loopback
+                verify=connection.certificates(server.base_url) or True,
+            ),
+        )
+
+    async def close(self) -> None:
+        """Let go of all connections."""
+        await self.openai.close()
+
+    async def ask(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The chat completion body for one request body.
+
+        Raises:
+            Unanswered: the prompt was refused, or failed in every round.
+            ThinkSwitchError: the server stays away, or refuses what is the same for every prompt: the key, the model,
+                a field of the request.
+        """
+        sent = self.request(body)
+        started, rounds, time_outs, problem, pause = time.monotonic(), 0, 0, "", 0.0
+        while rounds < self.keys.attempts and time_outs < TIME_OUTS:
+            if problem:
+                await asyncio.sleep(max(pause, min(LONGEST_PAUSE, 0.25 * 2**rounds)))
+                await self.wait_until_back()
+            rounds, pause = rounds + 1, 0.0
+            try:
+                async with asyncio.timeout(self.keys.timeout):
+                    return await self._reply(sent)
+            except TimeoutError:
+                time_outs += 1
+                problem = f"no answer within {self.keys.timeout:g} s (`thinkswitch.engine.timeout`)"
+            except replies.Refusal as refusal:
+                problem = connection.without_key(str(refusal))
+                self._require_possible(refusal, problem, sent)
+                left = self.keys.outage - (time.monotonic() - started)
+                pause = min(refusal.retry_after, max(0, left))
+                if refusal.status == 429 and left > 0:
+                    rounds = max(0, rounds - 1)  # says nothing about the prompt
+                elif 400 <= refusal.status < 500 and refusal.status not in (408, 409, 429):
+                    raise Unanswered(problem) from None
+            except openai.APIConnectionError as error:
+                if fault := connection.untrusted(self.server.base_url, error):
+                    raise fault from None
+                problem = f"connection lost ({str(error.__cause__ or '') or type(error.__cause__ or error).__name__})"
+            except (ValueError, RecursionError, openai.OpenAIError) as error:
+                problem = f"the server's answer is no chat completion: {str(error)[:200]}"
+        raise Unanswered(f"{problem}; asked {rounds} times")
+
+    def request(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The body as this server is sent it: whoever is served answers, also a candidate that the file does not name."""
+        sent = {k: v for k, v in body.items() if k != "metadata"} | {"model": self.model}
+        if self.server.keeps_special:
+            sent["skip_special_tokens"] = False  # where a model's trace tags are special, the trace would lose them
+        if sent.get("top_k") in (0, -1):  # off
+            sent["top_k"] = -1
+            if not self.server.keeps_special:
+                del sent["top_k"]
+        if self.server.process is not None:
+            return sent
+        keys = self.keys.server
+        if keys.stream:
+            sent |= {"stream": True, "stream_options": {"include_usage": True}}
+        renamed: dict[Any, str] = {**keys.rename}
+        return keys.add | {renamed.get(k, k): v for k, v in sent.items() if k not in keys.omit}
+
+    async def _reply(self, sent: dict[str, Any]) -> dict[str, Any]:
+        """One attempt. Raises what the openai client raises, and `ValueError` for a reply that cannot be stored."""
+        try:
+            data = await self.openai.post("/chat/completions", body=sent, cast_to=bytes)
+        except openai.APIStatusError as error:
+            wait = error.response.headers.get("retry-after", "")
+            raise replies.Refusal(error.status_code, error.body, float(wait) if wait.isdigit() else 0.0) from None
+        try:
+            reply = replies.completion(data, streamed="stream" in sent)
+        except replies.Streamed as error:
+            raise ThinkSwitchError(self._wants_stream(str(error))) from None
+        except replies.Unreadable as error:
+            raise Unanswered(f"the server's answer is no chat completion: {error}") from None
+        if fault := batch.fault_of_completion(reply) or _fault_of_text(reply):
+            raise ValueError(fault)
+        message = reply["choices"][0]["message"]
+        if message.get("refusal") and not message.get("content"):
+            raise Unanswered(f"the model refused: {message['refusal'][:500]}")
+        return dict(reply)
+
+    def _require_possible(self, refusal: replies.Refusal, words: str, sent: dict[str, Any]) -> None:
+        """Raise `ThinkSwitchError` for a refusal that every other prompt would meet too."""
+        at = f"The server at {self.server.base_url}"
+        if self.server.process is None and refusal.status in (0, 400, 404, 405, 422, 501):
+            if "stream" not in sent and replies.wants_stream(words):
+                raise ThinkSwitchError(self._wants_stream(words))
+            if field := replies.refused_field(words, sent):
+                raise ThinkSwitchError(
+                    f"{at} does not take the field `{field}` ({words}); {self._instead(field, words)}."
+                )
+        if refusal.status in (404, 405, 410) or refusal.unknown_model:
+            raise ThinkSwitchError(
+                f"{at} does not serve {self.model} ({words}); set `thinkswitch.engine.server.model` to a name that "
+                "it knows, or correct the address in ENGINE=."
+            )
+        if refusal.status in (401, 402, 403) or refusal.code == "insufficient_quota":
+            advice = (
+                "set OPENAI_API_KEY" if refusal.status == 401 else "see to the account of the key in OPENAI_API_KEY"
+            )
+            raise ThinkSwitchError(f"{at} refuses the key ({words}); answers so far are kept: {advice}.")
+
+    def _wants_stream(self, words: str) -> str:
+        return (
+            f"The server at {self.server.base_url} answers only by a stream ({words}); "
+            "set `thinkswitch.engine.server.stream: true`."
+        )
+
+    def _instead(self, field: str, words: str) -> str:
+        """Which key keeps a field from being sent."""
+        keys, here = self.keys.server, "`thinkswitch.engine.server."
+        if field in keys.add or field == "stream":
+            return f"take it out of {here}add`" if field in keys.add else f"take out {here}stream`"
+        ours = next((name for name, theirs in keys.rename.items() if theirs == field), field)
+        if ours == "max_tokens" and "max_completion_tokens" in words and field != "max_completion_tokens":
+            return f"set {here}rename: {{max_tokens: max_completion_tokens}}`"
+        return f"leave it out by {here}omit: [{ours}]`, or give it the server's name for it by {here}rename`"
+
+    async def wait_until_back(self) -> None:
+        """Return as soon as the server answers at all; one task asks for all.
+
+        Raises `ThinkSwitchError` if it stays away for `thinkswitch.engine.outage` seconds, or was
+        started here and has ended.
+        """
+        async with self.waiting:
+            started, pause = time.monotonic(), 0.25
+            while not await self._answers():
+                self.server.require_alive()
+                if time.monotonic() - started > self.keys.outage:
+                    raise ThinkSwitchError(
+                        f"The server at {self.server.base_url} has not answered for {self.keys.outage:g} s "
+                        "(`thinkswitch.engine.outage`); answers so far are kept: start it and run the same "
+                        "command again."
+                    )
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+
+    async def _answers(self) -> bool:
+        once = self.openai.with_options(max_retries=0, timeout=CONNECT_SECONDS)
+        try:
+            await once.get("/models", cast_to=object)
+        except openai.APIStatusError as error:
+            return error.status_code < 500
+        except openai.APIConnectionError:
+            return False
+        except ValueError:  # whatever it says, it answers
+            return True
+        return True
+
+
+def ask_all(
+    server: Server,
+    model: str,
+    bodies: Sequence[dict[str, Any]],
+    keys: EngineKeys,
+    answered: Callable[[], object] = lambda: None,
+) -> list[dict[str, Any] | Unanswered]:
+    """The chat completions for these request bodies, in order, or why there is none; `answered` is called after each.
+
+    Raises `ThinkSwitchError` as `Client.ask`.
+    """
+
+    async def ask() -> list[dict[str, Any] | Unanswered]:
+        client, room = Client(server, model, keys), asyncio.Semaphore(keys.concurrency)
+
+        async def one(body: dict[str, Any]) -> dict[str, Any] | Unanswered:
+            async with room:
+                try:
+                    return await client.ask(body)
+                except Unanswered as problem:
+                    return problem
+                finally:
+                    answered()
+
+        try:
+            return list(await asyncio.gather(*(one(body) for body in bodies)))
+        finally:
+            await client.close()
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return run_async(ask())
+    with ThreadPoolExecutor(1) as thread:  # a notebook's own loop is at work in this one
+        return thread.submit(run_async, ask()).result()
+
+
+def _fault_of_text(reply: Any) -> str | None:
+    try:
+        files.dumps_line(reply)
+    except TypeError as error:  # half a surrogate pair, a number beyond 64 bit
+        return f"it cannot be stored ({error})"
+    return None

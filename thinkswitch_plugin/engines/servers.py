@@ -1,0 +1,256 @@
+"""Servers: choose the engine, start vLLM around a piece of work, wait for it, stop it.
+
+`vllm` is used where it is installed, a base URL is a server of the user's own, and
+`embedded` (see `embedded.py`) needs no server.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.parse
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from thinkswitch_plugin import console, files
+from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.engines.connection import LOOPBACK, listed_models, opener
+from thinkswitch_plugin.errors import ThinkSwitchError, reason
+from thinkswitch_plugin.run import processes
+from thinkswitch_plugin.run.progress import Bar
+
+VLLM_VENV = Path(".venv-vllm")  # where `make setup-vllm` puts it; it cannot share axolotl's environment
+ENDING = 10.0  # seconds that an engine whose worker has died may take to end
+# The values of vLLM's --max-lora-rank (vllm/config/lora.py).
+MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+NO_VLLM = (
+    "vLLM is not installed; run `make setup-vllm`, or point VLLM_PYTHON at the python of an environment that has it."
+)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A server that answers at `base_url` (…/v1); `process` and `log` if it was started here.
+
+    `keeps_special` says whether it takes vLLM's field that keeps special tokens in the text.
+    """
+
+    base_url: str
+    process: subprocess.Popen[bytes] | None = None
+    log: Path | None = None
+    keeps_special: bool = False
+
+    def require_alive(self, wait: float = 0) -> None:
+        """Raise `ThinkSwitchError` if an engine of ours has ended, or does within `wait` seconds.
+
+        Nobody would start it again.
+        """
+        if self.process is None or self.log is None:
+            return
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(wait)
+            raise ThinkSwitchError(
+                f"The engine ended in the middle of its work (exit code {self.process.returncode}); what was finished "
+                f"is kept: run the same command again. Its log, {self.log}, says:\n{processes.cause(self.log)}"
+            )
+
+    @contextmanager
+    def explaining(self, log: Path) -> Iterator[None]:
+        """Turn what lm-eval raises while it asks this server into one sentence.
+
+        Raises `ThinkSwitchError`: the engine has ended, with the lines of its log that say why, or lm-eval gave up.
+        """
+        try:
+            yield
+        except Exception as error:
+            self.require_alive(wait=ENDING)
+            if isinstance(error, ThinkSwitchError):
+                raise
+            raise ThinkSwitchError(f"lm-eval got no answers from the server ({reason(error)}); see {log}.") from error
+
+
+def vllm_python() -> Path | None:
+    """The interpreter that has vLLM: `VLLM_PYTHON`, then `.venv-vllm`, then the one of `vllm` on the path."""
+    candidates = [os.environ.get("VLLM_PYTHON"), str(VLLM_VENV / "bin" / "python")]
+    command = shutil.which("vllm")
+    if command:
+        candidates.append(str(Path(command).resolve().parent / "python"))
+    return next((Path(c) for c in candidates if c and Path(c).is_file()), None)
+
+
+def choose(engine: str) -> str:
+    """What `ENGINE=` means on this machine: `vllm`, `embedded` or a base URL.
+
+    Raises `ThinkSwitchError` for an unknown name, vLLM where there is none, or a URL that holds a secret.
+    """
+    if engine.startswith(("http://", "https://")):
+        try:
+            parts = urllib.parse.urlsplit(engine)
+            secret = "@" in parts.netloc or parts.query or parts.fragment
+            usable = parts.hostname and (parts.port is None or parts.port > 0)
+        except ValueError:
+            secret, usable = None, False
+        if secret:
+            raise ThinkSwitchError(
+                "ENGINE= holds a name and password, or a `?` or `#` part, which would be written into files and logs; "
+                "give the plain address, and the key as OPENAI_API_KEY in the environment."
+            )
+        if not usable:
+            raise ThinkSwitchError(f"ENGINE={engine} is no address; use one such as http://127.0.0.1:8000/v1.")
+        return engine.rstrip("/").removesuffix("/chat/completions").rstrip("/")
+    if engine == "auto":
+        return "vllm" if vllm_python() else "embedded"
+    if engine == "vllm" and vllm_python() is None:
+        raise ThinkSwitchError(f"ENGINE=vllm: {NO_VLLM}")
+    if engine not in ("vllm", "embedded"):
+        raise ThinkSwitchError(f"ENGINE={engine} is unknown; use auto, vllm, embedded or a base URL.")
+    return engine
+
+
+def free_port(wanted: int) -> int:
+    """A free port on the loopback interface. Raises `ThinkSwitchError` if `wanted` is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((LOOPBACK, wanted))
+        except OSError as error:
+            raise ThinkSwitchError(
+                f"Port {wanted} on {LOOPBACK} is not free ({error.strerror}); set "
+                "`thinkswitch.engine.port: 0` (for `make serve`: PORT=0) to take any free one."
+            ) from None
+        return int(probe.getsockname()[1])
+
+
+def vllm_command(model: str, port: int, keys: EngineKeys, max_len: int | None) -> list[str]:
+    """The command that serves `model` with the vLLM that is installed."""
+    python = vllm_python()
+    if python is None:
+        raise ThinkSwitchError(NO_VLLM)
+    launcher = python.with_name("vllm")
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    # The CPU build installs a `vllm` command that fails: it looks up a distribution of that name.
+    if launcher.is_file() and any(python.parent.parent.glob("lib/python*/site-packages/vllm-[0-9]*.dist-info")):
+        command = [str(launcher), "serve", model]
+    command += ["--host", LOOPBACK, "--port", str(port)]
+    if max_len is not None:
+        command += ["--max-model-len", str(max_len)]
+    if not has_cuda():
+        command += ["--gpu-memory-utilization", "0.2", "--enforce-eager", "--dtype", "float32"]
+    return command + keys.vllm_args
+
+
+def adapter_rank(adapter: Path) -> int:
+    """The largest rank in a PEFT adapter folder. Raises `ThinkSwitchError` if it is none."""
+    path = adapter / "adapter_config.json"
+    config = files.read_json(path)
+    try:
+        return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
+    except (KeyError, TypeError, ValueError):
+        raise ThinkSwitchError(f"{path} names no rank `r`; export the adapter again.") from None
+
+
+def lora_arguments(adapters: Mapping[str, Path]) -> list[str]:
+    """vLLM's options that serve PEFT adapters by name, all of them in one batch if need be.
+
+    Raises `ThinkSwitchError` for a folder that is no adapter, or a rank that vLLM does not serve.
+    """
+    largest = max(map(adapter_rank, adapters.values()))
+    room = next((rank for rank in MAX_LORA_RANKS if rank >= largest), None)
+    if room is None:
+        raise ThinkSwitchError(f"An adapter has rank {largest}; vLLM serves up to {MAX_LORA_RANKS[-1]}.")
+    named = [f"{name}={folder}" for name, folder in adapters.items()]
+    return ["--enable-lora", "--max-loras", str(len(named)), "--max-lora-rank", str(room), "--lora-modules", *named]
+
+
+def has_cuda() -> bool:
+    """Whether a CUDA device is there, without importing torch."""
+    driver = Path("/proc/driver/nvidia/version").exists() or Path("/dev/dxg").exists()  # the latter on WSL 2
+    return driver and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+
+
+@contextmanager
+def serving(engine: str, model: str, keys: EngineKeys, log: Path, *, max_len: int | None = None) -> Iterator[Server]:
+    """Serve `model` for the length of the block; nothing of the engine is left afterwards.
+
+    Args:
+        engine: `vllm`, or the base URL of a server that runs already.
+        model: checkpoint folder or hub id, also the name under which it is asked.
+        log: the engine's output goes here.
+        max_len: longest prompt plus completion, in tokens (vLLM).
+
+    Raises:
+        ThinkSwitchError: no free port, the engine ended or did not start in time, or a
+            server of the user's own refuses the key or does not serve the model.
+    """
+    if engine.startswith(("http://", "https://")):
+        yield connect(engine, model, unlisted=model == keys.server.model)
+        return
+    port = free_port(keys.port)
+    command = vllm_command(model, port, keys, max_len)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    console.say(f"  $ {' '.join(command)}")
+    with log.open("ab") as handle:
+        process = processes.spawn(command, handle, VLLM_ENVIRONMENT)
+        try:
+            base_url = f"http://{LOOPBACK}:{port}/v1"
+            _wait_until_ready(process, f"http://{LOOPBACK}:{port}/health", keys.start_timeout, engine, log)
+            yield Server(base_url, process, log, keeps_special=True)
+        finally:
+            processes.stop_group(process)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float, engine: str, log: Path) -> None:
+    started = time.monotonic()
+    with Bar(0, f"starting {engine}") as bar:
+        while True:
+            if process.poll() is not None:
+                raise ThinkSwitchError(
+                    f"The {engine} engine ended while starting (exit code {process.returncode}); "
+                    f"its log, {log}, says:\n{processes.cause(log)}"
+                )
+            try:
+                with opener(url).open(url, timeout=2) as reply:
+                    if reply.status == 200:
+                        return
+            except OSError:
+                pass
+            if time.monotonic() - started > timeout:
+                raise ThinkSwitchError(
+                    f"The {engine} engine did not answer within {timeout:g} s; raise "
+                    f"`thinkswitch.engine.start_timeout`, or see {log}:\n{processes.tail(log)}"
+                )
+            time.sleep(0.5)
+            bar.update(0)
+
+
+def connect(base_url: str, model: str, *, unlisted: bool = False) -> Server:
+    """A running server that is to answer as `model`.
+
+    Args:
+        unlisted: the server may know the name without listing it, as hosted ones do with variants of a model.
+
+    Raises `ThinkSwitchError` if no server answers there, or it lists other models. One that lists none is asked all
+    the same: what it says to the first prompt decides.
+    """
+    served = listed_models(base_url)
+    if served is not None and model not in served and not unlisted:
+        raise ThinkSwitchError(
+            f"The server at {base_url} serves {_shown(served)}, not {model}; start it with "
+            f"that checkpoint (for vLLM: --served-model-name {model}), or set `thinkswitch.engine.server.model` to the "
+            "name of the model that answers, and run the same command again."
+        )
+    return Server(base_url, keeps_special=(served or {}).get(model) in ("vllm", "sglang"))
+
+
+def _shown(names: Collection[str]) -> str:
+    """Names in a sentence; a hosted server lists hundreds."""
+    shown = ", ".join(itertools.islice(names, 10)) or "nothing"
+    return f"{shown} and {len(names) - 10} more" if len(names) > 10 else shown

@@ -1,0 +1,1 @@
+"""lm-eval in its one set-up, how answers are graded, and paired statistics."""

@@ -1,0 +1,269 @@
+"""`make compare QUESTION="…"`: instruct before, instruct after and thinking answer one question, side by side.
+
+One checkpoint is in memory at a time. The question is asked as the domain asks its own: template, system turn,
+sampling and budget are those of the recipe.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin import console, files
+from thinkswitch_plugin.args import ThinkSwitchKeys
+from thinkswitch_plugin.console import printable
+from thinkswitch_plugin.conventions import NONE, Convention
+from thinkswitch_plugin.data import prompts, traces
+from thinkswitch_plugin.data.batch import asked_of
+from thinkswitch_plugin.engines import servers
+from thinkswitch_plugin.engines.generate import PROMPT_ROOM, context_length
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
+from thinkswitch_plugin.run import MODES, Run, checkpoint, open_run, settings_file
+from thinkswitch_plugin.run.progress import Bar
+
+SHOWN_TRACE = (500, 200)  # characters of a trace that are shown, of its start and of its end
+NO_ANSWER = {
+    traces.Outcome.UNCLOSED: "(no answer: the trace never ended)",
+    traces.Outcome.EMPTY: "(no answer: nothing after the trace)",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one checkpoint said; the fields of `OUT=`'s JSON.
+
+    Attributes:
+        tokens, trace_tokens: generated in all, and those of the trace.
+        seconds: for the answer, without loading the checkpoint.
+        cut: the token limit came first.
+    """
+
+    title: str
+    checkpoint: str
+    trace: str | None
+    answer: str | None
+    outcome: traces.Outcome
+    tokens: int
+    trace_tokens: int
+    seconds: float
+    cut: bool
+
+
+def compare(
+    folder: Path,
+    question: str,
+    *,
+    iteration: int | None = None,
+    instruct: str = "",
+    thinking: str = "",
+    engine: str = "auto",
+    overlays: Sequence[str] = (),
+    out: Path | None = None,
+) -> list[Answer]:
+    """Ask the checkpoints of a run, print their answers side by side, and return them.
+
+    Args:
+        folder: the run, RUNS/DOMAIN; there need not be one where both checkpoints are given.
+        iteration: whose checkpoints; None is the last one that has both.
+        instruct, thinking: other checkpoints (folders or hub ids) in place of the iteration's.
+        engine: `embedded` is transformers in process; `vllm`, or the URL of a server; `auto` is in process,
+            but for recipes that need a GPU vLLM with the recipe's options, where it is installed.
+        out: write the answers there too, as JSON.
+
+    Raises:
+        ThinkSwitchError: no run, no such iteration, weights that were pruned, a question that cannot be asked.
+    """
+    run = open_run(folder) if settings_file(folder).is_file() else None
+    if run is None and not (instruct and thinking):
+        raise ThinkSwitchError(
+            f"{folder} is not a run folder; run `make iterate DOMAIN={folder.name}` first, "
+            "or give two checkpoints: A=<instruct> B=<thinking>."
+        )
+    recipe = run.recipe if run else load_recipe(recipe_path(folder.name), tuple(map(overlay_path, overlays)))
+    text, empty = prompts.as_asked(recipe.keys.prompts, question)
+    asked = speakers(run, iteration, instruct, thinking)
+    if empty:
+        console.say(f"  the domain's template is asked with nothing for {', '.join(empty)}")
+    # A model that needs a GPU may fit on it only as the recipe's options have vLLM round it.
+    chosen = "embedded" if engine == "auto" and not recipe.keys.needs.gpu_gb else servers.choose(engine)
+    answers = []
+    with Bar(len(asked), "compare", unit="answer") as bar:
+        for title, name in asked.items():
+            bar.note(title)
+            bar.update(0)
+            answers.append(ask(title, name, text, recipe.keys, chosen, run.seed if run else 0, folder / "logs"))
+            bar.update()
+    show(question, answers)
+    if out is not None:
+        files.write_json(out, {"question": question, "asked": text, "answers": [asdict(a) for a in answers]})
+    return answers
+
+
+def speakers(run: Run | None, iteration: int | None, instruct: str, thinking: str) -> dict[str, str]:
+    """Who is asked: checkpoint folders by the titles of their columns.
+
+    Raises `ThinkSwitchError` if one of them is not there.
+    """
+    found: dict[str, str] = {}
+    if run is not None and not (instruct and thinking):
+        k = last_finished(run) if iteration is None else iteration
+        found = {"instruct before (iteration 0)": run.checkpoint("instruct", 0)}
+        if k > 0:
+            found[f"instruct after (iteration {k})"] = run.checkpoint("instruct", k)
+        found[f"thinking (iteration {k})"] = run.checkpoint("thinking", k)
+        if instruct:
+            del found[f"instruct after (iteration {k})"]
+        if thinking:
+            del found[f"thinking (iteration {k})"]
+        for name in found.values():
+            if not (Path(name) / "config.json").is_file():
+                raise ThinkSwitchError(
+                    f"{run.folder} has no checkpoint {name}; `make status` shows what is done, `make iterate` makes it."
+                )
+            checkpoint.require_weights(Path(name))
+    elif run is not None:
+        found = {"instruct before (iteration 0)": run.checkpoint("instruct", 0)}
+    for title, name in (("instruct", instruct), ("thinking", thinking)):
+        if name:
+            found[f"{title} ({name})"] = str(checkpoint.resolve(name, None, title)[0])
+    return found
+
+
+def last_finished(run: Run) -> int:
+    """The last iteration that has both checkpoints, with their weights. Raises `ThinkSwitchError` if none has."""
+    for k in range(run.iterations, 0, -1):
+        if all(any((run.iteration(k) / mode).glob("*.safetensors")) for mode in MODES):
+            return k
+    raise ThinkSwitchError(
+        f"{run.folder} has no finished iteration yet; run `make iterate DOMAIN={run.recipe.keys.domain}` first, "
+        "or compare the starting pair by ITER=0."
+    )
+
+
+def ask(title: str, name: str, text: str, keys: ThinkSwitchKeys, engine: str, seed: int, logs: Path) -> Answer:
+    """One checkpoint's answer to one prompt. Raises `ThinkSwitchError` if it cannot be had."""
+    from transformers import AutoTokenizer
+
+    body = prompts.request_body(name, prompts.messages(keys.prompts, text), keys.sampling, seed)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    prompt = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
+    length, limit = len(tokenizer.encode(prompt, add_special_tokens=False)), context_length(name)
+    if length >= limit:
+        raise ThinkSwitchError(
+            f"the question has {length:,} tokens, and {name} reads up to {limit:,}; ask a shorter one."
+        )
+    ask_it = in_process if engine == "embedded" else through_server
+    reply, seconds = ask_it(name, body, keys, engine, logs)
+    return read_reply(title, name, reply, seconds, tokenizer, keys.convention)
+
+
+def read_reply(
+    title: str, name: str, reply: dict[str, Any], seconds: float, tokenizer: Any, convention: Convention | None = None
+) -> Answer:
+    """What a chat completion of the checkpoint `name` says, split by its tokenizer and the recipe's convention."""
+    choice = reply["choices"][0]
+    cut = choice.get("finish_reason") == "length"
+    how = asked_of(tokenizer, None if convention is NONE else convention)
+    done = how.split(choice["message"], choice.get("finish_reason"))
+    return Answer(
+        title=title,
+        checkpoint=name,
+        trace=done.trace,
+        answer=done.answer,
+        outcome=done.outcome,
+        tokens=int((reply.get("usage") or {}).get("completion_tokens") or 0),
+        trace_tokens=len(tokenizer.encode(done.trace, add_special_tokens=False)) if done.trace else 0,
+        seconds=round(seconds, 3),
+        cut=cut,
+    )
+
+
+def in_process(
+    name: str, body: dict[str, Any], _keys: ThinkSwitchKeys, _engine: str, _logs: Path
+) -> tuple[dict[str, Any], float]:
+    """The chat completion by transformers, and its seconds; the checkpoint has left the memory afterwards."""
+    import torch
+
+    from thinkswitch_plugin.engines.embedded import EmbeddedEngine, free_memory
+
+    loaded = EmbeddedEngine(name)
+    torch.manual_seed(body["seed"])
+    started = time.monotonic()
+    reply = loaded.answer([body])[0]
+    seconds = time.monotonic() - started
+    del loaded
+    free_memory()
+    return reply, seconds
+
+
+def through_server(
+    name: str, body: dict[str, Any], keys: ThinkSwitchKeys, engine: str, logs: Path
+) -> tuple[dict[str, Any], float]:
+    """The chat completion by vLLM, started for it, or by a server of the user's own; and its seconds."""
+    from thinkswitch_plugin.engines.client import Unanswered, ask_all
+
+    room = min(body["max_tokens"] + PROMPT_ROOM, context_length(name))
+    with servers.serving(engine, name, keys.engine, logs / "compare.log", max_len=room) as server:
+        started = time.monotonic()
+        (reply,) = ask_all(server, name, [body], keys.engine)
+        if isinstance(reply, Unanswered):
+            raise ThinkSwitchError(
+                f"{name} gave no answer through {engine}: {reply}; leave ENGINE= out to ask it in process."
+            )
+        return reply, time.monotonic() - started
+
+
+def show(question: str, answers: Sequence[Answer]) -> None:
+    """The answers side by side on a terminal, else one below the other as plain text."""
+    if sys.stdout.isatty() and _table(question, answers):
+        return
+    console.say(f"question: {printable(question)}")
+    for found in answers:
+        console.say(f"\n{found.title}: {cost(found)}")
+        if found.trace:
+            console.say(f"  trace ({found.trace_tokens} tokens): {shortened(found.trace)}")
+        console.say(f"  answer: {said(found)}")
+
+
+def _table(question: str, answers: Sequence[Answer]) -> bool:
+    """Print rich's table; False on a terminal that has no use for it."""
+    from rich.console import Console, Group
+    from rich.table import Table
+    from rich.text import Text
+
+    terminal = Console()
+    if terminal.is_dumb_terminal:
+        return False
+    shown = Table(title=Text(printable(question)), expand=True)
+    for found in answers:
+        shown.add_column(Text(found.title), ratio=1, overflow="fold")
+    cells = []
+    for found in answers:
+        trace = f"trace ({found.trace_tokens} tokens)\n{shortened(found.trace)}\n" if found.trace else ""
+        cells.append(Group(*([Text(trace, style="dim")] if trace else []), Text(said(found), style="bold")))
+    shown.add_row(*cells, end_section=True)
+    shown.add_row(*(Text(cost(found)) for found in answers))
+    terminal.print(shown)
+    return True
+
+
+def cost(found: Answer) -> str:
+    """Tokens and time of an answer."""
+    return f"{found.tokens} tokens, {found.seconds:.2f} s" + (", cut by the token limit" if found.cut else "")
+
+
+def said(found: Answer) -> str:
+    """The answer as it is shown."""
+    return NO_ANSWER.get(found.outcome, "(no answer)") if found.answer is None else printable(found.answer)
+
+
+def shortened(trace: str) -> str:
+    """A trace as it is shown: whole if short, else its start and its end."""
+    head, tail = SHOWN_TRACE
+    text = printable(trace)
+    return text if len(text) <= head + tail else f"{text[:head].rstrip()} […] {text[-tail:].lstrip()}"

@@ -1,0 +1,132 @@
+"""One checkpoint against another on the same questions: what was won and lost, and whether that is noise.
+
+The test is McNemar's, exact, on the questions whose verdict changed: is the share of wins among them
+one half? A verdict is right or wrong; of k > 1 samples it is their vote. What is more than noise is said of
+Mean@k: by that test and Newcombe's interval for k = 1; for k > 1 by a paired t-test over the questions' means
+and a bootstrap over questions, since a vote need not change where the mean does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.judging.evaluation import Sample, bootstrapped, vote_is_right
+
+LEVEL = 0.05
+FEWEST = 6  # changed questions; with five, even all won, p = 2 · .5⁵ = .0625
+NOISE, MORE = "within noise", "more than noise"
+
+
+def compare(before: Sequence[Sample], after: Sequence[Sample]) -> dict[str, Any]:
+    """Two evaluations, paired by question.
+
+    Returns:
+        ``n`` questions that both hold, of ``k`` samples; ``won`` and ``lost``, their doc_ids; ``p_of_vote``, of the
+        exact McNemar test; ``p``, the same for k = 1, else of the t-test; ``test``, which one;
+        ``difference`` of Mean@k, after minus before, and its ``ci95``; ``interval``, by which method;
+        ``verdict``, `NOISE` or `MORE`; ``sentence``, all of it in words.
+
+    Raises:
+        ThinkSwitchError: no question is in both.
+    """
+    from scipy.stats import binomtest, ttest_1samp
+
+    old = {s.doc_id: s for s in before}
+    pairs = [(old[s.doc_id], s) for s in after if s.doc_id in old]
+    if not pairs:
+        raise ThinkSwitchError("the two evaluations have no question in common; evaluate both with one task.")
+    verdicts = [(s.doc_id, vote_is_right(one), vote_is_right(s)) for one, s in pairs]
+    won = [doc_id for doc_id, one, other in verdicts if other and not one]
+    lost = [doc_id for doc_id, one, other in verdicts if one and not other]
+    changed = len(won) + len(lost)
+    k = max(len(s.correct) for pair in pairs for s in pair)
+    of_vote = float(binomtest(len(won), changed).pvalue) if changed else 1.0
+    differences = [_mean(s) - _mean(one) for one, s in pairs]
+    if k == 1:
+        both = sum(one and other for _, one, other in verdicts)
+        limits, method = newcombe(both, len(won), len(lost), len(pairs)), "Newcombe"
+        p, test = of_vote, "exact McNemar"
+    else:
+        limits, method = bootstrapped(differences), "bootstrap over questions"
+        # One question has no spread, and equal differences none either: nothing is shown by them.
+        p, test = float(ttest_1samp(differences, 0).pvalue) if len(set(differences)) > 1 else 1.0, "paired t-test"
+    found = {
+        "n": len(pairs),
+        "k": k,
+        "won": won,
+        "lost": lost,
+        "p": p,
+        "test": test,
+        "p_of_vote": of_vote,
+        "difference": sum(_mean(s) for _, s in pairs) / len(pairs) - sum(_mean(one) for one, _ in pairs) / len(pairs),
+        "ci95": limits,
+        "interval": method,
+        "verdict": MORE if p < LEVEL else NOISE,
+    }
+    return {**found, "sentence": sentence(found)}
+
+
+def newcombe(both: int, won: int, lost: int, n: int) -> list[float]:
+    """95 % interval of the difference of two proportions of the same n questions, after minus before.
+
+    Newcombe, Statistics in Medicine 17 (1998), 2635-2650, method 10: Wilson's intervals of the two
+    proportions, put together with the correlation of the pairs.
+
+    Args:
+        both: questions right before and after.
+    """
+    from scipy.stats import binomtest
+
+    neither = n - both - won - lost
+    after, before = both + won, both + lost
+    p, q = after / n, before / n
+    (p_low, p_high), (q_low, q_high) = (binomtest(right, n).proportion_ci(method="wilson") for right in (after, before))
+    product = both * neither - won * lost
+    margins = math.sqrt(after * (n - after) * before * (n - before))
+    shift = max(product - n / 2, 0.0) if product > 0 else product
+    phi = shift / margins if margins else 0.0
+
+    def distance(one: float, other: float) -> float:
+        return math.sqrt(max(one**2 - 2 * phi * one * other + other**2, 0.0))
+
+    return [p - q - distance(p - p_low, q_high - q), p - q + distance(p_high - p, q - q_low)]
+
+
+def sentence(found: dict[str, Any]) -> str:
+    """A comparison in words: `163 questions won and 12 lost of 400 (exact McNemar p < .001): more than noise. …`."""
+    won, lost = len(found["won"]), len(found["lost"])
+    low, high = (100 * v for v in found["ci95"])
+    changed = f"{won} question{'' if won == 1 else 's'} won and {lost} lost of {found['n']}"
+    mcnemar = f"exact McNemar {p_value(found['p_of_vote'])}"
+    change = f"{100 * found['difference']:+z.1f} points (95 % interval {low:+z.1f} to {high:+z.1f}"
+    if found["k"] > 1:
+        test = f"{found['test']} over questions {p_value(found['p'])}"
+        return f"Mean@{found['k']} {change}; {test}): {found['verdict']}. By vote, {changed} ({mcnemar})."
+    text = f"{changed} ({mcnemar}): {found['verdict']}. Accuracy {change})."
+    if won + lost < FEWEST:
+        few = f"Only {won + lost} changed" if won + lost else "None changed"
+        text += f" {few}, and fewer than {FEWEST} cannot reach p < .05: too few to tell."
+    return text
+
+
+def direction(found: dict[str, Any]) -> str:
+    """Where a comparison went: `better` or `worse`; empty where that is within noise."""
+    if found["verdict"] == NOISE:
+        return ""
+    return "better" if found["difference"] > 0 else "worse"
+
+
+def p_value(p: float) -> str:
+    """`p = .035`, `p < .001`; never one that reads as if it were on the other side of `LEVEL`."""
+    if p < 0.001:
+        return "p < .001"
+    if p < LEVEL <= round(p, 3):
+        return "p < .05"
+    return "p = 1" if p > 0.9995 else f"p = {p:.3f}".replace("0.", ".")
+
+
+def _mean(sample: Sample) -> float:
+    return sum(sample.correct) / len(sample.correct)

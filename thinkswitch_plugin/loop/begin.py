@@ -1,0 +1,156 @@
+"""Before the first stage: everything that can be found wrong without doing any work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin import console, files
+from thinkswitch_plugin.args import resolve_seed
+from thinkswitch_plugin.data.prompts import prompts_of_iteration
+from thinkswitch_plugin.engines import servers
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.judging.evaluation import uses_server
+from thinkswitch_plugin.merging.config import check_config, set_lambda
+from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path
+from thinkswitch_plugin.run import NOTHING_MORE, Given, Run, forget_stale, locked, settings_file
+from thinkswitch_plugin.run.folder import read_settings
+from thinkswitch_plugin.run.hashes import Hashes
+from thinkswitch_plugin.run.prune import iterations_kept, prune
+from thinkswitch_plugin.run.stamp import once
+
+
+def begin_run(
+    domain: str,
+    runs: Path,
+    seed: int,
+    engine: str,
+    iterations: int,
+    overlays: Sequence[str] = (),
+    given: Given = NOTHING_MORE,
+) -> Run:
+    """Check the settings, write `run.json`, drop stale stamps, and say what is left to do.
+
+    Raises `ThinkSwitchError`: no such recipe, a wrong key, a file that is missing, or a
+    run folder that was begun with another seed or engine. Nothing is written then.
+    """
+    iterations_kept(given.keep)
+    path = recipe_path(domain)
+    folder = runs / domain
+    before = read_settings(settings_file(folder)) if settings_file(folder).is_file() else None
+    recipe = _recipe_of_run(path, folder, before, [str(overlay_path(name)) for name in overlays])
+    chosen = before["engine"] if before and engine == "auto" else servers.choose(engine)
+    if before and (before["seed"], before["engine"]) != (seed, chosen):
+        raise ThinkSwitchError(
+            f"{folder} was begun with SEED={before['seed']} ENGINE={before['engine']}; "
+            f"give this run a folder of its own, such as RUNS={runs}-seed{seed}."
+        )
+    run = Run(folder, recipe, seed, chosen, iterations, given)
+    require_gpu(recipe)
+    _check_files(run)
+    _check_merge_config(run)
+    if uses_server(recipe.keys.evaluation, chosen) and servers.vllm_python() is None:
+        raise ThinkSwitchError(f"{path}: `thinkswitch.evaluation.backend` asks for a server. {servers.NO_VLLM}")
+    hashes = Hashes(folder)
+    read = {"inputs": {str(p): hashes.of(p) for p in (path, *recipe.overlays)}}
+    once(folder / ".stamps" / "recipe-checked.json", read, (), lambda _: check_axolotl_keys(recipe), part=None)
+    with locked(run.folder):
+        files.write_json(
+            settings_file(folder),
+            {
+                "domain": domain,
+                "recipe": str(path),
+                "overlays": [str(p) for p in recipe.overlays],
+                "seed": seed,
+                "engine": chosen,
+                "iterations": iterations,
+            },
+        )
+        total, waiting = forget_stale(run)
+        prune(run, Hashes(folder))
+    if waiting:
+        done = f"{total - len(waiting)} of {total} stages done, next is {waiting[0].title}"
+        console.say(f"{folder}: seed {seed}, engine {chosen}; {done}")
+    else:
+        console.say(f"Nothing to do: {folder} has all {iterations} iterations; see {folder / 'report.html'}")
+    return run
+
+
+def _recipe_of_run(path: Path, folder: Path, before: dict[str, Any] | None, overlays: list[str]) -> Recipe:
+    extra = overlays or (before["overlays"] if before else [])
+    if before and before["overlays"] != extra:
+        raise ThinkSwitchError(
+            f"{folder} was begun with OVERLAY='{' '.join(before['overlays'])}'; give this run a folder of its own by RUNS=."
+        )
+    recipe = load_recipe(path, tuple(Path(name) for name in extra))
+    if recipe.keys.domain != folder.name:
+        raise ThinkSwitchError(
+            f"{path}: `thinkswitch.domain` is {recipe.keys.domain!r}, but the file is named {folder.name}; make the two the same."
+        )
+    if recipe.keys.perception:
+        raise ThinkSwitchError(
+            f"{path}: `thinkswitch.perception` belongs to `make adaptive`; the loop's checkpoints have no such module: "
+            "take it out, or put it into an overlay that only `make adaptive` gets."
+        )
+    return recipe
+
+
+def require_gpu(recipe: Recipe) -> None:
+    """Raise `ThinkSwitchError` if the recipe needs a GPU and there is none."""
+    if recipe.keys.needs.gpu_gb and not servers.has_cuda():
+        raise ThinkSwitchError(
+            f"{recipe.path} needs a CUDA GPU with {recipe.keys.needs.gpu_gb:g} GB, and this machine has none; "
+            "`make iterate DOMAIN=arithmetic` runs the same loop on a CPU with a pair made on the spot."
+        )
+
+
+def _check_files(run: Run) -> None:
+    keys = run.recipe.keys
+    if not Path(keys.rebuild.config).is_file():
+        raise ThinkSwitchError(
+            f"{run.recipe.path}: `thinkswitch.rebuild.config` names {keys.rebuild.config}, which does not exist; name a file of merge_configs/."
+        )
+    if keys.prompts.path and not keys.pair.embedded:
+        path = Path(resolve_seed(keys.prompts.path, run.seed))
+        if not path.exists():
+            raise ThinkSwitchError(
+                f"{run.recipe.path}: `thinkswitch.prompts.path` names {path}, which does not exist; put it there or name another."
+            )
+        prompts_of_iteration(keys.prompts, run.seed, 1)
+
+
+def _check_merge_config(run: Run) -> None:
+    keys = run.recipe.keys.rebuild
+    config = Path(keys.config)
+    check_config(config)
+    for weight in (keys.lambda_, *keys.lambda_steps):
+        set_lambda(files.read_yaml(config), weight, config)
+
+
+def evaluate_model(domain: str, model: str, engine: str, out: Path, overlays: Sequence[str] = ()) -> None:
+    """Judge any checkpoint with a domain's task and print its figures."""
+    from thinkswitch_plugin.judging.evaluation import read_samples, run_lm_eval, summarize
+    from thinkswitch_plugin.run import checkpoint
+
+    keys = load_recipe(recipe_path(domain), tuple(overlay_path(name) for name in overlays)).keys
+    folder, _ = checkpoint.resolve(model, None, "evaluated")
+    target = out / domain / checkpoint.folder_name(model)
+    with locked(target):
+        run_lm_eval(
+            str(folder),
+            target / "lm-eval",
+            keys.evaluation,
+            servers.choose(engine),
+            keys.engine,
+            logs=target / "logs",
+            title=folder.name,
+            answer=keys.labels.answer,
+            convention=keys.convention,
+        )
+        figures = summarize(
+            list(read_samples(target / "lm-eval", keys.evaluation.task, str(folder), keys.labels.answer))
+        )
+        files.write_json(target / "figures.json", figures)
+    for name, value in figures.items():
+        console.say(f"  {name:12} {value}")

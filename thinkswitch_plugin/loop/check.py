@@ -1,0 +1,254 @@
+"""`make check`: everything that can be found wrong before a GPU hour is spent.
+
+Every finding is a line; the exit code is 1 if one of them would stop the run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin import console, files
+from thinkswitch_plugin.args import ThinkSwitchKeys, is_local, resolve_seed
+from thinkswitch_plugin.data import prompts
+from thinkswitch_plugin.data.contamination import require_uncontaminated
+from thinkswitch_plugin.data.task_files import repeats
+from thinkswitch_plugin.engines import servers
+from thinkswitch_plugin.errors import ThinkSwitchError, reason
+from thinkswitch_plugin.judging.evaluation import uses_server
+from thinkswitch_plugin.merging.settings import config_difference
+from thinkswitch_plugin.merging.tensors import quantisation, quantised
+from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path
+from thinkswitch_plugin.report import price_per_hour
+from thinkswitch_plugin.run import versions
+from thinkswitch_plugin.training import distil
+
+# What one card generated in a batch, where nobody measured: a cautious guess, said as such.
+GUESSED_TOKENS_PER_SECOND = 300.0
+MIB_OF_A_GB = 950  # a card sold as 24 GB shows 23,028 MiB and more, one of 8 GB a little less than 8,192
+
+
+def check_domain(
+    name: str, overlays: Sequence[str], iterations: int, tokens_per_second: float | None, price: str = ""
+) -> None:
+    """Print the findings for a domain.
+
+    Args:
+        price: of an hour of this machine, as the user wrote it.
+
+    Raises `ThinkSwitchError` if something would stop the run.
+    """
+    recipe = load_recipe(recipe_path(name), tuple(overlay_path(o) for o in overlays))
+    keys = recipe.keys
+    counted: list[int] = []  # the questions, once they are loaded
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("GPU", lambda: gpu(keys)),
+        ("memory", lambda: memory(keys)),
+        ("disk", lambda: disk(keys)),
+        ("engine", lambda: engine(keys)),
+        ("recipe", lambda: schema(recipe)),
+        ("pair", lambda: pair(keys)),
+        ("training", lambda: training(recipe)),
+        ("prompts", lambda: rendered_prompts(keys)),
+        ("questions", lambda: questions(keys, counted)),
+        ("budget", lambda: budget(keys, iterations, tokens_per_second, counted[0] if counted else None, price)),
+    ]
+    failed = 0
+    for title, find in checks:
+        try:
+            console.say(f"  ok    {title}: {find()}")
+        except ThinkSwitchError as problem:
+            failed += 1
+            console.say(f"  STOP  {title}: {problem}")
+    if failed:
+        raise ThinkSwitchError(
+            f"{failed} of {len(checks)} checks would stop `make iterate DOMAIN={name}`; put right what stands beside STOP, "
+            f"then run `make check DOMAIN={name}` again."
+        )
+    console.say(f"Ready: make iterate DOMAIN={name}" + (f" OVERLAY='{' '.join(overlays)}'" if overlays else ""))
+
+
+def gpu(keys: ThinkSwitchKeys) -> str:
+    """GPU and its memory against what the recipe needs."""
+    if not keys.needs.gpu_gb:
+        return "none needed"
+    if not servers.has_cuda():
+        raise ThinkSwitchError(f"none found; the recipe needs one with {keys.needs.gpu_gb:g} GB")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    # Names that nvidia-smi takes too; parts of a card (MIG) and whatever else there is it does not.
+    chosen = [f"--id={visible}"] if re.fullmatch(r"(\d+|GPU-[\w-]+)(,(\d+|GPU-[\w-]+))*", visible) else []
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits", *chosen],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        largest = max(float(line.rsplit(",", 1)[1]) for line in listed.splitlines())
+    except (OSError, subprocess.CalledProcessError, ValueError, IndexError) as error:
+        raise ThinkSwitchError(f"a driver is there, but nvidia-smi does not say what the GPU is ({error})") from None
+    if largest < keys.needs.gpu_gb * MIB_OF_A_GB:
+        raise ThinkSwitchError(f"{listed} MiB; the recipe needs {keys.needs.gpu_gb:g} GB")
+    return listed.replace("\n", "; ") + " MiB"
+
+
+def memory(keys: ThinkSwitchKeys) -> str:
+    """Main memory that is free now."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024 / 1e9
+    if free < keys.needs.ram_gb:
+        raise ThinkSwitchError(f"{free:.0f} GB available; the recipe needs {keys.needs.ram_gb:g} GB")
+    return f"{free:.0f} GB available, {keys.needs.ram_gb:g} GB needed"
+
+
+def disk(keys: ThinkSwitchKeys) -> str:
+    """Free disk where the run and the hub's cache lie."""
+    free = shutil.disk_usage(".").free / 1e9
+    if free < keys.needs.disk_gb:
+        raise ThinkSwitchError(f"{free:.0f} GB free; two iterations need {keys.needs.disk_gb:g} GB")
+    return f"{free:.0f} GB free, {keys.needs.disk_gb:g} GB needed"
+
+
+def engine(keys: ThinkSwitchKeys) -> str:
+    """Which engine `ENGINE=` means, and the versions installed."""
+    chosen = servers.choose(os.environ.get("ENGINE") or "auto")
+    if uses_server(keys.evaluation, chosen) and servers.vllm_python() is None:
+        raise ThinkSwitchError(f"the evaluation runs through a server. {servers.NO_VLLM}")
+    note = "" if chosen == "vllm" else " (much slower than vLLM on real models: make setup-vllm)"
+    return f"{chosen}{note}; " + ", ".join(f"{n} {v}" for n, v in versions().items())
+
+
+def schema(recipe: Recipe) -> str:
+    """The recipe through axolotl's own validation."""
+    check_axolotl_keys(recipe)
+    validate(
+        distil.iteration_config(
+            recipe,
+            base_model=recipe.keys.pair.instruct,
+            pairs=Path("pairs.jsonl"),
+            adapter=Path("adapter"),
+            prepared=Path("prepared"),
+            seed=0,
+            on_cpu=not servers.has_cuda(),
+        ),
+        str(recipe.path),
+    )
+    return f"{recipe.path} passes axolotl's schema"
+
+
+def validate(config: dict[str, Any], where: str) -> None:
+    """Run axolotl's own validation. Raises `ThinkSwitchError` with its first complaint."""
+    from axolotl.integrations.base import PluginManager
+    from axolotl.utils.config import validate_config
+    from axolotl.utils.dict import DictDefault
+    from pydantic import ValidationError
+
+    for plugin in config.get("plugins") or []:
+        PluginManager.get_instance().register(plugin)
+    try:
+        validate_config(DictDefault(config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise ThinkSwitchError(f"{where}: axolotl refuses `{field}`: {first['msg']}") from None
+    except ValueError as error:
+        raise ThinkSwitchError(f"{where}: axolotl refuses it: {error}") from None
+
+
+def pair(keys: ThinkSwitchKeys) -> str:
+    """Hub access, and the two checkpoints' compatibility from their configs."""
+    if keys.pair.embedded:
+        return "trained on the spot"
+    configs = []
+    for name, revision in (
+        (keys.pair.instruct, keys.pair.revision_instruct),
+        (keys.pair.thinking, keys.pair.revision_thinking),
+    ):
+        if is_local(name):
+            configs.append(files.read_json(Path(resolve_seed(name, 0)) / "config.json"))
+            continue
+        from huggingface_hub import hf_hub_download
+
+        try:
+            configs.append(files.read_json(Path(hf_hub_download(name, "config.json", revision=revision))))
+        except Exception as error:  # the hub's client raises many types; all mean no access
+            raise ThinkSwitchError(
+                f"{name} cannot be reached on the hub: {reason(error)}; check its name, the network and your access to it."
+            ) from None
+    for name, config in zip((keys.pair.instruct, keys.pair.thinking), configs, strict=True):
+        if method := quantisation(config):
+            raise ThinkSwitchError(quantised(name, f"its config.json has a `quantization_config` ({method})"))
+    if difference := config_difference(*configs, may_differ=keys.rebuild.may_differ):
+        raise ThinkSwitchError(f"no compatible pair: {difference}")
+    return f"{keys.pair.instruct} and {keys.pair.thinking} have one architecture, size and vocabulary"
+
+
+def training(recipe: Recipe) -> str:
+    """What the recipe would train of the instruct checkpoint, from its config and tokenizer."""
+    pair = recipe.keys.pair
+    if pair.embedded:
+        return "made for the pair"
+    distil.require_trainable(recipe, resolve_seed(pair.instruct, 0), pair.revision_instruct)
+    return "the answer and the end of its turn, behind the prompt that is asked; all that LoRA is asked to reach"
+
+
+def rendered_prompts(keys: ThinkSwitchKeys) -> str:
+    """Two rendered prompts."""
+    if keys.pair.embedded:
+        return "made with the pair"
+    chosen, commit = prompts.prompts_of_iteration(keys.prompts, 0, 1)
+    shown = "\n".join(f"          {prompt_id}: {text[:300]!r}" for prompt_id, text in chosen[:2])
+    return f"{len(chosen)}, of commit {commit or '(a local file)'}\n{shown}"
+
+
+def questions(keys: ThinkSwitchKeys, counted: list[int]) -> str:
+    """The evaluation set, and that no training prompt is in it; how many they are is put into `counted`."""
+    if keys.pair.embedded:
+        return "held out when the pair is made"
+    chosen, _ = prompts.prompts_of_iteration(keys.prompts, 0, 1)
+    counted.append(require_uncontaminated(chosen, keys.evaluation))
+    return f"{keys.evaluation.task} loads, {counted[0]} questions; no training prompt is in it"
+
+
+def budget(
+    keys: ThinkSwitchKeys, iterations: int, tokens_per_second: float | None, questions: int | None, per_hour: str
+) -> str:
+    """Tokens at most, and the time and money that would take, with the basis of the estimate.
+
+    Args:
+        questions: of the evaluation set; None where it could not be loaded, or is not made yet.
+    """
+    asked, longest = keys.prompts.count * keys.sampling.samples, keys.sampling.max_tokens
+    again = keys.retry_budget or 0
+    parts = {
+        f"for the pairs ({keys.prompts.count} prompts × {keys.sampling.samples} samples × {longest + again}, each iteration)": (
+            asked * (longest + again) * iterations
+        ),
+        "for trying λ once an iteration": min(asked, keys.rebuild.check_prompts) * (longest + again) * iterations,
+    }
+    if questions is not None and keys.evaluation.max_tokens:
+        each = min(questions, keys.evaluation.limit or questions) * repeats(keys.evaluation.task)
+        judged = 2 * (iterations + 1)
+        parts[f"for judging {judged} checkpoints ({each} answers × {keys.evaluation.max_tokens})"] = (
+            judged * each * keys.evaluation.max_tokens
+        )
+    total = sum(parts.values())
+    rate = tokens_per_second or GUESSED_TOKENS_PER_SECOND
+    basis = "as you gave it" if tokens_per_second else "a guess, nobody measured this card"
+    hours = total / rate / 3600
+    price = price_per_hour(per_hour)
+    money = f", {price * hours:.2f} at {price:g} an hour" if price else "; set PRICE_PER_HOUR for the money"
+    rest = "Training and merging come" if len(parts) == 3 else "Evaluation, training and merging come"
+    listed = "\n".join(f"          {tokens:,} {what}" for what, tokens in parts.items())
+    return (
+        f"at most {total:,} tokens in {iterations} iterations; {hours:.1f} h at {rate:g} tokens/s ({basis}){money}. "
+        f"{rest} on top.\n{listed}"
+    )

@@ -1,0 +1,269 @@
+"""The stages of the loop: what each reads, which engine it calls, what it writes.
+
+Each function does the work of one row of `run.TABLE` for iteration k; `run.execute`
+decides whether it is needed and keeps its stamp. Follow one prompt: `write_requests`
+-> `answer_requests` -> `build_pairs` -> `train` -> `merge_lora` -> `rebuild` -> `evaluate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin import console, files
+from thinkswitch_plugin.engines.servers import has_cuda
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.report import cards
+from thinkswitch_plugin.run import Run, checkpoint, processes
+
+
+def prepare_pair(run: Run, _k: int = 0) -> dict[str, Any]:
+    """Fetch (or, for the embedded domain, train) the starting pair and check that it is one.
+
+    Writes `iter-0/pair.json`: name, folder and hub commit of both checkpoints.
+    """
+    from thinkswitch_plugin.merging.compatibility import Allowances, require_compatible
+
+    keys = run.recipe.keys.pair
+    if keys.embedded:
+        from thinkswitch_plugin.demo.cache import ensure_mixed, ensure_pair
+        from thinkswitch_plugin.demo.mixed import DOMAIN
+
+        ensure_pair(run.seed, Path(run.checkpoint("instruct", 0)), Path(run.checkpoint("thinking", 0)))
+        if run.recipe.keys.domain == DOMAIN:
+            ensure_mixed(run.seed)
+    clean_prompts(run, 1)  # `write_requests` asks again, but after downloads and hours of evaluating the starting pair
+    found: dict[str, dict[str, Any]] = {}
+    for mode, revision in (("instruct", keys.revision_instruct), ("thinking", keys.revision_thinking)):
+        name = run.checkpoint(mode, 0)
+        folder, commit = checkpoint.resolve(name, revision, mode)
+        found[mode] = {"name": name, "path": str(folder), "revision": commit}
+    allowed = Allowances(may_differ=tuple(run.recipe.keys.rebuild.may_differ))
+    require_compatible(Path(found["instruct"]["path"]), Path(found["thinking"]["path"]), allowed)
+    if not keys.embedded:
+        from thinkswitch_plugin.training import distil
+
+        distil.require_trainable(run.recipe, found["instruct"]["path"])
+    files.write_json(run.iteration(0) / "pair.json", found)
+    return {}
+
+
+def clean_prompts(run: Run, k: int) -> tuple[list[tuple[str, str]], str | None]:
+    """The prompts of iteration k and their hub commit; see `prompts_of_iteration`.
+
+    Raises `ThinkSwitchError` if one of them is an evaluation question.
+    """
+    from thinkswitch_plugin.data.contamination import require_uncontaminated
+    from thinkswitch_plugin.data.prompts import prompts_of_iteration
+
+    prompts, commit = prompts_of_iteration(run.recipe.keys.prompts, run.seed, k)
+    require_uncontaminated(prompts, run.recipe.keys.evaluation)
+    return prompts, commit
+
+
+def write_requests(run: Run, k: int) -> dict[str, Any]:
+    """Prompts -> `requests.jsonl`, asked of the thinking checkpoint of iteration k − 1."""
+    from transformers import AutoTokenizer
+
+    from thinkswitch_plugin.data import batch
+    from thinkswitch_plugin.data.prompts import write_requests
+
+    teacher = run.checkpoint("thinking", k - 1)
+    keys = run.recipe.keys
+    prompts, commit = clean_prompts(run, k)
+    count = write_requests(
+        run.iteration(k) / "requests.jsonl",
+        prompts,
+        model=teacher,
+        how=batch.asked_of(AutoTokenizer.from_pretrained(teacher), keys.convention),
+        keys=keys.prompts,
+        sampling=keys.sampling,
+        seed=run.seed,
+    )
+    console.say(f"  {len(prompts)} prompts, {count} requests")
+    return {"prompts": len(prompts), "requests": count, "prompts_revision": commit}
+
+
+def answer_requests(run: Run, k: int) -> dict[str, Any]:
+    """The thinking checkpoint answers: `requests.jsonl` -> `generations.jsonl`."""
+    from thinkswitch_plugin.engines.generate import generate
+
+    keys, here = run.recipe.keys, run.iteration(k)
+    report = generate(
+        here / "requests.jsonl",
+        here / "generations.jsonl",
+        run.checkpoint("thinking", k - 1),
+        run.engine,
+        keys.engine,
+        retry_max_tokens=keys.retry_budget,
+        log=here / "logs" / "generate.log",
+    )
+    console.say(
+        f"  {report.answered} answered, {report.already_stored} stored before, {report.retried} retried, "
+        f"{report.failed} failed, {report.tokens:,} tokens at {report.tokens_per_second:,.0f} a second"
+    )
+    return vars(report)
+
+
+def build_pairs(run: Run, k: int) -> dict[str, Any]:
+    """Traces removed: `generations.jsonl` -> `pairs.jsonl` and the counts in `pairs.json`."""
+    from thinkswitch_plugin.data.pairs import write_pairs
+
+    labels, here = run.recipe.keys.labels, run.iteration(k)
+    report = write_pairs(
+        here / "requests.jsonl",
+        here / "generations.jsonl",
+        here / "pairs.jsonl",
+        selection=labels.selection,
+        answer_kind=labels.answer,
+        convention=run.recipe.keys.convention,
+    )
+    console.say(f"  {report.summary()}")
+    return report.as_json()
+
+
+def train(run: Run, k: int) -> dict[str, Any]:
+    """axolotl QLoRA on the pairs: writes `axolotl.yaml` and `adapter/`.
+
+    Goes on from the trainer's last checkpoint where a killed attempt with the same inputs left one.
+    """
+    here = run.iteration(k)
+    return train_adapter(
+        run, pairs=here / "pairs.jsonl", base_model=run.checkpoint("instruct", k - 1), here=here, resume=True
+    )
+
+
+def train_adapter(run: Run, *, pairs: Path, base_model: str, here: Path, resume: bool = False) -> dict[str, Any]:
+    """Train one adapter on pairs into `here/adapter`; see `distil.train`."""
+    from thinkswitch_plugin.training import distil
+
+    config = distil.iteration_config(
+        run.recipe,
+        base_model=base_model,
+        pairs=pairs,
+        adapter=here / "adapter",
+        prepared=here / distil.PREPARED,
+        seed=run.seed,
+        on_cpu=not has_cuda(),
+    )
+    keys = run.recipe.keys
+    return distil.train(config, here, resume=resume, options=keys.axolotl_args, minimum=keys.min_adapter_change)
+
+
+def merge_lora(run: Run, k: int) -> dict[str, Any]:
+    """axolotl merges the adapter in full precision: writes the complete checkpoint `instruct/`."""
+    here = run.iteration(k)
+    merge_adapter(
+        here,
+        run.checkpoint("instruct", k - 1),
+        here / "instruct",
+        on_cpu=run.recipe.keys.merge_on == "cpu",
+        card=lambda folder: cards.write_card(run, k, "instruct", folder),
+    )
+    return {}
+
+
+def merge_adapter(
+    here: Path,
+    parent: str,
+    out: Path,
+    *,
+    on_cpu: bool = False,
+    rounded: bool = False,
+    card: Callable[[Path], None] | None = None,
+) -> None:
+    """Merge `here/adapter` into `parent` with axolotl and write the checkpoint `out`, in the dtype of `parent`.
+
+    Args:
+        card: writes the model card into the folder that is given to it.
+        on_cpu: keep the GPU out of it, where its memory cannot hold the model.
+        rounded: use axolotl's default merge, which passes every matrix through NF4.
+    """
+    from thinkswitch_plugin.merging.lora import merge_config, require_same_layout, restore_vectors
+    from thinkswitch_plugin.training import distil
+
+    building = files.temporary_sibling(out.with_name(f"{out.name}-merge"))
+    files.remove(building)
+    config, adapter = here / "merge-lora.yaml", here / "adapter"
+    trained = files.read_yaml(here / "axolotl.yaml")
+    default = {**trained, "merge_method": "memory_efficient"}
+    files.write_yaml(config, default if rounded else merge_config(trained, adapter, Path(parent)))
+    processes.run_logged(
+        [distil.tool("axolotl"), "merge-lora", config, "--lora-model-dir", adapter, "--output-dir", building],
+        here / "logs" / "merge-lora.log",
+        env=distil.ENGINE_ENV | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}),
+        title="axolotl merge-lora",
+    )
+    with files.atomic_folder(out) as folder:
+        for file in (building / "merged").iterdir():
+            file.replace(folder / file.name)
+        restore_vectors(Path(parent), folder)
+        require_same_layout(Path(parent), folder)
+        checkpoint.adopt_mode(Path(parent), folder)
+        if card is not None:
+            card(folder)
+    files.remove(building)
+
+
+def rebuild(run: Run, k: int) -> dict[str, Any]:
+    """mergekit interpolates the new thinking checkpoint; it is accepted only if it still thinks."""
+    from thinkswitch_plugin.loop.rebuild import rebuild_thinking
+
+    here, keys = run.iteration(k), run.recipe.keys
+    result = rebuild_thinking(
+        instruct=here / "instruct",
+        anchor=Path(run.anchor(k)),
+        keys=keys.rebuild,
+        out=here / "thinking",
+        merge_yaml=here / "merge.yaml",
+        reference=run.iteration(1) / "generations.jsonl",
+        reference_requests=run.iteration(1) / "requests.jsonl",
+        requests=here / "requests.jsonl",
+        engine=run.engine,
+        engine_keys=keys.engine,
+        convention=keys.convention,
+        retry_max_tokens=keys.retry_budget,
+        logs=here / "logs",
+        cards=lambda folder, text: cards.write_card(run, k, "thinking", folder, text),
+    )
+    files.write_json(here / "rebuild.json", result)
+    return {}
+
+
+def evaluate(run: Run, k: int, mode: str) -> dict[str, Any]:
+    """lm-eval judges one checkpoint: writes its results and samples files, and `graded.jsonl`, under `eval/`."""
+    from thinkswitch_plugin.judging.evaluation import run_lm_eval
+
+    here = run.iteration(k)
+    run_lm_eval(
+        run.checkpoint(mode, k),
+        here / "eval" / mode,
+        run.recipe.keys.evaluation,
+        run.engine,
+        run.recipe.keys.engine,
+        logs=here / "logs",
+        title=f"eval-{mode}",
+        answer=run.recipe.keys.labels.answer,
+        convention=run.recipe.keys.convention,
+    )
+    return {}
+
+
+def report(run: Run, k: int) -> dict[str, Any]:
+    """What changed up to iteration k: writes `report.html`, `report.json`, `report.md` and the pictures."""
+    from thinkswitch_plugin.report import write_report
+
+    notes = write_report(run)
+    cards.complete_cards(run)
+    return notes
+
+
+def require_finished(run: Run, k: int) -> None:
+    """Raise `ThinkSwitchError` unless iteration k has both checkpoints."""
+    for mode in ("instruct", "thinking"):
+        if not Path(run.checkpoint(mode, k)).is_dir():
+            raise ThinkSwitchError(
+                f"Iteration {k} of {run.folder} has no {mode} checkpoint yet; run `make iterate` first."
+            )
+        checkpoint.require_weights(Path(run.checkpoint(mode, k)))

@@ -1,0 +1,107 @@
+"""The merge of an adapter by axolotl, in full precision: the config it is given, and what it must leave as it was."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin import files
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.merging.compatibility import list_weights
+from thinkswitch_plugin.merging.tensors import list_file, list_tensors
+from thinkswitch_plugin.run.checkpoint import MODULE
+from thinkswitch_plugin.training.distil import ADAPTER_WEIGHTS
+
+# How axolotl's `legacy` merge is told the dtype to write, by the name that safetensors has for it.
+DTYPE_KEYS: dict[str, dict[str, bool]] = {
+    "BF16": {"bfloat16": True},
+    "F16": {"float16": True},
+    "F32": {},
+}
+
+
+def merge_config(config: dict[str, Any], adapter: Path, parent: Path) -> dict[str, Any]:
+    """The config with which `axolotl merge-lora` merges an adapter in full precision, in the dtype of its parent.
+
+    Both of axolotl's methods then write the same bits. `memory_efficient` reads and writes a shard at a time, and
+    rounds through NF4 only if the config says that the adapter was trained on a 4-bit model. `legacy` loads the
+    whole model, and takes what the other would leave out; see `merges_by_shard`.
+
+    Args:
+        config: the one that the adapter was trained with.
+        adapter, parent: the adapter's folder and that of the checkpoint it was trained on.
+    """
+    plain = {**config, "adapter": "lora", "load_in_4bit": False, "load_in_8bit": False}
+    plain.pop("quantize_moe_experts", None)  # axolotl refuses it without a quantized model
+    if merges_by_shard(adapter, parent):
+        return plain | {"merge_method": "memory_efficient"}
+    stored, _ = Counter(info.dtype for info in list_tensors(parent).values()).most_common(1)[0]
+    asked = {"bf16": False, "fp16": False, "tf32": False, **DTYPE_KEYS.get(stored, {})}
+    return plain | {"merge_method": "legacy", **asked}
+
+
+def merges_by_shard(adapter: Path, parent: Path) -> bool:
+    """Whether axolotl's `memory_efficient` merge covers an adapter and keeps the parent's layout.
+
+    It does if every part of the adapter is a LoRA of a matrix that the parent stores under the same name. It would
+    leave out a perception module and LoRAs of fused experts, write experts that are stored one by one in another
+    layout, and write no index for a single shard that has one.
+    """
+    stored = list_tensors(parent)
+    shards = {info.file for info in stored.values()}
+    named = len(shards) > 1 or shards == {parent / "model.safetensors"}
+    return (
+        named
+        and shards == set(parent.glob("model*.safetensors"))
+        and not any(re.search(r"\.experts\.\d+\.", name) for name in stored)
+        and all(lora_target(name) in stored for name in list_file(adapter / ADAPTER_WEIGHTS))
+    )
+
+
+def lora_target(name: str) -> str | None:
+    """The tensor that a matrix of an adapter is for; None if the matrix is not one of a LoRA."""
+    found = re.fullmatch(r"base_model\.model\.(.+)\.lora_[AB]\.weight", name)
+    return f"{found.group(1)}.weight" if found else None
+
+
+def restore_vectors(parent: Path, merged: Path) -> None:
+    """Put vectors that a merge wrote in another dtype back as the parent stores them.
+
+    `legacy` casts a whole model to one dtype; GLM's and DeepSeek's routers keep a vector in float32 beside bfloat16
+    matrices. No LoRA touches a vector, so nothing is lost. One shard is in memory at a time.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    before, after = list_weights(parent), list_weights(merged)
+    cast = {
+        name
+        for name, info in after.items()
+        if name in before and len(info.shape) == 1 and info.dtype != before[name].dtype
+    }
+    for shard in sorted({after[name].file for name in cast}):
+        tensors = load_file(str(shard))
+        for name in cast & tensors.keys():
+            with safe_open(str(before[name].file), framework="pt") as handle:
+                tensors[name] = handle.get_tensor(name)
+        whole = files.temporary_sibling(shard)
+        save_file(tensors, str(whole), metadata={"format": "pt"})
+        files.put_in_place(whole, shard)
+
+
+def require_same_layout(parent: Path, merged: Path) -> None:
+    """Raise `ThinkSwitchError` unless a merged checkpoint has its parent's tensors, with their shapes and dtypes."""
+    before, after = list_weights(parent), list_weights(merged)
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name), after.get(name)
+        if old and new and (old.shape, old.dtype) == (new.shape, new.dtype):
+            continue
+        was, became = (f"{info.dtype} {list(info.shape)}" if info else "missing" for info in (old, new))
+        if not old and name.startswith(f"{MODULE}."):
+            continue  # a perception module was trained along
+        raise ThinkSwitchError(
+            f"axolotl merged the adapter into a checkpoint of another layout: {name} is {was} in {parent} and {became} "
+            "in the result; this architecture cannot be distilled with the axolotl that is installed."
+        )

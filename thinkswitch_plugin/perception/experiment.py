@@ -1,0 +1,441 @@
+"""`make adaptive`: labels, every condition trained and judged, table and picture, over several seeds.
+
+    RUNS/DOMAIN/adaptive/
+      adaptive.json .md .png .svg            all seeds: conditions, claims, prefix swap
+      seed-0/labels/labels.jsonl             what each question needs; see labels.py
+      seed-0/student, student-soft           the model that learns, without and with room for a soft prompt
+      seed-0/conditions/adaptive/            data, axolotl.yaml, adapter/ of one condition
+      seed-0/conditions/adaptive/eval*/      lm-eval's files of one evaluation; verdicts are read from them each time
+      seed-0/checkpoint/                     the adaptive model, merged in full precision
+      seed-0/served.json                     vLLM's answers to prompts sent as embeddings, beside transformers'
+
+Killed at any time, the same command goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from thinkswitch_plugin import console, files
+from thinkswitch_plugin.args import PerceptionKeys
+from thinkswitch_plugin.data import batch
+from thinkswitch_plugin.data.contamination import require_uncontaminated
+from thinkswitch_plugin.data.formats import ANSWER, PRE, THINK, Format
+from thinkswitch_plugin.data.task_files import task_files
+from thinkswitch_plugin.engines.servers import has_cuda, vllm_python
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.judging.evaluation import LM_EVAL_BUDGET, samples_file
+from thinkswitch_plugin.loop.work import merge_adapter
+from thinkswitch_plugin.perception import results
+from thinkswitch_plugin.perception.answering import load_model
+from thinkswitch_plugin.perception.labels import RATIONALES, Job, label, prepare_student
+from thinkswitch_plugin.perception.scoring import judge, read_columns
+from thinkswitch_plugin.perception.training import TYPES, Condition, train_condition
+from thinkswitch_plugin.report.pictures import adaptive_picture, save
+from thinkswitch_plugin.report.questions import asked_texts
+from thinkswitch_plugin.router.classifier import candidates, describe
+from thinkswitch_plugin.run import locked, versions
+from thinkswitch_plugin.run.checkpoint import MODULE
+from thinkswitch_plugin.run.hashes import Hashes
+from thinkswitch_plugin.run.stamp import once
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORCED = {"forced_pre": THINK[0], "forced_post": ANSWER[0]}
+ROUTERS = {"mlp": "length, characters by place; MLP", "length": "length; logistic regression, C 1"}
+SWAPPED = "swapped"  # the adaptive model, every question with the soft prompt of another one drawn at random
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One condition: the format that each training question is written in, and the perception module, if any."""
+
+    data: Literal["pre", "post", "labels", "random"]
+    perception: PerceptionKeys | None
+
+
+def plans(keys: PerceptionKeys) -> dict[str, Plan]:
+    """Every condition that is trained; what differs from `adaptive` is what it controls for."""
+    found = {
+        "pre_only": Plan("pre", None),
+        "post_only": Plan("post", None),
+        "adaptive": Plan("labels", keys),
+        "no_prompt": Plan("labels", None),
+        "static_prompt": Plan("labels", keys.model_copy(update={"static": True})),
+        "random_mixture": Plan("random", keys),
+    }
+    if keys.static:  # the adaptive model is that control itself
+        del found["static_prompt"]
+    elif keys.cross_attention and keys.features:
+        found["no_words"] = Plan("labels", keys.model_copy(update={"features": []}))
+        found["no_attention"] = Plan("labels", keys.model_copy(update={"cross_attention": False}))
+    return found
+
+
+NEEDED = ("pre_only", "post_only", "adaptive")
+
+
+def choose_plans(keys: PerceptionKeys, names: str) -> dict[str, Plan]:
+    """The conditions of `CONDITIONS="no_prompt static_prompt"`, and those that the table cannot do without.
+
+    Args:
+        names: by spaces; empty for all. Raises `ThinkSwitchError` for one that is none.
+    """
+    every = plans(keys)
+    wanted = names.split() or list(every)
+    for name in wanted:
+        if name not in every:
+            raise ThinkSwitchError(f'CONDITIONS="{names}": {name!r} is none; there are {", ".join(every)}.')
+    return {name: plan for name, plan in every.items() if name in (*NEEDED, *wanted)}
+
+
+def run_experiment(jobs: Sequence[Job], conditions: str = "") -> dict[str, Any]:
+    """Label, train and judge for the job of every seed, then write and print the table of all of them.
+
+    Args:
+        jobs: one a seed, of one domain.
+        conditions: see `choose_plans`.
+
+    Raises:
+        ThinkSwitchError: as `make_labels`, or a training or an evaluation fails; what is done stays done.
+    """
+    planned = choose_plans(perception_keys(jobs[0]), conditions)
+    for job in jobs:
+        require_held_out(job)
+    with locked(jobs[0].home):
+        seeds = []
+        for number, job in enumerate(jobs, 1):
+            console.say(f"[adaptive] seed {job.seed}, {number} of {len(jobs)}")
+            seeds.append(run_seed(job, planned))
+        result = together(jobs, seeds)
+        folder = jobs[0].home / "adaptive"
+        files.write_json(folder / "adaptive.json", result)
+        text = results.markdown(result)
+        with files.atomic_file(folder / "adaptive.md") as handle:
+            handle.write(text.encode())
+        save(adaptive_picture(result), folder / "adaptive")
+    console.say(text)
+    console.say(f"  {folder / 'adaptive.json'}, adaptive.md, adaptive.png, adaptive.svg")
+    return result
+
+
+def require_held_out(job: Job) -> None:
+    """Raise `ThinkSwitchError` if a question of the evaluation is among those that are learnt from."""
+    asked = {
+        batch.prompt_id(row): row["body"]["messages"][-1]["content"] for _, row in batch.read_requests(job.requests)
+    }
+    require_uncontaminated(list(asked.items()), job.recipe.keys.evaluation)
+
+
+@dataclass(frozen=True)
+class Seed:
+    """What one seed came to.
+
+    Attributes:
+        judged: by condition, what became of every held-out question, column by column.
+        routed: by router, whether it sends each held-out question to thinking.
+        swap: what the soft prompts of the held-out questions are like.
+        served: how many answers vLLM gave as transformers did; None where there is no vLLM.
+        seconds: of all trainings and evaluations, whenever they were done.
+    """
+
+    judged: dict[str, dict[str, Any]]
+    routed: dict[str, list[bool]]
+    swap: dict[str, float]
+    served: dict[str, int] | None
+    labels: dict[str, Any]
+    seconds: float
+
+
+def perception_keys(job: Job) -> PerceptionKeys:
+    """The module's keys: the recipe's, or their defaults."""
+    return job.recipe.keys.perception or PerceptionKeys()  # type: ignore[call-arg]
+
+
+def run_seed(job: Job, planned: Mapping[str, Plan]) -> Seed:
+    """Labels, conditions and evaluations of one seed."""
+    hashes = Hashes(job.work)
+    facts = label(job, hashes)
+    rows = [row for _, row in files.read_jsonl(job.work / "labels" / RATIONALES)]
+    labelled = [row for _, row in files.read_jsonl(job.work / "labels" / "labels.jsonl")]
+    labels: dict[str, Format] = {row["prompt_id"]: row["label"] for row in labelled}
+    seconds = facts["seconds"]
+    judged: dict[str, dict[str, Any]] = {}
+    swap: dict[str, float] = {}
+    for number, (name, plan) in enumerate(planned.items(), 1):
+        here = job.work / "conditions" / name
+        student, _ = prepare_student(job, hashes, soft_tokens=plan.perception.tokens if plan.perception else 0)
+        parts = write_parts(rows, forms_of(plan, labels, job.seed), here)
+        console.say(f"[adaptive] seed {job.seed}: {name}, {number} of {len(planned)}")
+        trained = train_condition(
+            job.recipe,
+            Condition(student, tuple(parts), job.seed, perception=plan.perception, axolotl=extra_keys(job, plan)),
+            here,
+            hashes,
+        )
+        judging = Judging(job, here, student, trained.adapter, hashes)
+        judged[name] = judging.questions("eval")
+        if name == "adaptive":
+            for forced, prefix in FORCED.items():
+                judged[forced] = judging.questions(f"eval-{forced}", prefix=prefix)
+            judged[SWAPPED] = judging.questions(f"eval-{SWAPPED}", swapped=True)
+            swap = judging.prompts()
+        seconds += trained.seconds + judging.seconds
+        judging.release()
+    merge_checkpoint(job, hashes)
+    served = serve_checkpoint(job, hashes) if vllm_python() else None
+    hashes.save()
+    texts = asked_texts(samples_file(job.work / "conditions/pre_only/eval", job.recipe.keys.evaluation.task))
+    asked = [texts[doc_id] for doc_id in sorted(texts)]
+    routed = {name: route(kind, labelled, asked) for name, kind in ROUTERS.items()}
+    return Seed(judged, routed, swap, served, facts, seconds)
+
+
+def merge_checkpoint(job: Job, hashes: Hashes) -> None:
+    """axolotl merges the adaptive adapter, perception module and all, in full precision: writes `checkpoint/`."""
+    here, out = job.work / "conditions" / "adaptive", job.work / "checkpoint"
+    student, _ = prepare_student(job, hashes, soft_tokens=perception_keys(job).tokens)
+
+    def work(_resume: bool) -> dict[str, Any]:
+        merge_adapter(here, str(student), out, on_cpu=job.recipe.keys.merge_on == "cpu")
+        return {}
+
+    key = {"adapter": hashes.of(here / "adapter"), "student": hashes.of(student)}
+    once(out.with_suffix(".json"), {"key": key}, (out,), work)
+
+
+def serve_checkpoint(job: Job, hashes: Hashes) -> dict[str, int]:
+    """Have vLLM answer the held-out questions, sent as embeddings, and compare with what lm-eval got.
+
+    Returns:
+        `questions`, and `equal`: those whose text is the same to the letter.
+    """
+    checkpoint, keys = job.work / "checkpoint", job.recipe.keys
+    samples = samples_file(job.work / "conditions/adaptive/eval", keys.evaluation.task)
+
+    def work(_resume: bool) -> dict[str, Any]:
+        import torch
+        from transformers import AutoTokenizer
+
+        from thinkswitch_plugin.perception.model import load, prompt_embeds
+        from thinkswitch_plugin.perception.prompt_embeds import complete, serving, write_plain_view
+
+        console.say(f"[adaptive] seed {job.seed}: vLLM answers prompts sent as embeddings")
+        rows = [row for _, row in files.read_jsonl(samples)]
+        arguments = rows[0]["arguments"]["gen_args_0"]["arg_1"]
+        model, tokenizer = load(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+        ids = [
+            tokenizer(row["arguments"]["gen_args_0"]["arg_0"], add_special_tokens=False)["input_ids"] for row in rows
+        ]
+        with torch.inference_mode():
+            prompts = [prompt_embeds(model, tokens) for tokens in ids]
+        del model  # vLLM loads the weights again
+        view, budget = job.work / "plain-view", int(arguments.get("max_gen_toks", LM_EVAL_BUDGET))
+        write_plain_view(checkpoint, view)
+        longest = max(map(len, ids)) + budget
+        with serving(view, keys.engine, job.work / "logs" / "vllm.log", max_len=longest) as server:
+            found = complete(
+                server, str(view), prompts, keys.engine, max_tokens=budget, stop=arguments.get("until") or ()
+            )
+        files.remove(view)
+        equal = sum(one.text == row["resps"][0][0] for one, row in zip(found, rows, strict=True))
+        return {"questions": len(rows), "equal": equal}
+
+    key = {"checkpoint": hashes.of(checkpoint), "samples": hashes.of(samples)}
+    done = once(job.work / "served.json", {"key": key}, (), work)
+    return {name: int(done[name]) for name in ("questions", "equal")}
+
+
+def extra_keys(job: Job, plan: Plan) -> dict[str, Any]:
+    """What a perception module adds to a recipe that does not name it: that its weights are saved."""
+    named = job.recipe.axolotl.get("lora_modules_to_save") or []
+    if plan.perception is None or MODULE in named:
+        return {}
+    return {"lora_modules_to_save": [*named, MODULE]}
+
+
+def write_parts(rows: Sequence[dict[str, Any]], forms: Mapping[str, Format], folder: Path) -> list[tuple[Path, str]]:
+    """Write each row into the file of its format; return (file, dataset type) of those that hold any.
+
+    Args:
+        rows: rationales.
+        forms: format by prompt id; a row without one is left out.
+    """
+    parts = []
+    for form, kind in TYPES.items():
+        chosen = [row for row in rows if forms.get(row["prompt_id"]) == form]
+        path = folder / f"{form}.jsonl"
+        if not chosen:
+            files.remove(path)
+            continue
+        with files.atomic_file(path) as handle:
+            for row in chosen:
+                handle.write(files.dumps_line(row))
+        parts.append((path, kind))
+    return parts
+
+
+def forms_of(plan: Plan, labels: Mapping[str, Format], seed: int) -> dict[str, Format]:
+    """Which format every training question is written in.
+
+    `random` hands the labels themselves to other questions, so the share of each format stays.
+    """
+    if plan.data == "labels":
+        return dict(labels)
+    if plan.data == "random":
+        shuffled = list(labels.values())
+        random.Random(f"mixture-{seed}").shuffle(shuffled)
+        return dict(zip(labels, shuffled, strict=True))
+    return dict.fromkeys(labels, plan.data)
+
+
+def route(kind: str, labelled: Sequence[dict[str, Any]], asked: Sequence[str]) -> list[bool]:
+    """Whether a simple router (a name of `router.candidates`) fitted on labels sends each question to thinking."""
+    thinks = [row["label"] == PRE for row in labelled]
+    if len(set(thinks)) < 2:
+        return [thinks[0]] * len(asked)
+    router = candidates(0)[kind].fit(describe([row["prompt"] for row in labelled]), thinks)
+    return [bool(found) for found in router.predict(describe(asked))]
+
+
+class Judging:
+    """Evaluations of one trained condition; the model is loaded once, and only if one of them is missing."""
+
+    def __init__(self, job: Job, here: Path, student: Path, adapter: Path, hashes: Hashes) -> None:
+        self.job, self.here, self.student, self.adapter = job, here, student, adapter
+        self.evaluation = job.recipe.keys.evaluation
+        self.key = {
+            "adapter": hashes.of(adapter),
+            "student": hashes.of(student),
+            "evaluation": self.evaluation.model_dump(),
+            "task": {str(path): hashes.of(path) for path in task_files(self.evaluation.task)},
+        }
+        self.seconds = 0.0
+        self.loaded: Any = None
+
+    def model(self) -> tuple[Any, Any]:
+        """The student with its adapter in full precision, and the tokenizer."""
+        if self.loaded is None:
+            model: Any = load_model(self.student, self.adapter).eval()
+            self.loaded = model.to("cuda" if has_cuda() else "cpu")
+        return self.loaded, self.tokenizer
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The student's."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.student, padding_side="left")
+
+    def release(self) -> None:
+        """Give the model's memory back, before axolotl or vLLM takes the GPU."""
+        from thinkswitch_plugin.engines.embedded import free_memory
+
+        self.loaded = None
+        free_memory()
+
+    def questions(self, name: str, *, prefix: str = "", swapped: bool = False) -> dict[str, Any]:
+        """One evaluation, kept in the folder `name`: what became of every question, column by column.
+
+        Args:
+            prefix: what every answer is made to begin with.
+            swapped: give every question the soft prompt of another one; `eval` has to be there.
+        """
+        out = self.here / name
+        key = {**self.key, "prefix": prefix, "swapped": "drawn at random" if swapped else False}
+
+        def work(_resume: bool) -> dict[str, Any]:
+            model, tokenizer = self.model()
+            within = None
+            if swapped:
+                from thinkswitch_plugin.perception.model import prompts_of_others, replaced_prompts
+
+                within = replaced_prompts(model, prompts_of_others(self.soft_prompts(), self.job.seed))
+            log = self.here / "logs" / "lm_eval.log"
+            judge(model, tokenizer, out, self.evaluation, log=log, prefix=prefix, within=within)
+            return {}
+
+        self.seconds += once(self.here / f"{name}.json", {"key": key}, (out,), work)["seconds"]
+        return read_columns(out, self.evaluation, self.tokenizer, self.job.recipe.keys.labels.answer, prefix)
+
+    def soft_prompts(self) -> Tensor:
+        """The soft prompts of the held-out questions, (questions, tokens, hidden), as `eval` asked them."""
+        import torch
+
+        from thinkswitch_plugin.perception.model import soft_prompts
+
+        model, tokenizer = self.model()
+        found = []
+        for _, row in files.read_jsonl(samples_file(self.here / "eval", self.evaluation.task)):
+            text = row["arguments"]["gen_args_0"]["arg_0"]
+            ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+            found.append(soft_prompts(model, ids.to(model.device)).float())
+        return torch.cat(found)
+
+    def prompts(self) -> dict[str, float]:
+        """How much the soft prompts differ between the held-out questions, and how large they are."""
+
+        def work(_resume: bool) -> dict[str, Any]:
+            found, (model, _) = self.soft_prompts(), self.model()
+            return {
+                "prompt_std": float(found.std(dim=0).mean()),
+                "prompt_rms": float(found.square().mean().sqrt()),
+                "embedding_rms": float(model.get_input_embeddings().weight.float().square().mean().sqrt()),
+            }
+
+        done = once(self.here / "prompts.json", {"key": self.key}, (), work)
+        return {name: done[name] for name in ("prompt_std", "prompt_rms", "embedding_rms")}
+
+
+def together(jobs: Sequence[Job], seeds: Sequence[Seed]) -> dict[str, Any]:
+    """What `adaptive.json` holds.
+
+    Raises `ThinkSwitchError` if the seeds were judged on different questions.
+    """
+    strata = seeds[0].judged["pre_only"]["stratum"]
+    if any(rows["stratum"] != strata for seed in seeds for rows in seed.judged.values()):
+        raise ThinkSwitchError(
+            "the seeds were judged on different questions; delete the folders `conditions` and run it again."
+        )
+
+    def column(name: str, field: str) -> results.Floats:
+        return np.asarray([seed.judged[name][field] for seed in seeds], dtype=float)
+
+    found = {
+        name: results.Condition(*(column(name, field) for field in ("correct", "tokens", "think")))
+        for name in seeds[0].judged
+    }
+    routed = {name: np.asarray([seed.routed[name] for seed in seeds], dtype=float) for name in seeds[0].routed}
+    swapped = found.pop(SWAPPED)
+    answers_changed = sum(
+        one != other
+        for seed in seeds
+        for one, other in zip(seed.judged["adaptive"]["answer"], seed.judged[SWAPPED]["answer"], strict=True)
+    )
+    every = {**found, **results.derived(found, routed)}
+    return {
+        "domain": jobs[0].recipe.keys.domain,
+        "seeds": [job.seed for job in jobs],
+        **results.summary(every, strata),
+        "swap": {
+            "questions": swapped.think.size,
+            "decisions_changed": int((swapped.think != found["adaptive"].think).sum()),
+            "answers_changed": int(answers_changed),
+            "accuracy": float(swapped.correct.mean()),
+            **{name: float(np.mean([seed.swap[name] for seed in seeds])) for name in seeds[0].swap},
+        },
+        "served": seeds[0].served
+        and {name: sum((seed.served or {}).get(name, 0) for seed in seeds) for name in ("questions", "equal")},
+        "labels": [seed.labels["labels"] for seed in seeds],
+        "reference_from": seeds[0].labels["reference_from"],
+        "seconds": round(sum(seed.seconds for seed in seeds), 1),
+        "versions": versions(),
+    }

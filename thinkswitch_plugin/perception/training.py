@@ -1,0 +1,123 @@
+"""Train one condition of an adaptive model: a student, rows in one or both formats, and what differs, by axolotl.
+
+post/axolotl.yaml    the complete config, which plain `axolotl train` runs as it is
+post/adapter/        what came of it
+post/trained.json    what it depends on, and its seconds; written last
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin.args import PerceptionKeys, ThinkSwitchKeys
+from thinkswitch_plugin.data.formats import POST, PRE, Format
+from thinkswitch_plugin.engines.servers import has_cuda
+from thinkswitch_plugin.recipe import Recipe, overlay
+from thinkswitch_plugin.run.checkpoint import MODULE
+from thinkswitch_plugin.run.hashes import Hashes
+from thinkswitch_plugin.run.stamp import once
+from thinkswitch_plugin.training import distil
+
+TYPES: dict[Format, str] = {PRE: "thinkswitch_plugin.pre_thinking", POST: "thinkswitch_plugin.post_thinking"}
+PLACES = ("base_model", "datasets", "dataset_prepared_path", "output_dir")  # known by content, not by path
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One training.
+
+    Attributes:
+        student: the checkpoint folder that learns; its tokenizer brings the chat template.
+        data: (JSONL file, axolotl dataset type) of every part of the mixture.
+        axolotl: keys put on top of the recipe's, such as `num_epochs`, `lora_modules_to_save`, `lr_groups`;
+            null takes one away.
+        perception: the perception module to train along, None for none.
+    """
+
+    student: Path
+    data: tuple[tuple[Path, str], ...]
+    seed: int
+    axolotl: dict[str, Any] = field(default_factory=dict)
+    perception: PerceptionKeys | None = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter that is whole, and the seconds that its training took, now or earlier."""
+
+    adapter: Path
+    seconds: float
+    change: float
+
+
+def train_condition(recipe: Recipe, condition: Condition, here: Path, hashes: Hashes) -> Trained:
+    """Train a condition into `here/adapter`, unless that was made of the same recipe, student and rows.
+
+    A training that was killed goes on from the trainer's last checkpoint, where the recipe saves any.
+
+    Raises:
+        ThinkSwitchError: axolotl fails, or the adapter did not move.
+    """
+    config = condition_config(recipe, condition, here, on_cpu=not has_cuda())
+    options = recipe.keys.axolotl_args
+    key = {
+        "axolotl": {name: value for name, value in config.items() if name not in PLACES},
+        "options": options,
+        "student": hashes.of(condition.student),
+        "data": [{**entry, "path": hashes.of(Path(entry["path"]))} for entry in config["datasets"]],
+    }
+    hashes.save()
+
+    def work(resume: bool) -> dict[str, Any]:
+        return distil.train(config, here, resume=resume, options=options, minimum=recipe.keys.min_adapter_change)
+
+    adapter = here / "adapter"
+    done = once(here / "trained.json", {"key": key}, (adapter, here / "axolotl.yaml"), work)
+    return Trained(adapter, float(done["seconds"]), float(done["adapter_change"]))
+
+
+def condition_config(recipe: Recipe, condition: Condition, here: Path, *, on_cpu: bool) -> dict[str, Any]:
+    """The complete axolotl config of a condition, which plain `axolotl train` runs as it is.
+
+    Everything but student, rows, seed and the condition's own keys is the recipe's. A perception module
+    that the recipe names is left out unless the condition has one.
+    """
+    values = dict(recipe.axolotl)
+    if condition.perception is None:
+        values = without_perception(values)
+    options = dict((values.get("datasets") or [{}])[0])
+    config = distil.training_config(
+        values,
+        base_model=str(condition.student),
+        datasets=[{**options, "path": str(path), "ds_type": "json", "type": kind} for path, kind in condition.data],
+        adapter=here / "adapter",
+        prepared=here / distil.PREPARED,
+        seed=condition.seed,
+        on_cpu=on_cpu,
+    )
+    config["chat_template"] = "tokenizer_default"  # the student's own, whatever the recipe says of the pair
+    config = overlay(config, condition.axolotl)
+    return {**config, "thinkswitch": plugin_keys(recipe.keys, condition.perception)}
+
+
+def plugin_keys(keys: ThinkSwitchKeys, perception: PerceptionKeys | None) -> dict[str, Any]:
+    """What the plugin itself reads, as a plain axolotl recipe has it."""
+    found: dict[str, Any] = {
+        "labels": keys.labels.model_dump(exclude_defaults=True),
+        "min_adapter_change": keys.min_adapter_change,
+    }
+    if perception is not None:
+        found["perception"] = perception.model_dump(exclude_defaults=True)
+    return found
+
+
+def without_perception(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's axolotl keys without what names the perception module, which then is not there."""
+    kept = dict(values)
+    for name, named in (("lora_modules_to_save", str), ("lr_groups", lambda group: " ".join(group["modules"]))):
+        if name in kept:
+            rest = [entry for entry in kept.pop(name) or [] if MODULE not in named(entry)]
+            kept |= {name: rest} if rest else {}
+    return kept

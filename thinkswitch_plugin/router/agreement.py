@@ -1,0 +1,236 @@
+"""Labels for the switch of a pair: does instruct's answer agree with the thinking checkpoint's?
+
+    iter-2/switch/instruct/requests.jsonl, generations.jsonl, key.json   what was asked and answered; the same
+    iter-2/switch/thinking/…                                              files for the other mode
+    iter-2/switch/labels.jsonl    {"prompt_id": "p01024", "prompt": "6+3*3-2", "label": "pre", "instruct": "1",
+                                   "reference": "5", "reference_from": "majority", "tokens": {…}}
+
+`post` says that answering at once suffices, `pre` that thinking is needed. No gold answer is read: the thinking
+checkpoint's majority answer is taken for right, so what both get wrong alike counts as sufficient.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin import console, files
+from thinkswitch_plugin.data import answers, batch
+from thinkswitch_plugin.data.formats import POST, PRE, Format
+from thinkswitch_plugin.data.prompts import read_prompts, write_requests
+from thinkswitch_plugin.engines.generate import generate
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.judging.evaluation import final_answer
+from thinkswitch_plugin.run import MODES, Run, answering_options
+from thinkswitch_plugin.run.hashes import Hashes
+from thinkswitch_plugin.run.stamp import once
+
+FEWEST = 50  # unseen prompts; with fewer the trained ones are taken too
+FLATTERS = (
+    "The pair was trained on {trained}, so instruct does better on them than on new ones: the labels flatter instruct, "
+    "and the router thinks too rarely. Add prompts to the recipe's source to have unseen ones."
+)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Prompts, as the user turn says them, and what each needs; `facts` go into `switch.json`."""
+
+    prompts: list[str]
+    labels: list[Format]
+    facts: dict[str, Any]
+
+    @property
+    def needs_thinking(self) -> list[bool]:
+        """True where the label is `pre`."""
+        return [label == PRE for label in self.labels]
+
+    def first(self, count: int) -> Labels:
+        """The first so many."""
+        return Labels(self.prompts[:count], self.labels[:count], {**self.facts, **_counted(self.labels[:count])})
+
+
+def label_of(instruct: str | None, thinking: Sequence[str | None]) -> tuple[Format | None, str | None]:
+    """The label of one prompt and its reference, from the final answers of both checkpoints.
+
+    The reference is the thinking checkpoint's majority answer; without one there is no label.
+    """
+    reference = answers.majority(thinking)
+    if reference is None:
+        return None, None
+    return (POST if instruct == reference else PRE), reference
+
+
+def read_labels(path: Path) -> Labels:
+    """Labels of a file with rows {"prompt", "label"}, as `make labels` writes them.
+
+    Raises `ThinkSwitchError` naming the line of a row that is none.
+    """
+    prompts: list[str] = []
+    labels: list[Format] = []
+    for number, row in files.read_jsonl(path):
+        if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+            raise ThinkSwitchError(f"{path}, line {number}: `prompt` is missing, empty or not text.")
+        if row.get("label") not in (PRE, POST):
+            raise ThinkSwitchError(
+                f"{path}, line {number}: `label` is {row.get('label')!r:.50}; use {POST} (answering at once "
+                f"suffices) or {PRE} (thinking is needed)."
+            )
+        prompts.append(row["prompt"])
+        labels.append(row["label"])
+    if not prompts:
+        raise ThinkSwitchError(f"{path} holds no labels.")
+    with path.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    facts = {"source": "file", "file": str(path), "sha256": digest, **_counted(labels)}
+    return Labels(prompts, labels, facts)
+
+
+def _counted(labels: Sequence[Format]) -> dict[str, Any]:
+    return {"prompts": len(labels), POST: labels.count(POST), PRE: labels.count(PRE)}
+
+
+def prompts_to_label(run: Run, k: int) -> tuple[list[tuple[str, str]], set[str]]:
+    """Prompts as (id, text) that the pair of iteration k was not trained on, in a drawn order; and what it was.
+
+    Where fewer than `FEWEST` are left, all prompts of the source are taken.
+    """
+    trained = {
+        request["body"]["messages"][-1]["content"]
+        for j in range(1, k + 1)
+        if (path := run.iteration(j) / "requests.jsonl").is_file()
+        for _, request in batch.read_requests(path)
+    }
+    every, _ = read_prompts(run.recipe.keys.prompts, run.seed)
+    unseen = [(prompt_id, text) for prompt_id, text in every if text not in trained]
+    found = unseen if len(unseen) >= FEWEST else every
+    random.Random(f"switch-{run.seed}").shuffle(found)  # so that the first ones are as good as any
+    return found, trained
+
+
+def label_by_agreement(run: Run, k: int, hashes: Hashes, limit: int | None) -> Labels:
+    """Ask both checkpoints of iteration k and label every prompt; writes `labels.jsonl`. The run is locked.
+
+    What is answered already, by the same checkpoints and settings, is not asked again.
+
+    Args:
+        limit: at most so many prompts.
+
+    Raises:
+        ThinkSwitchError: a prompt is an evaluation question, or an engine fails; answers so far are kept.
+    """
+    from thinkswitch_plugin.data.contamination import require_uncontaminated
+
+    keys = run.recipe.keys
+    prompts, trained = prompts_to_label(run, k)
+    require_uncontaminated(prompts, keys.evaluation)
+    asked = prompts[:limit]
+    found = {mode: _answers(run, k, mode, prompts, len(asked), hashes) for mode in MODES}
+    rows: list[dict[str, Any]] = []
+    left_out = 0
+    for prompt_id, text in asked:
+        instruct, thinking = (found[mode].get(prompt_id, []) for mode in MODES)
+        label, reference = label_of(instruct[0][0] if instruct else None, [answer for answer, _ in thinking])
+        if label is None or not instruct:
+            left_out += 1
+            continue
+        rows.append(
+            {
+                "prompt_id": prompt_id,
+                "prompt": text,
+                "label": label,
+                "instruct": instruct[0][0],
+                "reference": reference,
+                "reference_from": "majority",
+                "tokens": {"instruct": instruct[0][1], "thinking": sum(n for _, n in thinking) / len(thinking)},
+            }
+        )
+    if not rows:
+        raise ThinkSwitchError(
+            f"None of the {len(asked)} label prompts has an answer of both checkpoints that can be read; "
+            f"see {run.iteration(k) / 'switch'} and `thinkswitch.labels.answer` of the recipe."
+        )
+    with files.atomic_file(run.iteration(k) / "switch" / "labels.jsonl") as handle:
+        for row in rows:
+            handle.write(files.dumps_line(row))
+    seen = sum(row["prompt"] in trained for row in rows)
+    facts: dict[str, Any] = {"source": "the recipe's prompts", "trained_on": seen, "left_out": left_out}
+    if seen:
+        facts["caution"] = FLATTERS.format(trained=f"{seen} of the {len(rows)} label prompts")
+        console.say(f"  {facts['caution']}")
+    labels = [row["label"] for row in rows]
+    return Labels([row["prompt"] for row in rows], labels, {**facts, **_counted(labels)})
+
+
+def _answers(
+    run: Run, k: int, mode: str, prompts: Sequence[tuple[str, str]], count: int, hashes: Hashes
+) -> dict[str, list[tuple[str | None, int]]]:
+    """Final answer and tokens of every sample that one checkpoint gave to the first `count` prompts, by prompt id.
+
+    Instruct is asked once, thinking as often as the recipe samples.
+    """
+    from transformers import AutoTokenizer
+
+    keys, here = run.recipe.keys, run.iteration(k) / "switch" / mode
+    checkpoint = run.checkpoint(mode, k)
+    samples = keys.sampling.samples if mode == "thinking" else 1
+    sampling = keys.sampling.model_copy(update={"samples": samples})
+    key = {
+        "checkpoint": hashes.of(Path(checkpoint)),
+        "prompts": hashlib.sha256(repr(list(prompts)).encode()).hexdigest(),
+        "asked_with": keys.prompts.system,
+        "sampling": sampling.model_dump(),
+        "trace": keys.trace,
+        "seed": run.seed,
+        "engine": [run.engine, *answering_options(keys.engine.vllm_args)],
+    }
+
+    def ask(_resumes: bool) -> dict[str, Any]:
+        count = write_requests(
+            requests,
+            list(prompts),
+            model=checkpoint,
+            how=batch.asked_of(
+                AutoTokenizer.from_pretrained(checkpoint), keys.convention if mode == "thinking" else None
+            ),
+            keys=keys.prompts,
+            sampling=sampling,
+            seed=run.seed,
+        )
+        return {"requests": count}
+
+    # Answers to other requests go with those; answers to these are continued by their ids.
+    requests, answered = here / "requests.jsonl", here / "generations.jsonl"
+    once(here / "key.json", key, (requests,), ask, scratch=(answered,), part=None)
+    hashes.save()
+    report = generate(
+        requests,
+        answered,
+        checkpoint,
+        run.engine,
+        keys.engine,
+        limit=count * samples,
+        log=run.iteration(k) / "logs" / f"switch-{mode}.log",
+        title=f"labels: {mode}",
+    )
+    console.say(f"  {mode}: {report.answered} answered, {report.already_stored} stored before, {report.failed} failed")
+    return _read_answers(here, keys.labels.answer)
+
+
+def _read_answers(here: Path, kind: str) -> dict[str, list[tuple[str | None, int]]]:
+    stored: dict[str, dict[str, Any]] = {}
+    for number, row in files.read_jsonl(here / "generations.jsonl", torn_end=True):
+        stored.setdefault(batch.stored_id(row, here / "generations.jsonl", number), row)
+    found: dict[str, list[tuple[str | None, int]]] = {}
+    for _, request in batch.read_requests(here / "requests.jsonl"):
+        row = stored.get(request["custom_id"], {})
+        body = batch.completion_body(row)
+        if body is not None:
+            done = batch.completion_of(row, batch.asked(request))
+            tokens = int((body.get("usage") or {}).get("completion_tokens") or 0)
+            found.setdefault(batch.prompt_id(request), []).append((final_answer(kind, done), tokens))
+    return found

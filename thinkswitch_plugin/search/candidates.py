@@ -1,0 +1,246 @@
+"""Judge merge configs one after the other with lm-eval: what a sweep and an ablation share.
+
+A candidate is a merge config that is never published. Where transformers answers, it lives
+only in memory: one model is loaded once and every candidate is merged into it in place.
+Where vLLM answers, it has to be a checkpoint, and one is on disk at a time. Either way its
+folder holds lm-eval's own samples file and
+
+    candidate.json   {"settings": {…}, "seconds": 1.6, "figures": {"mean@k": …}, "questions": {…}}
+
+which is written last, so a candidate is done or it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin import files
+from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
+from thinkswitch_plugin.conventions import Convention, as_metadata
+from thinkswitch_plugin.engines.generate import PROMPT_ROOM, context_length
+from thinkswitch_plugin.engines.servers import has_cuda, serving
+from thinkswitch_plugin.judging.evaluation import (
+    LARGEST_BUDGET,
+    Sample,
+    interval,
+    pass_at_k,
+    read_samples,
+    summarize,
+    uses_server,
+    vote_is_right,
+)
+from thinkswitch_plugin.judging.in_process import Sampling, evaluate, quiet
+from thinkswitch_plugin.run import checkpoint
+from thinkswitch_plugin.run.progress import Bar
+from thinkswitch_plugin.run.stamp import folder_once, stored
+
+STAMP = "candidate.json"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One merge config with real folders in it, and how it is sampled.
+
+    Args:
+        name: its folder under the work folder.
+        config: what mergekit is given.
+        identity: the same config with roles for folders, so that moving a run changes nothing.
+    """
+
+    name: str
+    config: dict[str, Any]
+    identity: dict[str, Any]
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all candidates of one job share.
+
+    Args:
+        work: the folder of the job; candidates' folders lie in it.
+        skeleton: a checkpoint of the architecture; its generation config is every candidate's.
+        template: the checkpoint whose tokenizer and chat template all candidates get.
+        template_name: its role.
+        answer: how a final answer is read, a key of `answers.EXTRACTORS`.
+        convention: how traces are written, as the recipe says.
+        inputs: role → hash of every checkpoint that is merged.
+        task: hash of every file that the lm-eval task is made of.
+    """
+
+    work: Path
+    skeleton: Path
+    template: Path
+    template_name: str
+    evaluation: EvaluationKeys
+    engine: str
+    engine_keys: EngineKeys
+    answer: str
+    convention: Convention | None
+    inputs: dict[str, str]
+    task: dict[str, str | None]
+    seed: int = 0
+
+    def settings(self, candidate: Candidate) -> dict[str, Any]:
+        """Everything a candidate's figures depend on; a change of one judges it anew."""
+        return {
+            "config": candidate.identity,
+            "inputs": self.inputs,
+            "sampling": asdict(candidate.sampling),
+            "template": self.template_name,
+            "evaluation": self.evaluation.model_dump(exclude={"contamination_ngram", "contamination_share"}),
+            "task": self.task,
+            "answer": self.answer,
+            **as_metadata(self.convention),
+            "server": uses_server(self.evaluation, self.engine),
+            "seed": self.seed,
+        }
+
+
+def finished(bench: Bench, candidate: Candidate) -> dict[str, Any] | None:
+    """What is stored of a candidate, if it was judged with these very settings."""
+    return stored(bench.work / candidate.name / STAMP, {"settings": bench.settings(candidate)})
+
+
+def judge_all(bench: Bench, candidates: Sequence[Candidate], title: str) -> list[dict[str, Any]]:
+    """Judge every candidate that is not judged yet; return what is stored of each, in order.
+
+    Raises `ThinkSwitchError` if a merge or an evaluation fails; what is done stays done.
+    """
+    waiting = [candidate for candidate in candidates if finished(bench, candidate) is None]
+    if waiting:
+        judge: InMemoryJudge | CheckpointJudge
+        judge = CheckpointJudge(bench) if uses_server(bench.evaluation, bench.engine) else InMemoryJudge(bench)
+        bar = Bar(len(candidates), title, initial=len(candidates) - len(waiting), unit="candidate")
+        for candidate in waiting:
+
+            def build(building: Path, candidate: Candidate = candidate) -> dict[str, Any]:
+                judge.judge(candidate, building)
+                task, template = bench.evaluation.task, str(bench.template)
+                samples = list(read_samples(building, task, template, bench.answer, bench.convention))
+                return {"figures": figures(samples), "questions": by_question(samples)}
+
+            folder_once(bench.work / candidate.name, STAMP, {"settings": bench.settings(candidate)}, build)
+            bar.update(1)
+        bar.close()
+    return [files.read_json(bench.work / c.name / STAMP) for c in candidates]
+
+
+def figures(samples: Sequence[Sample]) -> dict[str, Any]:
+    """`evaluation.summarize`, with Pass@k at the paper's k and intervals for Pass@k and Vote@k.
+
+    Pass@k and Vote@k are right or wrong a question, so their intervals are Wilson's;
+    Pass at a k below the number of samples is an estimate, bootstrapped over questions.
+    """
+    found = summarize(samples)
+    k = found["k"]
+    passed = {
+        str(j): [pass_at_k(k, sum(s.correct), j) for s in samples] for j in sorted({1, 8, 32, 64, k}) if 1 < j <= k
+    }
+    return {
+        **found,
+        "pass_ci95": interval([float(any(s.correct)) for s in samples], 1),
+        "vote_ci95": interval([float(vote_is_right(s)) for s in samples], 1),
+        "pass": {j: sum(values) / len(values) for j, values in passed.items()},
+        "pass_at_ci95": {j: interval(values, k) for j, values in passed.items()},
+    }
+
+
+def by_question(samples: Sequence[Sample]) -> dict[str, list[float]]:
+    """Per question: mean score, mean tokens, closed traces and whole completions (for paired statistics)."""
+    k = len(samples[0].correct)
+    return {
+        "doc_id": [s.doc_id for s in samples],
+        "score": [sum(s.correct) / k for s in samples],
+        "tokens": [sum(s.tokens) / k for s in samples],
+        "closed": [sum(c and not t for c, t in zip(s.closed_trace, s.truncated, strict=True)) for s in samples],
+        "whole": [sum(not t for t in s.truncated) for s in samples],
+    }
+
+
+class InMemoryJudge:
+    """One model in this process, merged into in place and judged by lm-eval's hf backend."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.log = bench.work / "logs" / "lm_eval.log"
+        self.settings: dict[str, Path] | None = None
+        self.model: Any = None
+
+    def load(self, settings: dict[str, Path]) -> None:
+        """Load the model to merge into, unless it is loaded with these settings; see `in_memory.load`."""
+        from lm_eval.models.huggingface import HFLM
+
+        from thinkswitch_plugin.merging.in_memory import load
+
+        if settings != self.settings:
+            with quiet(self.log):
+                model = load(self.bench.skeleton, settings, device="cuda" if has_cuda() else "cpu")
+                batch_size = self.bench.evaluation.batch_size
+                self.model = HFLM(pretrained=model, tokenizer=str(self.bench.template), batch_size=batch_size)
+            self.settings = settings
+
+    def judge(self, candidate: Candidate, out: Path) -> None:
+        """Merge, answer and grade one candidate; lm-eval's files go to `out`."""
+        from thinkswitch_plugin.merging.config import without_ours
+        from thinkswitch_plugin.merging.in_memory import merge_into
+
+        self.load(without_ours(candidate.config)[1])
+        merge_into(self.model.model, candidate.config, seed=self.bench.seed)
+        with quiet(self.log):
+            evaluate(
+                self.model,
+                self.bench.evaluation,
+                candidate.sampling,
+                out,
+                name=Path(candidate.name).name,
+                convention=self.bench.convention,
+            )
+
+
+class CheckpointJudge:
+    """One candidate checkpoint on disk at a time, served by vLLM and judged through lm-eval's API backend."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.log = bench.work / "logs" / "vllm.log"
+
+    def judge(self, candidate: Candidate, out: Path) -> None:
+        """Write the candidate, serve it, grade its answers, delete it."""
+        from lm_eval.models.openai_completions import LocalChatCompletion
+
+        from thinkswitch_plugin.loop.rebuild import merge
+
+        keys, engine = self.bench.evaluation, self.bench.engine_keys
+        config, merged = out / "merge.yaml", self.bench.work / ".candidate"
+        files.write_yaml(config, candidate.config)
+        files.remove(merged)  # what a killed call left
+        try:
+            merge(config, merged, self.bench.work / "logs" / "merge.log")
+            checkpoint.adopt_mode(self.bench.template, merged)
+            room = min(context_length(str(merged)), (keys.max_tokens or LARGEST_BUDGET) + PROMPT_ROOM)
+            with (
+                serving("vllm", str(merged), engine, self.log, max_len=room) as server,
+                server.explaining(self.log),
+                quiet(self.log),
+            ):
+                model = LocalChatCompletion(
+                    base_url=f"{server.base_url}/chat/completions",
+                    model=str(merged),
+                    num_concurrent=engine.concurrency,
+                    timeout=int(engine.timeout),
+                    tokenizer_backend="none",
+                )
+                evaluate(
+                    model,
+                    keys,
+                    candidate.sampling,
+                    out,
+                    name=Path(candidate.name).name,
+                    convention=self.bench.convention,
+                )
+        finally:
+            files.remove(merged)

@@ -1,0 +1,220 @@
+"""What a sweep or an ablation is about: a pair of checkpoints, and the domain that judges it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from thinkswitch_plugin import files
+from thinkswitch_plugin.args import ThinkSwitchKeys, resolve_seed
+from thinkswitch_plugin.data.task_files import task_files
+from thinkswitch_plugin.engines import servers
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.merging.compatibility import Allowances, require_compatible
+from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
+from thinkswitch_plugin.run import checkpoint, locked, open_run, settings_file
+from thinkswitch_plugin.run.hashes import Hashes
+from thinkswitch_plugin.search.candidates import Bench
+
+Template = Literal["instruct", "thinking"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Checkpoints by the names that merge configs give them, and what judges them.
+
+    Attributes:
+        roles: `instruct` and `thinking`; `instruct-0` (before distillation) and `base`
+            (the common ancestor) where they are known.
+        of_run: the pair is the one that an iteration of a run rebuilds from.
+    """
+
+    keys: ThinkSwitchKeys
+    roles: dict[str, Path]
+    seed: int
+    engine: str
+    out: Path
+    home: Path
+    iteration: int | None
+    of_run: bool
+
+    @contextmanager
+    def bench(self, work: Path, template: Template, used: Sequence[str]) -> Iterator[Bench]:
+        """The settings that all candidates of one job share, with the folder locked.
+
+        Args:
+            used: the roles whose checkpoints the candidates are made of.
+        """
+        with locked(self.home):
+            hashes = Hashes(self.home)
+            inputs = {name: str(hashes.of(self.roles[name])) for name in sorted(set(used))}
+            task = {str(path): hashes.of(path) for path in task_files(self.keys.evaluation.task)}
+            hashes.save()
+            yield Bench(
+                work=work,
+                skeleton=self.roles["thinking"],
+                template=self.roles[template],
+                template_name=template,
+                evaluation=self.keys.evaluation,
+                engine=self.engine,
+                engine_keys=self.keys.engine,
+                answer=self.keys.labels.answer,
+                convention=self.keys.convention,
+                inputs=inputs,
+                seed=self.seed,
+                task=task,
+            )
+
+    def lacks(self, named: Iterable[str]) -> str | None:
+        """Why a merge config that names these models cannot be made of this pair; None if it can."""
+        for name in sorted(named):
+            if name not in self.roles:
+                hint = {
+                    "base": "name the common ancestor as `thinkswitch.pair.base` in the recipe",
+                    "instruct-0": "the instruct checkpoint that a run started from: use ITER= of a run",
+                }.get(name, "models are called ./instruct, ./thinking, ./instruct-0 and ./base")
+                return f"there is no ./{name}; {hint}"
+        if "instruct-0" in named and self.roles["instruct-0"] == self.roles["instruct"]:
+            return "./instruct-0 is ./instruct here; it needs an iteration of a run"
+        return None
+
+    def fetch(self, named: Iterable[str]) -> dict[str, Path]:
+        """The folders of these models; the common ancestor may come from the hub.
+
+        Raises `ThinkSwitchError` if it cannot be had, or cannot be merged with the pair.
+        """
+        found = {name: self.roles[name] for name in named}
+        if "base" in found:
+            found["base"], _ = checkpoint.resolve(str(found["base"]), None, "common ancestor")
+            allowed = Allowances(may_differ=tuple(self.keys.rebuild.may_differ))
+            require_compatible(self.roles["thinking"], found["base"], allowed)
+        return found
+
+    def described(self) -> dict[str, Any]:
+        """What result files say of the pair."""
+        return {
+            "domain": self.keys.domain,
+            "iteration": self.iteration,
+            "seed": self.seed,
+            "engine": self.engine,
+            "pair": {name: str(self.roles[name]) for name in ("instruct", "thinking")},
+        }
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a command was asked to work on.
+
+    Attributes:
+        runs: the folder that holds the runs.
+        seed, engine, overlays: where there is no run; a run has its own.
+        instruct, thinking: checkpoints (folders or hub ids) in place of the run's; empty where none is given.
+        out: where the results go, instead of the run's iteration.
+        limit: judge by the first so many questions only.
+    """
+
+    domain: str
+    runs: Path
+    seed: int
+    engine: str
+    overlays: Sequence[str]
+    iteration: int
+    instruct: str
+    thinking: str
+    out: Path | None
+    limit: int | None
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return self.runs / self.domain
+
+    @property
+    def of_run(self) -> bool:
+        """Whether both checkpoints are those of the run."""
+        return not (self.instruct or self.thinking)
+
+
+def find_subject(wanted: Wanted) -> Subject:
+    """The pair to work on: any two checkpoints (both given), or that of an iteration of a run.
+
+    The pair of iteration k is the one its thinking checkpoint is rebuilt from: the instruct
+    checkpoint of iteration k and the recipe's anchor, so λ here is the recipe's λ. Giving one
+    of the two replaces that one.
+
+    Raises:
+        ThinkSwitchError: no such run or iteration, other overlays than the run's, or the two checkpoints do not match.
+    """
+    folder, domain, iteration, seed = wanted.folder, wanted.domain, wanted.iteration, wanted.seed
+    overlays = tuple(overlay_path(name) for name in wanted.overlays)
+    begun = settings_file(folder).is_file()
+    if not begun and not (wanted.instruct and wanted.thinking):
+        raise ThinkSwitchError(
+            f"{folder} is not a run folder; run `make iterate DOMAIN={domain}` first (`make pair` for ITER=0), "
+            "or give any two checkpoints: A=<instruct> B=<thinking>."
+        )
+    roles: dict[str, Path] = {}
+    if begun:
+        run = open_run(folder)
+        keys, seed, engine = run.recipe.keys, run.seed, run.engine
+        if overlays and overlays != tuple(run.recipe.overlays):
+            raise ThinkSwitchError(
+                f"{folder} was begun with OVERLAY='{' '.join(map(str, run.recipe.overlays))}', which counts here too; "
+                "leave OVERLAY= out, or name another run by RUNS=."
+            )
+        if not (run.iteration(0) / "pair.json").is_file():
+            raise ThinkSwitchError(f"{folder} has no starting pair yet; run `make pair DOMAIN={domain}` first.")
+        if not (wanted.instruct and wanted.thinking):
+            roles["instruct-0"] = Path(run.checkpoint("instruct", 0))
+            roles["instruct"] = Path(run.checkpoint("instruct", iteration))
+            roles["thinking"] = Path(run.anchor(max(iteration, 1)))
+            if not (roles["instruct"] / "config.json").is_file():
+                raise ThinkSwitchError(
+                    f"{folder} has no instruct checkpoint of iteration {iteration}; "
+                    f"run `make iterate DOMAIN={domain} ITERATIONS={max(iteration, 1)}` first."
+                )
+    else:
+        keys, engine = load_recipe(recipe_path(domain), overlays).keys, servers.choose(wanted.engine)
+    if wanted.limit:
+        keys = keys.model_copy(update={"evaluation": keys.evaluation.model_copy(update={"limit": wanted.limit})})
+    if keys.pair.base:
+        roles["base"] = Path(resolve_seed(keys.pair.base, seed))
+    for name, given in (("instruct", wanted.instruct), ("thinking", wanted.thinking)):
+        if given:
+            roles[name], _ = checkpoint.resolve(given, None, name)
+    for role in roles.values():
+        checkpoint.require_weights(role)
+    require_compatible(roles["instruct"], roles["thinking"], Allowances(may_differ=tuple(keys.rebuild.may_differ)))
+    named = "--".join(checkpoint.folder_name(name) for name in (wanted.instruct, wanted.thinking) if name)
+    where = wanted.out or (folder / f"iter-{iteration}" if wanted.of_run else Path("sweeps") / domain / named)
+    return Subject(
+        keys=keys,
+        roles=roles,
+        seed=seed,
+        engine=engine,
+        out=where,
+        home=folder if wanted.of_run else where,
+        iteration=iteration if wanted.of_run else None,
+        of_run=wanted.of_run,
+    )
+
+
+def few_questions(subject: Subject) -> str:
+    """For a candidate's folder: `-n20` where only the first 20 questions are asked, so that a trial spoils nothing."""
+    limit = subject.keys.evaluation.limit
+    return f"-n{limit}" if limit else ""
+
+
+def of_template(template: str) -> str:
+    """For a job's folder: where the template is not the usual one, so that neither replaces the other's results."""
+    return "" if template == "instruct" else f"-template-{template}"
+
+
+def write_results(path: Path, value: dict[str, Any]) -> None:
+    """Write a job's results with the versions that made them."""
+    from thinkswitch_plugin.run import versions
+
+    files.write_json(path, {**value, "versions": versions()})

@@ -1,0 +1,261 @@
+"""Sweep λ over a pair: score, tokens and think ratio at every point, the three stages, λ*.
+
+    iter-1/sweep/points/lambda-0.7/…   one point: lm-eval's samples, candidate.json
+    iter-1/sweep/sweep.json            every point, the stages, λ*
+    iter-1/sweep/sweep.md .png .svg    the same as a table and as a picture
+
+Killed at any time, the same command goes on with the first point that is missing. Points of
+earlier calls with the same settings are part of the result, so a coarse sweep can be refined.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from thinkswitch_plugin import console, files
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.judging.in_process import Sampling
+from thinkswitch_plugin.merging.config import allow, check_config, place_models, set_lambda
+from thinkswitch_plugin.search import stages
+from thinkswitch_plugin.search.candidates import Bench, Candidate, finished, judge_all
+from thinkswitch_plugin.search.subject import Subject, Template, few_questions, of_template, write_results
+
+ELLIPSIS = ("…", "...")
+PAIR = ("instruct", "thinking")
+
+
+def parse_weights(text: str) -> list[float]:
+    """λ values of `LAMBDAS="0 0.1 … 1"`, ascending, each once; `…` or `...` goes on in equal steps.
+
+    Raises `ThinkSwitchError` naming the word that is no number, or a series that does not end.
+    """
+    words = text.replace(",", " ").split()
+    found: list[float] = []
+    for index, word in enumerate(words):
+        if word in ELLIPSIS:
+            if index < 2 or index + 1 >= len(words):
+                raise ThinkSwitchError(f'LAMBDAS="{text}": write two values before `{word}` and one after it.')
+            step, last = found[-1] - found[-2], _number(words[index + 1], text)
+            count = (last - found[-1]) / step if step else -1.0
+            if count < 0 or count > 1000 or abs(count - round(count)) > 1e-6:
+                raise ThinkSwitchError(f'LAMBDAS="{text}": steps of {step:g} from {found[-1]:g} do not meet {last:g}.')
+            found += [found[-1] + step * i for i in range(1, round(count))]
+        else:
+            found.append(_number(word, text))
+    if not found:
+        raise ThinkSwitchError('LAMBDAS is empty; write for example LAMBDAS="0 0.1 … 1".')
+    return sorted({round(value, 6) for value in found})
+
+
+def _number(word: str, text: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ThinkSwitchError(f'LAMBDAS="{text}": {word!r} is no number.')
+    return value
+
+
+def parse_sampling(text: str, samples: int | None) -> list[Sampling]:
+    """Sampling settings of `SAMPLING="0.6/0.95 0.7/0.8"`: temperature/top-p, or the temperature alone.
+
+    Raises `ThinkSwitchError` naming the word that is none.
+    """
+    found = []
+    for word in text.split():
+        match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)(?:/(\d+(?:\.\d*)?|\.\d+))?", word)
+        if not match or (match[2] and not 0 < float(match[2]) <= 1):
+            raise ThinkSwitchError(f'SAMPLING="{text}": {word!r} is not temperature/top-p, such as 0.6/0.95.')
+        found.append(Sampling(float(match[1]), float(match[2]) if match[2] else None, samples))
+    return found or [Sampling(samples=samples)]
+
+
+def sweep(subject: Subject, weights: Sequence[float], sampling: Sequence[Sampling], template: Template) -> None:
+    """Judge every point, then write `sweep.json`, `sweep.md` and the picture, and print the table.
+
+    Raises `ThinkSwitchError` if λ cannot be set in the recipe's merge config or a point fails.
+    """
+    source = Path(subject.keys.rebuild.config)
+    check_config(source)
+    config = allow(files.read_yaml(source), subject.keys.rebuild.may_differ)
+    folder = subject.out / ("sweep" + of_template(template))
+    roles = {name: str(subject.roles[name]) for name in PAIR}
+
+    def point(weight: float, drawn: Sampling) -> Candidate:
+        identity = set_lambda(config, weight, source)
+        name = f"points/lambda-{weight:g}{drawn.slug}{few_questions(subject)}"
+        return Candidate(name, place_models(identity, roles), identity, drawn)
+
+    with subject.bench(folder, template, PAIR) as bench:
+        asked = [(w, s, point(w, s)) for s, w in itertools.product(sampling, weights)]
+        title = f"sweep of {len(asked)} points"
+        judge_all(bench, [c for _, _, c in asked], title)
+        every = {c.name: (w, s, c) for w, s, c in asked}
+        for weight, drawn in earlier(folder):
+            candidate = point(weight, drawn)
+            if candidate.name not in every and finished(bench, candidate):
+                every[candidate.name] = (weight, drawn, candidate)
+        result = build(bench, subject, sorted(every.values(), key=lambda e: (str(e[1]), e[0])), config["merge_method"])
+    write_results(folder / "sweep.json", result)
+    with files.atomic_file(folder / "sweep.md") as handle:
+        handle.write(markdown(result).encode())
+    draw(result, folder)
+    show(result, subject)
+    console.say(f"  {folder / 'sweep.json'}, sweep.md, sweep.png, sweep.svg")
+
+
+def earlier(folder: Path) -> list[tuple[float, Sampling]]:
+    """λ and sampling of the points that lie in a sweep's folder, by their names."""
+    pattern = re.compile(r"lambda-(-?[\d.e-]+?)(?:-t([\d.]+))?(?:-p([\d.]+))?(?:-k(\d+))?(?:-n\d+)?")
+    found = []
+    for path in sorted((folder / "points").glob("lambda-*/candidate.json")):
+        if match := pattern.fullmatch(path.parent.name):
+            weight, temperature, top_p, k = match.groups()
+            drawn = Sampling(
+                float(temperature) if temperature else None, float(top_p) if top_p else None, int(k) if k else None
+            )
+            found.append((float(weight), drawn))
+    return found
+
+
+def build(
+    bench: Bench, subject: Subject, points: Sequence[tuple[float, Sampling, Candidate]], method: str
+) -> dict[str, Any]:
+    """`sweep.json`: every point's figures, and for each sampling setting the stages and λ*."""
+    rows: list[dict[str, Any]] = []
+    curves: list[dict[str, Any]] = []
+    for drawn, group in itertools.groupby(points, key=lambda e: e[1]):
+        stored = []
+        for weight, _, candidate in group:
+            one = files.read_json(bench.work / candidate.name / "candidate.json")
+            stored.append({**one, "lambda": weight})
+            rows.append(
+                {
+                    "lambda": weight,
+                    "temperature": drawn.temperature,
+                    "top_p": drawn.top_p,
+                    "samples": drawn.samples,
+                    **one["figures"],
+                    "seconds": one["seconds"],
+                }
+            )
+        curve = stages.Curve.of(stored)
+        found = stages.stages(curve)
+        curves.append(
+            {
+                "sampling": str(drawn),
+                "temperature": drawn.temperature,
+                "top_p": drawn.top_p,
+                "samples": drawn.samples,
+                "stages": found,
+                "stages_in_words": stages.describe(found, curve),
+                "sweet_spot": stages.sweet_spot(curve),
+            }
+        )
+    return {
+        **subject.described(),
+        "method": method,
+        "template": bench.template_name,
+        "task": bench.evaluation.task,
+        "points": rows,
+        "curves": curves,
+    }
+
+
+HEADER = ["λ", "Mean@k", "95 %", "Pass@k", "Vote@k", "tokens", "think ratio", "truncated"]
+
+
+def table_rows(result: dict[str, Any], curve: dict[str, Any]) -> list[list[str]]:
+    """One row a point of one sampling setting; λ* carries a star."""
+    rows = []
+    for p in points_of(result, curve):
+        low, high = (100 * v for v in p["ci95"])
+        star = " ★" if p["lambda"] == curve["sweet_spot"]["lambda"] else ""
+        rows.append(
+            [
+                f"{p['lambda']:g}{star}",
+                f"{100 * p['mean@k']:.1f} %",
+                f"{low:.1f}–{high:.1f}",
+                f"{100 * p['pass@k']:.1f} %",
+                f"{100 * p['vote@k']:.1f} %",
+                f"{p['tokens']:.1f}",
+                f"{p['think_ratio']:.3f}",
+                f"{100 * p['truncated']:.1f} %",
+            ]
+        )
+    return rows
+
+
+def points_of(result: dict[str, Any], curve: dict[str, Any]) -> list[dict[str, Any]]:
+    """The points of one sampling setting, λ ascending."""
+    keys = ("temperature", "top_p", "samples")
+    return [p for p in result["points"] if all(p.get(key) == curve.get(key) for key in keys)]
+
+
+def sentence(curve: dict[str, Any]) -> str:
+    """λ* in words."""
+    spot = curve["sweet_spot"]
+    low, high = spot["interval"]
+    text = f"λ* = {spot['lambda']:g} (95 % {low:g} to {high:g}): {100 * spot['mean@k']:.1f} % at {spot['tokens']:.1f} tokens"
+    if spot["thinking"]:
+        there = spot["thinking"]
+        below, above = (100 * v for v in there["difference_ci95"])
+        text += (
+            f"; λ = 1: {100 * there['mean@k']:.1f} % at {there['tokens']:.1f} tokens "
+            f"(difference {100 * there['difference']:+z.1f} points, {below:+z.1f} to {above:+z.1f})"
+        )
+    return text + "."
+
+
+def title_of(result: dict[str, Any]) -> str:
+    """What was swept, in one line."""
+    n = result["points"][0]["n"]
+    every = " and ".join(str(k) for k in sorted({p["k"] for p in result["points"]}))
+    where = "" if result["iteration"] is None else f", iteration {result['iteration']}"
+    return (
+        f"{result['domain']}, seed {result['seed']}{where}: {result['method']}, {n} questions × {every}, "
+        f"template of {result['template']}"
+    )
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """`sweep.md`."""
+    from thinkswitch_plugin.report import table
+
+    lines = [f"# {title_of(result)}", ""]
+    for curve in result["curves"]:
+        if len(result["curves"]) > 1:
+            lines += [f"## {curve['sampling']}", ""]
+        lines += [*table(HEADER, table_rows(result, curve)), "", curve["stages_in_words"], "", sentence(curve), ""]
+    return "\n".join(lines)
+
+
+def show(result: dict[str, Any], subject: Subject) -> None:
+    """The table on the terminal, and what to do with λ*."""
+    from rich.console import Console
+    from rich.table import Table
+
+    for curve in result["curves"]:
+        shown = Table(title=f"{title_of(result)}; sampling: {curve['sampling']}")
+        for name in HEADER:
+            shown.add_column(name, justify="right")
+        for row in table_rows(result, curve):
+            shown.add_row(*row)
+        Console(width=120).print(shown)
+        console.say(f"  {curve['stages_in_words']}")
+        console.say(f"  {sentence(curve)}")
+    if subject.of_run and len(result["curves"]) == 1:
+        console.say("  The loop rebuilds with `thinkswitch.rebuild.lambda` of the recipe (and checks it).")
+
+
+def draw(result: dict[str, Any], folder: Path) -> None:
+    """`sweep.png` and `sweep.svg`."""
+    from thinkswitch_plugin.report.pictures import save, sweep_picture
+
+    save(sweep_picture(result), folder / "sweep")

@@ -1,0 +1,1 @@
+"""The dataset types, axolotl's config of an iteration, and what is checked before and after training."""

@@ -1,0 +1,224 @@
+"""QLoRA by axolotl: derive an iteration's config, check what it can train, train, and check the adapter."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from thinkswitch_plugin import console, files
+from thinkswitch_plugin.engines.servers import has_cuda
+from thinkswitch_plugin.errors import ThinkSwitchError, reason
+from thinkswitch_plugin.recipe import CPU_OVERLAY, Recipe, overlay
+from thinkswitch_plugin.run import processes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PREPARED = "prepared"  # axolotl's tokenized data, beside the adapter
+# What axolotl and its engines are told in every stage of ours.
+ENGINE_ENV = {
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "warning",  # with less, the trainer writes no progress into its log
+}
+
+
+def tool(name: str) -> str:
+    """An engine's command in the environment that runs us."""
+    return str(Path(sys.executable).with_name(name))
+
+
+def iteration_config(
+    recipe: Recipe,
+    *,
+    base_model: str,
+    pairs: Path,
+    adapter: Path,
+    prepared: Path,
+    seed: int,
+    on_cpu: bool,
+) -> dict[str, Any]:
+    """The complete axolotl config of one iteration, which plain `axolotl train` runs as it is.
+
+    Args:
+        base_model: the instruct checkpoint that learns.
+        prepared: where axolotl keeps tokenized data. It must differ between iterations:
+            axolotl's cache key holds neither the file's content nor plugin keys.
+        on_cpu: put the published CPU overlay on top.
+    """
+    datasets = [dict(entry) for entry in recipe.axolotl.get("datasets") or [{}]]
+    datasets[0] |= {"path": str(pairs), "ds_type": "json", "type": "thinkswitch_plugin.answer_only"}
+    keys = recipe.keys.model_dump(by_alias=True, exclude_defaults=True)
+    return training_config(
+        recipe.axolotl,
+        base_model=base_model,
+        datasets=datasets,
+        adapter=adapter,
+        prepared=prepared,
+        seed=seed,
+        on_cpu=on_cpu,
+    ) | {"thinkswitch": keys}
+
+
+def training_config(
+    values: dict[str, Any],
+    *,
+    base_model: str,
+    datasets: list[dict[str, Any]],
+    adapter: Path,
+    prepared: Path,
+    seed: int,
+    on_cpu: bool,
+) -> dict[str, Any]:
+    """A recipe's axolotl keys for one training, without those under `thinkswitch:`; see `iteration_config`."""
+    if on_cpu:
+        values = overlay(values, files.read_yaml(CPU_OVERLAY))
+    return {
+        **values,
+        "base_model": base_model,
+        "datasets": datasets,
+        "dataset_prepared_path": str(prepared),
+        "output_dir": str(adapter),
+        "seed": seed,
+        "merge_method": "legacy",  # for `axolotl merge-lora` by hand: its default rounds every matrix through NF4
+        "auto_resume_from_checkpoints": True,  # a killed training goes on from its last whole checkpoint
+    }
+
+
+def require_trainable(recipe: Recipe, checkpoint: str, revision: str | None = None) -> None:
+    """Refuse a recipe that could not train this checkpoint as it says; its config and tokenizer are enough to know.
+
+    Raises `ThinkSwitchError` for the chat template or a mixture's experts; see `contract` and `reach`.
+    """
+    os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # before axolotl is imported, which would report its use
+    from thinkswitch_plugin.training.reach import require_reach
+    from thinkswitch_plugin.training.strategy import require_template
+
+    values = {**recipe.axolotl, "revision_of_model": revision}
+    try:
+        require_reach(values, checkpoint)
+        require_template(values, checkpoint, recipe.keys.prompts.system)
+    except (OSError, ValueError) as error:  # what transformers raises for files that are missing or broken
+        raise ThinkSwitchError(
+            f"The config or the tokenizer of {checkpoint} cannot be loaded ({reason(error)}); check the folder, or the "
+            "hub id, the network and your access to it."
+        ) from None
+
+
+def train(
+    config: dict[str, Any], here: Path, *, resume: bool, options: Sequence[str], minimum: float
+) -> dict[str, Any]:
+    """Have axolotl train one adapter into `here/adapter`, with its config in `here/axolotl.yaml`.
+
+    Args:
+        config: complete, with `here/adapter` and `here/prepared` in it.
+        resume: what lies half-built there was made from the same inputs; go on with it.
+        options: further options for `axolotl train`.
+        minimum: how far the adapter must have moved; see `require_moved`.
+
+    Returns:
+        `adapter_change`, and `resumed_from`: the trainer's checkpoint that a killed attempt had left, or None.
+
+    Raises:
+        ThinkSwitchError: axolotl fails or the adapter did not move.
+    """
+    adapter, building = here / "adapter", files.temporary_sibling(here / "adapter")
+    prepared = here / PREPARED
+    files.remove(prepared)  # axolotl would take up prepared data of other pairs
+    if not resume:
+        files.remove(building)
+    elif adapter.is_dir() and (here / "axolotl.yaml").is_file():
+        console.say("  the adapter of these pairs is whole")
+        moved = adapter_change(adapter)
+        require_moved(moved, minimum, adapter)
+        return {"adapter_change": moved, "resumed_from": None}
+    before = whole_checkpoints(building)
+    if before:
+        console.say(f"  goes on from {before[-1].name} of the training that was cut short")
+    files.write_yaml(here / "axolotl.yaml", config, header="Runs by itself: axolotl train THIS_FILE")
+    command: list[str | Path] = [tool("axolotl"), "train", here / "axolotl.yaml", "--output-dir", building]
+    if not has_cuda():
+        command += ["--launcher", "python"]
+    command += options
+    try:
+        processes.run_logged(command, here / "logs" / "train.log", env=ENGINE_ENV, title="axolotl train")
+    except ThinkSwitchError:
+        if before and whole_checkpoints(building) == before:
+            files.remove(before[-1])  # it may be what failed: the next attempt takes the one before
+        raise
+    moved = adapter_change(building)
+    require_moved(moved, minimum, building)
+    for checkpoint_folder in building.glob("checkpoint-*"):
+        files.remove(checkpoint_folder)
+    files.put_in_place(building, adapter)
+    files.remove(prepared)
+    return {"adapter_change": moved, "resumed_from": before[-1].name if before else None}
+
+
+def whole_checkpoints(building: Path) -> list[Path]:
+    """The trainer's checkpoints to resume from, oldest first; one whose writing was cut short is removed."""
+    found = [p for p in building.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    kept = []
+    for folder in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-"))):
+        try:
+            files.read_json(folder / "trainer_state.json")  # the trainer writes this last
+        except ThinkSwitchError:
+            files.remove(folder)
+        else:
+            kept.append(folder)
+    return kept
+
+
+def adapter_change(adapter: Path | str) -> float:
+    """How far a saved adapter moved; see `change`.
+
+    Raises `ThinkSwitchError` if the folder holds no adapter.
+    """
+    from safetensors import safe_open
+
+    folder = Path(adapter)
+    weights = folder / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise ThinkSwitchError(f"{weights} does not exist; axolotl saved no adapter; see `logs/train.log` beside it.")
+    config = files.read_json(folder / "adapter_config.json")
+    with safe_open(str(weights), framework="pt") as handle:
+        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    return change(tensors, config["lora_alpha"] / config["r"], str(weights))
+
+
+def change(tensors: Mapping[str, Tensor], scale: float, where: str) -> float:
+    """How far an adapter moved: the median over its matrices of ‖s·B·A‖ / ‖A‖ (Frobenius norms, s = α/r).
+
+    B starts at zero, so an adapter that did not train gives 0 or nearly so; one that did
+    gives the size of its B, whatever the size of the model.
+
+    Args:
+        tensors: every LoRA matrix by name, `…lora_A…` (r, in) and `…lora_B…` (out, r).
+
+    Raises:
+        ThinkSwitchError: there is none, or one holds NaN or infinity.
+    """
+    import torch
+
+    changes = []
+    for name in sorted(n for n in tensors if ".lora_B." in n):
+        a, b = tensors[name.replace(".lora_B.", ".lora_A.")].float(), tensors[name].float()
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise ThinkSwitchError(f"{where}: {name} holds NaN or infinity; lower the learning rate.")
+        changes.append(float(torch.linalg.matrix_norm(scale * b @ a) / torch.linalg.matrix_norm(a)))
+    if not changes:
+        raise ThinkSwitchError(f"{where} holds no LoRA matrices; use `adapter: qlora` or `lora` in the recipe.")
+    return sorted(changes)[len(changes) // 2]
+
+
+def require_moved(change: float, minimum: float, adapter: Path | str) -> None:
+    """Raise `ThinkSwitchError` if an adapter did not learn anything."""
+    if change < minimum:
+        raise ThinkSwitchError(
+            f"{adapter}: the adapter did not move (change {change:.2e}, expected at least {minimum:.0e}), so nothing "
+            "was learnt. On a CPU 4-bit training fails so after an evaluation pass; see docs/faq.md."
+        )
