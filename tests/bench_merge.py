@@ -101,7 +101,7 @@ for shard in sorted(second.glob("*.safetensors")):
     "similarity": f"""
 import sys, time
 from pathlib import Path
-from thinkswitch_plugin.merging.similarity import report_similarity
+from thinkswitch_plugin.report.similarity import report_similarity
 {READY}
 report_similarity(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
 """,

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from thinkswitch_plugin import files, recipe
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.recipe import iteration_config
 from thinkswitch_plugin.training import distil
 
 
@@ -40,7 +41,7 @@ def test_nan_and_a_missing_adapter_are_named(tmp_path: Path) -> None:
 
 def test_an_iterations_config_is_the_recipe_with_that_iterations_files() -> None:
     loaded = recipe.load_recipe(Path("recipes/arithmetic.yaml"))
-    config = distil.iteration_config(
+    config = iteration_config(
         loaded, base_model="B", pairs=Path("P"), adapter=Path("A"), prepared=Path("Q"), seed=7, on_cpu=True
     )
     assert (config["base_model"], config["datasets"][0]["path"], config["output_dir"]) == ("B", "P", "A")

@@ -21,7 +21,8 @@ from thinkswitch_plugin.loop import work
 from thinkswitch_plugin.merging import lora
 from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.merging.tensors import list_tensors
-from thinkswitch_plugin.recipe import load_recipe
+from thinkswitch_plugin.recipe import iteration_config, load_recipe
+from thinkswitch_plugin.run.checkpoint import ADAPTER_WEIGHTS
 from thinkswitch_plugin.training import distil
 
 
@@ -61,7 +62,7 @@ def test_a_bfloat16_checkpoint_trained_on_a_cpu_is_merged_in_bfloat16(tmp_path: 
         {"messages": [{"role": "user", "content": f"{d}+1"}, {"role": "assistant", "content": str((d + 1) % 10)}]}
         for d in range(8)
     ]
-    config = distil.iteration_config(
+    config = iteration_config(
         load_recipe(ROOT / "recipes" / "arithmetic.yaml"),
         base_model=str(parent),
         pairs=write_jsonl("pairs.jsonl", rows),
@@ -96,7 +97,7 @@ def adapter_for(folder: Path, *names: str) -> Path:
     """An adapter with matrices of these names, by the header alone."""
     folder.mkdir()
     tensors = {f"base_model.model.{name}": torch.zeros(2, 2) for name in names}
-    save_file(tensors, str(folder / distil.ADAPTER_WEIGHTS))
+    save_file(tensors, str(folder / ADAPTER_WEIGHTS))
     return folder
 
 

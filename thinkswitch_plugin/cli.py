@@ -549,7 +549,7 @@ def similarity(first: str, second: str, out: Path) -> None:
     """How near two checkpoints (folders or hub ids) are: angles, distances and σ -> similarity.json, .png, .svg."""
     if not (first and second):
         raise click.UsageError("name two checkpoints: make similarity A=folder B=folder")
-    from thinkswitch_plugin.merging.similarity import report_similarity
+    from thinkswitch_plugin.report.similarity import report_similarity
     from thinkswitch_plugin.run import checkpoint
 
     folders = [checkpoint.resolve(name, None, which)[0] for name, which in ((first, "first"), (second, "second"))]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import unicodedata
+from collections.abc import Collection, Iterable, Sequence
 
 from click import unstyle
 
@@ -30,6 +31,24 @@ def fetch_no_code() -> None:
 def printable(text: str) -> str:
     """Text of a model or an engine without what could steer a terminal: escape codes, and other control characters."""
     return "".join(c for c in unstyle(text) if c in "\n\t" or unicodedata.category(c) != "Cc")
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table as lines."""
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[str] = ()) -> None:
+    """A table on the terminal, its columns aligned to the right but for those named in `left`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=title)
+    for name in header:
+        shown.add_column(name, justify="left" if name in left else "right")
+    for row in rows:
+        shown.add_row(*row)
+    Console(width=None if os.isatty(1) else 120).print(shown)
 
 
 def say(text: str) -> None:

@@ -19,7 +19,7 @@ from thinkswitch_plugin.judging.evaluation import run_lm_eval
 from thinkswitch_plugin.loop import work
 from thinkswitch_plugin.loop.rebuild import merge
 from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
-from thinkswitch_plugin.report import header, rows, score, table
+from thinkswitch_plugin.report import header, rows, score
 from thinkswitch_plugin.run import MODES, Run, locked, open_run
 
 NAMES = {
@@ -111,7 +111,7 @@ def print_results(folders: list[Path]) -> None:
         report = files.read_json(folder / "report.json")
         n = report["iterations"][0]["instruct"]["n"]
         console.say(f"### Seed {report['seed']}, {n} held-out questions, engine {report['engine']}\n")
-        console.say("\n".join(table(header(report), rows(report))) + "\n")
+        console.say("\n".join(console.table(header(report), rows(report))) + "\n")
         for name, (mode, title) in NAMES.items():
             path = folder / "controls" / name / "result.json"
             if not path.is_file():
@@ -141,4 +141,4 @@ def print_results(folders: list[Path]) -> None:
             "control's accuracy (95 %)",
             "think ratio",
         ]
-        console.say("\n".join(table(names, controls)))
+        console.say("\n".join(console.table(names, controls)))

@@ -145,6 +145,63 @@ def check_axolotl_keys(recipe: Recipe) -> None:
             raise ThinkSwitchError(f"{recipe.path}: `{key}` is missing; recipes/template.yaml has one.")
 
 
+def iteration_config(
+    recipe: Recipe,
+    *,
+    base_model: str,
+    pairs: Path,
+    adapter: Path,
+    prepared: Path,
+    seed: int,
+    on_cpu: bool,
+) -> dict[str, Any]:
+    """The complete axolotl config of one iteration, which plain `axolotl train` runs as it is.
+
+    Args:
+        base_model: the instruct checkpoint that learns.
+        prepared: where axolotl keeps tokenized data. It must differ between iterations:
+            axolotl's cache key holds neither the file's content nor plugin keys.
+        on_cpu: put the published CPU overlay on top.
+    """
+    datasets = [dict(entry) for entry in recipe.axolotl.get("datasets") or [{}]]
+    datasets[0] |= {"path": str(pairs), "ds_type": "json", "type": "thinkswitch_plugin.answer_only"}
+    keys = recipe.keys.model_dump(by_alias=True, exclude_defaults=True)
+    return training_config(
+        recipe.axolotl,
+        base_model=base_model,
+        datasets=datasets,
+        adapter=adapter,
+        prepared=prepared,
+        seed=seed,
+        on_cpu=on_cpu,
+    ) | {"thinkswitch": keys}
+
+
+def training_config(
+    values: dict[str, Any],
+    *,
+    base_model: str,
+    datasets: list[dict[str, Any]],
+    adapter: Path,
+    prepared: Path,
+    seed: int,
+    on_cpu: bool,
+) -> dict[str, Any]:
+    """A recipe's axolotl keys for one training, without those under `thinkswitch:`; see `iteration_config`."""
+    if on_cpu:
+        values = overlay(values, files.read_yaml(CPU_OVERLAY))
+    return {
+        **values,
+        "base_model": base_model,
+        "datasets": datasets,
+        "dataset_prepared_path": str(prepared),
+        "output_dir": str(adapter),
+        "seed": seed,
+        "merge_method": "legacy",  # for `axolotl merge-lora` by hand: its default rounds every matrix through NF4
+        "auto_resume_from_checkpoints": True,  # a killed training goes on from its last whole checkpoint
+    }
+
+
 def overlay(values: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     """`values` with the keys of `extra` on top, mappings merged; a key set to null is taken away."""
     merged = dict(values)

@@ -8,11 +8,11 @@ at once, in vLLM's batch output format, and a second start asks only what is mis
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
@@ -22,8 +22,18 @@ from thinkswitch_plugin.engines.servers import Server, lora_arguments, serving
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run.progress import Bar
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 ADAPTER = "adapter"  # as vLLM serves it
 PROMPT_ROOM = 2048  # tokens left for the prompt beside the completion's budget, if no prompt needs more
+
+
+class Adapter(NamedTuple):
+    """A PEFT adapter: its folder for vLLM, and what loads the checkpoint with it for an engine in process."""
+
+    folder: Path
+    load: Callable[[], PreTrainedModel]
 
 
 @dataclass
@@ -85,7 +95,7 @@ def generate(
     *,
     retry_max_tokens: int | None = None,
     limit: int | None = None,
-    adapter: Path | None = None,
+    adapter: Adapter | None = None,
     log: Path,
     title: str = "generate",
 ) -> GenerationReport:
@@ -99,7 +109,7 @@ def generate(
         engine: `vllm`, `embedded`, or the base URL of a running server.
         retry_max_tokens: ask an answer that the token limit cut once more with this budget.
         limit: only the first so many requests.
-        adapter: a PEFT adapter that is put on the checkpoint (not with a running server).
+        adapter: put on the checkpoint before it answers (not with a running server).
         log: output of an engine that is started here.
 
     Raises:
@@ -136,7 +146,7 @@ def generate(
                 checkpoint = keys.server.model or checkpoint
             asked = ADAPTER if adapter else checkpoint
             if adapter:
-                options = [*keys.vllm_args, *lora_arguments({ADAPTER: adapter})]
+                options = [*keys.vllm_args, *lora_arguments({ADAPTER: adapter.folder})]
                 keys = keys.model_copy(update={"vllm_args": options})
             with serving(engine, checkpoint, keys, log, max_len=room) as server, keep.progress(title):
                 run_async(_answer_from_server(rows, keep, server, asked, keys, retry_max_tokens))
@@ -213,18 +223,13 @@ def _answer_embedded(
     keep: _Keeper,
     title: str,
     checkpoint: str,
-    adapter: Path | None,
+    adapter: Adapter | None,
     batch: int,
     retry_max_tokens: int | None,
 ) -> None:
     from thinkswitch_plugin.engines.embedded import EmbeddedEngine
 
-    model = None
-    if adapter is not None:
-        from thinkswitch_plugin.perception.answering import load_model
-
-        model = load_model(Path(checkpoint), adapter)
-    engine = EmbeddedEngine(checkpoint, model)
+    engine = EmbeddedEngine(checkpoint, adapter.load() if adapter else None)
     with keep.progress(title):
         for row, body in engine.stream(rows, batch):
             if retry_max_tokens and was_cut(body):

@@ -23,6 +23,7 @@ from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.engines.connection import LOOPBACK, listed_models, opener
 from thinkswitch_plugin.errors import ThinkSwitchError, reason
 from thinkswitch_plugin.run import processes
+from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.run.progress import Bar
 
 VLLM_VENV = Path(".venv-vllm")  # where `make setup-vllm` puts it; it cannot share axolotl's environment
@@ -168,12 +169,6 @@ def lora_arguments(adapters: Mapping[str, Path]) -> list[str]:
         raise ThinkSwitchError(f"An adapter has rank {largest}; vLLM serves up to {MAX_LORA_RANKS[-1]}.")
     named = [f"{name}={folder}" for name, folder in adapters.items()]
     return ["--enable-lora", "--max-loras", str(len(named)), "--max-lora-rank", str(room), "--lora-modules", *named]
-
-
-def has_cuda() -> bool:
-    """Whether a CUDA device is there, without importing torch."""
-    driver = Path("/proc/driver/nvidia/version").exists() or Path("/dev/dxg").exists()  # the latter on WSL 2
-    return driver and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
 
 
 @contextmanager

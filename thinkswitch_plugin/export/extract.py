@@ -20,11 +20,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from thinkswitch_plugin import files
-from thinkswitch_plugin.engines.servers import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError, reason
 from thinkswitch_plugin.merging.compatibility import list_weights, require_compatible
 from thinkswitch_plugin.merging.kernel import non_finite
 from thinkswitch_plugin.run import processes
+from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.run.progress import Bar
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

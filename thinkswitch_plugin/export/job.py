@@ -26,7 +26,7 @@ from thinkswitch_plugin.export.extract import WEIGHTS, cut, extract, losses, req
 from thinkswitch_plugin.export.template import chat_template, combined_template
 from thinkswitch_plugin.judging.evaluation import read_samples, run_lm_eval, summarize, uses_server
 from thinkswitch_plugin.merging.compatibility import require_compatible
-from thinkswitch_plugin.report import cards, table
+from thinkswitch_plugin.report import cards
 from thinkswitch_plugin.run import MODES, checkpoint, locked, open_run
 from thinkswitch_plugin.run.hashes import CARD, Hashes
 from thinkswitch_plugin.run.stamp import once, record, stored
@@ -319,7 +319,7 @@ def markdown(result: dict[str, Any]) -> list[str]:
         f"Base: {base['name']}" + (f" at {base['revision']}" if base["revision"] else ""),
         f"{n} questions, {k} sample{'s' if k > 1 else ''} a question",
         "",
-        *table(HEADER, table_rows(result)),
+        *console.table(HEADER, table_rows(result)),
         "",
     ]
     first = result["ranks"][-1]

@@ -29,9 +29,10 @@ from thinkswitch_plugin.data import answers, batch, decisions, integers, marks, 
 from thinkswitch_plugin.data.task_files import budget as task_budget
 from thinkswitch_plugin.data.task_files import kind_of_task
 from thinkswitch_plugin.engines.generate import PROMPT_ROOM, context_length
-from thinkswitch_plugin.engines.servers import has_cuda, lora_arguments, serving
+from thinkswitch_plugin.engines.servers import lora_arguments, serving
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.trace_tokens import SERVED, keep_tags_of
+from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.run.processes import run_logged
 
 LM_EVAL_BUDGET = 256  # tokens, where a task names none

@@ -29,7 +29,6 @@ from thinkswitch_plugin.data.task_files import answer_kind
 from thinkswitch_plugin.data.traces import Completion, Outcome, split, split_message
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import final_answer
-from thinkswitch_plugin.report import table
 
 NO_ANSWER = "no_readable_answer"
 
@@ -226,7 +225,7 @@ def score_file(kind: str, path: Path, rows: Path | None, *, opened: bool, conven
     body = [[name, str(n), ""] for name, n in counts.items() if name != "correct"]
     body.append(["correct", str(counts["correct"]), f"{100 * counts['correct'] / graded:.1f} %" if graded else ""])
     body += [[f"reason: {reason}", str(n), ""] for reason, n in reasons.most_common()]
-    console.say("\n".join(table([path.name, "rows", "of graded"], body)))
+    console.say("\n".join(console.table([path.name, "rows", "of graded"], body)))
     if counts["gold not read"]:
         console.say(
             f"Not graded: completions whose gold answer cannot be read as `{kind}`; `--answer` chooses another kind."

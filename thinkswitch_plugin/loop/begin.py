@@ -16,6 +16,7 @@ from thinkswitch_plugin.merging.config import check_config, set_lambda
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.run import NOTHING_MORE, Given, Run, forget_stale, locked, settings_file
 from thinkswitch_plugin.run.folder import read_settings
+from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.prune import iterations_kept, prune
 from thinkswitch_plugin.run.stamp import once
@@ -98,7 +99,7 @@ def _recipe_of_run(path: Path, folder: Path, before: dict[str, Any] | None, over
 
 def require_gpu(recipe: Recipe) -> None:
     """Raise `ThinkSwitchError` if the recipe needs a GPU and there is none."""
-    if recipe.keys.needs.gpu_gb and not servers.has_cuda():
+    if recipe.keys.needs.gpu_gb and not has_cuda():
         raise ThinkSwitchError(
             f"{recipe.path} needs a CUDA GPU with {recipe.keys.needs.gpu_gb:g} GB, and this machine has none; "
             "`make iterate DOMAIN=arithmetic` runs the same loop on a CPU with a pair made on the spot."

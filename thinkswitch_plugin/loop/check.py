@@ -23,9 +23,17 @@ from thinkswitch_plugin.errors import ThinkSwitchError, reason
 from thinkswitch_plugin.judging.evaluation import uses_server
 from thinkswitch_plugin.merging.settings import config_difference
 from thinkswitch_plugin.merging.tensors import quantisation, quantised
-from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path
+from thinkswitch_plugin.recipe import (
+    Recipe,
+    check_axolotl_keys,
+    iteration_config,
+    load_recipe,
+    overlay_path,
+    recipe_path,
+)
 from thinkswitch_plugin.report import price_per_hour
 from thinkswitch_plugin.run import versions
+from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.training import distil
 
 # What one card generated in a batch, where nobody measured: a cautious guess, said as such.
@@ -77,7 +85,7 @@ def gpu(keys: ThinkSwitchKeys) -> str:
     """GPU and its memory against what the recipe needs."""
     if not keys.needs.gpu_gb:
         return "none needed"
-    if not servers.has_cuda():
+    if not has_cuda():
         raise ThinkSwitchError(f"none found; the recipe needs one with {keys.needs.gpu_gb:g} GB")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     # Names that nvidia-smi takes too; parts of a card (MIG) and whatever else there is it does not.
@@ -130,14 +138,14 @@ def schema(recipe: Recipe) -> str:
     """The recipe through axolotl's own validation."""
     check_axolotl_keys(recipe)
     validate(
-        distil.iteration_config(
+        iteration_config(
             recipe,
             base_model=recipe.keys.pair.instruct,
             pairs=Path("pairs.jsonl"),
             adapter=Path("adapter"),
             prepared=Path("prepared"),
             seed=0,
-            on_cpu=not servers.has_cuda(),
+            on_cpu=not has_cuda(),
         ),
         str(recipe.path),
     )

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import console, files
-from thinkswitch_plugin.engines.servers import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.report import cards
 from thinkswitch_plugin.run import Run, checkpoint, processes
+from thinkswitch_plugin.run.hardware import has_cuda
 
 
 def prepare_pair(run: Run, _k: int = 0) -> dict[str, Any]:
@@ -136,9 +136,10 @@ def train(run: Run, k: int) -> dict[str, Any]:
 
 def train_adapter(run: Run, *, pairs: Path, base_model: str, here: Path, resume: bool = False) -> dict[str, Any]:
     """Train one adapter on pairs into `here/adapter`; see `distil.train`."""
+    from thinkswitch_plugin.recipe import iteration_config
     from thinkswitch_plugin.training import distil
 
-    config = distil.iteration_config(
+    config = iteration_config(
         run.recipe,
         base_model=base_model,
         pairs=pairs,

@@ -11,8 +11,7 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import list_weights
 from thinkswitch_plugin.merging.tensors import list_file, list_tensors
-from thinkswitch_plugin.run.checkpoint import MODULE
-from thinkswitch_plugin.training.distil import ADAPTER_WEIGHTS
+from thinkswitch_plugin.run.checkpoint import ADAPTER_WEIGHTS, MODULE
 
 # How axolotl's `legacy` merge is told the dtype to write, by the name that safetensors has for it.
 DTYPE_KEYS: dict[str, dict[str, bool]] = {

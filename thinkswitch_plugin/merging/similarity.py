@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 
-from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.merging.compatibility import align_compatible, list_weights
+from thinkswitch_plugin.merging.compatibility import list_weights
 from thinkswitch_plugin.merging.kernel import CHUNK, MERGEKIT_LINEAR, Scratch, Sums, chunk_sums, non_finite, workers
 from thinkswitch_plugin.merging.layout import Stored, align
 from thinkswitch_plugin.merging.tensors import TensorInfo
@@ -51,47 +50,6 @@ def similarity(first: Path, second: Path) -> dict[str, Any]:
     """
     found = summarise(tensor_sums(first, second))
     return {"sigma": found["sigma"], "angle": found["angle"]}
-
-
-def report_similarity(first: Path, second: Path, out: Path) -> None:
-    """Compare two checkpoints, print a short table, and write `similarity.json`, `.png` and `.svg` into `out`.
-
-    Raises `ThinkSwitchError` as `require_compatible` and `similarity` do.
-    """
-    from thinkswitch_plugin.report import pictures
-
-    aligned = align_compatible([first, second])
-    if aligned and aligned.carried:
-        console.say(
-            f"  left out, since transformers does not load them and only one holds them: {', '.join(aligned.carried)}"
-        )
-    sums = tensor_sums(first, second)
-    data = {"first": str(first), "second": str(second), **summarise(sums)}
-    files.write_json(out / "similarity.json", data)
-    pictures.save(pictures.similarity_picture(data), out / "similarity")
-    console.say("\n".join(table(data)))
-    console.say(f"  {out / 'similarity.json'}, {out / 'similarity.png'} and .svg")
-
-
-def table(data: dict[str, Any]) -> list[str]:
-    """What the terminal shows of `summarise`'s numbers."""
-    rows = [
-        f"σ = {data['sigma']:.4f} over {len(data['tensors'])} tensors",
-        f"  {'':18} {'min':>9} {'median':>9} {'max':>9}",
-    ]
-    for key, title in (("angle", "angle (rad)"), ("distance", "‖a−b‖/‖a‖"), ("sphere_gap", "SLERP − linear")):
-        rows.append(f"  {title:18} " + " ".join(f"{data[key][part]:9.2g}" for part in ("min", "median", "max")))
-    rows.append(
-        f"SLERP and linear interpolation differ by at most {data['sphere_gap']['max']:.1%} of a tensor's norm "
-        f"for this pair (at λ = 0.5, in {data['sphere_gap']['where']})."
-        if data["sphere_gap"]["max"] >= 0.001
-        else f"SLERP and linear interpolation differ by at most {data['sphere_gap']['max']:.1g} of a tensor's norm "
-        f"for this pair (at λ = 0.5, in {data['sphere_gap']['where']})."
-    )
-    rows.append(
-        f"mergekit's slerp is itself linear (|cos| > {MERGEKIT_LINEAR}) in {data['linear_in_mergekit']:.0%} of the tensors."
-    )
-    return rows
 
 
 def summarise(sums: dict[str, Sums]) -> dict[str, Any]:

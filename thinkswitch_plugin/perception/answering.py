@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,10 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.data.formats import STOP
 from thinkswitch_plugin.engines import servers
-from thinkswitch_plugin.engines.generate import generate
+from thinkswitch_plugin.engines.generate import Adapter, generate
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import checkpoint
+from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.stamp import once
 
@@ -29,7 +31,7 @@ def choose_engine(engine: str) -> str:
     than it saves. Raises `ThinkSwitchError` for a server of the user's own, which does not have the adapter.
     """
     if engine == "auto":
-        return "vllm" if servers.has_cuda() and servers.vllm_python() else "embedded"
+        return "vllm" if has_cuda() and servers.vllm_python() else "embedded"
     chosen = servers.choose(engine)
     if chosen not in ("vllm", "embedded"):
         raise ThinkSwitchError(
@@ -144,7 +146,7 @@ def answer(
             str(student),
             engine,
             keys,
-            adapter=adapter,
+            adapter=Adapter(adapter, partial(load_model, student, adapter)) if adapter else None,
             log=out.parent / "logs" / "answer.log",
             title=title,
         )

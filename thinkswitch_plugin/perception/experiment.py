@@ -29,7 +29,7 @@ from thinkswitch_plugin.data import batch
 from thinkswitch_plugin.data.contamination import require_uncontaminated
 from thinkswitch_plugin.data.formats import ANSWER, PRE, THINK, Format
 from thinkswitch_plugin.data.task_files import task_files
-from thinkswitch_plugin.engines.servers import has_cuda, vllm_python
+from thinkswitch_plugin.engines.servers import vllm_python
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import LM_EVAL_BUDGET, samples_file
 from thinkswitch_plugin.loop.work import merge_adapter
@@ -43,6 +43,7 @@ from thinkswitch_plugin.report.questions import asked_texts
 from thinkswitch_plugin.router.classifier import candidates, describe
 from thinkswitch_plugin.run import locked, versions
 from thinkswitch_plugin.run.checkpoint import MODULE
+from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.stamp import once
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from thinkswitch_plugin import console
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import bootstrapped
 
@@ -179,7 +180,6 @@ def summary(found: Mapping[str, Condition], strata: Sequence[str]) -> dict[str, 
 
 def markdown(result: dict[str, Any]) -> str:
     """`adaptive.md`: the table of all conditions, the strata, the claims, and the prefix swap."""
-    from thinkswitch_plugin.report import table
 
     conditions = result["conditions"]
     strata = list(next(iter(conditions.values()))["strata"])
@@ -202,12 +202,12 @@ def markdown(result: dict[str, Any]) -> str:
             ]
         )
     header = ["condition", "accuracy (by seed)", "95 % interval", "tokens", "thinks", *strata]
-    lines += [*table(header, rows), ""]
+    lines += [*console.table(header, rows), ""]
     main = conditions["adaptive"]["strata"]
     lines += [
         "The adaptive model by stratum:",
         "",
-        *table(
+        *console.table(
             ["stratum", "accuracy", "tokens", "thinks"],
             [
                 [s, f"{100 * m['accuracy']:.1f} %", f"{m['tokens']:.1f}", f"{100 * m['think_share']:.0f} %"]

@@ -13,9 +13,9 @@ from typing import Any
 
 from thinkswitch_plugin.args import PerceptionKeys, ThinkSwitchKeys
 from thinkswitch_plugin.data.formats import POST, PRE, Format
-from thinkswitch_plugin.engines.servers import has_cuda
-from thinkswitch_plugin.recipe import Recipe, overlay
+from thinkswitch_plugin.recipe import Recipe, overlay, training_config
 from thinkswitch_plugin.run.checkpoint import MODULE
+from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.stamp import once
 from thinkswitch_plugin.training import distil
@@ -88,7 +88,7 @@ def condition_config(recipe: Recipe, condition: Condition, here: Path, *, on_cpu
     if condition.perception is None:
         values = without_perception(values)
     options = dict((values.get("datasets") or [{}])[0])
-    config = distil.training_config(
+    config = training_config(
         values,
         base_model=str(condition.student),
         datasets=[{**options, "path": str(path), "ds_type": "json", "type": kind} for path, kind in condition.data],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from thinkswitch_plugin.report.build import price_per_hour, score
-from thinkswitch_plugin.report.tables import header, headline, markdown, print_table, rows, table
+from thinkswitch_plugin.report.tables import header, headline, markdown, print_table, rows
 from thinkswitch_plugin.report.write import write_report
 
 __all__ = [
@@ -14,6 +14,5 @@ __all__ = [
     "print_table",
     "rows",
     "score",
-    "table",
     "write_report",
 ]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import Sample, graded, read_samples, samples_file, summarize
 from thinkswitch_plugin.judging.paired import compare
 from thinkswitch_plugin.run import MODES, TABLE, Run, stages, stamp_path, versions
+from thinkswitch_plugin.run.hardware import hardware
 
 TIMED = {row.name: row.timed for row in TABLE}
 
@@ -121,22 +120,4 @@ def stage_seconds(run: Run) -> dict[int, dict[str, float]]:
         times = found.setdefault(stage.iteration, {})
         name = TIMED[stage.name]
         times[name] = round(times.get(name, 0.0) + files.read_json(path)["seconds"], 2)
-    return found
-
-
-def hardware() -> dict[str, Any]:
-    """Processor, cores, memory and GPU of this machine."""
-    from thinkswitch_plugin.engines.servers import has_cuda
-
-    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    found: dict[str, Any] = {
-        "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gb": round(pages * size / 2**30, 1),
-        "gpu": None,
-    }
-    if has_cuda():
-        import torch
-
-        found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return found

@@ -141,7 +141,7 @@ def results(found: dict[str, Any], k: int, mode: str) -> str:
         "",
         "The loop so far; change is in points against iteration 0:",
         "",
-        *report.table(report.header(upto), report.rows(upto)),
+        *console.table(report.header(upto), report.rows(upto)),
         "",
     ]
     return "\n".join(lines)

@@ -157,27 +157,27 @@ def _series(report: dict[str, Any], mode: str, panel: str) -> str:
 
 def sweeps(run: Run) -> Iterator[dict[str, Any]]:
     """Picture, tables and words of every sweep over λ that lies in the run."""
-    from thinkswitch_plugin.search import sweep
+    from thinkswitch_plugin.report import sweeps
 
     for path in sweep_files(run):
         result = files.read_json(path)
         name = path.parent.parent.name
-        words = " ".join(f"{curve['stages_in_words']} {sweep.sentence(curve)}" for curve in result["curves"])
+        words = " ".join(f"{curve['stages_in_words']} {sweeps.sentence(curve)}" for curve in result["curves"])
         yield {
             "name": name,
-            "title": sweep.title_of(result),
+            "title": sweeps.title_of(result),
             "chart": inline(
                 pictures.sweep_picture(result, SWEEP_SIZE, titled=False),
                 f"sweep-{name}",
                 f"Score, tokens and think ratio over λ. {words}",
             ),
-            "header": sweep.HEADER,
+            "header": sweeps.HEADER,
             "curves": [
                 {
                     "sampling": curve["sampling"],
-                    "rows": sweep.table_rows(result, curve),
+                    "rows": sweeps.table_rows(result, curve),
                     "words": curve["stages_in_words"],
-                    "sentence": sweep.sentence(curve),
+                    "sentence": sweeps.sentence(curve),
                 }
                 for curve in result["curves"]
             ],

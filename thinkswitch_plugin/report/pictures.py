@@ -182,7 +182,7 @@ def sweep_picture(result: dict[str, Any], size: tuple[float, float] = (7, 8), *,
         size: in inches; letters keep theirs.
         titled: say above it what was swept.
     """
-    from thinkswitch_plugin.search.sweep import points_of, title_of
+    from thinkswitch_plugin.report.sweeps import points_of, title_of
 
     figure = new_figure(*size)
     panels = figure.subplots(3, 1, sharex=True)
@@ -223,18 +223,23 @@ def sweep_picture(result: dict[str, Any], size: tuple[float, float] = (7, 8), *,
     return figure
 
 
+def switch_title(result: dict[str, Any]) -> str:
+    """What was switched, in one line."""
+    return (
+        f"{result['domain']}, seed {result['seed']}, iteration {result['iteration']}: instruct or thinking, by a router"
+    )
+
+
 def switch_picture(result: dict[str, Any]) -> Figure:
     """A router's accuracy against tokens beside the random mix, and how far it is ahead over the share of thinking.
 
     Args:
         result: what `switch.json` holds.
     """
-    from thinkswitch_plugin.router.make_switch import title_of
-
     found = result["evaluation"]
     points, default = found["curve"], found["default"]
     figure = new_figure(9, 3.8)
-    figure.suptitle(f"{title_of(result)} ({found['n']} questions)", fontsize=10)
+    figure.suptitle(f"{switch_title(result)} ({found['n']} questions)", fontsize=10)
     left, right = figure.subplots(1, 2)
     ends = [(found[mode]["tokens"], 100 * found[mode]["mean@k"]) for mode in MODE_STYLES]
     left.plot(*zip(*ends, strict=True), color="#777777", linestyle="--", linewidth=1.2, label="random mix")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
+from thinkswitch_plugin import console
 from thinkswitch_plugin.run import MODES
 
 
@@ -77,9 +77,9 @@ def markdown(report: dict[str, Any]) -> str:
         f"{n} held-out questions, {k} sample{'s' if k > 1 else ''} a question, engine {report['engine']}. "
         "Change is in points against iteration 0; whether it is noise is said below the tables.",
         "",
-        *table(header(report), rows(report)),
+        *console.table(header(report), rows(report)),
         "",
-        *table(
+        *console.table(
             [
                 "iteration",
                 "prompts",
@@ -96,7 +96,7 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         *comparisons(report),
         "",
-        *table(
+        *console.table(
             ["iteration", "seconds by stage"],
             (
                 [str(e["iteration"]), ", ".join(f"{name} {s:.0f}" for name, s in e["seconds"].items())]
@@ -138,21 +138,11 @@ def _made(entry: dict[str, Any]) -> list[str]:
     ]
 
 
-def table(header: list[str], body: Any) -> list[str]:
-    """A Markdown table as lines."""
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body)]
-
-
 def print_table(report: dict[str, Any]) -> None:
     """The headline table on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    shown = Table(
-        title=f"{report['domain']}, seed {report['seed']}: {report['iterations'][0]['instruct']['n']} held-out questions"
+    console.print_table(
+        f"{report['domain']}, seed {report['seed']}: {report['iterations'][0]['instruct']['n']} held-out questions",
+        header(report),
+        rows(report),
+        left=("checkpoint",),
     )
-    for name in header(report):
-        shown.add_column(name, justify="left" if name == "checkpoint" else "right")
-    for row in rows(report):
-        shown.add_row(*row)
-    Console(width=None if os.isatty(1) else 120).print(shown)

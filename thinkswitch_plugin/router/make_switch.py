@@ -23,6 +23,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import Sample, interval, read_samples, samples_file, summarize
 from thinkswitch_plugin.judging.paired import compare
 from thinkswitch_plugin.loop import work
+from thinkswitch_plugin.report.pictures import switch_title
 from thinkswitch_plugin.router import curve
 from thinkswitch_plugin.router.agreement import Labels, label_by_agreement, read_labels
 from thinkswitch_plugin.router.classifier import Router, Trained, threshold_that_keeps, train
@@ -212,20 +213,19 @@ def _row(name: str, point: dict[str, Any]) -> list[str]:
 
 def markdown(result: dict[str, Any]) -> str:
     """`switch.md`."""
-    from thinkswitch_plugin.report import table
 
     labels, router, threshold, found = (result[n] for n in ("labels", "router", "threshold", "evaluation"))
     low, high = (100 * v for v in found["area"]["ci95"])
     default = found["default"]
     lines = [
-        f"# {title_of(result)}",
+        f"# {switch_title(result)}",
         "",
         f"{labels['prompts']} label prompts ({_source(labels)}): {labels['post']} need no thinking, {labels['pre']} do.",
         *([labels["caution"]] if "caution" in labels else []),
         f"Router: {router['chosen']}. Default threshold {threshold['value']:.3f}: {threshold['rule']}.",
         f"{found['n']} held-out questions, {found['k']} sample{'s' if found['k'] > 1 else ''} a question.",
         "",
-        *table(HEADER, table_rows(found)),
+        *console.table(HEADER, table_rows(found)),
         "",
         found["verdict"]["share"]["sentence"],
         "",
@@ -242,7 +242,9 @@ def markdown(result: dict[str, Any]) -> str:
         "Routers, cross-validated on the label prompts, which decides; and points ahead of the random mix on the held-out "
         "questions, on the average over all shares, which does not:",
         "",
-        *table(["router", "log loss", "Brier score", "area under ROC", "held out: ahead", "95 %"], router_rows(result)),
+        *console.table(
+            ["router", "log loss", "Brier score", "area under ROC", "held out: ahead", "95 %"], router_rows(result)
+        ),
         "",
         "The chosen one's p(think), out of fold, and the share that did need thinking: "
         + ", ".join(f"{bin_['p']:.2f} → {bin_['share']:.2f}" for bin_ in router["reliability"])
@@ -277,13 +279,6 @@ def _source(labels: dict[str, Any]) -> str:
         return f"labels of {labels['file']}"
     return (
         f"agreement of instruct with thinking; trained on {labels['trained_on']} of them; {labels['left_out']} left out"
-    )
-
-
-def title_of(result: dict[str, Any]) -> str:
-    """What was switched, in one line."""
-    return (
-        f"{result['domain']}, seed {result['seed']}, iteration {result['iteration']}: instruct or thinking, by a router"
     )
 
 

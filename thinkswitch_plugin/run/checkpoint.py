@@ -21,6 +21,7 @@ MODE_FILES = (
     "generation_config.json",
 )
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"  # of a PEFT adapter
 PLACEHOLDER = "<|soft|>"  # the token whose embeddings a perception module replaces
 MODULE = "perception"  # that module's name in the model, and so the prefix of its tensors; its settings in the config
 MODEL_TYPE = "thinkswitch_"  # in front of the architecture of a checkpoint that has one

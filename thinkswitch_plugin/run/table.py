@@ -222,8 +222,8 @@ def sweep_files(run: Run) -> list[Path]:
 
 def training_config(run: Run, k: int) -> dict[str, Any]:
     """axolotl's config of iteration k."""
-    from thinkswitch_plugin.engines.servers import has_cuda
-    from thinkswitch_plugin.training.distil import iteration_config
+    from thinkswitch_plugin.recipe import iteration_config
+    from thinkswitch_plugin.run.hardware import has_cuda
 
     here = run.iteration(k)
     return iteration_config(

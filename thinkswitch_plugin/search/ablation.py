@@ -211,20 +211,11 @@ def title_of(result: dict[str, Any]) -> str:
 
 def markdown(result: dict[str, Any]) -> str:
     """`merges.md`."""
-    from thinkswitch_plugin.report import table
-
     about = [f"- **{row['layers'] or row['name']}**: {row['about']}" for row in result["merges"] if row["about"]]
-    return "\n".join([f"# {title_of(result)}", "", *table(header(result), table_rows(result)), "", *about, ""])
+    return "\n".join([f"# {title_of(result)}", "", *console.table(header(result), table_rows(result)), "", *about, ""])
 
 
 def show(result: dict[str, Any]) -> None:
     """The table on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    shown = Table(title=title_of(result))
-    for index, name in enumerate(header(result)):
-        shown.add_column(name, justify="left" if index == 0 else "right")
-    for row in table_rows(result):
-        shown.add_row(*row)
-    Console(width=120).print(shown)
+    names = header(result)
+    console.print_table(title_of(result), names, table_rows(result), left=names[:1])

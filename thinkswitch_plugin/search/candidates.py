@@ -21,7 +21,7 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
 from thinkswitch_plugin.conventions import Convention, as_metadata
 from thinkswitch_plugin.engines.generate import PROMPT_ROOM, context_length
-from thinkswitch_plugin.engines.servers import has_cuda, serving
+from thinkswitch_plugin.engines.servers import serving
 from thinkswitch_plugin.judging.evaluation import (
     LARGEST_BUDGET,
     Sample,
@@ -34,6 +34,7 @@ from thinkswitch_plugin.judging.evaluation import (
 )
 from thinkswitch_plugin.judging.in_process import Sampling, evaluate, quiet
 from thinkswitch_plugin.run import checkpoint
+from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.run.progress import Bar
 from thinkswitch_plugin.run.stamp import folder_once, stored
 

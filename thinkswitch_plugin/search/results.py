@@ -7,7 +7,6 @@ from typing import Any
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.report import table
 from thinkswitch_plugin.search import ablation
 
 WORD = {0: "before", 1: "after 1"}
@@ -23,10 +22,10 @@ def print_interpolation(folders: list[Path]) -> None:
     console.say("Mean@k in % / think ratio / tokens.\n")
     weights = sorted({p["lambda"] for s in sweeps for p in s["points"]})
     header = ["λ", *(f"seed {s['seed']}, {_when(s)}" for s in sweeps)]
-    console.say("\n".join(table(header, ([f"{w:g}", *(_cell(s, w) for s in sweeps)] for w in weights))) + "\n")
+    console.say("\n".join(console.table(header, ([f"{w:g}", *(_cell(s, w) for s in sweeps)] for w in weights))) + "\n")
     console.say("### Stages and sweet spot\n")
     header = ["seed", "pair", "lower border", "middle", "upper border", "λ*", "at λ*", "at λ = 1", "difference, points"]
-    console.say("\n".join(table(header, (_stages(s) for s in sweeps))) + "\n")
+    console.say("\n".join(console.table(header, (_stages(s) for s in sweeps))) + "\n")
     for name in ("layers", "modules", "baselines"):
         found = [
             files.read_json(path)
@@ -39,7 +38,7 @@ def print_interpolation(folders: list[Path]) -> None:
             names = [row["layers"] or row["name"] for row in found[0]["merges"]]
             header = [ablation.header(found[0])[0], *(f"seed {m['seed']}, {_when(m)}" for m in found)]
             rows = ([n, *(_merge_cell(m["merges"][i]) for m in found)] for i, n in enumerate(names))
-            console.say("\n".join(table(header, rows)) + "\n")
+            console.say("\n".join(console.table(header, rows)) + "\n")
 
 
 def _when(result: dict[str, Any]) -> str:

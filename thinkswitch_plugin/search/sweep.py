@@ -21,6 +21,7 @@ from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.in_process import Sampling
 from thinkswitch_plugin.merging.config import allow, check_config, place_models, set_lambda
+from thinkswitch_plugin.report import sweeps
 from thinkswitch_plugin.search import stages
 from thinkswitch_plugin.search.candidates import Bench, Candidate, finished, judge_all
 from thinkswitch_plugin.search.subject import Subject, Template, few_questions, of_template, write_results
@@ -104,7 +105,7 @@ def sweep(subject: Subject, weights: Sequence[float], sampling: Sequence[Samplin
         result = build(bench, subject, sorted(every.values(), key=lambda e: (str(e[1]), e[0])), config["merge_method"])
     write_results(folder / "sweep.json", result)
     with files.atomic_file(folder / "sweep.md") as handle:
-        handle.write(markdown(result).encode())
+        handle.write(sweeps.markdown(result).encode())
     draw(result, folder)
     show(result, subject)
     console.say(f"  {folder / 'sweep.json'}, sweep.md, sweep.png, sweep.svg")
@@ -168,88 +169,13 @@ def build(
     }
 
 
-HEADER = ["λ", "Mean@k", "95 %", "Pass@k", "Vote@k", "tokens", "think ratio", "truncated"]
-
-
-def table_rows(result: dict[str, Any], curve: dict[str, Any]) -> list[list[str]]:
-    """One row a point of one sampling setting; λ* carries a star."""
-    rows = []
-    for p in points_of(result, curve):
-        low, high = (100 * v for v in p["ci95"])
-        star = " ★" if p["lambda"] == curve["sweet_spot"]["lambda"] else ""
-        rows.append(
-            [
-                f"{p['lambda']:g}{star}",
-                f"{100 * p['mean@k']:.1f} %",
-                f"{low:.1f}–{high:.1f}",
-                f"{100 * p['pass@k']:.1f} %",
-                f"{100 * p['vote@k']:.1f} %",
-                f"{p['tokens']:.1f}",
-                f"{p['think_ratio']:.3f}",
-                f"{100 * p['truncated']:.1f} %",
-            ]
-        )
-    return rows
-
-
-def points_of(result: dict[str, Any], curve: dict[str, Any]) -> list[dict[str, Any]]:
-    """The points of one sampling setting, λ ascending."""
-    keys = ("temperature", "top_p", "samples")
-    return [p for p in result["points"] if all(p.get(key) == curve.get(key) for key in keys)]
-
-
-def sentence(curve: dict[str, Any]) -> str:
-    """λ* in words."""
-    spot = curve["sweet_spot"]
-    low, high = spot["interval"]
-    text = f"λ* = {spot['lambda']:g} (95 % {low:g} to {high:g}): {100 * spot['mean@k']:.1f} % at {spot['tokens']:.1f} tokens"
-    if spot["thinking"]:
-        there = spot["thinking"]
-        below, above = (100 * v for v in there["difference_ci95"])
-        text += (
-            f"; λ = 1: {100 * there['mean@k']:.1f} % at {there['tokens']:.1f} tokens "
-            f"(difference {100 * there['difference']:+z.1f} points, {below:+z.1f} to {above:+z.1f})"
-        )
-    return text + "."
-
-
-def title_of(result: dict[str, Any]) -> str:
-    """What was swept, in one line."""
-    n = result["points"][0]["n"]
-    every = " and ".join(str(k) for k in sorted({p["k"] for p in result["points"]}))
-    where = "" if result["iteration"] is None else f", iteration {result['iteration']}"
-    return (
-        f"{result['domain']}, seed {result['seed']}{where}: {result['method']}, {n} questions × {every}, "
-        f"template of {result['template']}"
-    )
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """`sweep.md`."""
-    from thinkswitch_plugin.report import table
-
-    lines = [f"# {title_of(result)}", ""]
-    for curve in result["curves"]:
-        if len(result["curves"]) > 1:
-            lines += [f"## {curve['sampling']}", ""]
-        lines += [*table(HEADER, table_rows(result, curve)), "", curve["stages_in_words"], "", sentence(curve), ""]
-    return "\n".join(lines)
-
-
 def show(result: dict[str, Any], subject: Subject) -> None:
     """The table on the terminal, and what to do with λ*."""
-    from rich.console import Console
-    from rich.table import Table
-
     for curve in result["curves"]:
-        shown = Table(title=f"{title_of(result)}; sampling: {curve['sampling']}")
-        for name in HEADER:
-            shown.add_column(name, justify="right")
-        for row in table_rows(result, curve):
-            shown.add_row(*row)
-        Console(width=120).print(shown)
+        title = f"{sweeps.title_of(result)}; sampling: {curve['sampling']}"
+        console.print_table(title, sweeps.HEADER, sweeps.table_rows(result, curve))
         console.say(f"  {curve['stages_in_words']}")
-        console.say(f"  {sentence(curve)}")
+        console.say(f"  {sweeps.sentence(curve)}")
     if subject.of_run and len(result["curves"]) == 1:
         console.say("  The loop rebuilds with `thinkswitch.rebuild.lambda` of the recipe (and checks it).")
 

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thinkswitch_plugin import console, files
-from thinkswitch_plugin.engines.servers import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError, reason
-from thinkswitch_plugin.recipe import CPU_OVERLAY, Recipe, overlay
-from thinkswitch_plugin.run import processes
+from thinkswitch_plugin.recipe import Recipe
+from thinkswitch_plugin.run import checkpoint, processes
+from thinkswitch_plugin.run.hardware import has_cuda
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREPARED = "prepared"  # axolotl's tokenized data, beside the adapter
 # What axolotl and its engines are told in every stage of ours.
 ENGINE_ENV = {
@@ -30,63 +29,6 @@ ENGINE_ENV = {
 def tool(name: str) -> str:
     """An engine's command in the environment that runs us."""
     return str(Path(sys.executable).with_name(name))
-
-
-def iteration_config(
-    recipe: Recipe,
-    *,
-    base_model: str,
-    pairs: Path,
-    adapter: Path,
-    prepared: Path,
-    seed: int,
-    on_cpu: bool,
-) -> dict[str, Any]:
-    """The complete axolotl config of one iteration, which plain `axolotl train` runs as it is.
-
-    Args:
-        base_model: the instruct checkpoint that learns.
-        prepared: where axolotl keeps tokenized data. It must differ between iterations:
-            axolotl's cache key holds neither the file's content nor plugin keys.
-        on_cpu: put the published CPU overlay on top.
-    """
-    datasets = [dict(entry) for entry in recipe.axolotl.get("datasets") or [{}]]
-    datasets[0] |= {"path": str(pairs), "ds_type": "json", "type": "thinkswitch_plugin.answer_only"}
-    keys = recipe.keys.model_dump(by_alias=True, exclude_defaults=True)
-    return training_config(
-        recipe.axolotl,
-        base_model=base_model,
-        datasets=datasets,
-        adapter=adapter,
-        prepared=prepared,
-        seed=seed,
-        on_cpu=on_cpu,
-    ) | {"thinkswitch": keys}
-
-
-def training_config(
-    values: dict[str, Any],
-    *,
-    base_model: str,
-    datasets: list[dict[str, Any]],
-    adapter: Path,
-    prepared: Path,
-    seed: int,
-    on_cpu: bool,
-) -> dict[str, Any]:
-    """A recipe's axolotl keys for one training, without those under `thinkswitch:`; see `iteration_config`."""
-    if on_cpu:
-        values = overlay(values, files.read_yaml(CPU_OVERLAY))
-    return {
-        **values,
-        "base_model": base_model,
-        "datasets": datasets,
-        "dataset_prepared_path": str(prepared),
-        "output_dir": str(adapter),
-        "seed": seed,
-        "merge_method": "legacy",  # for `axolotl merge-lora` by hand: its default rounds every matrix through NF4
-        "auto_resume_from_checkpoints": True,  # a killed training goes on from its last whole checkpoint
-    }
 
 
 def require_trainable(recipe: Recipe, checkpoint: str, revision: str | None = None) -> None:
@@ -181,7 +123,7 @@ def adapter_change(adapter: Path | str) -> float:
     from safetensors import safe_open
 
     folder = Path(adapter)
-    weights = folder / ADAPTER_WEIGHTS
+    weights = folder / checkpoint.ADAPTER_WEIGHTS
     if not weights.is_file():
         raise ThinkSwitchError(f"{weights} does not exist; axolotl saved no adapter; see `logs/train.log` beside it.")
     config = files.read_json(folder / "adapter_config.json")
