@@ -161,7 +161,7 @@ labels: setup ## which questions need thinking? K-fold cross-validation: make la
 # The embedded domain of this experiment, where no other is named.
 adaptive: DOMAIN := $(if $(filter file,$(origin DOMAIN)),arithmetic-mixed,$(DOMAIN))
 adaptive: setup ## one model that chooses by itself, beside all controls: make adaptive DOMAIN=arithmetic-mixed SEEDS="0 1 2" FOLDS=5 CONDITIONS="no_prompt"
-	@$(TS) adaptive --domain "$$DOMAIN" --runs "$$RUNS" --seeds "$$SEEDS" --engine "$$ENGINE" --overlay "$$OVERLAY" \
+	@$(VENV)/bin/python -m experiments adaptive --domain "$$DOMAIN" --runs "$$RUNS" --seeds "$$SEEDS" --engine "$$ENGINE" --overlay "$$OVERLAY" \
 		--folds "$$FOLDS" --generations "$$GENERATIONS" --conditions "$$CONDITIONS"
 
 switch: setup ## a router that asks instruct or thinking, judged on held-out questions: make switch ITER=2; LABELS=file LIMIT=n
@@ -183,43 +183,43 @@ verify: setup ## do the files of a run still fit together? reads every one of th
 	@$(TS) verify "$$RUN"
 
 control: setup ## one control experiment on iteration 1: make control CONTROL=shuffled|true-labels|undistilled|rounded
-	@$(TS) control "$$CONTROL" "$$RUN"
+	@$(VENV)/bin/python -m experiments control "$$CONTROL" "$$RUN"
 
 results: setup ## tables of docs/results.md, or by PART=interpolation of docs/interpolation.md: make results RUN_FOLDERS="runs/arithmetic runs-1/arithmetic"
-	@$(TS) results --part "$${PART:-loop}" -- $$RUN_FOLDERS
+	@$(VENV)/bin/python -m experiments results --part "$${PART:-loop}" -- $$RUN_FOLDERS
 
 chaos: setup ## SIGKILL runs at random instants and compare with an undisturbed one: make chaos KILLS=10
-	@$(VENV)/bin/python -m tests.chaos --kills "$$KILLS" --seed "$$SEED"
+	@$(VENV)/bin/python -m experiments.chaos --kills "$$KILLS" --seed "$$SEED"
 
 bench-engines: setup ## the embedded engine beside lm-eval's hf backend and transformers serve
-	@$(VENV)/bin/python -m tests.bench_engines
+	@$(VENV)/bin/python -m experiments.bench_engines
 
 bench-sweep: setup ## an 11-point sweep in memory beside mergekit-yaml + lm_eval per point
-	@$(VENV)/bin/python -m tests.bench_sweep
+	@$(VENV)/bin/python -m experiments.bench_sweep
 
 bench-merge: setup ## time and memory of a merge at 4 B parameters beside mergekit's own (50 GB of disk)
-	@$(VENV)/bin/python -m tests.bench_merge $(BENCH)
+	@$(VENV)/bin/python -m experiments.bench_merge $(BENCH)
 
 bench-export: setup ## time and memory of extracting a LoRA at 4 B shape, a few layers of it
-	@$(VENV)/bin/python -m tests.bench_export $(BENCH)
+	@$(VENV)/bin/python -m experiments.bench_export $(BENCH)
 
 bench-faults: setup ## 10,000 requests through a server that fails in every way: each accounted for once?
-	@$(VENV)/bin/python -m tests.bench_faults
+	@$(VENV)/bin/python -m experiments.bench_faults
 
 bench-pairs: setup ## pairs from 100,000 generations of 20 kB (2.6 GB of TMPDIR): memory and speed
-	@$(VENV)/bin/python -m tests.bench_pairs
+	@$(VENV)/bin/python -m experiments.bench_pairs
 
 bench-report: setup ## the report of 10,000 questions x 8 samples (4 GB of TMPDIR): time, memory, a page that opens
-	@$(VENV)/bin/python -m tests.bench_report
+	@$(VENV)/bin/python -m experiments.bench_report
 
 screenshots: setup ## docs/pictures/report-*.png of a run's page: make screenshots RUN_FOLDERS=runs/arithmetic
-	@$(VENV)/bin/python -m tests.screenshots "$${RUN_FOLDERS:-$$RUN}"
+	@$(VENV)/bin/python -m experiments.screenshots "$${RUN_FOLDERS:-$$RUN}"
 
 fuzz: setup ## random inputs through splitting, answers, pairs, recipes, prompts: make fuzz INPUTS=1000000
-	@$(VENV)/bin/python -m tests.fuzz --inputs "$${INPUTS:-100000}"
+	@$(VENV)/bin/python -m experiments.fuzz --inputs "$${INPUTS:-100000}"
 
 models: setup ## what works with which architecture, on tiny random models of each: make models
-	@$(VENV)/bin/python -m tests.models --write docs/models.md
+	@$(VENV)/bin/python -m experiments.models --write docs/models.md
 
 bad-input: setup ## a table of every broken file and what the real command answers to it
 	@$(VENV)/bin/python -m tests.bad_input
@@ -228,10 +228,10 @@ gpu-check: ## what the recipe costs on this GPU, in under 8 minutes, with no net
 	@$$(ls $(VENV)/bin/python 2>/dev/null || echo python3) experiments/gpu_check.py --out "$${OUT:-gpu-check.json}"
 
 traces: setup ## a table of every trace convention in every shape: pair, dropped and why, or refused
-	@$(VENV)/bin/python -m tests.traces_table
+	@$(VENV)/bin/python -m experiments.traces_table
 
-lint: setup ## ruff and mypy
-	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
+lint: setup ## ruff, mypy and the layers of imports
+	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy && $(VENV)/bin/lint-imports
 
 test-fast test: export OMP_NUM_THREADS := 1
 test-fast: setup lint ## lint, types and the unit tests, which start no engine: a few minutes

@@ -24,7 +24,7 @@ CONTEXT.set_forkserver_preload(ENGINES)
 def run(
     words: Sequence[str | Path], cwd: Path, env: Mapping[str, str], timeout: float = 900
 ) -> subprocess.CompletedProcess[str]:
-    """Run a Python script, such as `.venv/bin/axolotl`, with arguments; output captured, exit code not checked.
+    """Run a Python script, such as `.venv/bin/axolotl`, or `python -m MODULE`, with arguments; output captured, exit code not checked.
 
     Raises `subprocess.TimeoutExpired` as `subprocess.run` does.
     """
@@ -50,5 +50,9 @@ def _run(words: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path)
         stream.flush()
         with path.open("wb") as handle:
             os.dup2(handle.fileno(), stream.fileno())
-    sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
+    if words[1:2] == ["-m"]:  # python -m MODULE …
+        sys.argv = words[2:]
+        runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")

@@ -9,20 +9,25 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from experiments import __main__ as commands
+from experiments import adaptive as experiment
+from experiments import adaptive_results
 from tests.conftest import BIN, Command
-from thinkswitch_plugin import cli, files
+from thinkswitch_plugin import files
 from thinkswitch_plugin.args import PerceptionKeys
 from thinkswitch_plugin.data.formats import POST, PRE, Format
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import bootstrapped
-from thinkswitch_plugin.perception import experiment, results, scoring
+from thinkswitch_plugin.perception import scoring
 
 LABELS: dict[str, Format] = {f"p{i}": POST if i % 4 else PRE for i in range(40)}
 
 
-def condition(correct: Any, tokens: Any, think: Any) -> results.Condition:
-    return results.Condition(*(np.atleast_2d(np.asarray(part, dtype=float)) for part in (correct, tokens, think)))
+def condition(correct: Any, tokens: Any, think: Any) -> adaptive_results.Condition:
+    return adaptive_results.Condition(
+        *(np.atleast_2d(np.asarray(part, dtype=float)) for part in (correct, tokens, think))
+    )
 
 
 def test_every_condition_differs_from_the_adaptive_one_in_one_thing() -> None:
@@ -79,7 +84,7 @@ def test_unknown_conditions_are_refused_and_the_table_keeps_what_it_needs() -> N
 
 @pytest.mark.parametrize("seeds", ["", "0 0", "0 00", "1 x", "1 ²", "-1"])
 def test_seeds_that_are_none_are_wrong_usage(seeds: str) -> None:
-    done = CliRunner().invoke(cli.main, ["adaptive", "--domain", "arithmetic-mixed", "--seeds", seeds])
+    done = CliRunner().invoke(commands.main, ["adaptive", "--domain", "arithmetic-mixed", "--seeds", seeds])
     assert done.exit_code == 2 and "give different whole numbers" in done.output
 
 
@@ -91,7 +96,7 @@ def test_derived_conditions_are_worked_out_question_by_question() -> None:
         "forced_pre": condition([0, 1, 0, 1], [21, 21, 31, 31], [1, 1, 1, 1]),
         "forced_post": condition([1, 0, 1, 0], [3, 3, 3, 3], [0, 0, 0, 0]),
     }
-    more = results.derived(found, {"mlp": np.array([[0.0, 1, 1, 1]])})
+    more = adaptive_results.derived(found, {"mlp": np.array([[0.0, 1, 1, 1]])})
     chance = more["random_choice"]  # thinks on a quarter of the questions
     assert chance.correct.tolist() == [[1.0, 0.25, 0.75, 0.25]] and chance.think.tolist() == [[0.25] * 4]
     assert chance.tokens.mean() == pytest.approx(0.25 * 25 + 0.75 * 3)
@@ -104,15 +109,15 @@ def test_derived_conditions_are_worked_out_question_by_question() -> None:
 def test_intervals_are_over_questions_with_the_seeds_averaged_first() -> None:
     rng = np.random.default_rng(0)
     correct = (rng.random((3, 200)) < 0.8).astype(float)
-    one = results.Condition(correct, correct * 4, correct)
+    one = adaptive_results.Condition(correct, correct * 4, correct)
     strata = ["easy", "hard"] * 100
-    found = results.figures(one, strata)
+    found = adaptive_results.figures(one, strata)
     assert found["accuracy"] == pytest.approx(correct.mean())
     assert found["ci95"] == bootstrapped(correct.mean(axis=0).tolist())
     assert found["by_seed"] == pytest.approx(correct.mean(axis=1).tolist())
     assert found["strata"]["hard"]["accuracy"] == pytest.approx(correct[:, 1::2].mean())
-    other = results.Condition(1 - correct, correct + 1, correct)
-    gap = results.difference(one, other)
+    other = adaptive_results.Condition(1 - correct, correct + 1, correct)
+    gap = adaptive_results.difference(one, other)
     assert gap["accuracy"] == pytest.approx(2 * correct.mean() - 1)
     assert gap["ci95"] == bootstrapped((2 * correct - 1).mean(axis=0).tolist())
 
@@ -127,7 +132,7 @@ def test_claims_hold_by_their_rule(tokens: int, better: int, holds: bool) -> Non
     base = condition(right, np.full(n, 25), np.ones(n))
     post = condition(np.arange(n) < 80, np.full(n, 3), np.zeros(n))
     found = {"pre_only": base, "post_only": post, "adaptive": condition(adaptive, np.full(n, tokens), np.zeros(n))}
-    stated = results.claims(found)
+    stated = adaptive_results.claims(found)
     assert all(claim["holds"] for claim in stated) is holds
     assert len(stated) == 3  # of conditions that were left out nothing is claimed
 
@@ -135,7 +140,7 @@ def test_claims_hold_by_their_rule(tokens: int, better: int, holds: bool) -> Non
 def test_conditions_of_other_questions_are_refused() -> None:
     one, two = condition([1, 0], [3, 3], [0, 0]), condition([1], [3], [0])
     with pytest.raises(ThinkSwitchError, match="judged on different questions"):
-        results.summary({"pre_only": one, "post_only": two}, ["easy", "hard"])
+        adaptive_results.summary({"pre_only": one, "post_only": two}, ["easy", "hard"])
 
 
 def sample(doc_id: int, text: str, gold: str, stratum: str, budget: int = 64) -> dict[str, Any]:
@@ -223,7 +228,8 @@ def small(tmp_path_factory: pytest.TempPathFactory, command: Command) -> tuple[P
     overlay: dict[str, Any] = {"num_epochs": 4, "thinkswitch": {"evaluation": {"limit": 60, "batch_size": "30"}}}
     files.write_yaml(folder / "small.overlay.yaml", overlay)
     words = [
-        *(BIN / "thinkswitch", "adaptive", "--domain", "arithmetic-mixed", "--runs", folder / "runs", "--seeds", "0"),
+        *(BIN / "python", "-m", "experiments", "adaptive", "--domain", "arithmetic-mixed"),
+        *("--runs", folder / "runs", "--seeds", "0"),
         *("--generations", folder / "generations.jsonl", "--overlay", folder / "small.overlay.yaml", "--folds", "2"),
         *("--engine", "embedded", "--conditions", "adaptive"),
     ]

@@ -52,7 +52,7 @@ def test_what_is_wrong_is_one_sentence_and_exit_code_1(
 
 def test_wrong_usage_is_exit_code_2(command: Any) -> None:
     assert command(TS, "begin").returncode == 2
-    assert command(TS, "control", "nonsense", "runs").returncode == 2
+    assert command(BIN / "python", "-m", "experiments", "control", "nonsense", "runs").returncode == 2
 
 
 def test_make_names_a_wrong_domain_and_leaves_nothing(command: Any, tmp_path: Path) -> None:

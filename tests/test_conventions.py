@@ -9,9 +9,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tests import traces_table
+from experiments import traces_table
+from experiments.traces_table import closing, opening, stored, written
 from tests.conftest import ROOT
-from tests.traces_table import closing, opening, stored, written
 from thinkswitch_plugin import conventions, files
 from thinkswitch_plugin.args import PluginKeys
 from thinkswitch_plugin.conventions import CONVENTIONS, NONE, Convention

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import bench_faults
+from experiments import bench_faults
 from tests.faulty_server import FaultyServer
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys

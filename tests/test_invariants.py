@@ -13,7 +13,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests import fuzz, invariants
+from experiments import fuzz
+from tests import invariants
 from tests.invariants import CLOSINGS, FILLERS, OPENINGS, SECRET
 from thinkswitch_plugin.data.answers import EXTRACTORS
 

@@ -300,7 +300,7 @@ def test_wrong_usage_is_exit_code_2(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_bench_runs_at_a_small_shape_and_leaves_nothing(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "tests.bench_merge", "--layers", "0", "--vocabulary", "4096", "--rounds", "1"]
+    words = [sys.executable, "-m", "experiments.bench_merge", "--layers", "0", "--vocabulary", "4096", "--rounds", "1"]
     words += ["--folder", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -309,6 +309,6 @@ def test_the_bench_runs_at_a_small_shape_and_leaves_nothing(tmp_path: Path) -> N
 
 
 def test_the_bench_says_when_the_disk_is_too_small(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "tests.bench_merge", "--layers", "100000", "--folder", str(tmp_path)]
+    words = [sys.executable, "-m", "experiments.bench_merge", "--layers", "100000", "--folder", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "of free disk and" in done.stderr and "Traceback" not in done.stderr

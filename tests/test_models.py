@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models import COLUMNS, EXPERTS, MODELS, Model, make_pair, merge_config, read, table, try_all
+from experiments.models import COLUMNS, EXPERTS, MODELS, Model, make_pair, merge_config, read, table, try_all
 from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import require_compatible

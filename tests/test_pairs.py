@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests import bench_pairs
+from experiments import bench_pairs
 from tests.conftest import ROOT
 from thinkswitch_plugin import files
 from thinkswitch_plugin.data.pairs import PairReport, build_pairs, write_pairs

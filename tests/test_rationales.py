@@ -11,7 +11,8 @@ from axolotl.utils.dict import DictDefault
 from datasets import load_dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tests import bench_pairs, checkpoints
+from experiments import bench_pairs
+from tests import checkpoints
 from tests.conftest import BIN
 from tests.test_pairs import answer, request
 from thinkswitch_plugin import answer_only, files, post_thinking, pre_thinking

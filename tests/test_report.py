@@ -324,7 +324,7 @@ def test_the_wheel_carries_the_pages_parts(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_bench_finds_the_same_figures_with_and_without_stored_verdicts(tmp_path: Path) -> None:
-    from tests.bench_report import measure
+    from experiments.bench_report import measure
 
     result = measure(30, 2, 1, 100, tmp_path)
     assert result["same figures both ways"] and result["completions"] == 240

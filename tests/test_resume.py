@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 import pytest
 
-from tests.chaos import differing_tensors
+from experiments.chaos import differing_tensors
 from tests.conftest import BIN, ROOT
 from thinkswitch_plugin.run import hashes
 
@@ -44,7 +44,9 @@ def read(path: Path) -> bytes:
 
 
 def test_ten_kills_change_nothing(finished_run: Path, command: Any) -> None:
-    done = command(sys.executable, "-m", "tests.chaos", "--kills", "10", "--undisturbed", finished_run, timeout=1500)
+    done = command(
+        sys.executable, "-m", "experiments.chaos", "--kills", "10", "--undisturbed", finished_run, timeout=1500
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     result = orjson.loads(done.stdout.splitlines()[-1])
     assert result["kills"] == 10 and len(result["hits"]) >= 3

@@ -269,6 +269,6 @@ def test_several_samples_and_sampling_settings_make_several_curves(own_run: Path
 
 @pytest.mark.slow
 def test_the_bench_finds_equal_scores(command: Any, finished_run: Path) -> None:
-    done = command(BIN / "python", "-m", "tests.bench_sweep", "--lambdas", "0.5", "--limit", "40")
+    done = command(BIN / "python", "-m", "experiments.bench_sweep", "--lambdas", "0.5", "--limit", "40")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert '"equal": true' in done.stdout.splitlines()[-1]

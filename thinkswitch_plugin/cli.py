@@ -92,6 +92,11 @@ def main() -> None:
 
     `make iterate DOMAIN=…` runs these stages in order; each can be run by itself.
     """
+    prepare()
+
+
+def prepare() -> None:
+    """Keep engines that are imported later from writing of their own and from fetching code."""
     console.hush_engines()
     console.fetch_no_code()
 
@@ -258,31 +263,6 @@ def keys() -> None:
 
     for row in (["key", "value", "default", "meaning"], ["---"] * 4, *keys_table()):
         click.echo(f"| {' | '.join(row)} |")
-
-
-@main.command()
-@click.argument("name", type=click.Choice(["shuffled", "true-labels", "undistilled", "rounded"]))
-@click.argument("run", type=FOLDER)
-def control(name: str, run: Path) -> None:
-    """A control experiment on iteration 1 of a finished run -> controls/NAME/."""
-    from thinkswitch_plugin.controls import run_control
-
-    run_control(open_run(run), name)
-
-
-@main.command()
-@click.option("--part", type=click.Choice(["loop", "interpolation"]), default="loop", show_default=True)
-@click.argument("runs", type=FOLDER, nargs=-1, required=True)
-def results(part: str, runs: tuple[Path, ...]) -> None:
-    """Print tables of several finished runs as Markdown: iterations and controls, or sweeps and merges."""
-    if part == "loop":
-        from thinkswitch_plugin.controls import print_results
-
-        print_results(list(runs))
-    else:
-        from thinkswitch_plugin.search.results import print_interpolation
-
-        print_interpolation(list(runs))
 
 
 def together(*every: Callable[[F], F]) -> Callable[[F], F]:
@@ -512,33 +492,6 @@ def labels(folds: str, overlay: str, domain: str, **options: Any) -> None:
 
     count = whole_number("--folds", folds)
     make_labels(find_job(domain, overlays=overlay.split(), folds=count, **options))
-
-
-@main.command()
-@click.option("--domain", required=True, help="Name of a recipe in recipes/; its task judges.")
-@click.option("--runs", default="runs", show_default=True, type=FOLDER, help="Folder that holds the runs.")
-@click.option("--seeds", default="0 1 2", show_default=True, help="One whole experiment each, by spaces.")
-@click.option("--engine", default="auto", show_default=True, help="auto, vllm or embedded: who answers for the labels.")
-@click.option("--folds", default="", help="K of the labels (default: the recipe's).")
-@click.option(
-    "--generations", default="", help="A generations.jsonl, instead of the recipe's or iteration 1 of the run."
-)
-@click.option("--conditions", default="", help="Some of the controls only, by spaces (default: all).")
-@OVERLAY
-def adaptive(domain: str, runs: Path, seeds: str, folds: str, conditions: str, overlay: str, **options: Any) -> None:
-    """Adaptive thinking with all its controls: labels, training, evaluation, table and picture -> adaptive/."""
-    from thinkswitch_plugin.perception.experiment import run_experiment
-    from thinkswitch_plugin.perception.labels import find_job
-
-    words = seeds.split()
-    numbers = [int(word) for word in words if word.isascii() and word.isdigit()]
-    if not numbers or len(set(numbers)) < len(words):
-        raise click.UsageError(f"--seeds {seeds!r}: give different whole numbers, by spaces.")
-    count = whole_number("--folds", folds)
-    run_experiment(
-        [find_job(domain, runs, seed=number, overlays=overlay.split(), folds=count, **options) for number in numbers],
-        conditions,
-    )
 
 
 @main.command()

@@ -92,6 +92,7 @@ def stored_line(draw: random.Random, ids: list[str]) -> Any:
 
 
 def split_input(draw: random.Random, folder: Path) -> None:
+    """A completion, split."""
     pool = draw.choice(((*FILLERS, SECRET), (*FILLERS, SECRET, *CLOSINGS, *OPENINGS, *CONTROL)))
     pieces = [draw.choice(pool) for _ in range(draw.randrange(10))]
     if draw.random() < 0.7:
@@ -110,11 +111,13 @@ def whole(pieces: list[str]) -> list[str]:
 
 
 def answer_input(draw: random.Random, folder: Path) -> None:
+    """A final answer, read."""
     text = "".join(draw.choice((*MATHS, *FILLERS[:6])) for _ in range(draw.randrange(12)))
     invariants.check_answer(draw.choice(list(EXTRACTORS)), text)
 
 
 def pairs_input(draw: random.Random, folder: Path) -> None:
+    """Requests and generations, made into pairs."""
     samples = [(f"p{p}", s) for p in range(draw.randrange(1, 4)) for s in range(draw.randrange(1, 4))]
     ids = [f"{prompt}-s{number}" for prompt, number in samples]
     lines = [stored_line(draw, ids) for _ in range(draw.randrange(8))]
@@ -122,6 +125,7 @@ def pairs_input(draw: random.Random, folder: Path) -> None:
 
 
 def recipe_input(draw: random.Random, folder: Path) -> None:
+    """A recipe, loaded."""
     text = TEMPLATE.read_text(encoding="utf-8")
     chance = draw.random()
     if chance < 0.6:
@@ -146,6 +150,7 @@ def recipe_input(draw: random.Random, folder: Path) -> None:
 
 
 def prompts_input(draw: random.Random, folder: Path) -> None:
+    """A file of prompts, read."""
     rows = []
     for n in range(draw.randrange(6)):
         row: Any = {"prompt": "".join(draw.choice((*FILLERS, *CLOSINGS)) for _ in range(draw.randrange(1, 4)))}

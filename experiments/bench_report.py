@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from experiments.bench_pairs import watched
 from tests import browser
-from tests.bench_pairs import watched
 from tests.report_run import TASK, make_run
 from thinkswitch_plugin.judging.evaluation import GRADED, newest, store_graded
 

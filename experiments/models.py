@@ -1,6 +1,6 @@
 """What ThinkSwitch can do with each architecture, found out on tiny random models: the table of docs/models.md.
 
-    .venv/bin/python -m tests.models [--write docs/models.md] [NAME…]
+    .venv/bin/python -m experiments.models [--write docs/models.md] [NAME…]
 
 A cell is `ok` only if the result equals a float64 computation and loads with no missing or unexpected key; else it is
 the sentence that refuses the pair. Anything else (a traceback, other numbers, a key too few) is a failure and exit code 1.

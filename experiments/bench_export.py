@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tests.bench_merge import make_pair
+from experiments.bench_merge import make_pair
 from thinkswitch_plugin import files
 from thinkswitch_plugin.export.extract import WEIGHTS, extract
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from experiments import adaptive_results
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import PerceptionKeys
 from thinkswitch_plugin.data import batch
@@ -33,7 +34,6 @@ from thinkswitch_plugin.engines.servers import vllm_python
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import LM_EVAL_BUDGET, samples_file
 from thinkswitch_plugin.loop.work import merge_adapter
-from thinkswitch_plugin.perception import results
 from thinkswitch_plugin.perception.answering import load_model
 from thinkswitch_plugin.perception.labels import RATIONALES, Job, label, prepare_student
 from thinkswitch_plugin.perception.scoring import judge, read_columns
@@ -119,7 +119,7 @@ def run_experiment(jobs: Sequence[Job], conditions: str = "") -> dict[str, Any]:
         result = together(jobs, seeds)
         folder = jobs[0].home / "adaptive"
         files.write_json(folder / "adaptive.json", result)
-        text = results.markdown(result)
+        text = adaptive_results.markdown(result)
         with files.atomic_file(folder / "adaptive.md") as handle:
             handle.write(text.encode())
         save(adaptive_picture(result), folder / "adaptive")
@@ -407,11 +407,11 @@ def together(jobs: Sequence[Job], seeds: Sequence[Seed]) -> dict[str, Any]:
             "the seeds were judged on different questions; delete the folders `conditions` and run it again."
         )
 
-    def column(name: str, field: str) -> results.Floats:
+    def column(name: str, field: str) -> adaptive_results.Floats:
         return np.asarray([seed.judged[name][field] for seed in seeds], dtype=float)
 
     found = {
-        name: results.Condition(*(column(name, field) for field in ("correct", "tokens", "think")))
+        name: adaptive_results.Condition(*(column(name, field) for field in ("correct", "tokens", "think")))
         for name in seeds[0].judged
     }
     routed = {name: np.asarray([seed.routed[name] for seed in seeds], dtype=float) for name in seeds[0].routed}
@@ -421,11 +421,11 @@ def together(jobs: Sequence[Job], seeds: Sequence[Seed]) -> dict[str, Any]:
         for seed in seeds
         for one, other in zip(seed.judged["adaptive"]["answer"], seed.judged[SWAPPED]["answer"], strict=True)
     )
-    every = {**found, **results.derived(found, routed)}
+    every = {**found, **adaptive_results.derived(found, routed)}
     return {
         "domain": jobs[0].recipe.keys.domain,
         "seeds": [job.seed for job in jobs],
-        **results.summary(every, strata),
+        **adaptive_results.summary(every, strata),
         "swap": {
             "questions": swapped.think.size,
             "decisions_changed": int((swapped.think != found["adaptive"].think).sum()),

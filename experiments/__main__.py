@@ -1,0 +1,73 @@
+"""Experiments on finished runs, as commands: `python -m experiments control shuffled runs/arithmetic`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from thinkswitch_plugin.cli import FOLDER, OVERLAY, Group, prepare, whole_number
+from thinkswitch_plugin.run import open_run
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Controls, the adaptive experiment and the tables of docs/."""
+    prepare()
+
+
+@main.command()
+@click.argument("name", type=click.Choice(["shuffled", "true-labels", "undistilled", "rounded"]))
+@click.argument("run", type=FOLDER)
+def control(name: str, run: Path) -> None:
+    """A control experiment on iteration 1 of a finished run -> controls/NAME/."""
+    from experiments.controls import run_control
+
+    run_control(open_run(run), name)
+
+
+@main.command()
+@click.option("--part", type=click.Choice(["loop", "interpolation"]), default="loop", show_default=True)
+@click.argument("runs", type=FOLDER, nargs=-1, required=True)
+def results(part: str, runs: tuple[Path, ...]) -> None:
+    """Print tables of several finished runs as Markdown: iterations and controls, or sweeps and merges."""
+    if part == "loop":
+        from experiments.controls import print_results
+
+        print_results(list(runs))
+    else:
+        from experiments.interpolation_results import print_interpolation
+
+        print_interpolation(list(runs))
+
+
+@main.command()
+@click.option("--domain", required=True, help="Name of a recipe in recipes/; its task judges.")
+@click.option("--runs", default="runs", show_default=True, type=FOLDER, help="Folder that holds the runs.")
+@click.option("--seeds", default="0 1 2", show_default=True, help="One whole experiment each, by spaces.")
+@click.option("--engine", default="auto", show_default=True, help="auto, vllm or embedded: who answers for the labels.")
+@click.option("--folds", default="", help="K of the labels (default: the recipe's).")
+@click.option(
+    "--generations", default="", help="A generations.jsonl, instead of the recipe's or iteration 1 of the run."
+)
+@click.option("--conditions", default="", help="Some of the controls only, by spaces (default: all).")
+@OVERLAY
+def adaptive(domain: str, runs: Path, seeds: str, folds: str, conditions: str, overlay: str, **options: Any) -> None:
+    """Adaptive thinking with all its controls: labels, training, evaluation, table and picture -> adaptive/."""
+    from experiments.adaptive import run_experiment
+    from thinkswitch_plugin.perception.labels import find_job
+
+    words = seeds.split()
+    numbers = [int(word) for word in words if word.isascii() and word.isdigit()]
+    if not numbers or len(set(numbers)) < len(words):
+        raise click.UsageError(f"--seeds {seeds!r}: give different whole numbers, by spaces.")
+    count = whole_number("--folds", folds)
+    run_experiment(
+        [find_job(domain, runs, seed=number, overlays=overlay.split(), folds=count, **options) for number in numbers],
+        conditions,
+    )
+
+
+if __name__ == "__main__":
+    main(prog_name="experiments")
