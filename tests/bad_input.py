@@ -307,9 +307,7 @@ def forms() -> Iterator[Form]:
     yield recipe(
         "a trace convention that nobody knows", RECIPE + "  trace: granit\n", "nearest convention is 'granite'"
     )
-    yield stage(
-        "generations", "content of another type", lines(answer(), answer([7], "p1-s0")), "1 failed", works=True
-    )
+    yield stage("generations", "content of another type", lines(answer(), answer([7], "p1-s0")), "1 failed", works=True)
     yield stage("generations", "empty", b"", "holds no complete answer .*2 not_generated")
     yield stage("generations", "a folder in its place", FOLDER, "generations.jsonl is a folder")
     yield stage("generations", "binary", BINARY, "line 1: not UTF-8 text")
