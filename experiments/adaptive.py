@@ -32,7 +32,7 @@ from thinkswitch_plugin.data.formats import ANSWER, PRE, THINK, Format
 from thinkswitch_plugin.data.task_files import task_files
 from thinkswitch_plugin.engines.servers import vllm_python
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging.evaluation import LM_EVAL_BUDGET, samples_file
+from thinkswitch_plugin.judging.samples import read_rows, samples_file
 from thinkswitch_plugin.loop.work import merge_adapter
 from thinkswitch_plugin.perception.answering import load_model
 from thinkswitch_plugin.perception.labels import RATIONALES, Job, label, prepare_student
@@ -230,24 +230,21 @@ def serve_checkpoint(job: Job, hashes: Hashes) -> dict[str, int]:
         from thinkswitch_plugin.perception.prompt_embeds import complete, serving, write_plain_view
 
         console.say(f"[adaptive] seed {job.seed}: vLLM answers prompts sent as embeddings")
-        rows = [row for _, row in files.read_jsonl(samples)]
-        arguments = rows[0]["arguments"]["gen_args_0"]["arg_1"]
+        rows = list(read_rows(samples))
         model, tokenizer = load(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
-        ids = [
-            tokenizer(row["arguments"]["gen_args_0"]["arg_0"], add_special_tokens=False)["input_ids"] for row in rows
-        ]
+        ids = [tokenizer(row.sent, add_special_tokens=False)["input_ids"] for row in rows]
         with torch.inference_mode():
             prompts = [prompt_embeds(model, tokens) for tokens in ids]
         del model  # vLLM loads the weights again
-        view, budget = job.work / "plain-view", int(arguments.get("max_gen_toks", LM_EVAL_BUDGET))
+        view, budget = job.work / "plain-view", rows[0].budget
         write_plain_view(checkpoint, view)
         longest = max(map(len, ids)) + budget
         with serving(view, keys.engine, job.work / "logs" / "vllm.log", max_len=longest) as server:
             found = complete(
-                server, str(view), prompts, keys.engine, max_tokens=budget, stop=arguments.get("until") or ()
+                server, str(view), prompts, keys.engine, max_tokens=budget, stop=rows[0].settings.get("until") or ()
             )
         files.remove(view)
-        equal = sum(one.text == row["resps"][0][0] for one, row in zip(found, rows, strict=True))
+        equal = sum(one.text == row.texts[0] for one, row in zip(found, rows, strict=True))
         return {"questions": len(rows), "equal": equal}
 
     key = {"checkpoint": hashes.of(checkpoint), "samples": hashes.of(samples)}
@@ -375,9 +372,8 @@ class Judging:
 
         model, tokenizer = self.model()
         found = []
-        for _, row in files.read_jsonl(samples_file(self.here / "eval", self.evaluation.task)):
-            text = row["arguments"]["gen_args_0"]["arg_0"]
-            ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        for row in read_rows(samples_file(self.here / "eval", self.evaluation.task)):
+            ids = tokenizer(row.sent, return_tensors="pt", add_special_tokens=False)["input_ids"]
             found.append(soft_prompts(model, ids.to(model.device)).float())
         return torch.cat(found)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from thinkswitch_plugin import console
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging.evaluation import bootstrapped
+from thinkswitch_plugin.judging.figures import bootstrapped
 
 Floats = NDArray[np.float64]
 

@@ -1,7 +1,7 @@
 """`make bench-report`: the report of 10,000 questions x 8 samples, in how much time and memory?
 
 Writes the files of such a run (tests/report_run.py) into a temporary folder, then writes its report in a
-process of its own, once with the verdicts that the evaluation stage stored and once without, and watches
+process of its own, once with the answers that the evaluation stage stored and once without, and watches
 that process's memory. Where there is a Chromium it opens the page: how long until the list can be used, how
 long does a search through every text take? The files are removed afterwards.
 """
@@ -12,7 +12,6 @@ import argparse
 import json
 import resource
 import shutil
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -20,8 +19,8 @@ from typing import Any
 
 from experiments.bench_pairs import watched
 from tests import browser
-from tests.report_run import TASK, make_run
-from thinkswitch_plugin.judging.evaluation import GRADED, newest, store_graded
+from tests.report_run import make_run
+from thinkswitch_plugin.judging.samples import GENERATIONS, REQUESTS, newest
 
 REPORT = """
 import sys
@@ -61,26 +60,20 @@ def opened(path: Path) -> dict[str, Any]:
 
 
 def measure(questions: int, samples: int, iterations: int, characters: int, folder: Path) -> dict[str, Any]:
-    """Write the run, then its report with and without stored verdicts, then open the page."""
+    """Write the run, then its report with and without stored answers, then open the page."""
     needed = 3.0 * questions * samples * characters * 2 * (iterations + 1)
     if shutil.disk_usage(folder).free < needed:
         raise SystemExit(f"bench-report: {needed / 1e9:.1f} GB of free disk are needed in {folder}; set TMPDIR.")
-    run = make_run(
-        folder, questions=questions, samples=samples, iterations=iterations, characters=characters, graded=False
-    )
+    run = make_run(folder, questions=questions, samples=samples, iterations=iterations, characters=characters)
     judged = sorted(run.glob("iter-*/eval/*"))
     weight = sum(newest(place, "samples_*.jsonl").stat().st_size for place in judged)
-    grading = []
-    for place in judged:
-        started = time.monotonic()
-        store_graded(place, TASK, str(run / "pair" / place.name), "digit")
-        grading.append(time.monotonic() - started)
     seconds, worked, peak = written(run)
     first = (run / "report.json").read_bytes()
     size = (run / "report.html").stat().st_size
     page = opened(run / "report.html")
     for place in judged:
-        newest(place, GRADED).unlink()
+        for name in (REQUESTS, GENERATIONS):
+            (place / name).unlink()
     again, worked_again, peak_again = written(run)
     return {
         "questions": questions,
@@ -88,13 +81,12 @@ def measure(questions: int, samples: int, iterations: int, characters: int, fold
         "checkpoints": len(judged),
         "completions": questions * samples * len(judged),
         "MB of samples files": round(weight / 1e6),
-        "seconds, grading one checkpoint (evaluation stage)": round(statistics.median(grading), 1),
         "seconds, report": round(seconds, 1),
         "seconds of processor time, report": round(worked, 1),
         "peak MB, report": round(peak),
-        "seconds, report without stored verdicts": round(again, 1),
-        "seconds of processor time, without stored verdicts": round(worked_again, 1),
-        "peak MB, report without stored verdicts": round(peak_again),
+        "seconds, report without stored answers": round(again, 1),
+        "seconds of processor time, without stored answers": round(worked_again, 1),
+        "peak MB, report without stored answers": round(peak_again),
         "same figures both ways": first == (run / "report.json").read_bytes(),
         "MB of report.html": round(size / 1e6, 1),
         **page,

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 from thinkswitch_plugin import files
-from thinkswitch_plugin.judging.evaluation import newest, read_samples, summarize
+from thinkswitch_plugin.judging.figures import summarize
+from thinkswitch_plugin.judging.samples import newest, read_samples
 from thinkswitch_plugin.merging.config import place_models, set_lambda
 from thinkswitch_plugin.search.sweep import parse_weights
 

@@ -75,7 +75,6 @@ def run_control(run: Run, name: str) -> None:
             keys.engine,
             logs=here / "logs",
             title=name,
-            answer=keys.labels.answer,
             convention=keys.convention,
         )
         figures = score(run, here / "eval" / mode, str(out))

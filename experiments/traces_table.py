@@ -21,7 +21,7 @@ from thinkswitch_plugin.data import batch
 from thinkswitch_plugin.data.batch import Asked
 from thinkswitch_plugin.data.pairs import PairReport, build_pairs
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging import evaluation
+from thinkswitch_plugin.judging import verdict
 
 MARKED = "QZX"  # stands only in traces
 TRACE = f"{MARKED} maybe \\boxed{{77777}}? Let me see, {MARKED}."
@@ -79,7 +79,7 @@ def fate(texts: list[str], how: Asked, finish: str, folder: Path) -> tuple[str, 
     )
     rows = [stored(custom_id, text, finish) for custom_id, text in zip(ids, texts, strict=True)]
     generations.write_bytes(b"".join(map(files.dumps_line, rows)))
-    graded = [evaluation.final_answer("integer", batch.completion_of(row, how)) for row in rows]
+    graded = [verdict.final_answer("integer", batch.completion_of(row, how)) for row in rows]
     leak = "77777" in graded
     report = PairReport()
     try:

@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from thinkswitch_plugin.data import answers
-from thinkswitch_plugin.judging.evaluation import completions, grade, grade_repeats
+from thinkswitch_plugin.judging.figures import question_metrics
+from thinkswitch_plugin.judging.samples import completions
+from thinkswitch_plugin.judging.verdict import final_answer, split, verdict_on
+from thinkswitch_plugin.judging.verdict import think_ratio as closed_of_whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -82,7 +85,7 @@ def _gold(doc: dict[str, Any]) -> str:
 def _graded(kind: str, doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
     """The metrics of one question."""
     gold = _gold(doc)
-    reported = grade_repeats(kind, results, gold)
+    reported = question_metrics(kind, completions(results), gold)
     if answers.gold(kind, gold) is None:
         question = next((value for value in doc.values() if isinstance(value, str) and " " in value), "")
         log.error(
@@ -109,16 +112,15 @@ def grade_arithmetic_mixed(doc: dict[str, Any], results: list[Any]) -> dict[str,
     text, gold = str(results[0]), str(doc["answer"])
     done = formats.parse(text)
     if done.form is None:
-        read = grade("digit", text, gold)
-        right, thinks, answered = read["accuracy"], read["think_ratio"], read["answered"]
+        read = verdict_on("digit", split(results[0]), gold)
+        found, thinks = read.answer, read.closed_trace
     else:
-        found = answers.extract("digit", done.answer)
-        right, thinks, answered = found == gold, done.form == formats.PRE, found is not None
-    accuracy = float(right)
+        found, thinks = answers.extract("digit", done.answer), done.form == formats.PRE
+    accuracy = float(found == gold)
     return {
         "accuracy": accuracy,
         "think_share": float(thinks),
-        "answered": float(answered),
+        "answered": float(found is not None),
         f"accuracy_{doc['stratum']}": accuracy,
     }
 
@@ -137,7 +139,7 @@ def grade_decision(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
     """Yes, no or maybe; `macro_f1` is the gold decision followed by what was read of each completion."""
     reported, gold = _graded("decision", doc, results), _gold(doc)
     if "mean@k" in reported:
-        found = [grade("decision", text, gold)["answer"] for text in completions(results)]
+        found = [final_answer("decision", split(text)) for text in completions(results)]
         reported["macro_f1"] = [gold, *found]
     return reported
 
@@ -145,6 +147,16 @@ def grade_decision(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
 def grade_exact(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
     """The whole answer, letter by letter."""
     return _graded("exact", doc, results)
+
+
+def think_ratio(questions: Sequence[Sequence[int]]) -> float:
+    """The think ratio over all questions: closed traces ÷ completions that were not cut.
+
+    Args:
+        questions: for each question its completions with a closed trace, and those that were not cut.
+    """
+    closed, whole = map(sum, zip(*questions, strict=True))
+    return closed_of_whole(closed, whole)
 
 
 def macro_f1(questions: Sequence[Sequence[str | None]]) -> float:

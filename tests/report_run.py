@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import files, run
+from thinkswitch_plugin.data import batch
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
-from thinkswitch_plugin.judging.evaluation import store_graded
+from thinkswitch_plugin.judging import samples as stored
+from thinkswitch_plugin.judging.verdict import is_cut
 
 TASK = "thinkswitch_arithmetic"
 RIGHT = {"instruct": (0.50, 0.86, 0.88), "thinking": (0.97, 0.975, 0.97)}
@@ -27,13 +29,13 @@ HOSTILE = (
 
 
 def make_run(
-    folder: Path, *, questions: int, samples: int = 1, iterations: int = 2, characters: int = 0, graded: bool = True
+    folder: Path, *, questions: int, samples: int = 1, iterations: int = 2, characters: int = 0, answers: bool = True
 ) -> Path:
     """Write a run under `folder`, without a report; return its folder.
 
     Args:
         characters: of a thinking completion; 0 leaves it as short as the embedded domain's.
-        graded: with `graded.jsonl`, as the evaluation stage leaves it.
+        answers: with the stored answers, as the evaluation stage leaves them.
     """
     here = folder / "arithmetic"
     pair = {mode: {"name": mode, "path": str(here / "pair" / mode), "revision": None} for mode in run.MODES}
@@ -50,8 +52,8 @@ def make_run(
         for mode in run.MODES:
             out = here / f"iter-{k}" / "eval" / mode / f"runs__arithmetic__iter-{k}__{mode}"
             write_samples(out, chains, samples, k, mode, characters)
-            if graded:
-                store_graded(out.parent, TASK, str(here / "pair" / mode), "digit")
+            if answers:
+                store_answers(out.parent, mode)
     opened = run.open_run(here)
     for number, stage in enumerate(run.stages(opened)):
         if stage.name != "report":
@@ -85,6 +87,26 @@ def write_samples(out: Path, chains: list[str], samples: int, k: int, mode: str,
             handle.write(files.dumps_line(row))
     config = {"task": TASK, "doc_to_text": "{{question}}"}
     files.write_json(out / f"results_{stamp}.json", {"configs": {TASK: config}})
+
+
+def store_answers(folder: Path, mode: str) -> None:
+    """What was asked for one evaluation, and the answers as an engine ended them."""
+    tokenizer = build_tokenizer(mode)
+    metadata = batch.asked_of(tokenizer).metadata()
+    with (
+        files.atomic_file(folder / stored.REQUESTS) as requests,
+        files.atomic_file(folder / stored.GENERATIONS) as generations,
+    ):
+        for row in stored.read_rows(stored.samples_file(folder, TASK)):
+            for j, text in enumerate(row.texts):
+                name = {"custom_id": stored.question_id(row.doc_id, j)}
+                turn = {"role": "user", "content": row.doc["question"]}
+                requests.write(files.dumps_line({**name, "body": {"messages": [turn], "metadata": metadata}}))
+                tokens = len(tokenizer.encode(text, add_special_tokens=False))
+                cut = is_cut(tokens, row.budget)
+                choice = {"message": {"content": text}, "finish_reason": "length" if cut else "stop"}
+                body = {"choices": [choice], "usage": {"completion_tokens": tokens if cut else tokens + 1}}
+                generations.write(files.dumps_line({**name, "response": {"body": body}, "error": None}))
 
 
 def complete(

@@ -18,7 +18,7 @@ from thinkswitch_plugin.args import PerceptionKeys
 from thinkswitch_plugin.data.formats import POST, PRE, Format
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging.evaluation import bootstrapped
+from thinkswitch_plugin.judging.figures import bootstrapped
 from thinkswitch_plugin.perception import scoring
 
 LABELS: dict[str, Format] = {f"p{i}": POST if i % 4 else PRE for i in range(40)}
@@ -210,7 +210,7 @@ def test_an_answer_that_comes_first_ends_at_its_tag_in_every_task() -> None:
 
 def test_rows_of_another_shape_are_one_sentence(write_jsonl: Any) -> None:
     path = write_jsonl("samples.jsonl", [{"doc_id": 4, "resps": []}])
-    with pytest.raises(ThinkSwitchError, match="question 4: not a row of lm-eval"):
+    with pytest.raises(ThinkSwitchError, match="question 4: not a row of lm-eval's samples"):
         list(scoring.read_questions(path, build_tokenizer("instruct"), "digit"))
 
 

@@ -8,16 +8,11 @@ from statistics import mean
 import pytest
 
 from thinkswitch_plugin.data.batch import Asked
+from thinkswitch_plugin.data.traces import split
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging.evaluation import (
-    Sample,
-    grade,
-    grade_question,
-    interval,
-    pass_at_k,
-    samples_file,
-    summarize,
-)
+from thinkswitch_plugin.judging.figures import Sample, interval, pass_at_k, question_metrics, summarize
+from thinkswitch_plugin.judging.samples import Ended, Row, grade_question, samples_file
+from thinkswitch_plugin.judging.verdict import Answered, verdict_on
 
 
 def sample(correct: list[bool], found: list[str | None] | None = None, tokens: int = 5, cut: bool = False) -> Sample:
@@ -49,11 +44,11 @@ def test_an_interval_of_several_samples_a_question_is_never_a_point() -> None:
 
 def test_a_text_that_comes_near_its_budget_was_cut_in_every_mode() -> None:
     texts = [("So far the count is 113", 8190), ("So far the count is 113", 8000), ("It is \\boxed{113}", 8190)]
-    found = grade_question(0, "113", texts, 8192, kind="integer", how=Asked())
+    row = Row(0, {}, "113", [text for text, _ in texts], "", {"max_gen_toks": 8192})
+    found = grade_question(row, [Ended.estimated(n, row.budget) for _, n in texts], "integer", Asked())
     assert found.truncated == [True, False, True] and found.tokens == [8190, 8001, 8190]
     assert found.correct == [False, True, True]  # what stands in a box was said before the cut
-    short = grade_question(0, "113", [("113", 8)], 9, kind="integer", how=Asked())
-    assert short.truncated == [False]
+    assert Ended.estimated(8, 9) == (None, 9)
 
 
 def test_summary_of_several_samples_a_question() -> None:
@@ -79,10 +74,57 @@ def test_cut_completions_are_left_out_of_the_think_ratio() -> None:
 
 
 def test_grading_reads_only_what_follows_the_trace() -> None:
-    assert grade("digit", "7*3=1\n</think>\n\n1", "1", opened=True)["accuracy"]
-    assert not grade("digit", "1", "1", opened=True)["answered"]
-    assert grade("digit", "1", "1")["accuracy"]
-    assert not grade("digit", "<think>1</think>", "1")["answered"]
+    assert verdict_on("digit", split("7*3=1\n</think>\n\n1", opened=True), "1").correct
+    assert verdict_on("digit", split("1", opened=True), "1").answer is None
+    assert verdict_on("digit", split("1"), "1").correct
+    assert verdict_on("digit", split("<think>1</think>"), "1").answer is None
+
+
+def test_lm_evals_think_ratio_is_the_reports_and_leaves_out_what_was_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend("lm_eval_tasks")
+    from thinkswitch_tasks import grade_digit, think_ratio
+
+    how = Asked(opened=True)
+    ends = [("1+1=2</think>2", "stop"), ("1+1=2</think>2", "stop"), ("1+1=", "length"), ("2", "stop")]
+    answered = [Answered.of(text, how.split({"content": text}, finish)) for text, finish in ends]
+    golds = ({"question": "1+1", "answer": "2"}, {"question": "1+2", "answer": "3"})
+    reported = [grade_digit(doc, [texts]) for doc, texts in zip(golds, (answered[:3], answered[1:]), strict=True)]
+    assert [one["think_ratio"] for one in reported] == [[2, 2], [1, 2]]
+    rows = [
+        Row(n, {}, doc["answer"], list(texts), "", {})
+        for n, (doc, texts) in enumerate(zip(golds, (answered[:3], answered[1:]), strict=True))
+    ]
+    ended = [[Ended(finish, 1) for _, finish in part] for part in (ends[:3], ends[1:])]
+    figures = summarize([grade_question(row, end, "digit", how) for row, end in zip(rows, ended, strict=True)])
+    assert think_ratio([one["think_ratio"] for one in reported]) == figures["think_ratio"] == 3 / 4
+    assert sum(one["mean@k"] for one in reported) / 2 == figures["mean@k"]
+    assert think_ratio([[0, 0]]) == 0
+    assert question_metrics("digit", ["<think>1+1"], "2")["think_ratio"] == [0, 1], "by the text alone nothing is cut"
+
+
+def test_a_server_has_room_for_the_tasks_budget_whoever_asks(tmp_path: Path) -> None:
+    from thinkswitch_plugin.args import EvaluationKeys
+    from thinkswitch_plugin.judging.evaluation import server_room
+
+    keys = EvaluationKeys(task="thinkswitch_pubmedqa")  # type: ignore[call-arg]
+    assert server_room(str(tmp_path), keys) == 8192 + 2048
+    assert server_room(str(tmp_path), keys.model_copy(update={"max_tokens": 100})) == 2148
+
+
+def test_every_reader_of_samples_names_the_row_that_is_none(tmp_path: Path) -> None:
+    from thinkswitch_plugin.perception.scoring import read_questions
+    from thinkswitch_plugin.report.questions import asked_texts
+
+    path = tmp_path / "samples_x_2026-01-02T03-04-06.jsonl"
+    (tmp_path / "results_2026-01-02T03-04-06.json").write_text('{"configs": {}}')
+    for row in (
+        '{"doc_id": 4, "resps": []}',
+        '{"doc_id": 4, "doc": {}, "target": 1, "resps": [[]], "arguments": {"gen_args_0": {"arg_0": "", "arg_1": {}}}}',
+    ):
+        path.write_text(row)
+        for read in (lambda: list(read_questions(path, None, "digit")), lambda: asked_texts(path)):
+            with pytest.raises(ThinkSwitchError, match=r"jsonl, line 1, question 4: not a row of lm-eval's samples"):
+                read()
 
 
 def test_a_task_is_not_taken_for_another_whose_name_begins_alike(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from thinkswitch_plugin.export.extract import CONFIG, WEIGHTS, cut, extract, los
 from thinkswitch_plugin.export.job import Base, export, keeps, parse_ranks
 from thinkswitch_plugin.export.serve import both_modes
 from thinkswitch_plugin.export.template import PROBES, SWITCH, combine, combined_template
-from thinkswitch_plugin.judging.evaluation import GRADED, samples_file
+from thinkswitch_plugin.judging.samples import graded
 from thinkswitch_plugin.recipe import load_recipe
 from thinkswitch_plugin.search.subject import Subject
 
@@ -312,10 +312,9 @@ def test_both_modes_are_judged_beside_the_full_checkpoints(exported: Path, finis
         assert large[mode]["figures"]["mean@k"] == pytest.approx(result["full"][mode]["mean@k"], abs=0.03)
         assert large[mode]["error"] < small[mode]["error"] < 1
         assert large[mode]["error_in_matrices"] < 1e-3
-        (stored,) = (exported / "rank-128" / "eval" / mode).rglob(GRADED)
-        head = next(files.read_jsonl(stored))[1]
-        assert head["opened"] is (mode == "thinking"), "by the adapter's chat template, not the base's"
-        assert samples_file(stored.parent, "thinkswitch_arithmetic").name == head["key"]["samples"]
+        folder = exported / "rank-128" / "eval" / mode
+        how, _ = graded(folder, "thinkswitch_arithmetic", str(exported / "rank-128" / mode), "digit")
+        assert how.opened is (mode == "thinking"), "by the adapter's chat template, not the base's"
     assert large["instruct"]["error"] < 1e-3  # QLoRA leaves norms and embeddings alone
     assert large["thinking"]["left_out"] > 0  # full fine-tuning does not
     assert result["kept"] and result["base"]["name"].endswith("instruct")

@@ -17,7 +17,7 @@ import torch
 from tests.conftest import ROOT
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
-from thinkswitch_plugin.judging import evaluation, score
+from thinkswitch_plugin.judging import evaluation, figures, samples, score
 from thinkswitch_plugin.judging.in_process import Sampling, evaluate, quiet
 from thinkswitch_plugin.judging.trace_tokens import keep_tags, special_tags
 
@@ -113,16 +113,14 @@ def test_tags_that_are_special_tokens_stay_in_what_lm_eval_grades(
     if way == "command line":
         monkeypatch.setattr(evaluation, "run_logged", lm_eval_here)
         engine = EngineKeys()  # type: ignore[call-arg]
-        evaluation.run_lm_eval(
-            str(checkpoint), out, keys, "embedded", engine, logs=tmp_path, title="eval", answer="digit"
-        )
+        evaluation.run_lm_eval(str(checkpoint), out, keys, "embedded", engine, logs=tmp_path, title="eval")
     else:
         evaluate(HFLM(pretrained=str(checkpoint), device="cpu", batch_size=2), keys, Sampling(), out, name="model")
-    rows = [row for _, row in files.read_jsonl(evaluation.samples_file(out, keys.task))]
+    rows = [row for _, row in files.read_jsonl(samples.samples_file(out, keys.task))]
     assert [row["resps"] for row in rows] == [[["<think> so </think> 5"]]] * 2
-    assert [row["think_ratio"] for row in rows] == [1.0, 1.0]
-    figures = evaluation.summarize(list(evaluation.read_samples(out, keys.task, str(checkpoint), "digit")))
-    assert (figures["think_ratio"], figures["answered"], figures["tokens"]) == (1.0, 1.0, 5.0)
+    assert [row["think_ratio"] for row in rows] == [[1, 1], [1, 1]]
+    found = figures.summarize(list(samples.read_samples(out, keys.task, str(checkpoint), "digit")))
+    assert (found["think_ratio"], found["answered"], found["tokens"]) == (1.0, 1.0, 5.0)
 
 
 def test_a_tokenizer_that_keeps_its_tags_encodes_as_before(tmp_path: Path) -> None:
@@ -217,7 +215,7 @@ def test_a_question_whose_gold_answer_cannot_be_read_counts_in_no_score_and_is_n
     grade = task("grade_integer", monkeypatch)
     logging.getLogger("lm_eval").propagate = True
     found = grade({"problem": "What is it worth?", "answer": r"\frac{8}{21}"}, [r"<think>a</think>\boxed{8}"])
-    assert found == {"think_ratio": 1.0, "answered": 1.0}
+    assert found == {"think_ratio": [1, 1], "answered": 1.0}
     assert "'What is it worth?' is not graded" in caplog.text and r"'\\frac{8}{21}'" in caplog.text
     assert grade({"problem": "What is it?", "answer": "008"}, [r"\boxed{8}"])["mean@k"] == 1.0
 

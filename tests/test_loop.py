@@ -16,7 +16,7 @@ from tests.conftest import BIN, ROOT
 from thinkswitch_plugin import files
 from thinkswitch_plugin.data.traces import has_tag
 from thinkswitch_plugin.demo import task
-from thinkswitch_plugin.judging.evaluation import newest
+from thinkswitch_plugin.judging.samples import newest
 from thinkswitch_plugin.run import open_run, stages
 
 pytestmark = pytest.mark.slow

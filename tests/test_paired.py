@@ -11,7 +11,7 @@ from scipy import stats
 
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging import paired
-from thinkswitch_plugin.judging.evaluation import Sample, interval
+from thinkswitch_plugin.judging.figures import Sample, interval
 
 
 def sample(doc_id: int, correct: list[bool]) -> Sample:
@@ -105,12 +105,12 @@ def test_equal_differences_of_means_show_nothing(n: int) -> None:
 
 
 def test_a_bootstrap_in_parts_draws_what_one_in_one_piece_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    from thinkswitch_plugin.judging import evaluation
+    from thinkswitch_plugin.judging import figures
 
     values = list(np.random.default_rng(1).integers(0, 9, 501) / 8)
     whole = interval(values, 8)
     for size in (501, 5010, 50_100):  # 1, 10 and 100 draws at once
-        monkeypatch.setattr(evaluation, "DRAWN_AT_ONCE", size)
+        monkeypatch.setattr(figures, "DRAWN_AT_ONCE", size)
         assert interval(values, 8) == whole
     unbatched = stats.bootstrap(
         (np.asarray(values),), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0)

@@ -17,7 +17,7 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.engines import servers
-from thinkswitch_plugin.judging.evaluation import newest, samples_file
+from thinkswitch_plugin.judging.samples import newest, samples_file
 from thinkswitch_plugin.merging.tensors import list_tensors
 
 pytestmark = pytest.mark.slow

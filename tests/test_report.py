@@ -14,8 +14,10 @@ import pytest
 
 from tests.report_run import BUDGET, HOSTILE, TASK, make_run, write_sweep
 from thinkswitch_plugin import files
+from thinkswitch_plugin.data.traces import split
+from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging import evaluation, paired
+from thinkswitch_plugin.judging import figures, paired, samples, verdict
 from thinkswitch_plugin.report import page, pictures, tables, write_report
 from thinkswitch_plugin.report.build import build_report, evaluations, price_per_hour
 from thinkswitch_plugin.report.charts import inline
@@ -37,26 +39,27 @@ def folder_of(run: Path, k: int, mode: str) -> Path:
     return run / f"iter-{k}" / "eval" / mode
 
 
-def read(run: Path, k: int = 1, mode: str = "thinking", kind: str = "digit") -> list[evaluation.Sample]:
-    return list(evaluation.read_samples(folder_of(run, k, mode), TASK, str(run / "pair" / mode), kind))
+def read(run: Path, k: int = 1, mode: str = "thinking", kind: str = "digit") -> list[figures.Sample]:
+    return list(samples.read_samples(folder_of(run, k, mode), TASK, str(run / "pair" / mode), kind))
 
 
-def one_by_one(run: Path, k: int, mode: str) -> list[evaluation.Sample]:
+def one_by_one(run: Path, k: int, mode: str) -> list[figures.Sample]:
     """Graded without batches: each text tokenized by itself."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(run / "pair" / mode)
     found = []
-    for _, row in files.read_jsonl(evaluation.newest(folder_of(run, k, mode), "samples_*.jsonl")):
-        sample = evaluation.Sample(row["doc_id"], [], [], [], [], [])
+    for _, row in files.read_jsonl(samples.newest(folder_of(run, k, mode), "samples_*.jsonl")):
+        sample = figures.Sample(row["doc_id"])
         for text in row["resps"][0]:
             length = len(tokenizer.encode(text, add_special_tokens=False))
             tagless = mode == "thinking" and "</think>" not in text
             cut = length >= BUDGET or (tagless and length >= 0.99 * BUDGET)
-            verdict = evaluation.grade("digit", text, row["target"], opened=mode == "thinking", cut=cut)
-            sample.correct.append(verdict["accuracy"])
-            sample.found.append(verdict["answer"])
-            sample.closed_trace.append(verdict["think_ratio"])
+            done = split(text, opened=mode == "thinking", cut=cut)
+            right = verdict.verdict_on("digit", done, row["target"])
+            sample.correct.append(right.correct is True)
+            sample.found.append(right.answer)
+            sample.closed_trace.append(done.closed_trace)
             sample.tokens.append(length if cut else length + 1)
             sample.truncated.append(cut)
         found.append(sample)
@@ -64,8 +67,8 @@ def one_by_one(run: Path, k: int, mode: str) -> list[evaluation.Sample]:
 
 
 @pytest.mark.parametrize("mode", ["instruct", "thinking"])
-def test_stored_verdicts_are_those_of_grading_every_text_by_itself(several: Path, mode: str) -> None:
-    stored = evaluation.newest(folder_of(several, 1, mode), evaluation.GRADED)
+def test_verdicts_by_stored_answers_are_those_of_grading_every_text_by_itself(several: Path, mode: str) -> None:
+    stored = folder_of(several, 1, mode) / samples.REQUESTS
     expected = one_by_one(several, 1, mode)
     assert read(several, 1, mode) == expected
     hidden = stored.rename(stored.with_suffix(".away"))
@@ -77,38 +80,38 @@ def test_stored_verdicts_are_those_of_grading_every_text_by_itself(several: Path
 
 
 def test_small_batches_change_nothing(several: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = evaluation.newest(folder_of(several, 1, "thinking"), "samples_*.jsonl")
-    whole = list(evaluation._grade_file(path, str(several / "pair" / "thinking"), "digit")[1])
-    monkeypatch.setattr(evaluation, "BATCH", 100)
-    assert list(evaluation._grade_file(path, str(several / "pair" / "thinking"), "digit")[1]) == whole
+    path = samples.newest(folder_of(several, 1, "thinking"), "samples_*.jsonl")
+    tokenizer = build_tokenizer("thinking")
+    whole = list(samples._estimated(path, tokenizer))
+    monkeypatch.setattr(samples, "BATCH", 100)
+    assert list(samples._estimated(path, tokenizer)) == whole and len(whole) == 40
 
 
-def test_verdicts_are_stored_with_a_key_and_used_only_while_it_holds(
+def test_the_engine_says_how_a_completion_ended_and_the_task_how_its_answer_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(tmp_path, questions=20, iterations=1)
-    stored = evaluation.newest(folder_of(run, 1, "thinking"), evaluation.GRADED)
-    lines = stored.read_bytes().splitlines()
-    head = orjson.loads(lines[0])
-    samples = evaluation.newest(folder_of(run, 1, "thinking"), "samples_*.jsonl")
-    assert head["key"]["answer"] == "digit" and head["key"]["samples"] == samples.name and head["opened"]
-    wrong = orjson.loads(lines[1])
-    wrong["tokens"] = [999]
-    stored.write_bytes(b"\n".join([lines[0], orjson.dumps(wrong), *lines[2:]]) + b"\n")
-    assert read(run)[0].tokens == [999], "stored verdicts are used as they are"
-    assert read(run, kind="integer")[0].tokens == [999], "the task says how its answers are read"
-    monkeypatch.setattr(evaluation, "kind_of_task", lambda task: None)
-    assert read(run, kind="integer")[0].tokens != [999], "another way to read answers grades again"
+    stored = folder_of(run, 1, "thinking") / samples.GENERATIONS
+    first, *others = stored.read_bytes().splitlines()
+    answer = orjson.loads(first)
+    assert read(run)[0].truncated == [False]
+    answer["response"]["body"]["choices"][0]["finish_reason"] = "length"
+    answer["response"]["body"]["usage"]["completion_tokens"] = 999
+    stored.write_bytes(b"\n".join([orjson.dumps(answer), *others]) + b"\n")
+    found = read(run, kind="decision")[0]
+    assert (found.tokens, found.truncated, found.closed) == ([999], [True], 0), "as the engine said, whatever the text"
+    assert found.found == read(run)[0].found, "the task says how its answers are read"
+    monkeypatch.setattr(samples, "kind_of_task", lambda task: None)
+    with pytest.raises(ThinkSwitchError, match="Question 0 .* cannot be graded"):
+        read(run, kind="decision")
     monkeypatch.undo()
-    monkeypatch.setattr(evaluation, "grading_rules", lambda: "other rules")
-    assert read(run)[0].tokens != [999], "other rules grade again"
-    monkeypatch.undo()
-    samples.write_bytes(samples.read_bytes() + b"\n")
-    assert read(run)[0].tokens != [999], "another samples file is graded again"
+    stored.write_bytes(b"\n".join(others) + b"\n")
+    with pytest.raises(ThinkSwitchError, match=r"generations\.jsonl has no answer q00000-s0, which .*samples_"):
+        read(run)
 
 
-def test_reading_stored_verdicts_needs_no_tokenizer(made: Path) -> None:
-    found = evaluation.read_samples(folder_of(made, 1, "instruct"), TASK, "/nonexistent", "digit")
+def test_reading_stored_answers_needs_no_tokenizer(made: Path) -> None:
+    found = samples.read_samples(folder_of(made, 1, "instruct"), TASK, "/nonexistent", "digit")
     assert len(list(found)) == 130
 
 
@@ -208,8 +211,7 @@ def test_texts_are_shortened_by_the_stated_rule() -> None:
 def test_the_prompt_is_shown_without_the_marks_of_the_chat_format_where_that_can_be_told(tmp_path: Path) -> None:
     def prompt(template: Any, sent: Any, doc: dict[str, Any]) -> str:
         files.write_json(tmp_path / "results_1.json", {"configs": {"t": {"doc_to_text": template}}})
-        row = {"doc": doc, "arguments": {"gen_args_0": {"arg_0": sent}}}
-        return Prompts(tmp_path).of(row)
+        return Prompts(tmp_path).of(samples.Row(0, doc, "", [""], sent, {}))
 
     rendered = "<|im_start|>user\nWhat is 1+2?\n<|im_end|>\n"
     assert prompt("What is {{q}}?\n", rendered, {"q": "1+2"}) == "What is 1+2?"
@@ -222,8 +224,8 @@ def test_the_prompt_is_shown_without_the_marks_of_the_chat_format_where_that_can
 
 
 def test_samples_in_another_order_and_missing_questions_are_found_by_their_id(tmp_path: Path) -> None:
-    run = make_run(tmp_path, questions=12, iterations=1, graded=False)
-    path = evaluation.newest(folder_of(run, 1, "thinking"), "samples_*.jsonl")
+    run = make_run(tmp_path, questions=12, iterations=1, answers=False)
+    path = samples.newest(folder_of(run, 1, "thinking"), "samples_*.jsonl")
     lines = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([b"", *lines[:0:-1]]) + b"\n")  # the first question gone, the rest backwards
     questions = Questions(evaluations(open_run(run)), run)
@@ -323,7 +325,7 @@ def test_the_wheel_carries_the_pages_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_bench_finds_the_same_figures_with_and_without_stored_verdicts(tmp_path: Path) -> None:
+def test_the_bench_finds_the_same_figures_with_and_without_stored_answers(tmp_path: Path) -> None:
     from experiments.bench_report import measure
 
     result = measure(30, 2, 1, 100, tmp_path)

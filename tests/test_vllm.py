@@ -31,6 +31,8 @@ from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.engines.embedded import EmbeddedEngine
 from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.judging import evaluation
+from thinkswitch_plugin.judging.figures import summarize
+from thinkswitch_plugin.judging.samples import read_samples
 from thinkswitch_plugin.perception.answering import load_model
 from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.router.make_switch import make_switch
@@ -286,5 +288,5 @@ def test_a_lora_judged_through_vllm_scores_as_in_transformers(exported: Path, tm
         keys = recipe.keys.evaluation.model_copy(update={"backend": backend, "limit": 60})
         out = tmp_path / backend
         evaluation.run_lm_eval(base, out, keys, "vllm", recipe.keys.engine, logs=tmp_path, title=backend, lora=lora)
-        figures.append(evaluation.summarize(list(evaluation.read_samples(out, keys.task, str(lora), "digit"))))
+        figures.append(summarize(list(read_samples(out, keys.task, str(lora), "digit"))))
     assert figures[0] == figures[1] and figures[0]["think_ratio"] == 1.0

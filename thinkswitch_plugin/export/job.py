@@ -24,7 +24,9 @@ from thinkswitch_plugin.engines.servers import MAX_LORA_RANKS, adapter_rank
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.export.extract import WEIGHTS, cut, extract, losses, require_extractable, require_plain_name
 from thinkswitch_plugin.export.template import chat_template, combined_template
-from thinkswitch_plugin.judging.evaluation import read_samples, run_lm_eval, summarize, uses_server
+from thinkswitch_plugin.judging.evaluation import run_lm_eval, uses_server
+from thinkswitch_plugin.judging.figures import summarize
+from thinkswitch_plugin.judging.samples import read_samples
 from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.report import cards
 from thinkswitch_plugin.run import MODES, checkpoint, locked, open_run
@@ -199,7 +201,6 @@ class Job:
                 keys.engine,
                 logs=self.out / "logs",
                 title=f"{place.name}-{mode}",
-                answer=keys.labels.answer,
                 convention=keys.convention,
                 lora=lora,
             )

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging.evaluation import Sample, bootstrapped, vote_is_right
+from thinkswitch_plugin.judging.figures import Sample, bootstrapped, vote_is_right
 
 LEVEL = 0.05
 FEWEST = 6  # changed questions; with five, even all won, p = 2 · .5⁵ = .0625

@@ -24,11 +24,12 @@ import orjson
 
 from thinkswitch_plugin import console, conventions, files
 from thinkswitch_plugin.conventions import Convention
-from thinkswitch_plugin.data import answers, messages
+from thinkswitch_plugin.data import messages
 from thinkswitch_plugin.data.task_files import answer_kind
 from thinkswitch_plugin.data.traces import Completion, Outcome, split, split_message
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging.evaluation import final_answer
+from thinkswitch_plugin.judging import samples
+from thinkswitch_plugin.judging.verdict import verdict_on
 
 NO_ANSWER = "no_readable_answer"
 
@@ -44,8 +45,7 @@ def completions_of(
     Raises `ThinkSwitchError` naming the row if it is of none.
     """
     if isinstance(row.get("resps"), list):
-        texts = row["resps"][0] if row["resps"] and isinstance(row["resps"][0], list) else row["resps"]
-        return [split(str(text), opened=opened, convention=convention) for text in texts]
+        return [split(str(text), opened=opened, convention=convention) for text in samples.completions(row["resps"])]
     if "response" in row:
         response = row["response"]
         body = response.get("body") if isinstance(response, dict) else None
@@ -106,20 +106,19 @@ def letters_of(row: dict[str, Any]) -> dict[str, str] | None:
 
 def verdict(kind: str, done: Completion, gold: str | None, letters: dict[str, str] | None = None) -> dict[str, Any]:
     """One completion judged, in the form that `--rows` writes."""
-    found = final_answer(kind, done, letters)
-    right = None if gold is None else answers.gold(kind, gold)
+    read = verdict_on(kind, done, gold, letters)
     # Two tags that end a trace, or a tag around a part of the answer, keep it from training, not from being read.
     whole = not done.cut and done.outcome in (Outcome.COMPLETE, Outcome.AMBIGUOUS, Outcome.TAGGED)
-    reason = Outcome.COMPLETE if found is not None and done.outcome is Outcome.TAGGED else done.reason
-    if whole and done.answer and found is None:
+    reason = Outcome.COMPLETE if read.answer is not None and done.outcome is Outcome.TAGGED else done.reason
+    if whole and done.answer and read.answer is None:
         reason = NO_ANSWER
     return {
-        "correct": None if right is None else found == right,
-        "answer": found,
+        "correct": read.correct,
+        "answer": read.answer,
         "complete": whole and done.answer is not None,
         "has_trace": done.trace is not None,
         "reason": reason,
-        **({"gold_not_read": gold} if gold is not None and right is None else {}),
+        **({"gold_not_read": gold} if gold is not None and read.correct is None else {}),
     }
 
 

@@ -131,7 +131,9 @@ def _check_merge_config(run: Run) -> None:
 
 def evaluate_model(domain: str, model: str, engine: str, out: Path, overlays: Sequence[str] = ()) -> None:
     """Judge any checkpoint with a domain's task and print its figures."""
-    from thinkswitch_plugin.judging.evaluation import read_samples, run_lm_eval, summarize
+    from thinkswitch_plugin.judging.evaluation import run_lm_eval
+    from thinkswitch_plugin.judging.figures import summarize
+    from thinkswitch_plugin.judging.samples import read_samples
     from thinkswitch_plugin.run import checkpoint
 
     keys = load_recipe(recipe_path(domain), tuple(overlay_path(name) for name in overlays)).keys
@@ -146,7 +148,6 @@ def evaluate_model(domain: str, model: str, engine: str, out: Path, overlays: Se
             keys.engine,
             logs=target / "logs",
             title=folder.name,
-            answer=keys.labels.answer,
             convention=keys.convention,
         )
         figures = summarize(

@@ -23,6 +23,7 @@ from thinkswitch_plugin.data.traces import Outcome
 from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.engines.servers import choose
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.judging import verdict
 from thinkswitch_plugin.merging.compatibility import Allowances, require_compatible
 from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
 from thinkswitch_plugin.merging.similarity import similarity
@@ -59,7 +60,7 @@ class Baseline:
     @property
     def ratio(self) -> float:
         """The think ratio."""
-        return self.closed / self.whole if self.whole else 0.0
+        return verdict.think_ratio(self.closed, self.whole)
 
     def require_traces(self, reference: Path, keys: RebuildKeys) -> None:
         """Raise `ThinkSwitchError` where it (nearly) never thought: any λ would do as well."""
@@ -184,7 +185,7 @@ def rebuild_thinking(
         )
         closed, whole = think_ratio(requests, answers, tried_on, convention)
         asked = sum(1 for _ in files.read_jsonl(answers))
-        ratio = closed / whole if whole else 0.0
+        ratio = verdict.think_ratio(closed, whole)
         tried.append({"lambda": weight, "think_ratio": ratio, "prompts": asked, "cut": asked - whole})
         console.say(
             f"  λ {weight:g}: think ratio {ratio:.3f} on {asked} training prompts (original {before.ratio:.3f})"

@@ -233,7 +233,7 @@ def rebuild(run: Run, k: int) -> dict[str, Any]:
 
 
 def evaluate(run: Run, k: int, mode: str) -> dict[str, Any]:
-    """lm-eval judges one checkpoint: writes its results and samples files, and `graded.jsonl`, under `eval/`."""
+    """lm-eval judges one checkpoint: writes its results and samples files, under `eval/`."""
     from thinkswitch_plugin.judging.evaluation import run_lm_eval
 
     here = run.iteration(k)
@@ -245,7 +245,6 @@ def evaluate(run: Run, k: int, mode: str) -> dict[str, Any]:
         run.recipe.keys.engine,
         logs=here / "logs",
         title=f"eval-{mode}",
-        answer=run.recipe.keys.labels.answer,
         convention=run.recipe.keys.convention,
     )
     return {}

@@ -17,9 +17,9 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EvaluationKeys
 from thinkswitch_plugin.data import answers
 from thinkswitch_plugin.data.formats import PRE, STOP, parse
-from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging.evaluation import LM_EVAL_BUDGET, is_cut, samples_file
 from thinkswitch_plugin.judging.in_process import Sampling, evaluate, quiet
+from thinkswitch_plugin.judging.samples import read_rows, samples_file
+from thinkswitch_plugin.judging.verdict import is_cut
 
 
 @dataclass(frozen=True)
@@ -76,22 +76,15 @@ def read_questions(samples: Path, tokenizer: Any, kind: str, prefix: str = "") -
 
     Raises `ThinkSwitchError` if a row is of another shape.
     """
-    rows = sorted((row for _, row in files.read_jsonl(samples)), key=lambda row: row["doc_id"])
-    for row in rows:
-        try:
-            text, gold, doc = row["resps"][0][0], str(row["target"]), row["doc"]
-            budget = row["arguments"]["gen_args_0"]["arg_1"].get("max_gen_toks", LM_EVAL_BUDGET)
-        except (KeyError, IndexError, TypeError):
-            raise ThinkSwitchError(
-                f"{samples}, question {row.get('doc_id')}: not a row of lm-eval; delete the folder and run it again."
-            ) from None
+    for row in sorted(read_rows(samples), key=lambda row: row.doc_id):
+        text = row.texts[0]
         tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        cut = is_cut(tokens, budget)
+        cut = is_cut(tokens, row.budget)
         done = parse(prefix + text, cut=cut)
         found = answers.extract(kind, done.answer)
         yield Question(
-            stratum=str(doc.get("stratum", "all")),
-            correct=found is not None and found == answers.gold(kind, gold),
+            stratum=str(row.doc.get("stratum", "all")),
+            correct=found is not None and found == answers.gold(kind, row.gold),
             tokens=tokens + (not cut) + (1 if prefix else 0),
             think=done.form == PRE,
             answer=found,

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import files
-from thinkswitch_plugin.conventions import Convention
+from thinkswitch_plugin.data.batch import Asked
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging.evaluation import Sample, graded, read_samples, samples_file, summarize
+from thinkswitch_plugin.judging.figures import Sample, summarize
 from thinkswitch_plugin.judging.paired import compare
+from thinkswitch_plugin.judging.samples import graded, read_samples, samples_file
 from thinkswitch_plugin.run import MODES, TABLE, Run, stages, stamp_path, versions
 from thinkswitch_plugin.run.hardware import hardware
 
@@ -25,17 +26,15 @@ class Evaluation:
 
     Attributes:
         path: lm-eval's samples file.
-        opened: whether the chat template had opened the trace.
+        how: how its completions are read.
         samples: one a question, in the order of the file's lines.
-        convention: how traces are written, as the recipe says.
     """
 
     iteration: int
     mode: str
     path: Path
-    opened: bool
+    how: Asked
     samples: list[Sample]
-    convention: Convention | None = None
 
 
 def evaluations(run: Run) -> list[Evaluation]:
@@ -45,11 +44,11 @@ def evaluations(run: Run) -> list[Evaluation]:
     for k in range(run.iterations + 1):
         for mode in MODES:
             folder = run.iteration(k) / "eval" / mode
-            opened, samples = graded(
+            how, samples = graded(
                 folder, keys.evaluation.task, run.checkpoint(mode, k), keys.labels.answer, keys.convention
             )
             path = samples_file(folder, keys.evaluation.task)
-            found.append(Evaluation(k, mode, path, opened, list(samples), keys.convention))
+            found.append(Evaluation(k, mode, path, how, list(samples)))
     return found
 
 

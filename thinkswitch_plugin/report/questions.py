@@ -27,10 +27,10 @@ from jinja2 import TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from thinkswitch_plugin import files
-from thinkswitch_plugin.conventions import NONE
-from thinkswitch_plugin.data import traces
+from thinkswitch_plugin.data.traces import LENGTH
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging.evaluation import Sample, newest, vote_is_right
+from thinkswitch_plugin.judging.figures import Sample, vote_is_right
+from thinkswitch_plugin.judging.samples import Row, newest, read_rows
 from thinkswitch_plugin.report.build import Evaluation
 
 BLOCK = 100  # questions
@@ -97,7 +97,7 @@ class Questions:
             (reader.row(doc_id), samples.get(doc_id)) for reader, samples in zip(readers, self._by_id, strict=True)
         ]
         row = next(row for row, _ in found if row is not None)
-        prompt, gold = prompts.of(row), str(row["target"])
+        prompt, gold = prompts.of(row), row.gold
         self._starts.append(" ".join(prompt[: 4 * START].split())[:START])
         self._golds.append(shorten(gold, START))
         checkpoints = [
@@ -110,19 +110,19 @@ class Questions:
             "checkpoints": checkpoints,
         }
 
-    def _checkpoint(self, row: dict[str, Any], sample: Sample, reader: SampleFile) -> dict[str, Any]:
-        shown = zip(row["resps"][0], sample.truncated, strict=True)
+    def _checkpoint(self, row: Row, sample: Sample, reader: SampleFile) -> dict[str, Any]:
+        shown = zip(row.texts, sample.truncated, strict=True)
         return {
             "line": reader.line(sample.doc_id),
             "correct": sample.correct,
             "found": [text if text is None else shorten(text, SHORTEST) for text in sample.found],
             "tokens": sample.tokens,
             "truncated": sample.truncated,
-            "texts": [self._text(str(text), reader, cut) for text, cut in itertools.islice(shown, self.limits.samples)],
+            "texts": [self._text(text, reader, cut) for text, cut in itertools.islice(shown, self.limits.samples)],
         }
 
     def _text(self, text: str, reader: SampleFile, cut: bool) -> dict[str, str | None]:
-        done = traces.split(text, opened=reader.opened, cut=cut, convention=reader.convention)
+        done = reader.how.split({"content": text}, LENGTH if cut else None)
         limit = self.limits.completion
         answer = None if done.answer is None else shorten(done.answer, limit // 2)
         rest = limit - len(answer or "")
@@ -172,8 +172,7 @@ class SampleFile:
     """The rows of one samples file by doc_id; where each begins is known, one at a time is read."""
 
     def __init__(self, judged: Evaluation) -> None:
-        self.path, self.opened = judged.path, judged.opened
-        self.convention = None if judged.convention is NONE else judged.convention
+        self.path, self.how = judged.path, judged.how
         self._order = [s.doc_id for s in judged.samples]
         self._places: dict[int, tuple[int, int]] = {}  # doc_id -> where its line begins, and its number from 1
 
@@ -196,14 +195,14 @@ class SampleFile:
         """The number of a question's line, from 1."""
         return self._places[doc_id][1]
 
-    def row(self, doc_id: int) -> dict[str, Any] | None:
+    def row(self, doc_id: int) -> Row | None:
         """A question's row; None if it was not asked. Raises `ThinkSwitchError` if the file is not what was graded."""
         if doc_id not in self._places:
             return None
         start, number = self._places[doc_id]
         self._handle.seek(start)
-        row = files.parse_line(self._handle.readline(), self.path, number)
-        if row.get("doc_id") != doc_id:
+        row = Row.of(files.parse_line(self._handle.readline(), self.path, number), f"{self.path}, line {number}")
+        if row.doc_id != doc_id:
             raise ThinkSwitchError(
                 f"{self.path}, line {number}: not the question that was graded; delete {self.path.parent} and run "
                 "`make iterate`."
@@ -226,12 +225,12 @@ class Prompts:
         except (TemplateError, RecursionError):
             self._template = None
 
-    def of(self, row: dict[str, Any]) -> str:
+    def of(self, row: Row) -> str:
         """The prompt of one row of a samples file."""
-        sent = sent_text(row["arguments"]["gen_args_0"]["arg_0"])
-        if self._template is not None and isinstance(row.get("doc"), dict):
+        sent = sent_text(row.sent)
+        if self._template is not None:
             try:
-                text = self._template.render(row["doc"])
+                text = self._template.render(row.doc)
             except Exception:  # a template may compute anything with a row
                 return sent
             if text.strip() and text.strip() in sent:
@@ -242,7 +241,7 @@ class Prompts:
 def asked_texts(samples: Path) -> dict[int, str]:
     """What each question of one of lm-eval's samples files said to the model, by doc_id, in the order of the file."""
     prompts = Prompts(samples.parent)
-    return {row["doc_id"]: prompts.of(row) for _, row in files.read_jsonl(samples)}
+    return {row.doc_id: prompts.of(row) for row in read_rows(samples)}
 
 
 def sent_text(sent: Any) -> str:

@@ -24,7 +24,7 @@ from thinkswitch_plugin.data.formats import POST, PRE, Format
 from thinkswitch_plugin.data.prompts import read_prompts, write_requests
 from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging.evaluation import final_answer
+from thinkswitch_plugin.judging.verdict import final_answer
 from thinkswitch_plugin.run import MODES, Run, answering_options
 from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.stamp import once

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from thinkswitch_plugin.judging.evaluation import Sample, bootstrapped, vote_is_right
+from thinkswitch_plugin.judging.figures import Sample, bootstrapped, vote_is_right
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -20,8 +20,9 @@ import numpy as np
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging.evaluation import Sample, interval, read_samples, samples_file, summarize
+from thinkswitch_plugin.judging.figures import Sample, interval, summarize
 from thinkswitch_plugin.judging.paired import compare
+from thinkswitch_plugin.judging.samples import read_samples, samples_file
 from thinkswitch_plugin.loop import work
 from thinkswitch_plugin.report.pictures import switch_title
 from thinkswitch_plugin.router import curve

@@ -20,19 +20,11 @@ from typing import Any
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
 from thinkswitch_plugin.conventions import Convention, as_metadata
-from thinkswitch_plugin.engines.generate import PROMPT_ROOM, context_length
 from thinkswitch_plugin.engines.servers import serving
-from thinkswitch_plugin.judging.evaluation import (
-    LARGEST_BUDGET,
-    Sample,
-    interval,
-    pass_at_k,
-    read_samples,
-    summarize,
-    uses_server,
-    vote_is_right,
-)
+from thinkswitch_plugin.judging.evaluation import server_room, uses_server
+from thinkswitch_plugin.judging.figures import Sample, interval, pass_at_k, summarize, vote_is_right
 from thinkswitch_plugin.judging.in_process import Sampling, evaluate, quiet
+from thinkswitch_plugin.judging.samples import read_samples
 from thinkswitch_plugin.run import checkpoint
 from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.run.progress import Bar
@@ -157,8 +149,8 @@ def by_question(samples: Sequence[Sample]) -> dict[str, list[float]]:
         "doc_id": [s.doc_id for s in samples],
         "score": [sum(s.correct) / k for s in samples],
         "tokens": [sum(s.tokens) / k for s in samples],
-        "closed": [sum(c and not t for c, t in zip(s.closed_trace, s.truncated, strict=True)) for s in samples],
-        "whole": [sum(not t for t in s.truncated) for s in samples],
+        "closed": [s.closed for s in samples],
+        "whole": [s.whole for s in samples],
     }
 
 
@@ -222,7 +214,7 @@ class CheckpointJudge:
         try:
             merge(config, merged, self.bench.work / "logs" / "merge.log")
             checkpoint.adopt_mode(self.bench.template, merged)
-            room = min(context_length(str(merged)), (keys.max_tokens or LARGEST_BUDGET) + PROMPT_ROOM)
+            room = server_room(str(merged), keys)
             with (
                 serving("vllm", str(merged), engine, self.log, max_len=room) as server,
                 server.explaining(self.log),
