@@ -36,6 +36,10 @@ _UNKNOWN_MODEL = re.compile(
 )
 
 
+class Unanswered(Exception):
+    """A prompt that could not be answered, and why."""
+
+
 class Refusal(Exception):
     """A server's error: its HTTP status (0 if it gave none) and words, and the seconds it asks to be left alone."""
 
