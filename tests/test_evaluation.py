@@ -112,7 +112,7 @@ def test_a_server_has_room_for_the_tasks_budget_whoever_asks(tmp_path: Path) -> 
 
 
 def test_every_reader_of_samples_names_the_row_that_is_none(tmp_path: Path) -> None:
-    from thinkswitch_plugin.perception.scoring import read_questions
+    from experiments.adaptive_scoring import read_questions
     from thinkswitch_plugin.report.questions import asked_texts
 
     path = tmp_path / "samples_x_2026-01-02T03-04-06.jsonl"

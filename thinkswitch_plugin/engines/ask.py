@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -84,14 +84,14 @@ def asking(
 
 
 def ask_in_order(
-    asker: Asker, bodies: Sequence[dict[str, Any]], answered: Callable[[], object] = lambda: None
+    asker: Asker, bodies: Iterable[dict[str, Any]], answered: Callable[[], object] = lambda: None
 ) -> list[Reply]:
     """The replies to these request bodies, in their order; `answered` is called after each."""
-    replies: dict[str, Reply] = {}
+    replies: dict[int, Reply] = {}
 
     def arrived(request: Request, reply: Reply) -> None:
-        replies[request["custom_id"]] = reply
+        replies[int(request["custom_id"])] = reply
         answered()
 
-    asker.ask([batch.request(str(number), body) for number, body in enumerate(bodies)], arrived)
-    return [replies[str(number)] for number in range(len(bodies))]
+    asker.ask((batch.request(str(number), body) for number, body in enumerate(bodies)), arrived)
+    return [replies[number] for number in sorted(replies)]

@@ -150,8 +150,9 @@ class Client:
 
     async def _reply(self, sent: dict[str, Any]) -> dict[str, Any]:
         """One attempt. Raises what the openai client raises, and `ValueError` for a reply that cannot be stored."""
+        path = "/completions" if "prompt_embeds" in sent else "/chat/completions"  # of a prompt without text
         try:
-            data = await self.openai.post("/chat/completions", body=sent, cast_to=bytes)
+            data = await self.openai.post(path, body=sent, cast_to=bytes)
         except openai.APIStatusError as error:
             wait = error.response.headers.get("retry-after", "")
             raise replies.Refusal(error.status_code, error.body, float(wait) if wait.isdigit() else 0.0) from None
