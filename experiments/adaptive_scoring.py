@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import files
-from thinkswitch_plugin.args import EvaluationKeys
+from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
 from thinkswitch_plugin.data import answers
 from thinkswitch_plugin.data.formats import PRE, STOP, parse
-from thinkswitch_plugin.judging.in_process import Sampling, evaluate, quiet
+from thinkswitch_plugin.judging.evaluation import Sampling, batch_size, evaluate, how_read, quiet
 from thinkswitch_plugin.judging.samples import read_rows, samples_file
 from thinkswitch_plugin.judging.verdict import is_cut
 
@@ -52,12 +52,14 @@ def judge(
         prefix: what every answer is made to begin with.
         within: entered while the model answers.
     """
-    from lm_eval.models.huggingface import HFLM
+    from thinkswitch_plugin.engines.embedded import EmbeddedEngine
+    from thinkswitch_plugin.judging.model import ThinkSwitchLM
 
+    asked = EngineKeys.model_validate({})
     with files.atomic_folder(out) as building, quiet(log), within or nullcontext():
-        # A model that is handed over stays on its device, whatever lm-eval is told.
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=keys.batch_size)
-        evaluate(lm, keys, Sampling(temperature=0.0), building, name=out.name, prefix=prefix, stop=STOP)
+        engine = EmbeddedEngine(tokenizer.name_or_path, model, batch_size(keys, asked))
+        lm = ThinkSwitchLM(building, out.name, engine, asked, tokenizer, how_read(tokenizer, None), log)
+        evaluate(lm, keys, Sampling(temperature=0.0), name=out.name, prefix=prefix, stop=STOP)
 
 
 def read_columns(out: Path, keys: EvaluationKeys, tokenizer: Any, kind: str, prefix: str = "") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging.evaluation import run_lm_eval
+from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint
 from thinkswitch_plugin.loop import work
 from thinkswitch_plugin.loop.rebuild import merge
 from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
@@ -67,16 +67,7 @@ def run_control(run: Run, name: str) -> None:
             files.remove(out)
             merge(here / "merge.yaml", out, here / "logs" / "merge.log")
         keys = run.recipe.keys
-        run_lm_eval(
-            str(out),
-            here / "eval" / mode,
-            keys.evaluation,
-            run.engine,
-            keys.engine,
-            logs=here / "logs",
-            title=name,
-            convention=keys.convention,
-        )
+        evaluate_checkpoint(str(out), here / "eval" / mode, keys, run.engine, log=here / "logs" / f"{name}.log")
         figures = score(run, here / "eval" / mode, str(out))
         files.write_json(here / "result.json", {"control": name, "mode": mode, "title": title, **figures})
         low, high = figures["ci95"]

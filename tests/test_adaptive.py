@@ -197,7 +197,7 @@ def test_a_swapped_prompt_is_never_the_questions_own_and_does_not_depend_on_the_
 def test_an_answer_that_comes_first_ends_at_its_tag_in_every_task() -> None:
     from thinkswitch_plugin.args import EvaluationKeys
     from thinkswitch_plugin.data.formats import STOP
-    from thinkswitch_plugin.judging.in_process import Sampling, load_task
+    from thinkswitch_plugin.judging.evaluation import Sampling, load_task
 
     for name, before in (("thinkswitch_arithmetic", []), ("thinkswitch_arithmetic_mixed", list(STOP))):
         plain, ours = (

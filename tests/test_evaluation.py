@@ -102,15 +102,6 @@ def test_lm_evals_think_ratio_is_the_reports_and_leaves_out_what_was_cut(monkeyp
     assert question_metrics("digit", ["<think>1+1"], "2")["think_ratio"] == [0, 1], "by the text alone nothing is cut"
 
 
-def test_a_server_has_room_for_the_tasks_budget_whoever_asks(tmp_path: Path) -> None:
-    from thinkswitch_plugin.args import EvaluationKeys
-    from thinkswitch_plugin.judging.evaluation import server_room
-
-    keys = EvaluationKeys(task="thinkswitch_pubmedqa")  # type: ignore[call-arg]
-    assert server_room(str(tmp_path), keys) == 8192 + 2048
-    assert server_room(str(tmp_path), keys.model_copy(update={"max_tokens": 100})) == 2148
-
-
 def test_every_reader_of_samples_names_the_row_that_is_none(tmp_path: Path) -> None:
     from experiments.adaptive_scoring import read_questions
     from thinkswitch_plugin.report.questions import asked_texts

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
@@ -13,13 +14,19 @@ from typing import Any
 import orjson
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from tests.conftest import ROOT
 from thinkswitch_plugin import files
-from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
-from thinkswitch_plugin.judging import evaluation, figures, samples, score
-from thinkswitch_plugin.judging.in_process import Sampling, evaluate, quiet
-from thinkswitch_plugin.judging.trace_tokens import keep_tags, special_tags
+from thinkswitch_plugin.args import EngineKeys, ThinkSwitchKeys
+from thinkswitch_plugin.demo import task as demo
+from thinkswitch_plugin.engines.embedded import EmbeddedEngine
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.judging import figures, samples, score
+from thinkswitch_plugin.judging.evaluation import batch_size, evaluate, evaluate_checkpoint, how_read
+from thinkswitch_plugin.judging.model import ThinkSwitchLM
+from thinkswitch_plugin.recipe import load_recipe
+from thinkswitch_plugin.search import candidates
 
 ENDS = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": "[UNK]"}
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
@@ -91,51 +98,130 @@ def simple_evaluate(checkpoint: Path, task: str, out: Path, **model_args: str) -
     return {name.partition(",")[0]: value for name, value in results["results"][task].items()}
 
 
-def lm_eval_here(command: Sequence[str | Path], log: Path, title: str) -> None:
-    """lm-eval's command line in this process, which has imported it already."""
-    from lm_eval.__main__ import cli_evaluate
-
-    with pytest.MonkeyPatch.context() as patch, quiet(log):
-        patch.setattr("sys.argv", [str(word) for word in command])
-        for logger in (logging.root, logging.getLogger("lm_eval")):  # its handlers would write to a closed log
-            patch.setattr(logger, "handlers", list(logger.handlers))
-        cli_evaluate()
+def keys_for(limit: int = 2, **evaluation: Any) -> ThinkSwitchKeys:
+    """The embedded domain's recipe, with few questions answered in process."""
+    keys = load_recipe(ROOT / "recipes" / "arithmetic.yaml").keys
+    changed = {"limit": limit, "batch_size": "2", "backend": "hf", **evaluation}
+    return keys.model_copy(update={"evaluation": keys.evaluation.model_copy(update=changed)})
 
 
-@pytest.mark.parametrize("way", ["command line", "in process"])
-def test_tags_that_are_special_tokens_stay_in_what_lm_eval_grades(
-    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from lm_eval.models.huggingface import HFLM
+def in_memory(checkpoint: Path, folder: Path, engine: Any = None, name: str = "model") -> ThinkSwitchLM:
+    """Our model class around a checkpoint that is loaded, or around another engine."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    engine = engine or EmbeddedEngine(checkpoint, batch=2)
+    keys = EngineKeys.model_validate({"attempts": 1})
+    return ThinkSwitchLM(folder, name, engine, keys, tokenizer, how_read(tokenizer, None), folder.parent / "log")
 
+
+@pytest.mark.parametrize("way", ["a checkpoint", "a model in memory"])
+def test_tags_that_are_special_tokens_stay_in_what_lm_eval_grades(way: str, tmp_path: Path) -> None:
     checkpoint, out = fixed(tmp_path / "model", special=("<think>", "</think>")), tmp_path / "out"
-    keys = EvaluationKeys(task="thinkswitch_arithmetic", limit=2, batch_size="2", backend="hf")  # type: ignore[call-arg]
-    if way == "command line":
-        monkeypatch.setattr(evaluation, "run_logged", lm_eval_here)
-        engine = EngineKeys()  # type: ignore[call-arg]
-        evaluation.run_lm_eval(str(checkpoint), out, keys, "embedded", engine, logs=tmp_path, title="eval")
+    keys = keys_for()
+    if way == "a checkpoint":
+        evaluate_checkpoint(str(checkpoint), out, keys, "embedded", log=tmp_path / "log")
     else:
-        evaluate(HFLM(pretrained=str(checkpoint), device="cpu", batch_size=2), keys, Sampling(), out, name="model")
-    rows = [row for _, row in files.read_jsonl(samples.samples_file(out, keys.task))]
+        evaluate(in_memory(checkpoint, out), keys.evaluation, name="model")
+    rows = [row for _, row in files.read_jsonl(samples.samples_file(out, keys.evaluation.task))]
     assert [row["resps"] for row in rows] == [[["<think> so </think> 5"]]] * 2
     assert [row["think_ratio"] for row in rows] == [[1, 1], [1, 1]]
-    found = figures.summarize(list(samples.read_samples(out, keys.task, str(checkpoint), "digit")))
-    assert (found["think_ratio"], found["answered"], found["tokens"]) == (1.0, 1.0, 5.0)
+    for stored in (True, False):  # by the stored answers, and by the text alone
+        found = figures.summarize(list(samples.read_samples(out, keys.evaluation.task, str(checkpoint), "digit")))
+        assert (found["think_ratio"], found["answered"], found["tokens"]) == (1.0, 1.0, 5.0)
+        if stored:
+            (out / samples.REQUESTS).unlink()
 
 
-def test_a_tokenizer_that_keeps_its_tags_encodes_as_before(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
+def test_what_the_token_limit_cut_is_cut_in_lm_evals_metrics_and_in_the_figures(tmp_path: Path) -> None:
+    checkpoint, out = fixed(tmp_path / "model", ("<think>", "so", "so", "</think>", "5")), tmp_path / "out"
+    keys = keys_for(max_tokens=3)
+    evaluate_checkpoint(str(checkpoint), out, keys, "embedded", log=tmp_path / "log")
+    results = files.read_json(samples.newest(out, "results_*.json"))["results"]["thinkswitch_arithmetic"]
+    found = figures.summarize(list(samples.read_samples(out, keys.evaluation.task, str(checkpoint), "digit")))
+    assert (found["truncated"], found["tokens"], found["think_ratio"]) == (1.0, 3.0, 0.0)
+    assert results["think_ratio,none"] == 0.0
+    (row, *_) = [row for _, row in files.read_jsonl(samples.samples_file(out, keys.evaluation.task))]
+    assert row["think_ratio"] == [0, 0], "no completion is whole"
 
-    before = AutoTokenizer.from_pretrained(fixed(tmp_path / "model", special=("<think>", "</think>")))
-    folder = keep_tags(before, tmp_path / "kept")
-    after = AutoTokenizer.from_pretrained(folder)
-    text = "<think>so</think>5<|im_end|>"
-    ids = before(text)["input_ids"]
-    assert after(text)["input_ids"] == ids and after.chat_template == before.chat_template
-    assert before.decode(ids, skip_special_tokens=True) == "so 5"
-    assert after.decode(ids, skip_special_tokens=True) == "<think> so </think> 5"
-    assert special_tags(after) == []
-    assert keep_tags(after, tmp_path / "again") is None and not (tmp_path / "again").exists()
+
+def test_a_killed_evaluation_continues_with_the_questions_that_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, out = fixed(tmp_path / "model"), tmp_path / "eval" / "thinking"
+    asked: list[list[str]] = []
+    ask, limit = EmbeddedEngine.ask, [3]
+
+    def counted(engine: EmbeddedEngine, requests: Any, arrived: Any) -> None:
+        asked.append([])
+
+        def stored(request: Any, reply: Any) -> Any:
+            asked[-1].append(request["custom_id"])
+            arrived(request, reply)
+            if len(asked[-1]) == limit[0]:
+                raise KeyboardInterrupt
+
+        ask(engine, requests, stored)
+
+    monkeypatch.setattr(EmbeddedEngine, "ask", counted)
+    arguments: dict[str, Any] = {"keys": keys_for(5, batch_size="1"), "engine": "embedded", "log": tmp_path / "log"}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_checkpoint(str(checkpoint), out, **arguments, resume=True)
+    assert not out.exists()
+    limit[0] = 0
+    evaluate_checkpoint(str(checkpoint), out, **arguments, resume=True)
+    names = [samples.question_id(n, 0) for n in range(5)]
+    assert asked == [names[:3], names[3:]]
+    assert [name for name in sorted(p.name for p in out.iterdir()) if name.endswith("jsonl")] == [
+        samples.GENERATIONS,
+        samples.REQUESTS,
+    ]
+    evaluate_checkpoint(str(checkpoint), out, **arguments)
+    assert asked[2] == names, "another attempt asks every question again"
+
+
+def test_answers_to_other_questions_are_not_kept(tmp_path: Path) -> None:
+    lm = in_memory(fixed(tmp_path / "model"), tmp_path / "out")
+    keys = keys_for(3).evaluation
+    evaluate(lm, keys, name="model")
+    evaluate(lm, keys.model_copy(update={"max_tokens": 1}), name="model")
+    bodies = [row["response"]["body"] for _, row in files.read_jsonl(tmp_path / "out" / samples.GENERATIONS)]
+    assert [body["usage"]["completion_tokens"] for body in bodies] == [1, 1, 1]
+
+
+def test_a_checkpoint_name_cannot_carry_options_of_lm_eval(tmp_path: Path) -> None:
+    checkpoint = fixed(tmp_path / "model,trust_remote_code=True")
+    evaluate_checkpoint(str(checkpoint), tmp_path / "out", keys_for(1), "embedded", log=tmp_path / "log")
+    results = files.read_json(samples.newest(tmp_path / "out", "results_*.json"))
+    assert results["config"]["model_args"] == {"pretrained": str(checkpoint)}
+
+
+def test_settings_reach_the_engine_as_lm_eval_means_them(tmp_path: Path) -> None:
+    lm = in_memory(fixed(tmp_path / "model"), tmp_path / "out")
+    prompt = lm.apply_chat_template([{"role": "user", "content": "1+1"}])
+    assert prompt == "1+1 assistant"
+    greedy = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "until": "x", "max_gen_toks": 9, "seed": None}
+    body = lm._body(prompt, greedy, 1)
+    assert (body["temperature"], body["stop"], body["max_tokens"]) == (0.0, ["x"], 9)
+    assert not {"top_p", "seed"} & body.keys() and body["messages"] == [{"role": "user", "content": "1+1"}]
+    bodies = [lm._body(prompt, {"temperature": 0.6, "top_p": 0.9, "until": []}, j) for j in (0, 1)]
+    assert [(b["temperature"], b["top_p"], b["max_tokens"], b["seed"]) for b in bodies] == [
+        (0.6, 0.9, 256, 0),
+        (0.6, 0.9, 256, 1),
+    ]
+    assert lm._body(prompt, {"do_sample": True}, 0)["temperature"] == 1.0
+    forced = lm.apply_chat_template([{"role": "user", "content": "1"}, {"role": "assistant", "content": "5"}], False)
+    assert forced == "1 5" and lm._body(forced, {}, 0)["continue_final_message"] is True
+    with pytest.raises(ThinkSwitchError, match="generates with `repetition_penalty`, which is not known in process"):
+        lm._body(prompt, {"repetition_penalty": 1.1}, 0)
+    with pytest.raises(ThinkSwitchError, match="compares likelihoods"):
+        lm.loglikelihood([])
+
+
+@pytest.mark.parametrize("text", ["0", "many", "-1"])
+def test_a_batch_size_that_is_none_is_one_sentence(text: str) -> None:
+    keys = keys_for(batch_size=text)
+    with pytest.raises(ThinkSwitchError, match=rf"`thinkswitch.evaluation.batch_size` is '{text}'; use a whole number"):
+        batch_size(keys.evaluation, keys.engine)
+    assert batch_size(keys_for(batch_size="auto").evaluation, keys.engine) == keys.engine.concurrency
 
 
 def test_no_think_ratio_is_reported_where_lm_eval_removed_the_traces(
@@ -174,32 +260,86 @@ def test_the_tasks_that_publishers_are_compared_with_run_in_lm_eval(
     assert found["mean@k"] == 0.5 and found["macro_f1"] == pytest.approx((2 / 3 + 0) / 2)
 
 
-def test_a_server_is_asked_to_keep_special_tokens(tmp_path: Path) -> None:
-    from lm_eval.models.openai_completions import LocalChatCompletion
-
-    bodies: list[dict[str, Any]] = []
+@contextmanager
+def served(bodies: list[dict[str, Any]], refused: str = "") -> Iterator[str]:
+    """A server that says it is vLLM and answers 5, but refuses a question."""
 
     class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.reply(200, {"data": [{"id": "m", "object": "model", "owned_by": "vllm"}]})
+
         def do_POST(self) -> None:
-            bodies.append(orjson.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            body = orjson.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            bodies.append(body)
+            if body["messages"][-1]["content"] == refused:
+                self.reply(400, {"error": {"message": "the prompt is too long"}})
+                return
             message = {"role": "assistant", "content": "<think>so</think>5"}
-            reply = orjson.dumps({"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(reply)))
+            usage = {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8}
+            self.reply(200, {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": usage})
+
+        def reply(self, status: int, value: Any) -> None:
+            text = orjson.dumps(value)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
             self.end_headers()
-            self.wfile.write(reply)
+            self.wfile.write(text)
 
         def log_message(self, *_: Any) -> None:
             pass
 
-    keys = EvaluationKeys(task="thinkswitch_arithmetic", limit=1)  # type: ignore[call-arg]
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/v1/chat/completions"
-        model = LocalChatCompletion(base_url=url, model="m", tokenizer_backend="none")
-        evaluate(model, keys, Sampling(), tmp_path / "out", name="m")
+        yield f"http://127.0.0.1:{server.server_port}/v1"
         server.shutdown()
+
+
+def test_a_server_is_asked_to_keep_special_tokens_and_its_tokens_count(tmp_path: Path) -> None:
+    bodies: list[dict[str, Any]] = []
+    checkpoint, keys = fixed(tmp_path / "model"), keys_for(1).evaluation
+    with served(bodies) as url:
+        evaluate(in_memory(checkpoint, tmp_path / "out", url, "m"), keys, name="m")
     assert [body["skip_special_tokens"] for body in bodies] == [False]
+    (found,) = samples.read_samples(tmp_path / "out", keys.task, str(checkpoint), "digit")
+    assert (found.tokens, found.found) == ([7], ["5"])
+
+
+def test_a_question_that_the_server_refuses_is_named_and_the_other_answers_are_kept(tmp_path: Path) -> None:
+    first = demo.held_out(1)[0]
+    keys, bodies = keys_for(3).evaluation, []  # type: ignore[var-annotated]
+    lm = in_memory(fixed(tmp_path / "model"), tmp_path / "out", name="m")
+    with served(bodies, first) as lm.engine, pytest.raises(ThinkSwitchError) as refused:
+        evaluate(lm, keys, name="m")
+    assert str(refused.value).startswith("1 of 3 answers of m are missing, q00000-s0 among them: ")
+    assert "the prompt is too long" in str(refused.value)
+    bodies.clear()
+    with served(bodies) as lm.engine:
+        evaluate(lm, keys, name="m")
+    assert [body["messages"][-1]["content"] for body in bodies] == [first]
+
+
+def test_a_server_has_room_for_the_tasks_budget_whoever_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, rooms = fixed(tmp_path / "model"), []
+    config = files.read_json(checkpoint / "config.json")
+    files.write_json(checkpoint / "config.json", {**config, "max_position_embeddings": 40_960})
+
+    def serving(*_: Any, max_len: int | None, **__: Any) -> Any:
+        rooms.append(max_len)
+        raise ThinkSwitchError("no server in this test")
+
+    monkeypatch.setattr("thinkswitch_plugin.engines.ask.serving", serving)
+    keys = keys_for(1, backend="server")
+    candidate = candidates.Candidate("points/x", {}, {})
+    bench = candidates.Bench(
+        tmp_path, checkpoint, checkpoint, "instruct", keys.evaluation, "vllm", keys.engine, "digit", None, {}, {}
+    )
+    for ask in (
+        lambda: evaluate_checkpoint(str(checkpoint), tmp_path / "out", keys, "vllm", log=tmp_path / "log"),
+        lambda: candidates.answer(bench, candidate, tmp_path / "there", str(checkpoint), tmp_path / "log"),
+    ):
+        with pytest.raises(ThinkSwitchError, match="no server in this test"):
+            ask()
+    assert rooms == [64 + 2048] * 2
 
 
 def task(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:

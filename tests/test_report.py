@@ -102,7 +102,7 @@ def test_the_engine_says_how_a_completion_ended_and_the_task_how_its_answer_is_r
     assert (found.tokens, found.truncated, found.closed) == ([999], [True], 0), "as the engine said, whatever the text"
     assert found.found == read(run)[0].found, "the task says how its answers are read"
     monkeypatch.setattr(samples, "kind_of_task", lambda task: None)
-    with pytest.raises(ThinkSwitchError, match="Question 0 .* cannot be graded"):
+    with pytest.raises(ThinkSwitchError, match=r"Question 0 .* cannot be graded"):
         read(run, kind="decision")
     monkeypatch.undo()
     stored.write_bytes(b"\n".join(others) + b"\n")

@@ -12,11 +12,10 @@ import pytest
 
 from tests.conftest import ROOT
 from thinkswitch_plugin import recipe
-from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
+from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.engines.connection import LOOPBACK
 from thinkswitch_plugin.engines.servers import vllm_command
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging import evaluation
 from thinkswitch_plugin.run import checkpoint
 
 
@@ -88,20 +87,6 @@ def test_no_file_switches_on_code_of_a_model(tmp_path: Path, text: str) -> None:
 
 def test_trust_that_is_switched_off_is_no_offence(tmp_path: Path) -> None:
     assert recipe.trusted_code({"trust_remote_code": False, "note": "none", "a": ["--trace", "--t"]}, "x") is None
-
-
-def test_a_checkpoint_name_cannot_carry_options_of_lm_eval(tmp_path: Path) -> None:
-    keys = EvaluationKeys(task="t", backend="hf")  # type: ignore[call-arg]
-    with pytest.raises(ThinkSwitchError, match="comma in its name"):
-        evaluation.run_lm_eval(
-            "x,trust_remote_code=True",
-            tmp_path / "out",
-            keys,
-            "embedded",
-            EngineKeys(),
-            logs=tmp_path,
-            title="t",  # type: ignore[call-arg]
-        )
 
 
 def test_pickled_weights_are_not_taken(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from thinkswitch_plugin.demo.tokenizer import CHAT_TEMPLATES
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.engines.embedded import EmbeddedEngine
 from thinkswitch_plugin.engines.generate import generate
-from thinkswitch_plugin.judging import evaluation
+from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint
 from thinkswitch_plugin.judging.figures import summarize
 from thinkswitch_plugin.judging.samples import read_samples
 from thinkswitch_plugin.perception.answering import load_model
@@ -285,8 +285,9 @@ def test_a_lora_judged_through_vllm_scores_as_in_transformers(exported: Path, tm
     base = files.read_json(exported / "export.json")["base"]["path"]
     lora, figures = exported / "rank-128" / "thinking", []
     for backend in ("hf", "server"):
-        keys = recipe.keys.evaluation.model_copy(update={"backend": backend, "limit": 60})
+        judged = recipe.keys.evaluation.model_copy(update={"backend": backend, "limit": 60})
+        keys = recipe.keys.model_copy(update={"evaluation": judged})
         out = tmp_path / backend
-        evaluation.run_lm_eval(base, out, keys, "vllm", recipe.keys.engine, logs=tmp_path, title=backend, lora=lora)
-        figures.append(summarize(list(read_samples(out, keys.task, str(lora), "digit"))))
+        evaluate_checkpoint(base, out, keys, "vllm", log=tmp_path / f"{backend}.log", lora=lora)
+        figures.append(summarize(list(read_samples(out, judged.task, str(lora), "digit"))))
     assert figures[0] == figures[1] and figures[0]["think_ratio"] == 1.0

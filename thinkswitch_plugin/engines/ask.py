@@ -44,7 +44,7 @@ class Asker(Protocol):
 
 @contextmanager
 def asking(
-    engine: str,
+    engine: str | Asker,
     checkpoint: str,
     keys: EngineKeys,
     *,
@@ -56,13 +56,16 @@ def asking(
 
     Args:
         engine: `vllm`, `embedded`, or the base URL of a running server, which may know the checkpoint by the name
-            `keys.server.model`.
+            `keys.server.model`; or a checkpoint that is ready already, and stays so.
         log, max_len: of a vLLM that is started here; see `serving`.
         adapter: put on the checkpoint (not with a running server).
 
     Raises:
         ThinkSwitchError: as `serving`.
     """
+    if not isinstance(engine, str):
+        yield engine
+        return
     if engine == "embedded":
         from thinkswitch_plugin.engines.embedded import EmbeddedEngine
 

@@ -84,14 +84,12 @@ class EmbeddedEngine:
         `finish_reason` is exact: an end of turn is read from the generated ids and not from the text.
         """
         prompts = [
-            self.tokenizer.apply_chat_template(
-                body["messages"], add_generation_prompt=True, tokenize=False, **(body.get("chat_template_kwargs") or {})
-            )
-            for body in bodies
+            self.tokenizer.apply_chat_template(body["messages"], tokenize=False, **_rendering(body)) for body in bodies
         ]
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=False)
         inputs = {k: v.to(self.model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
-        stop = _stop_strings(bodies[0])
+        # What ends the turn anyway need not be looked for in the text.
+        stop = tuple(s for s in _stop_strings(bodies[0]) if self.tokenizer.convert_tokens_to_ids(s) not in self.ends)
         output = self.model.generate(
             **inputs,
             generation_config=self._generation_config(bodies[0]),
@@ -157,6 +155,16 @@ def free_memory() -> None:
 
 def _settings(body: dict[str, Any]) -> tuple[Any, ...]:
     return (*(body.get(key) for key in ("temperature", "top_p", "top_k", "max_tokens")), _stop_strings(body))
+
+
+def _rendering(body: dict[str, Any]) -> dict[str, Any]:
+    """How the chat template is applied: the last turn may be one of the assistant's to continue, as vLLM takes it."""
+    continues = bool(body.get("continue_final_message"))
+    return {
+        "add_generation_prompt": not continues,
+        "continue_final_message": continues,
+        **(body.get("chat_template_kwargs") or {}),
+    }
 
 
 def _stop_strings(body: dict[str, Any]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.data import batch
 from thinkswitch_plugin.data.traces import LENGTH
-from thinkswitch_plugin.engines.ask import Adapter, Reply, Request, asking
+from thinkswitch_plugin.engines.ask import Adapter, Asker, Reply, Request, asking
 from thinkswitch_plugin.engines.replies import Unanswered
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run.progress import Bar
@@ -94,7 +94,7 @@ def generate(
     requests: Path,
     out: Path,
     checkpoint: str,
-    engine: str,
+    engine: str | Asker,
     keys: EngineKeys,
     *,
     log: Path,

@@ -21,7 +21,7 @@ from pathlib import Path
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.engines.connection import LOOPBACK, listed_models, opener
-from thinkswitch_plugin.errors import ThinkSwitchError, reason
+from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import processes
 from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.run.progress import Bar
@@ -62,20 +62,6 @@ class Server:
                 f"The engine ended in the middle of its work (exit code {self.process.returncode}); what was finished "
                 f"is kept: run the same command again. Its log, {self.log}, says:\n{processes.cause(self.log)}"
             )
-
-    @contextmanager
-    def explaining(self, log: Path) -> Iterator[None]:
-        """Turn what lm-eval raises while it asks this server into one sentence.
-
-        Raises `ThinkSwitchError`: the engine has ended, with the lines of its log that say why, or lm-eval gave up.
-        """
-        try:
-            yield
-        except Exception as error:
-            self.require_alive(wait=ENDING)
-            if isinstance(error, ThinkSwitchError):
-                raise
-            raise ThinkSwitchError(f"lm-eval got no answers from the server ({reason(error)}); see {log}.") from error
 
 
 def vllm_python() -> Path | None:

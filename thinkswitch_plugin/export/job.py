@@ -24,7 +24,7 @@ from thinkswitch_plugin.engines.servers import MAX_LORA_RANKS, adapter_rank
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.export.extract import WEIGHTS, cut, extract, losses, require_extractable, require_plain_name
 from thinkswitch_plugin.export.template import chat_template, combined_template
-from thinkswitch_plugin.judging.evaluation import run_lm_eval, uses_server
+from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint, uses_server
 from thinkswitch_plugin.judging.figures import summarize
 from thinkswitch_plugin.judging.samples import read_samples
 from thinkswitch_plugin.merging.compatibility import require_compatible
@@ -192,22 +192,20 @@ class Job:
         judged = place / "eval" / f"{mode}{few_questions(self.subject)}"
         store = judged.with_name(f"{judged.name}.json")
 
-        def evaluate(_resumes: bool) -> dict[str, Any]:
-            run_lm_eval(
+        def evaluate(resumes: bool) -> dict[str, Any]:
+            evaluate_checkpoint(
                 str(self.base.folder if lora else self.subject.roles[mode]),
                 judged,
-                keys.evaluation,
+                keys,
                 self.subject.engine,
-                keys.engine,
-                logs=self.out / "logs",
-                title=f"{place.name}-{mode}",
-                convention=keys.convention,
+                log=self.out / "logs" / f"{place.name}-{mode}.log",
                 lora=lora,
+                resume=resumes,
             )
             return {"figures": self._read(mode, judged)}
 
         key = {"settings": {"made_of": made_of, **self.judged_by()}}
-        return dict(once(store, key, (judged,), evaluate, part=None)["figures"])
+        return dict(once(store, key, (judged,), evaluate)["figures"])
 
     def _read(self, mode: str, judged: Path) -> dict[str, Any]:
         keys = self.subject.keys

@@ -1,108 +1,237 @@
-"""Evaluate a checkpoint with lm-eval."""
+"""Evaluate a checkpoint with lm-eval: its tasks, metrics and files, and our model class for the answers."""
 
 from __future__ import annotations
 
-import sys
-import tempfile
-from collections.abc import Mapping
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from thinkswitch_plugin import conventions, files
-from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
-from thinkswitch_plugin.data.task_files import budget as task_budget
-from thinkswitch_plugin.engines.generate import PROMPT_ROOM, context_length
-from thinkswitch_plugin.engines.servers import lora_arguments, serving
+from thinkswitch_plugin import files
+from thinkswitch_plugin.args import EngineKeys, EvaluationKeys, ThinkSwitchKeys
+from thinkswitch_plugin.conventions import NONE, Convention
+from thinkswitch_plugin.data import batch
+from thinkswitch_plugin.data.task_files import TASKS
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging.samples import samples_file
-from thinkswitch_plugin.judging.trace_tokens import SERVED, keep_tags_of
-from thinkswitch_plugin.run.hardware import has_cuda
-from thinkswitch_plugin.run.processes import run_logged
 
-LARGEST_BUDGET = 32_768  # tokens a server makes room for, if neither the recipe nor the task names a budget
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from thinkswitch_plugin.engines.embedded import EmbeddedEngine
+    from thinkswitch_plugin.judging.model import ThinkSwitchLM
+
+SEEDS = {"random_seed": 0, "numpy_seed": 1234, "torch_seed": 1234}  # lm_eval's own defaults
 
 
 def uses_server(keys: EvaluationKeys, engine: str) -> bool:
-    """Whether lm-eval asks vLLM, started here for each checkpoint, rather than transformers in process."""
+    """Whether vLLM answers, started here for each checkpoint, rather than transformers in process."""
     return keys.backend == "server" or (keys.backend == "auto" and engine == "vllm")
 
 
-def server_room(checkpoint: str, keys: EvaluationKeys) -> int:
-    """The longest sequence that a server makes room for: the recipe's budget, else the task's, and a prompt."""
-    budget = keys.max_tokens or task_budget(keys.task) or LARGEST_BUDGET
-    return min(context_length(checkpoint), budget + PROMPT_ROOM)
+def batch_size(keys: EvaluationKeys, engine: EngineKeys) -> int:
+    """How many questions are answered together in process. Raises `ThinkSwitchError` if it is not a number or `auto`."""
+    if keys.batch_size.startswith("auto"):
+        return engine.concurrency
+    if not keys.batch_size.isdecimal() or not int(keys.batch_size):
+        raise ThinkSwitchError(
+            f"`thinkswitch.evaluation.batch_size` is {keys.batch_size!r}; use a whole number above 0, or auto."
+        )
+    return int(keys.batch_size)
 
 
-def run_lm_eval(
+def how_read(tokenizer: Any, convention: Convention | None) -> batch.Asked:
+    """How a checkpoint's completions are read; a recipe that says `none` speaks of what it trains on."""
+    return batch.asked_of(tokenizer, None if convention is NONE else convention)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; None leaves a setting as the task has it."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    samples: int | None = None  # k
+
+    def __str__(self) -> str:
+        parts = [f"T {self.temperature:g}" if self.temperature is not None else ""]
+        parts += [f"top-p {self.top_p:g}" if self.top_p is not None else ""]
+        parts += [f"k {self.samples}" if self.samples is not None else ""]
+        return ", ".join(p for p in parts if p) or "the task's own"
+
+    @property
+    def slug(self) -> str:
+        """For a folder's name: `-t0.6-p0.95-k8`; empty for the task's own settings."""
+        named = (("t", self.temperature), ("p", self.top_p), ("k", self.samples))
+        return "".join(f"-{letter}{value:g}" for letter, value in named if value is not None)
+
+    def applied(self, generation: dict[str, Any]) -> dict[str, Any]:
+        """A task's generation settings with these in their place."""
+        if self.temperature == 0:
+            kept = {k: v for k, v in generation.items() if k not in ("temperature", "top_p", "top_k")}
+            return {**kept, "do_sample": False}
+        changes: dict[str, Any] = {} if self.top_p is None else {"top_p": self.top_p}
+        if self.temperature is not None:
+            changes |= {"do_sample": True, "temperature": self.temperature}
+        return {**generation, **changes}
+
+
+def evaluate_checkpoint(
     checkpoint: str,
     out: Path,
-    keys: EvaluationKeys,
+    keys: ThinkSwitchKeys,
     engine: str,
-    engine_keys: EngineKeys,
     *,
-    logs: Path,
-    title: str,
-    convention: conventions.Convention | None = None,
+    log: Path,
     lora: Path | None = None,
+    resume: bool = False,
 ) -> None:
-    """Run `lm_eval` on one checkpoint and keep its results and samples files in `out`.
+    """Evaluate one checkpoint on the recipe's task; lm-eval's files and the stored answers go to `out`, whole or not at all.
 
     Args:
-        convention: how traces are written, as the recipe says; None goes by the chat template.
+        log: what lm-eval, and a vLLM that is started here, print.
         lora: a PEFT adapter put on the checkpoint; its tokenizer and chat template count then.
+        resume: continue with the answers that a killed attempt left beside `out`; it was of the same checkpoint.
 
     Raises:
-        ThinkSwitchError: lm-eval fails (with the end of the log), or would misread a name.
+        ThinkSwitchError: there is no such task, or a question has no answer.
     """
-    if (
-        "," in f"{checkpoint}{lora or ''}"
-    ):  # what follows would be further options of lm-eval, `trust_remote_code=True` among them
-        raise ThinkSwitchError(f"The checkpoint {checkpoint} has a comma in its name; rename the folder.")
+    from transformers import AutoTokenizer
+
+    from thinkswitch_plugin.engines.ask import Adapter, Asker
+    from thinkswitch_plugin.judging.model import ThinkSwitchLM
+
     building = files.temporary_sibling(out)
-    files.remove(building)
-    common: list[str | Path] = [
-        "--include_path",
-        "lm_eval_tasks",
-        "--tasks",
-        keys.task,
-        "--apply_chat_template",
-        "--log_samples",
-        "--output_path",
-        building,
-    ]
-    if keys.limit is not None:
-        common += ["--limit", str(keys.limit)]
-    generation: dict[str, Any] = {} if keys.max_tokens is None else {"max_gen_toks": keys.max_tokens}
-    lm_eval = [str(Path(sys.executable).with_name("lm_eval")), "run"]
-    log = logs / f"{title}.log"
-    if uses_server(keys, engine):
-        room = server_room(checkpoint, keys)
-        name = checkpoint
-        if lora is not None:
-            name = lora.name
-            extra = [*lora_arguments({name: lora}), "--chat-template", str(lora / "chat_template.jinja")]
-            engine_keys = engine_keys.model_copy(update={"vllm_args": [*engine_keys.vllm_args, *extra]})
-        with serving("vllm", checkpoint, engine_keys, log, max_len=room) as server, server.explaining(log):
-            model_args = (
-                f"model={name},base_url={server.base_url}/chat/completions,"
-                f"num_concurrent={engine_keys.concurrency},timeout={engine_keys.timeout:g},tokenizer_backend=none"
-            )
-            backend: list[str | Path] = ["--model", "local-chat-completions", "--model_args", model_args]
-            backend += _gen_kwargs({**generation, **SERVED})
-            run_logged([*lm_eval, *backend, *common], log, title="lm_eval")
-    else:
-        device = "cuda" if has_cuda() else "cpu"
-        with tempfile.TemporaryDirectory() as scratch:
-            tokenizer = keep_tags_of(str(lora or checkpoint), Path(scratch), convention) or lora
-            model_args = f"pretrained={checkpoint},dtype=auto" + (f",peft={lora}" if lora else "")
-            model_args += f",tokenizer={tokenizer}" if tokenizer else ""
-            backend = ["--model", "hf", "--model_args", model_args, "--device", device]
-            backend += ["--batch_size", keys.batch_size, *_gen_kwargs(generation)]
-            run_logged([*lm_eval, *backend, *common], log, title="lm_eval")
-    samples_file(building, keys.task)
+    if not resume:
+        files.remove(building)
+    tokenizer = AutoTokenizer.from_pretrained(lora or checkpoint)
+    asked, adapter = keys.engine, None
+    answering: str | Asker = "vllm"
+    if not uses_server(keys.evaluation, engine):
+        with quiet(log):
+            answering = _in_process(checkpoint, keys, lora)
+    elif lora is not None:
+        template = ["--chat-template", str(lora / "chat_template.jinja")]
+        asked = asked.model_copy(update={"vllm_args": [*asked.vllm_args, *template]})
+        adapter = Adapter(lora, lambda: _with_adapter(checkpoint, lora))
+    how = how_read(tokenizer, keys.convention)
+    lm = ThinkSwitchLM(building, checkpoint, answering, asked, tokenizer, how, log, adapter)
+    try:
+        evaluate(lm, keys.evaluation, name=str(lora or checkpoint))
+    finally:
+        if not isinstance(answering, str):
+            answering.close()
     files.put_in_place(building, out)
 
 
-def _gen_kwargs(generation: Mapping[str, Any]) -> list[str | Path]:
-    """Generation settings as an option of `lm_eval run`."""
-    return ["--gen_kwargs", ",".join(f"{name}={value}" for name, value in generation.items())] if generation else []
+def _in_process(checkpoint: str, keys: ThinkSwitchKeys, lora: Path | None) -> EmbeddedEngine:
+    from thinkswitch_plugin.engines.embedded import EmbeddedEngine
+
+    model = None if lora is None else _with_adapter(checkpoint, lora)
+    return EmbeddedEngine(lora or checkpoint, model, batch_size(keys.evaluation, keys.engine))
+
+
+def _with_adapter(checkpoint: str, lora: Path) -> PreTrainedModel:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", use_safetensors=True)
+    return PeftModel.from_pretrained(model, str(lora))
+
+
+def evaluate(
+    lm: ThinkSwitchLM,
+    keys: EvaluationKeys,
+    sampling: Sampling | None = None,
+    *,
+    name: str,
+    prefix: str = "",
+    stop: Sequence[str] = (),
+) -> None:
+    """lm-eval on our model class, with the seeds of its command line; its files go to the folder of the answers.
+
+    Args:
+        name: how the results call the model.
+        prefix: what every answer is made to begin with (lm-eval's `gen_prefix`); it is no part of the completions.
+        stop: strings that end an answer beside the task's own.
+
+    `lm_eval.evaluate` is called and not `simple_evaluate`, which asks pip for the list of installed packages each
+    time: seconds, where a point of a sweep in memory takes two.
+    """
+    import lm_eval
+    import numpy as np
+    import torch
+    from lm_eval.loggers import EvaluationTracker
+
+    random.seed(SEEDS["random_seed"])
+    np.random.seed(SEEDS["numpy_seed"])
+    torch.manual_seed(SEEDS["torch_seed"])
+    tracker = EvaluationTracker(output_path=str(lm.folder))
+    tracker.general_config_tracker.log_experiment_args(
+        model_source="thinkswitch",
+        model_args={"pretrained": name},
+        system_instruction=None,
+        chat_template=lm.chat_template(True),
+        fewshot_as_multiturn=True,
+    )
+    with quiet(lm.log):
+        results = lm_eval.evaluate(
+            lm=lm,
+            task_dict=load_task(keys, sampling or Sampling(), prefix, stop),
+            limit=keys.limit,
+            apply_chat_template=True,
+            fewshot_as_multiturn=True,
+            log_samples=True,
+        )
+        samples = results.pop("samples")
+        results["config"] = {"model": "thinkswitch", "model_args": {"pretrained": name}, "limit": keys.limit, **SEEDS}
+        tracker.save_results_aggregated(results=results, samples=samples)
+        for task, rows in samples.items():
+            tracker.save_results_samples(task_name=task, samples=rows)
+
+
+def load_task(keys: EvaluationKeys, sampling: Sampling, prefix: str = "", stop: Sequence[str] = ()) -> dict[str, Any]:
+    """A task as lm-eval loads it, with k, the sampling settings and further stop strings put in.
+
+    Raises `ThinkSwitchError` if there is no such task, or k samples would all be the same.
+    """
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    ours = (TASKS / f"{keys.task}.yaml").is_file()
+    manager = TaskManager(include_path=str(TASKS), include_defaults=not ours)
+    if keys.task not in manager.all_tasks:
+        raise ThinkSwitchError(f"lm-eval knows no task {keys.task}; `lm_eval ls tasks` lists them.")
+    changes: dict[str, Any] = {"task": keys.task}
+    if sampling.samples is not None:
+        keep_all = {"function": "take_first_k", "k": sampling.samples}
+        changes |= {"repeats": sampling.samples, "filter_list": [{"name": "samples", "filter": [keep_all]}]}
+    loaded = get_task_dict([changes], manager)
+    task = loaded[keys.task]
+    generation = sampling.applied(dict(task.config.generation_kwargs or {}))
+    if keys.max_tokens is not None:
+        generation["max_gen_toks"] = keys.max_tokens
+    if (sampling.samples or 1) > 1 and not generation.get("do_sample"):
+        raise ThinkSwitchError(
+            f"{keys.task} decodes greedily, so K={sampling.samples} samples would be {sampling.samples} times the same "
+            "answer; give a temperature too, such as SAMPLING=0.6/0.95."
+        )
+    if stop:
+        until = generation.get("until") or []
+        named = [until] if isinstance(until, str) else list(until)
+        generation["until"] = [*named, *(string for string in stop if string not in named)]
+    task.set_config(key="generation_kwargs", value=generation)
+    if prefix:
+        task.set_config(key="gen_prefix", value=prefix)
+    task.set_config(key="num_fewshot", value=task.config.num_fewshot or 0)
+    return dict(loaded)
+
+
+@contextmanager
+def quiet(log: Path) -> Iterator[None]:
+    """Keep lm-eval's own output in a log file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    with log.open("a", encoding="utf-8") as handle, redirect_stdout(handle), redirect_stderr(handle):
+        yield

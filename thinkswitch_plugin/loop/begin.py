@@ -130,8 +130,8 @@ def _check_merge_config(run: Run) -> None:
 
 
 def evaluate_model(domain: str, model: str, engine: str, out: Path, overlays: Sequence[str] = ()) -> None:
-    """Judge any checkpoint with a domain's task and print its figures."""
-    from thinkswitch_plugin.judging.evaluation import run_lm_eval
+    """Evaluate any checkpoint with a domain's task and print its figures."""
+    from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint
     from thinkswitch_plugin.judging.figures import summarize
     from thinkswitch_plugin.judging.samples import read_samples
     from thinkswitch_plugin.run import checkpoint
@@ -140,16 +140,8 @@ def evaluate_model(domain: str, model: str, engine: str, out: Path, overlays: Se
     folder, _ = checkpoint.resolve(model, None, "evaluated")
     target = out / domain / checkpoint.folder_name(model)
     with locked(target):
-        run_lm_eval(
-            str(folder),
-            target / "lm-eval",
-            keys.evaluation,
-            servers.choose(engine),
-            keys.engine,
-            logs=target / "logs",
-            title=folder.name,
-            convention=keys.convention,
-        )
+        log = target / "logs" / f"{folder.name}.log"
+        evaluate_checkpoint(str(folder), target / "lm-eval", keys, servers.choose(engine), log=log)
         figures = summarize(
             list(read_samples(target / "lm-eval", keys.evaluation.task, str(folder), keys.labels.answer))
         )

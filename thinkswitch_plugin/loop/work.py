@@ -233,19 +233,17 @@ def rebuild(run: Run, k: int) -> dict[str, Any]:
 
 
 def evaluate(run: Run, k: int, mode: str) -> dict[str, Any]:
-    """lm-eval judges one checkpoint: writes its results and samples files, under `eval/`."""
-    from thinkswitch_plugin.judging.evaluation import run_lm_eval
+    """lm-eval evaluates one checkpoint: its results and samples files, and the stored answers, under `eval/`."""
+    from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint
 
     here = run.iteration(k)
-    run_lm_eval(
+    evaluate_checkpoint(
         run.checkpoint(mode, k),
         here / "eval" / mode,
-        run.recipe.keys.evaluation,
+        run.recipe.keys,
         run.engine,
-        run.recipe.keys.engine,
-        logs=here / "logs",
-        title=f"eval-{mode}",
-        convention=run.recipe.keys.convention,
+        log=here / "logs" / f"eval-{mode}.log",
+        resume=True,
     )
     return {}
 

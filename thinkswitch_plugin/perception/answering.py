@@ -13,7 +13,8 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.data.formats import STOP
 from thinkswitch_plugin.engines import servers
-from thinkswitch_plugin.engines.generate import Adapter, generate
+from thinkswitch_plugin.engines.ask import Adapter
+from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import checkpoint
 from thinkswitch_plugin.run.hardware import has_cuda

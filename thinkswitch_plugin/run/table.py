@@ -163,7 +163,8 @@ def _evaluate(run: Run, k: int, mode: str) -> Stage:
         "data": run.given.data,
     }
     inputs = (Path(run.checkpoint(mode, k)), *run.task)
-    return Stage(f"eval-{mode}", k, inputs, (run.iteration(k) / "eval" / mode,), values)
+    outputs = (run.iteration(k) / "eval" / mode,)
+    return Stage(f"eval-{mode}", k, inputs, outputs, values, resume_on=("evaluation", "backend", "data"))
 
 
 def _report(run: Run, k: int) -> Stage:

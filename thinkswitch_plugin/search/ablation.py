@@ -14,7 +14,7 @@ from typing import Any
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging.in_process import Sampling
+from thinkswitch_plugin.judging.evaluation import Sampling
 from thinkswitch_plugin.merging.config import (
     NAME,
     allow,

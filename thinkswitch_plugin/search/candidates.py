@@ -15,20 +15,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
 from thinkswitch_plugin.conventions import Convention, as_metadata
-from thinkswitch_plugin.engines.servers import serving
-from thinkswitch_plugin.judging.evaluation import server_room, uses_server
+from thinkswitch_plugin.judging.evaluation import Sampling, batch_size, evaluate, how_read, quiet, uses_server
 from thinkswitch_plugin.judging.figures import Sample, interval, pass_at_k, summarize, vote_is_right
-from thinkswitch_plugin.judging.in_process import Sampling, evaluate, quiet
 from thinkswitch_plugin.judging.samples import read_samples
 from thinkswitch_plugin.run import checkpoint
 from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.run.progress import Bar
 from thinkswitch_plugin.run.stamp import folder_once, stored
+
+if TYPE_CHECKING:
+    from thinkswitch_plugin.engines.embedded import EmbeddedEngine
 
 STAMP = "candidate.json"
 
@@ -155,47 +156,39 @@ def by_question(samples: Sequence[Sample]) -> dict[str, list[float]]:
 
 
 class InMemoryJudge:
-    """One model in this process, merged into in place and judged by lm-eval's hf backend."""
+    """One model in this process, merged into in place, that answers there."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self.log = bench.work / "logs" / "lm_eval.log"
         self.settings: dict[str, Path] | None = None
-        self.model: Any = None
+        self.engine: EmbeddedEngine | None = None
 
-    def load(self, settings: dict[str, Path]) -> None:
+    def load(self, settings: dict[str, Path]) -> EmbeddedEngine:
         """Load the model to merge into, unless it is loaded with these settings; see `in_memory.load`."""
-        from lm_eval.models.huggingface import HFLM
-
+        from thinkswitch_plugin.engines.embedded import EmbeddedEngine
         from thinkswitch_plugin.merging.in_memory import load
 
-        if settings != self.settings:
+        if self.engine is None or settings != self.settings:
             with quiet(self.log):
                 model = load(self.bench.skeleton, settings, device="cuda" if has_cuda() else "cpu")
-                batch_size = self.bench.evaluation.batch_size
-                self.model = HFLM(pretrained=model, tokenizer=str(self.bench.template), batch_size=batch_size)
-            self.settings = settings
+            together = batch_size(self.bench.evaluation, self.bench.engine_keys)
+            self.engine, self.settings = EmbeddedEngine(self.bench.template, model, together), settings
+        return self.engine
 
     def judge(self, candidate: Candidate, out: Path) -> None:
-        """Merge, answer and grade one candidate; lm-eval's files go to `out`."""
+        """Merge, answer and grade one candidate; lm-eval's files and the answers go to `out`."""
         from thinkswitch_plugin.merging.config import without_ours
         from thinkswitch_plugin.merging.in_memory import merge_into
 
-        self.load(without_ours(candidate.config)[1])
-        merge_into(self.model.model, candidate.config, seed=self.bench.seed)
-        with quiet(self.log):
-            evaluate(
-                self.model,
-                self.bench.evaluation,
-                candidate.sampling,
-                out,
-                name=Path(candidate.name).name,
-                convention=self.bench.convention,
-            )
+        engine = self.load(without_ours(candidate.config)[1])
+        merge_into(engine.model, candidate.config, seed=self.bench.seed)
+        with quiet(self.log):  # the candidates have a bar of their own
+            answer(self.bench, candidate, out, engine, self.log)
 
 
 class CheckpointJudge:
-    """One candidate checkpoint on disk at a time, served by vLLM and judged through lm-eval's API backend."""
+    """One candidate checkpoint on disk at a time, served by vLLM."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
@@ -203,37 +196,33 @@ class CheckpointJudge:
 
     def judge(self, candidate: Candidate, out: Path) -> None:
         """Write the candidate, serve it, grade its answers, delete it."""
-        from lm_eval.models.openai_completions import LocalChatCompletion
-
         from thinkswitch_plugin.loop.rebuild import merge
 
-        keys, engine = self.bench.evaluation, self.bench.engine_keys
         config, merged = out / "merge.yaml", self.bench.work / ".candidate"
         files.write_yaml(config, candidate.config)
         files.remove(merged)  # what a killed call left
         try:
             merge(config, merged, self.bench.work / "logs" / "merge.log")
             checkpoint.adopt_mode(self.bench.template, merged)
-            room = server_room(str(merged), keys)
-            with (
-                serving("vllm", str(merged), engine, self.log, max_len=room) as server,
-                server.explaining(self.log),
-                quiet(self.log),
-            ):
-                model = LocalChatCompletion(
-                    base_url=f"{server.base_url}/chat/completions",
-                    model=str(merged),
-                    num_concurrent=engine.concurrency,
-                    timeout=int(engine.timeout),
-                    tokenizer_backend="none",
-                )
-                evaluate(
-                    model,
-                    keys,
-                    candidate.sampling,
-                    out,
-                    name=Path(candidate.name).name,
-                    convention=self.bench.convention,
-                )
+            answer(self.bench, candidate, out, str(merged), self.log)
         finally:
             files.remove(merged)
+
+
+def answer(bench: Bench, candidate: Candidate, out: Path, model: EmbeddedEngine | str, log: Path) -> None:
+    """Have a candidate answer the task's questions.
+
+    Args:
+        model: the candidate in memory, or its checkpoint, which vLLM serves.
+    """
+    from transformers import AutoTokenizer
+
+    from thinkswitch_plugin.judging.model import ThinkSwitchLM
+
+    tokenizer = AutoTokenizer.from_pretrained(bench.template)
+    how, name = how_read(tokenizer, bench.convention), Path(candidate.name).name
+    served = isinstance(model, str)
+    lm = ThinkSwitchLM(
+        out, model if served else name, "vllm" if served else model, bench.engine_keys, tokenizer, how, log
+    )
+    evaluate(lm, bench.evaluation, candidate.sampling, name=name)
