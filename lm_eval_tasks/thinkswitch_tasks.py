@@ -1,10 +1,10 @@
-"""The functions that the task files beside this one name. Importing them needs no axolotl.
+"""The functions that the task files in this folder name. They do not need axolotl.
 
-Off line, set THINKSWITCH_DATA to a folder that holds `aime_2026` and `pubmedqa` as
+To work offline, set THINKSWITCH_DATA to a folder that contains `aime_2026` and `pubmedqa` as
 .jsonl, .csv or .parquet, with the columns of the hub's datasets.
 
-A `NAME_dataset` gets the model arguments of the run from lm-eval; a `grade_KIND` reads answers as
-docs/grading.md says under that kind.
+lm-eval passes the model arguments of the run to each `NAME_dataset`. A `grade_KIND` reads answers by the
+rules for that kind in docs/grading.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 log = logging.getLogger("lm_eval")
-TRACE_REMOVED = "trace_removed"  # column of the questions where lm-eval removes the traces before grading
+TRACE_REMOVED = "trace_removed"  # a column of the questions, if lm-eval removes the traces before grading
 
 
 def arithmetic_dataset(**arguments: Any) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def pubmedqa_full_dataset(**arguments: Any) -> dict[str, Any]:
 
 
 def _test(rows: Dataset, arguments: dict[str, Any]) -> dict[str, Dataset]:
-    """The questions as a test split; they note if a model argument of the run removes the traces."""
+    """The questions as a test split, with a mark if a model argument of the run removes the traces."""
     if arguments.get("think_end_token") is not None:
         log.warning(
             "`think_end_token` in the model arguments removes the traces before they are graded, so no think ratio "
@@ -99,10 +99,10 @@ def grade_digit(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
 
 
 def grade_arithmetic_mixed(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
-    """One digit, in whichever format; `accuracy_<stratum>` is there for the question's own stratum only.
+    """One digit, in either format. `accuracy_<stratum>` is reported for the stratum of the question only.
 
-    lm-eval takes each metric's mean over the questions that have it. A checkpoint that knows no format (one of
-    the loop's) is read as in `thinkswitch_arithmetic`.
+    lm-eval averages each metric over the questions that have it. A checkpoint that knows no format (one of
+    the loop) is graded as in `thinkswitch_arithmetic`.
     """
     from thinkswitch_plugin.data import formats
 
@@ -134,7 +134,7 @@ def grade_matharena(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
 
 
 def grade_decision(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
-    """Yes, no or maybe; `macro_f1` is the gold decision followed by what was read of each completion."""
+    """Yes, no or maybe. `macro_f1` is the gold decision, followed by the decision read from each completion."""
     reported, gold = _graded("decision", doc, results), _gold(doc)
     if "mean@k" in reported:
         found = [grade("decision", text, gold)["answer"] for text in completions(results)]
@@ -143,18 +143,18 @@ def grade_decision(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
 
 
 def grade_exact(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
-    """The whole answer, letter by letter."""
+    """The whole answer, compared as text."""
     return _graded("exact", doc, results)
 
 
 def macro_f1(questions: Sequence[Sequence[str | None]]) -> float:
     """Macro-F1 over the decisions, the mean of k runs: the j-th completions of all questions are one run.
 
-    As PubMedQA's authors work it out (pubmedqa/pubmedqa, evaluation.py); a completion without a
-    readable answer is a miss of its gold decision and no decision itself.
+    Computed as by PubMedQA's authors (pubmedqa/pubmedqa, evaluation.py). A completion without a
+    readable answer is a miss of its gold decision, and is not a decision itself.
 
     Args:
-        questions: for each question its gold decision, then what was read of each of its k completions.
+        questions: for each question its gold decision, followed by the decision read from each of its k completions.
     """
     from sklearn.metrics import f1_score
 
