@@ -86,6 +86,12 @@ def test_targets_named_in_the_documents_exist() -> None:
         assert named <= rules, (page, named - rules)
 
 
+@pytest.mark.parametrize("path", PAGES)
+def test_source_files_named_in_the_documents_exist(path: str) -> None:
+    named = re.findall(r"`([a-z_]+(?:/[a-z_]+)*/[a-z_]+\.py)`", (ROOT / path).read_text(encoding="utf-8"))
+    assert [n for n in named if not any((room / n).is_file() for room in (ROOT, ROOT / "thinkswitch_plugin"))] == []
+
+
 @pytest.mark.slow
 def test_similarity_by_make(finished_run: Path, command: Any, tmp_path: Path) -> None:
     pair = [f"{letter}={finished_run / 'iter-1' / mode}" for letter, mode in (("A", "instruct"), ("B", "thinking"))]
