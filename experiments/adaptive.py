@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from experiments import adaptive_results
+from experiments.adaptive_scoring import judge, read_columns
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import PerceptionKeys
 from thinkswitch_plugin.data import batch
@@ -36,7 +37,6 @@ from thinkswitch_plugin.judging.evaluation import LM_EVAL_BUDGET, samples_file
 from thinkswitch_plugin.loop.work import merge_adapter
 from thinkswitch_plugin.perception.answering import load_model
 from thinkswitch_plugin.perception.labels import RATIONALES, Job, label, prepare_student
-from thinkswitch_plugin.perception.scoring import judge, read_columns
 from thinkswitch_plugin.perception.training import TYPES, Condition, train_condition
 from thinkswitch_plugin.report.pictures import adaptive_picture, save
 from thinkswitch_plugin.report.questions import asked_texts
@@ -357,7 +357,7 @@ class Judging:
             model, tokenizer = self.model()
             within = None
             if swapped:
-                from thinkswitch_plugin.perception.model import prompts_of_others, replaced_prompts
+                from experiments.soft_prompts import prompts_of_others, replaced_prompts
 
                 within = replaced_prompts(model, prompts_of_others(self.soft_prompts(), self.job.seed))
             log = self.here / "logs" / "lm_eval.log"
@@ -371,7 +371,7 @@ class Judging:
         """The soft prompts of the held-out questions, (questions, tokens, hidden), as `eval` asked them."""
         import torch
 
-        from thinkswitch_plugin.perception.model import soft_prompts
+        from experiments.soft_prompts import soft_prompts
 
         model, tokenizer = self.model()
         found = []

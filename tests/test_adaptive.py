@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from experiments import __main__ as commands
 from experiments import adaptive as experiment
 from experiments import adaptive_results
+from experiments import adaptive_scoring as scoring
 from tests.conftest import BIN, Command
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import PerceptionKeys
@@ -19,7 +20,6 @@ from thinkswitch_plugin.data.formats import POST, PRE, Format
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import bootstrapped
-from thinkswitch_plugin.perception import scoring
 
 LABELS: dict[str, Format] = {f"p{i}": POST if i % 4 else PRE for i in range(40)}
 
@@ -183,7 +183,7 @@ def test_a_prefix_that_was_forced_counts_as_the_format(write_jsonl: Any) -> None
 def test_a_swapped_prompt_is_never_the_questions_own_and_does_not_depend_on_the_batch() -> None:
     import torch
 
-    from thinkswitch_plugin.perception.model import prompts_of_others
+    from experiments.soft_prompts import prompts_of_others
 
     pool = torch.randn(7, 2, 3, generator=torch.Generator().manual_seed(0))
     swapped = torch.cat([prompts_of_others(pool, seed)(pool[[i]]) for seed in range(20) for i in range(7)])

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from experiments.soft_prompts import replaced_prompts, soft_prompts
 from tests.conftest import BIN, ROOT, Command
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import PerceptionKeys
@@ -21,16 +22,8 @@ from thinkswitch_plugin.demo.pair import PairSettings, new_model, save_checkpoin
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.perception import features
-from thinkswitch_plugin.perception.model import (
-    Markers,
-    attach,
-    find_markers,
-    find_spans,
-    load,
-    prompt_embeds,
-    replaced_prompts,
-    soft_prompts,
-)
+from thinkswitch_plugin.perception.markers import Markers, find_markers, find_spans
+from thinkswitch_plugin.perception.model import attach, load, prompt_embeds
 from thinkswitch_plugin.perception.module import Perception
 from thinkswitch_plugin.perception.prompt_embeds import write_plain_view
 from thinkswitch_plugin.perception.student import make_student

@@ -16,9 +16,10 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.in_process import Sampling, load_task
 from thinkswitch_plugin.merging.config import fit_layers, named_models, place_models
 from thinkswitch_plugin.recipe import load_recipe
+from thinkswitch_plugin.report.sweeps import points_of
 from thinkswitch_plugin.search.ablation import collect, has_lambda, interpolated_layers
 from thinkswitch_plugin.search.subject import Subject, few_questions
-from thinkswitch_plugin.search.sweep import earlier, parse_sampling, parse_weights, points_of
+from thinkswitch_plugin.search.sweep import earlier, parse_sampling, parse_weights
 
 TS = BIN / "thinkswitch"
 

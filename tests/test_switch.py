@@ -238,7 +238,7 @@ def test_each_question_goes_to_the_mode_that_the_router_says(judged_run: Path, s
             assert set(asked) == {f.question for f in found if f.mode == mode}
         assert {f.answer for f in found if f.mode == "instruct"} == {f"echo: {q}" for q in server.asked}
         # The thinking template opens the trace, so an answer without a closing tag is a trace that never ended.
-        assert {f.said.outcome for f in found if f.mode == "thinking" and f.said} == {"unclosed_trace"}
+        assert {f.reply.outcome for f in found if f.mode == "thinking" and f.reply} == {"unclosed_trace"}
         assert all(f.tokens == 3 for f in found)
 
 

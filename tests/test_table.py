@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import BIN, ROOT
 from thinkswitch_plugin import cli
 from thinkswitch_plugin.loop import work
 from thinkswitch_plugin.recipe import load_recipe
@@ -76,13 +77,20 @@ def test_what_the_environment_says_reaches_the_run(monkeypatch: pytest.MonkeyPat
     assert cli.given() == Given(keep="last", price="0.35", data="mine")
 
 
-def test_the_room_of_the_run_imports_no_other_room() -> None:
-    code = "import sys, thinkswitch_plugin.run; print(*(m for m in sys.modules if m.startswith('thinkswitch_plugin')))"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    others = {name for name in found.stdout.split() if not name.startswith("thinkswitch_plugin.run")}
-    assert others == {"thinkswitch_plugin", "thinkswitch_plugin.console", "thinkswitch_plugin.errors"}
-
-
 def test_a_command_without_its_iteration_is_wrong_usage() -> None:
     with pytest.raises(click.MissingParameter):
         cli.main.commands["train"].make_context("train", ["runs/arithmetic"])
+
+
+def test_an_import_that_points_up_fails_the_lint(tmp_path: Path) -> None:
+    package = tmp_path / "thinkswitch_plugin"
+    shutil.copytree(ROOT / "thinkswitch_plugin", package)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    words = [BIN / "lint-imports", "--no-cache"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    with (package / "data" / "traces.py").open("a") as handle:
+        handle.write("\n\nfrom thinkswitch_plugin.run import folder\n")
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "data is not allowed to import" in " ".join(done.stdout.split()), done.stdout

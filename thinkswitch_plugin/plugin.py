@@ -61,7 +61,7 @@ class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]
             )
         require_reach(cfg, cfg.base_model)
         if keys := perception_keys(cfg):
-            from thinkswitch_plugin.perception.model import find_markers
+            from thinkswitch_plugin.perception.markers import find_markers
 
             require_kept(cfg)
             find_markers(load_tokenizer(cfg), keys.tokens)

@@ -21,6 +21,11 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 TRACES = ("inline", "opened", "none")
 
 
+def request(custom_id: str, body: dict[str, Any]) -> dict[str, Any]:
+    """One line of a batch file."""
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+
 @dataclass(frozen=True)
 class Asked:
     """How the completion of a request is read.

@@ -218,15 +218,6 @@ def write_requests(
             for sample in range(sampling.samples):
                 body = request_body(model, messages(keys, text), sampling, seed * sampling.samples + sample)
                 body["metadata"] = {"prompt_id": prompt_id, **how.metadata()}
-                handle.write(
-                    files.dumps_line(
-                        {
-                            "custom_id": f"{prompt_id}-s{sample}",
-                            "method": "POST",
-                            "url": "/v1/chat/completions",
-                            "body": body,
-                        }
-                    )
-                )
+                handle.write(files.dumps_line(batch.request(f"{prompt_id}-s{sample}", body)))
                 written += 1
     return written

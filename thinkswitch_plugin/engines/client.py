@@ -13,9 +13,10 @@ import asyncio
 import signal
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import openai
@@ -24,21 +25,18 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.data import batch
 from thinkswitch_plugin.engines import connection, replies
+from thinkswitch_plugin.engines.ask import Arrived, Reply, Request
+from thinkswitch_plugin.engines.replies import Unanswered
 from thinkswitch_plugin.engines.servers import Server
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import processes
 
 CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 8.0
-Limits = type(openai.DEFAULT_CONNECTION_LIMITS)  # of whichever HTTP library this openai is built on
 TIME_OUTS = 2  # a stalled connection deserves a second try, a prompt that is too long no more
 
 
 T = TypeVar("T")
-
-
-class Unanswered(Exception):
-    """A prompt that could not be answered, and why."""
 
 
 def run_async(work: Coroutine[Any, Any, T]) -> T:
@@ -83,9 +81,9 @@ class Client:
             base_url=server.base_url,
             api_key=connection.api_key() or "none",
             timeout=openai.Timeout(None, connect=CONNECT_SECONDS),  # `ask` bounds the whole answer
+            # On a connection of its own an answer cannot be taken for that of the next prompt.
+            default_headers={"Connection": "close"},
             http_client=openai.DefaultAsyncHttpxClient(
-                # On a connection of its own an answer cannot be taken for that of the next prompt.
-                limits=Limits(max_keepalive_connections=0),
                 trust_env=not connection.on_loopback(server.base_url),  # a proxy cannot reach our loopback
                 verify=connection.certificates(server.base_url) or True,
             ),
@@ -152,8 +150,9 @@ class Client:
 
     async def _reply(self, sent: dict[str, Any]) -> dict[str, Any]:
         """One attempt. Raises what the openai client raises, and `ValueError` for a reply that cannot be stored."""
+        path = "/completions" if "prompt_embeds" in sent else "/chat/completions"  # of a prompt without text
         try:
-            data = await self.openai.post("/chat/completions", body=sent, cast_to=bytes)
+            data = await self.openai.post(path, body=sent, cast_to=bytes)
         except openai.APIStatusError as error:
             wait = error.response.headers.get("retry-after", "")
             raise replies.Refusal(error.status_code, error.body, float(wait) if wait.isdigit() else 0.0) from None
@@ -239,41 +238,56 @@ class Client:
         return True
 
 
-def ask_all(
-    server: Server,
-    model: str,
-    bodies: Sequence[dict[str, Any]],
-    keys: EngineKeys,
-    answered: Callable[[], object] = lambda: None,
-) -> list[dict[str, Any] | Unanswered]:
-    """The chat completions for these request bodies, in order, or why there is none; `answered` is called after each.
+@dataclass(frozen=True)
+class ServedModel:
+    """A model of a server, as an `Asker`; `fields` are added to every request body."""
 
-    Raises `ThinkSwitchError` as `Client.ask`.
-    """
+    server: Server
+    model: str
+    keys: EngineKeys
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
-    async def ask() -> list[dict[str, Any] | Unanswered]:
-        client, room = Client(server, model, keys), asyncio.Semaphore(keys.concurrency)
-
-        async def one(body: dict[str, Any]) -> dict[str, Any] | Unanswered:
-            async with room:
-                try:
-                    return await client.ask(body)
-                except Unanswered as problem:
-                    return problem
-                finally:
-                    answered()
-
+    def ask(self, requests: Iterable[Request], arrived: Arrived) -> None:
+        """As `Asker.ask`, many at once; raises as `Client.ask`."""
         try:
-            return list(await asyncio.gather(*(one(body) for body in bodies)))
-        finally:
-            await client.close()
+            asyncio.get_running_loop()
+        except RuntimeError:
+            run_async(self._ask(requests, arrived))
+            return
+        with ThreadPoolExecutor(1) as thread:  # a notebook's own loop runs in this thread
+            thread.submit(run_async, self._ask(requests, arrived)).result()
 
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return run_async(ask())
-    with ThreadPoolExecutor(1) as thread:  # a notebook's own loop is at work in this one
-        return thread.submit(run_async, ask()).result()
+    def close(self) -> None:
+        """Nothing: a server holds no memory of ours."""
+
+    async def _ask(self, requests: Iterable[Request], arrived: Arrived) -> None:
+        client = Client(self.server, self.model, self.keys)
+
+        async def reply_to(request: Request) -> Reply:
+            try:
+                return await client.ask({**request["body"], **self.fields})
+            except Unanswered as problem:
+                return problem
+
+        async def answer(request: Request) -> None:
+            if again := arrived(request, await reply_to(request)):
+                arrived(again, await reply_to(again))
+
+        # A window of tasks rather than one per request, so memory stays flat for any file.
+        under_way: set[asyncio.Task[None]] = set()
+        try:
+            for request in requests:
+                if len(under_way) >= self.keys.concurrency:
+                    finished, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+                    for task in finished:
+                        task.result()
+                under_way.add(asyncio.create_task(answer(request)))
+            await asyncio.gather(*under_way)
+        finally:
+            for task in under_way:
+                task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
+            await client.close()
 
 
 def _fault_of_text(reply: Any) -> str | None:

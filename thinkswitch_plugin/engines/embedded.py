@@ -18,17 +18,20 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from thinkswitch_plugin.engines.ask import Arrived, Request
+
 
 class EmbeddedEngine:
     """One checkpoint in memory that answers OpenAI chat requests."""
 
-    def __init__(self, checkpoint: str | Path, model: PreTrainedModel | None = None) -> None:
+    def __init__(self, checkpoint: str | Path, model: PreTrainedModel | None = None, batch: int = 1) -> None:
         """Load a checkpoint.
 
         Args:
             model: what answers, where it is more than the folder's weights, such as a checkpoint with an adapter.
+            batch: requests that `ask` answers together.
         """
-        self.name = str(checkpoint)
+        self.name, self.batch = str(checkpoint), batch
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
         if model is None:
             model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", use_safetensors=True)
@@ -41,6 +44,17 @@ class EmbeddedEngine:
         if self.pad is None:
             self.pad = self.tokenizer.eos_token_id
             self.tokenizer.pad_token_id = self.pad
+
+    def ask(self, requests: Iterable[Request], arrived: Arrived) -> None:
+        """As `Asker.ask`, a batch at a time."""
+        for request, body in self.stream(requests, self.batch):
+            if again := arrived(request, body):
+                arrived(again, self.answer([again["body"]])[0])
+
+    def close(self) -> None:
+        """Free the model's memory, on the GPU too."""
+        del self.model
+        free_memory()
 
     def stream(self, rows: Iterable[dict[str, Any]], batch: int) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Yield (request, chat completion body) for requests of one batch file.

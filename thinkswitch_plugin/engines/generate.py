@@ -7,33 +7,37 @@ at once, in vLLM's batch output format, and a second start asks only what is mis
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, TypedDict, Unpack
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.data import batch
 from thinkswitch_plugin.data.traces import LENGTH
-from thinkswitch_plugin.engines.servers import Server, lora_arguments, serving
+from thinkswitch_plugin.engines.ask import Adapter, Reply, Request, asking
+from thinkswitch_plugin.engines.replies import Unanswered
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run.progress import Bar
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-ADAPTER = "adapter"  # as vLLM serves it
 PROMPT_ROOM = 2048  # tokens left for the prompt beside the completion's budget, if no prompt needs more
 
 
-class Adapter(NamedTuple):
-    """A PEFT adapter: its folder for vLLM, and what loads the checkpoint with it for an engine in process."""
+class Options(TypedDict, total=False):
+    """What `generate` may be told besides.
 
-    folder: Path
-    load: Callable[[], PreTrainedModel]
+    Attributes:
+        retry_max_tokens: ask an answer that the token limit cut once more with this budget.
+        limit: only the first so many requests.
+        adapter: put on the checkpoint before it answers (not with a running server).
+        title: of the progress bar.
+    """
+
+    retry_max_tokens: int | None
+    limit: int | None
+    adapter: Adapter | None
+    title: str
 
 
 @dataclass
@@ -93,31 +97,25 @@ def generate(
     engine: str,
     keys: EngineKeys,
     *,
-    retry_max_tokens: int | None = None,
-    limit: int | None = None,
-    adapter: Adapter | None = None,
     log: Path,
-    title: str = "generate",
+    **options: Unpack[Options],
 ) -> GenerationReport:
     """Answer every request that `out` does not hold yet, starting and stopping an engine if need be.
 
     Args:
         requests: OpenAI batch file.
         out: batch output file, appended to as answers arrive (not in order).
-        checkpoint: who answers, whatever `body.model` of a request says; a running server may know it by the name
-            `keys.server.model`.
-        engine: `vllm`, `embedded`, or the base URL of a running server.
-        retry_max_tokens: ask an answer that the token limit cut once more with this budget.
-        limit: only the first so many requests.
-        adapter: put on the checkpoint before it answers (not with a running server).
-        log: output of an engine that is started here.
+        checkpoint: who answers, whatever `body.model` of a request says.
+        engine, log: as `asking`.
+        options: see `Options`.
 
     Raises:
         ThinkSwitchError: a request is broken, or the engine does not start, stays away, or does not
-            serve the checkpoint. Answers so far are kept, and the same call goes on from them.
+            serve the checkpoint. Answers so far are kept, and the same call continues from them.
     """
+    limit, retry_max_tokens = options.get("limit"), options.get("retry_max_tokens")
     done = repair(out)
-    report, budget, longest = GenerationReport(), 0, ""
+    report, budget, longest = GenerationReport(), retry_max_tokens or 0, ""
     for number, row in batch.read_requests(requests, limit):
         if "max_tokens" not in row["body"]:
             raise ThinkSwitchError(
@@ -129,65 +127,59 @@ def generate(
         longest = max(longest, "\n".join(str(m.get("content")) for m in row["body"]["messages"]), key=len)
     if report.already_stored == report.requests:
         return report
+    room = None  # known to a server of the user's own
+    if engine == "vllm":
+        room = min(budget + prompt_room(longest, checkpoint), context_length(checkpoint))
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows = pending(requests, done, limit)
-    with out.open("ab") as handle:
-        keep = _Keeper(handle, report)
-        if engine == "embedded":
-            _answer_embedded(rows, keep, title, checkpoint, adapter, keys.concurrency, retry_max_tokens)
-        else:
-            from thinkswitch_plugin.engines.client import run_async
-
-            room = None  # a server of the user's own has its own
-            if engine == "vllm":
-                needed = max(budget, retry_max_tokens or 0) + prompt_room(longest, checkpoint)
-                room = min(needed, context_length(checkpoint))
-            else:
-                checkpoint = keys.server.model or checkpoint
-            asked = ADAPTER if adapter else checkpoint
-            if adapter:
-                options = [*keys.vllm_args, *lora_arguments({ADAPTER: adapter.folder})]
-                keys = keys.model_copy(update={"vllm_args": options})
-            with serving(engine, checkpoint, keys, log, max_len=room) as server, keep.progress(title):
-                run_async(_answer_from_server(rows, keep, server, asked, keys, retry_max_tokens))
+    with (
+        out.open("ab") as handle,
+        asking(engine, checkpoint, keys, log=log, max_len=room, adapter=options.get("adapter")) as asker,
+        Bar(report.requests, options.get("title", "generate"), initial=report.already_stored, unit="answer") as bar,
+    ):
+        answers = AnswerFile(handle, report, bar, retry_max_tokens)
+        asker.ask(pending(requests, done, limit), answers.store)
+        report.tokens_per_second = round(report.tokens / max(bar.elapsed, 1e-9), 1)
     if report.failed * 2 > report.requests:
         raise ThinkSwitchError(
-            f"{report.failed} of {report.requests} requests failed; the last: {keep.last_problem}. "
+            f"{report.failed} of {report.requests} requests failed; the last: {answers.last_problem}. "
             "Answers so far are kept; run the same command again to ask the others."
         )
     return report
 
 
 @dataclass
-class _Keeper:
+class AnswerFile:
     """Appends each answer to the file as it arrives, and counts it."""
 
     handle: IO[bytes]
     report: GenerationReport
+    bar: Bar
+    retry_max_tokens: int | None = None
     last_problem: str = ""
-    bar: Bar = field(init=False)
+    retried: dict[str, dict[str, Any]] = field(default_factory=dict)  # cut answers that are being asked again
 
-    @contextmanager
-    def progress(self, title: str) -> Iterator[None]:
-        """Show a bar over all requests while the block answers the missing ones."""
-        with Bar(self.report.requests, title, initial=self.report.already_stored, unit="answer") as self.bar:
-            yield
-            self.report.tokens_per_second = round(self.report.tokens / max(self.bar.elapsed, 1e-9), 1)
-
-    def answer(self, row: dict[str, Any], body: dict[str, Any]) -> None:
-        """Store a chat completion body."""
+    def store(self, request: Request, reply: Reply) -> Request | None:
+        """Store a reply; or return the request with the larger budget, if the token limit cut the answer."""
+        name = request["custom_id"]
+        cut = self.retried.pop(name, None)
+        if isinstance(reply, Unanswered):
+            if cut is None:
+                self.report.failed += 1
+                self.last_problem = str(reply)
+                self._write(name, None, {"message": str(reply), "type": type(reply).__name__})
+                return None
+            reply = cut  # an answer all the same, and counted as cut
+        elif cut is None and self.retry_max_tokens and reply["choices"][0].get("finish_reason") == LENGTH:
+            self.report.retried += 1
+            self.retried[name] = reply
+            return {**request, "body": {**request["body"], "max_tokens": self.retry_max_tokens}}
         self.report.answered += 1
-        self.report.tokens += (body.get("usage") or {}).get("completion_tokens") or 0
-        self._write(row, {"status_code": 200, "request_id": str(body.get("id")), "body": body}, None)
+        self.report.tokens += (reply.get("usage") or {}).get("completion_tokens") or 0
+        self._write(name, {"status_code": 200, "request_id": str(reply.get("id")), "body": reply}, None)
+        return None
 
-    def failure(self, row: dict[str, Any], problem: Exception) -> None:
-        """Store that a request has failed for good, and why."""
-        self.report.failed += 1
-        self.last_problem = str(problem)
-        self._write(row, None, {"message": str(problem), "type": type(problem).__name__})
-
-    def _write(self, row: dict[str, Any], response: dict[str, Any] | None, error: dict[str, Any] | None) -> None:
-        line = {"id": f"gen-{row['custom_id']}", "custom_id": row["custom_id"], "response": response, "error": error}
+    def _write(self, name: str, response: dict[str, Any] | None, error: dict[str, Any] | None) -> None:
+        line = {"id": f"gen-{name}", "custom_id": name, "response": response, "error": error}
         self.handle.write(files.dumps_line(line))
         self.handle.flush()
         speed = self.report.tokens / max(self.bar.elapsed, 1e-9)
@@ -211,69 +203,3 @@ def context_length(checkpoint: str) -> int:
     config = Path(checkpoint) / "config.json"
     found = files.read_json(config).get("max_position_embeddings") if config.is_file() else None
     return int(found or 2**31)
-
-
-def was_cut(body: dict[str, Any]) -> bool:
-    """Whether a chat completion stopped at its token limit."""
-    return bool(body["choices"][0].get("finish_reason") == LENGTH)
-
-
-def _answer_embedded(
-    rows: Iterator[dict[str, Any]],
-    keep: _Keeper,
-    title: str,
-    checkpoint: str,
-    adapter: Adapter | None,
-    batch: int,
-    retry_max_tokens: int | None,
-) -> None:
-    from thinkswitch_plugin.engines.embedded import EmbeddedEngine
-
-    engine = EmbeddedEngine(checkpoint, adapter.load() if adapter else None)
-    with keep.progress(title):
-        for row, body in engine.stream(rows, batch):
-            if retry_max_tokens and was_cut(body):
-                keep.report.retried += 1
-                body = engine.answer([{**row["body"], "max_tokens": retry_max_tokens}])[0]
-            keep.answer(row, body)
-
-
-async def _answer_from_server(
-    rows: Iterator[dict[str, Any]],
-    keep: _Keeper,
-    server: Server,
-    checkpoint: str,
-    keys: EngineKeys,
-    retry_max_tokens: int | None,
-) -> None:
-    from thinkswitch_plugin.engines.client import Client, Unanswered
-
-    client = Client(server, checkpoint, keys)
-
-    async def answer(row: dict[str, Any]) -> None:
-        try:
-            body = await client.ask(row["body"])
-            if retry_max_tokens and was_cut(body):
-                keep.report.retried += 1
-                with suppress(Unanswered):  # what was cut is an answer all the same, and counted as cut
-                    body = await client.ask({**row["body"], "max_tokens": retry_max_tokens})
-        except Unanswered as problem:
-            keep.failure(row, problem)
-        else:
-            keep.answer(row, body)
-
-    # A window of tasks rather than one per request, so memory stays flat for any file.
-    under_way: set[asyncio.Task[None]] = set()
-    try:
-        for row in rows:
-            if len(under_way) >= keys.concurrency:
-                finished, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
-                for task in finished:
-                    task.result()
-            under_way.add(asyncio.create_task(answer(row)))
-        await asyncio.gather(*under_way)
-    finally:
-        for task in under_way:
-            task.cancel()
-        await asyncio.gather(*under_way, return_exceptions=True)
-        await client.close()

@@ -36,6 +36,10 @@ _UNKNOWN_MODEL = re.compile(
 )
 
 
+class Unanswered(Exception):
+    """A prompt that could not be answered, and why."""
+
+
 class Refusal(Exception):
     """A server's error: its HTTP status (0 if it gave none) and words, and the seconds it asks to be left alone."""
 
@@ -174,6 +178,8 @@ def _normalize(reply: dict[str, Any]) -> None:
     reply["usage"] = usage if isinstance(usage, dict) else None
     choices = reply.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
+    if isinstance(choice, dict) and isinstance(choice.get("text"), str):  # a completion without chat
+        choice["message"] = {"role": "assistant", "content": choice.pop("text")}
     if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
         return
     message = choice["message"]

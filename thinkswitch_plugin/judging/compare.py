@@ -20,7 +20,9 @@ from thinkswitch_plugin.conventions import NONE, Convention
 from thinkswitch_plugin.data import prompts, traces
 from thinkswitch_plugin.data.batch import asked_of
 from thinkswitch_plugin.engines import servers
+from thinkswitch_plugin.engines.ask import ask_in_order, asking
 from thinkswitch_plugin.engines.generate import PROMPT_ROOM, context_length
+from thinkswitch_plugin.engines.replies import Unanswered
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.run import MODES, Run, checkpoint, open_run, settings_file
@@ -86,7 +88,7 @@ def compare(
         )
     recipe = run.recipe if run else load_recipe(recipe_path(folder.name), tuple(map(overlay_path, overlays)))
     text, empty = prompts.as_asked(recipe.keys.prompts, question)
-    asked = speakers(run, iteration, instruct, thinking)
+    asked = columns(run, iteration, instruct, thinking)
     if empty:
         console.say(f"  the domain's template is asked with nothing for {', '.join(empty)}")
     # A model that needs a GPU may fit on it only as the recipe's options have vLLM round it.
@@ -104,8 +106,8 @@ def compare(
     return answers
 
 
-def speakers(run: Run | None, iteration: int | None, instruct: str, thinking: str) -> dict[str, str]:
-    """Who is asked: checkpoint folders by the titles of their columns.
+def columns(run: Run | None, iteration: int | None, instruct: str, thinking: str) -> dict[str, str]:
+    """The checkpoint folders to ask, by the titles of their columns.
 
     Raises `ThinkSwitchError` if one of them is not there.
     """
@@ -147,7 +149,7 @@ def last_finished(run: Run) -> int:
 
 def ask(title: str, name: str, text: str, keys: ThinkSwitchKeys, engine: str, seed: int, logs: Path) -> Answer:
     """One checkpoint's answer to one prompt. Raises `ThinkSwitchError` if it cannot be had."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, set_seed
 
     body = prompts.request_body(name, prompts.messages(keys.prompts, text), keys.sampling, seed)
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -157,8 +159,17 @@ def ask(title: str, name: str, text: str, keys: ThinkSwitchKeys, engine: str, se
         raise ThinkSwitchError(
             f"the question has {length:,} tokens, and {name} reads up to {limit:,}; ask a shorter one."
         )
-    ask_it = in_process if engine == "embedded" else through_server
-    reply, seconds = ask_it(name, body, keys, engine, logs)
+    room = min(body["max_tokens"] + PROMPT_ROOM, limit)
+    with asking(engine, name, keys.engine, log=logs / "compare.log", max_len=room) as asker:
+        if engine == "embedded":
+            set_seed(seed)
+        started = time.monotonic()
+        (reply,) = ask_in_order(asker, [body])
+        seconds = time.monotonic() - started
+    if isinstance(reply, Unanswered):
+        raise ThinkSwitchError(
+            f"{name} gave no answer through {engine}: {reply}; leave ENGINE= out to ask it in process."
+        )
     return read_reply(title, name, reply, seconds, tokenizer, keys.convention)
 
 
@@ -183,41 +194,6 @@ def read_reply(
     )
 
 
-def in_process(
-    name: str, body: dict[str, Any], _keys: ThinkSwitchKeys, _engine: str, _logs: Path
-) -> tuple[dict[str, Any], float]:
-    """The chat completion by transformers, and its seconds; the checkpoint has left the memory afterwards."""
-    import torch
-
-    from thinkswitch_plugin.engines.embedded import EmbeddedEngine, free_memory
-
-    loaded = EmbeddedEngine(name)
-    torch.manual_seed(body["seed"])
-    started = time.monotonic()
-    reply = loaded.answer([body])[0]
-    seconds = time.monotonic() - started
-    del loaded
-    free_memory()
-    return reply, seconds
-
-
-def through_server(
-    name: str, body: dict[str, Any], keys: ThinkSwitchKeys, engine: str, logs: Path
-) -> tuple[dict[str, Any], float]:
-    """The chat completion by vLLM, started for it, or by a server of the user's own; and its seconds."""
-    from thinkswitch_plugin.engines.client import Unanswered, ask_all
-
-    room = min(body["max_tokens"] + PROMPT_ROOM, context_length(name))
-    with servers.serving(engine, name, keys.engine, logs / "compare.log", max_len=room) as server:
-        started = time.monotonic()
-        (reply,) = ask_all(server, name, [body], keys.engine)
-        if isinstance(reply, Unanswered):
-            raise ThinkSwitchError(
-                f"{name} gave no answer through {engine}: {reply}; leave ENGINE= out to ask it in process."
-            )
-        return reply, time.monotonic() - started
-
-
 def show(question: str, answers: Sequence[Answer]) -> None:
     """The answers side by side on a terminal, else one below the other as plain text."""
     if sys.stdout.isatty() and _table(question, answers):
@@ -227,7 +203,7 @@ def show(question: str, answers: Sequence[Answer]) -> None:
         console.say(f"\n{found.title}: {cost(found)}")
         if found.trace:
             console.say(f"  trace ({found.trace_tokens} tokens): {shortened(found.trace)}")
-        console.say(f"  answer: {said(found)}")
+        console.say(f"  answer: {answer_text(found)}")
 
 
 def _table(question: str, answers: Sequence[Answer]) -> bool:
@@ -245,7 +221,7 @@ def _table(question: str, answers: Sequence[Answer]) -> bool:
     cells = []
     for found in answers:
         trace = f"trace ({found.trace_tokens} tokens)\n{shortened(found.trace)}\n" if found.trace else ""
-        cells.append(Group(*([Text(trace, style="dim")] if trace else []), Text(said(found), style="bold")))
+        cells.append(Group(*([Text(trace, style="dim")] if trace else []), Text(answer_text(found), style="bold")))
     shown.add_row(*cells, end_section=True)
     shown.add_row(*(Text(cost(found)) for found in answers))
     terminal.print(shown)
@@ -257,7 +233,7 @@ def cost(found: Answer) -> str:
     return f"{found.tokens} tokens, {found.seconds:.2f} s" + (", cut by the token limit" if found.cut else "")
 
 
-def said(found: Answer) -> str:
+def answer_text(found: Answer) -> str:
     """The answer as it is shown."""
     return NO_ANSWER.get(found.outcome, "(no answer)") if found.answer is None else printable(found.answer)
 

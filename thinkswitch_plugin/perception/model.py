@@ -12,109 +12,28 @@ imports this module where the caller trusts it to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import PerceptionKeys
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.perception import features
+from thinkswitch_plugin.perception.markers import Markers, find_markers, find_spans
 from thinkswitch_plugin.perception.module import Perception
-from thinkswitch_plugin.run.checkpoint import MODEL_TYPE, MODULE, PLACEHOLDER, perception_of, require_weights
+from thinkswitch_plugin.perception.private import KeepsModuleInFloat32, change_class
+from thinkswitch_plugin.run.checkpoint import MODEL_TYPE, MODULE, perception_of, require_weights
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # model type: prefix of its classes
 CODE_FILE = "modeling_thinkswitch.py"
 DROPPED = "axolotl's default merge leaves it out, so merge the adapter again with `merge_method: legacy`"
-
-Prompts = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Markers:
-    """The ids that bound a question: the placeholder's, and that of the token that ends a turn."""
-
-    placeholder: int
-    end: int
-
-
-def find_markers(tokenizer: Any, tokens: int) -> Markers:
-    """The markers of a tokenizer whose chat template renders `tokens` placeholders before a question.
-
-    Raises `ThinkSwitchError` where there is no placeholder token, the chat template renders
-    another number of them, or ends a user turn by no token of its own.
-    """
-    placeholder = tokenizer.get_added_vocab().get(PLACEHOLDER)
-    if placeholder is None:
-        raise ThinkSwitchError(
-            f"The tokenizer has no token {PLACEHOLDER} for the soft prompt; train a student that "
-            f"`thinkswitch_plugin.perception.student.make_student` made with `soft_tokens={tokens}`."
-        )
-    question = "1"
-    rendered: str = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False)
-    found = rendered.count(PLACEHOLDER)
-    before, _, tail = rendered.partition(PLACEHOLDER * tokens + question)
-    if found != tokens or PLACEHOLDER in before:
-        raise ThinkSwitchError(
-            f"The chat template puts {found} {PLACEHOLDER} before a question where `thinkswitch.perception.tokens` is "
-            f"{tokens}; make them equal."
-        )
-    ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
-    if not ids or ids[0] not in {*tokenizer.get_added_vocab().values(), *tokenizer.all_special_ids}:
-        raise ThinkSwitchError(
-            "The chat template ends a user turn by ordinary text, so that a question's end cannot be seen; use one that "
-            "ends turns by a special token, as chatml does."
-        )
-    return Markers(placeholder, ids[0])
-
-
-def find_spans(ids: Tensor, markers: Markers, tokens: int) -> Tensor:
-    """Where the questions of a batch are, packed rows included.
-
-    Args:
-        ids: (rows, length), padded on either side.
-        markers: the ids that bound a question.
-        tokens: placeholders a question.
-
-    Returns:
-        (questions, 3): row, first placeholder, and the token that ends the turn. The question
-        lies between the last placeholder and that token.
-
-    Raises:
-        ThinkSwitchError: a group of placeholders has another length, or its turn does not end.
-    """
-    soft = ids == markers.placeholder
-    first = soft.clone()
-    first[:, 1:] &= ~soft[:, :-1]
-    row, start = first.nonzero(as_tuple=True)
-    last = start + tokens - 1
-    length = ids.shape[1]
-    group = start[:, None] + torch.arange(tokens, device=ids.device)
-    whole = bool((last < length).all()) and bool(soft[row[:, None], group.clamp(max=length - 1)].all())
-    if not whole or int(soft.sum()) != len(row) * tokens:
-        raise ThinkSwitchError(
-            f"A text holds {PLACEHOLDER} in groups that are not of {tokens}; render it by the checkpoint's own chat "
-            "template, and keep the token out of questions."
-        )
-    places = torch.arange(length, device=ids.device).expand_as(ids)
-    # For every place the nearest end of a turn from there on.
-    ends = torch.where(ids == markers.end, places, length).flip(1).cummin(1).values.flip(1)
-    end = ends[row, last]
-    if bool((end == length).any()):
-        raise ThinkSwitchError(
-            f"A question after {PLACEHOLDER} has no end of turn, so that it was cut; give it whole, in one piece."
-        )
-    return torch.stack((row, start, end), dim=1)
 
 
 class SoftPrompt:
@@ -122,7 +41,6 @@ class SoftPrompt:
 
     def __init__(self, model: PreTrainedModel, keys: PerceptionKeys, markers: Markers, tokenizer: Any = None) -> None:
         self.model, self.keys, self.markers, self.tokenizer = model, keys, markers, tokenizer
-        self.replace: Prompts | None = None
         self._hooked: WeakSet[nn.Module] = WeakSet()
         self._features = lru_cache(maxsize=2**16)(self._read_features)
 
@@ -150,8 +68,6 @@ class SoftPrompt:
         rows, embeddings = ids.reshape(-1, ids.shape[-1]), output.reshape(-1, *output.shape[-2:])
         spans = find_spans(rows, self.markers, self.keys.tokens)
         prompts = self.prompts(rows, embeddings, spans)
-        if self.replace is not None:
-            prompts = self.replace(prompts)
         places = spans[:, 1:2] + torch.arange(self.keys.tokens, device=ids.device)
         # Out of place: the output may be a leaf that gradient checkpointing made differentiable.
         return embeddings.index_put((spans[:, :1], places), prompts.to(output)).view_as(output)
@@ -175,14 +91,12 @@ class SoftPrompt:
 
     def _read_features(self, question: tuple[int, ...]) -> list[float]:
         if self.tokenizer is None:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.model.config._name_or_path)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.model.config.name_or_path)
         return features.read(self.tokenizer.decode(question), self.keys.features)
 
 
-class PerceptionModel(PreTrainedModel):  # type: ignore[misc]
+class PerceptionModel(KeepsModuleInFloat32, PreTrainedModel):  # type: ignore[misc]
     """What a causal language model gains by a perception module; the classes below join it with theirs."""
-
-    _keep_in_fp32_modules_strict = [MODULE]  # noqa: RUF012 - transformers reads a list
 
     def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
         if config.perception is None:
@@ -214,39 +128,31 @@ class PerceptionModel(PreTrainedModel):  # type: ignore[misc]
             )
 
 
-def _join(architecture: str) -> tuple[type[Any], type[PerceptionModel]]:
+def _join(architecture: str, stem: str) -> tuple[type[Any], type[PerceptionModel]]:
     """The config and model classes of one architecture, made known to the Auto classes."""
-    config_base: type[Any] = CONFIG_MAPPING[architecture]
-    model_base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_base]
-    prefix, stem = "ThinkSwitch", model_base.__name__.removesuffix("ForCausalLM")
-    names = f"{prefix}{stem}Config", f"{prefix}{stem}ForCausalLM"
+    bases = [getattr(transformers, stem + kind) for kind in ("Config", "ForCausalLM")]
+    names = [f"ThinkSwitch{base.__name__}" for base in bases]
     code = Path(CODE_FILE).stem
-    config_class: type[Any] = type(
-        names[0],
-        (config_base,),
-        {
-            "__module__": __name__,
-            "__doc__": f"{config_base.__name__} with `perception`: the module's keys and markers.",
-            "model_type": MODEL_TYPE + architecture,
-            "perception": None,
-            "auto_map": {"AutoConfig": f"{code}.{names[0]}", "AutoModelForCausalLM": f"{code}.{names[1]}"},
-        },
-    )
-    model_class = type(
-        names[1],
-        (PerceptionModel, model_base),
-        {
-            "__module__": __name__,
-            "__doc__": f"{model_base.__name__} with a perception module.",
-            "config_class": config_class,
-        },
-    )
+    config_values = {
+        "__module__": __name__,
+        "__doc__": f"{bases[0].__name__} with `perception`: the module's keys and markers.",
+        "model_type": MODEL_TYPE + architecture,
+        "perception": None,
+        "auto_map": {"AutoConfig": f"{code}.{names[0]}", "AutoModelForCausalLM": f"{code}.{names[1]}"},
+    }
+    config_class: type[Any] = type(names[0], (bases[0],), config_values)
+    model_values = {
+        "__module__": __name__,
+        "__doc__": f"{bases[1].__name__} with a perception module.",
+        "config_class": config_class,
+    }
+    model_class = type(names[1], (PerceptionModel, bases[1]), model_values)
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     return config_class, model_class
 
 
-_CLASSES = {architecture: _join(architecture) for architecture in ARCHITECTURES}
+_CLASSES = {architecture: _join(architecture, stem) for architecture, stem in ARCHITECTURES.items()}
 globals().update({made.__name__: made for pair in _CLASSES.values() for made in pair})
 
 
@@ -260,7 +166,7 @@ def attach(model: Any, keys: PerceptionKeys, tokenizer: Any) -> None:
     if isinstance(model, PerceptionModel):
         if _settings(model.config.perception) != (keys, markers):
             raise ThinkSwitchError(
-                f"{model.config._name_or_path} has a perception module with other keys than "
+                f"{model.config.name_or_path} has a perception module with other keys than "
                 "`thinkswitch.perception`; give the same, or start from a checkpoint without one."
             )
         hook: Any = model.soft_prompt
@@ -275,12 +181,9 @@ def attach(model: Any, keys: PerceptionKeys, tokenizer: Any) -> None:
     table = model.get_input_embeddings().weight
     module = Perception(table.shape[1], keys, scale=float(table.detach().float().std()))
     config_class, model_class = _CLASSES[architecture]
-    # The config is shared by every part of the model: it changes its class and stays the same object.
-    model.config.__class__ = config_class
-    model.config.model_type = config_class.model_type
+    change_class(model, model_class, config_class)
     model.config.perception = {**keys.model_dump(), "placeholder_id": markers.placeholder, "end_id": markers.end}
     model.config.auto_map = config_class.auto_map
-    model.__class__ = model_class
     setattr(model, MODULE, module.to(table.device))
     _put_hook(model, keys, markers, tokenizer)
 
@@ -334,61 +237,6 @@ def _with_adapter(model: Any, base: Path, adapter: Path) -> PreTrainedModel:
     attach(model, _settings(settings)[0], AutoTokenizer.from_pretrained(held))
     merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     return merged
-
-
-@contextmanager
-def replaced_prompts(model: Any, replace: Prompts) -> Iterator[None]:
-    """Put other soft prompts in the places of a model's own while the block runs.
-
-    Args:
-        model: one that has a perception module, under peft or not.
-        replace: from the prompts of a batch, (questions, tokens, hidden) in the order of its
-            rows, to others of that shape, such as `prompts_of_others`.
-    """
-    hook: SoftPrompt = model.soft_prompt
-    before, hook.replace = hook.replace, replace
-    try:
-        yield
-    finally:
-        hook.replace = before
-
-
-@torch.no_grad()
-def soft_prompts(model: Any, ids: Tensor) -> Tensor:
-    """The soft prompts of rendered prompts `ids`, (rows, length): (questions, tokens, hidden)."""
-    found: list[Tensor] = []
-
-    def keep(prompts: Tensor) -> Tensor:
-        found.append(prompts)
-        return prompts
-
-    model.soft_prompt.put()
-    with replaced_prompts(model, keep):
-        model.get_input_embeddings()(ids)
-    if not found:
-        raise ThinkSwitchError(f"No text holds {PLACEHOLDER}; render it by the checkpoint's own chat template.")
-    return found[0]
-
-
-def prompts_of_others(pool: Tensor, seed: int) -> Prompts:
-    """For `replaced_prompts`: every question gets the soft prompt of another one, drawn at random.
-
-    Whatever lies in the same batch does not matter: batches are sorted by length and text, and a neighbour's prompt
-    would be that of the most similar question.
-
-    Args:
-        pool: the soft prompts of all questions, (questions, tokens, hidden), as `soft_prompts` gives them.
-    """
-    if len(pool) < 2:
-        raise ThinkSwitchError("Soft prompts can be swapped among two questions or more; raise `evaluation.limit`.")
-    generator = torch.Generator().manual_seed(seed)
-
-    def replace(prompts: Tensor) -> Tensor:
-        own = torch.cdist(prompts.flatten(1).float(), pool.flatten(1).float()).argmin(1)
-        steps = torch.randint(1, len(pool), (len(prompts),), generator=generator)
-        return pool[(own + steps.to(own.device)) % len(pool)]
-
-    return replace
 
 
 @torch.no_grad()

@@ -7,8 +7,6 @@ features of the question's text, becomes the embeddings of placeholder tokens in
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +14,12 @@ from torch.nn import functional
 
 from thinkswitch_plugin.args import PerceptionKeys
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.perception.private import KeepsType
 
 MAX_WIDTH = 256  # of the attention and the MLP: the table of a 4 B model would make them 80 M parameters
 
 
-class Perception(nn.Module):
+class Perception(KeepsType):
     """Token embeddings and features of a question -> the embeddings of its soft prompt.
 
     Weights are plain parameters and not `nn.Linear`: axolotl's `lora_target_linear` would put
@@ -106,15 +105,6 @@ class Perception(nn.Module):
         )
         found = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask[:, None, None, :])
         return found.transpose(1, 2).reshape(batch, -1)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move to another device, but keep the type: a merge casts the whole model at once."""
-
-        def keep(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
 
 
 def _normal(std: float, *shape: int) -> nn.Parameter:

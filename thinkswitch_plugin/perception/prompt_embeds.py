@@ -9,19 +9,19 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import openai
 import torch
 from torch import Tensor
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
-from thinkswitch_plugin.engines import connection, servers
-from thinkswitch_plugin.engines.client import CONNECT_SECONDS
+from thinkswitch_plugin.engines import servers
+from thinkswitch_plugin.engines.ask import ask_in_order
+from thinkswitch_plugin.engines.client import ServedModel
+from thinkswitch_plugin.engines.replies import Unanswered
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run.checkpoint import MODEL_TYPE, MODULE, perception_of
 
@@ -29,8 +29,7 @@ INDEX = "model.safetensors.index.json"
 PREFIX = f"{MODULE}."
 
 
-@dataclass(frozen=True)
-class Completion:
+class Completion(NamedTuple):
     """What the server wrote: its text, `stop` or `length`, and the number of tokens."""
 
     text: str
@@ -51,7 +50,8 @@ def write_plain_view(checkpoint: Path, out: Path) -> None:
     config = files.read_json(checkpoint / "config.json")
     architecture = str(config["model_type"]).removeprefix(MODEL_TYPE)
     config = {key: value for key, value in config.items() if key not in (MODULE, "auto_map")}
-    config |= {"model_type": architecture, "architectures": _plain_architectures(config["architectures"])}
+    plain = [name.removeprefix("ThinkSwitch") for name in config["architectures"]]
+    config |= {"model_type": architecture, "architectures": plain}
     with files.atomic_folder(out) as building:
         files.write_json(building / "config.json", config)
         for file in checkpoint.iterdir():
@@ -63,10 +63,6 @@ def write_plain_view(checkpoint: Path, out: Path) -> None:
                 files.write_json(building / INDEX, {**index, "weight_map": places})
             elif file.suffix != ".safetensors" or not _without_module(file, building / file.name):
                 files.link(file, building / file.name)
-
-
-def _plain_architectures(names: Sequence[str]) -> list[str]:
-    return [name.removeprefix("ThinkSwitch") for name in names]
 
 
 def _without_module(shard: Path, target: Path) -> bool:
@@ -106,41 +102,29 @@ def complete(
     Args:
         server: one that `serving` started, or vLLM with `--enable-prompt-embeds`.
         model: the name under which it serves the plain view.
-        prompts: (length, hidden) each, as `model.prompt_embeds` gives them; all of them are held in memory.
-        keys: `engine` of a recipe: requests under way at once, seconds an answer may take.
+        prompts: (length, hidden) each, as `model.prompt_embeds` gives them.
         max_tokens: budget of a completion.
         stop: strings that end a completion; they are left out of its text.
 
     Raises:
-        ThinkSwitchError: the server refuses or does not answer, after the openai client's own retries.
+        ThinkSwitchError: the server refuses a prompt, or stays away.
     """
-    client = openai.OpenAI(
-        base_url=server.base_url,
-        api_key=connection.api_key() or "none",
-        timeout=openai.Timeout(keys.timeout, connect=CONNECT_SECONDS),
-        http_client=openai.DefaultHttpxClient(trust_env=not connection.on_loopback(server.base_url)),
-    )
-
-    def ask(prompt: Tensor) -> Completion:
-        reply = client.completions.create(
-            model=model,
-            prompt=None,
-            temperature=0,
-            max_tokens=max_tokens,
-            stop=list(stop) or None,
-            extra_body={"prompt_embeds": encode(prompt), "skip_special_tokens": False},
-        )
-        choice = reply.choices[0]
-        return Completion(choice.text, str(choice.finish_reason), reply.usage.completion_tokens if reply.usage else 0)
-
-    with client, ThreadPoolExecutor(keys.concurrency) as pool:
-        try:
-            return list(pool.map(ask, prompts))
-        except openai.OpenAIError as error:
-            raise ThinkSwitchError(
-                f"The server at {server.base_url} gives no completion of a prompt sent as embeddings ({error}); it must "
-                "be vLLM, started with --enable-prompt-embeds."
-            ) from None
+    fields = {"prompt": None, "temperature": 0, "max_tokens": max_tokens, "stop": list(stop) or None}
+    bodies = ({**fields, "prompt_embeds": encode(prompt)} for prompt in prompts)
+    try:
+        found = []
+        for reply in ask_in_order(ServedModel(server, model, keys), bodies):
+            if isinstance(reply, Unanswered):
+                raise ThinkSwitchError(str(reply))
+            choice = reply["choices"][0]
+            tokens = int((reply.get("usage") or {}).get("completion_tokens") or 0)
+            found.append(Completion(choice["message"]["content"], str(choice.get("finish_reason")), tokens))
+    except ThinkSwitchError as error:
+        raise ThinkSwitchError(
+            f"The server at {server.base_url} gives no completion of a prompt sent as embeddings ({error}); it must "
+            "be vLLM, started with --enable-prompt-embeds."
+        ) from None
+    return found
 
 
 def encode(prompt: Tensor) -> str:

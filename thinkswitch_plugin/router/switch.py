@@ -5,9 +5,8 @@
     switch = Switch.open("runs/arithmetic")
     print(switch.answer("7*3+4*2").answer)
 
-A mode is asked in process by transformers, one checkpoint in memory at a time, or through a running server with
-OpenAI's interface. Each question is asked as the domain asks its own: template, system turn, sampling and budget
-are those of the recipe.
+A mode answers in process, one checkpoint in memory at a time, or through a running server with OpenAI's interface.
+Each question is asked as the domain asks its own: template, system turn, sampling and budget are the recipe's.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from thinkswitch_plugin import files
-from thinkswitch_plugin.args import EngineKeys, ThinkSwitchKeys
 from thinkswitch_plugin.data import prompts
 from thinkswitch_plugin.engines import connection, servers
+from thinkswitch_plugin.engines.ask import Asker, ask_in_order
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.export.template import SWITCH
 from thinkswitch_plugin.judging import compare
@@ -32,8 +31,8 @@ from thinkswitch_plugin.run import MODES, Run, checkpoint, open_run
 from thinkswitch_plugin.run.progress import Bar
 
 if TYPE_CHECKING:
-    from thinkswitch_plugin.engines.client import Unanswered
     from thinkswitch_plugin.engines.embedded import EmbeddedEngine
+    from thinkswitch_plugin.engines.replies import Unanswered
 
 Question = str | Mapping[str, Any]  # a text, or a row with `question` (`prompt`, `problem`) and other fields
 STDIN = "-"
@@ -41,107 +40,36 @@ STDIN = "-"
 
 @dataclass(frozen=True)
 class Routed:
-    """One question, who was asked, and what it said.
+    """One question, the mode that was asked, and its reply.
 
     Attributes:
         p_think: the router's probability that thinking is needed.
-        said: None where the server gave no answer to this question; `problem` says why.
+        reply: None if the server gave no answer to this question; `problem` says why.
     """
 
     question: str
     mode: str
     p_think: float
-    said: compare.Answer | None
+    reply: compare.Answer | None
     problem: str | None = None
 
     @property
     def answer(self) -> str | None:
         """The answer without its trace."""
-        return self.said.answer if self.said else None
+        return self.reply.answer if self.reply else None
 
     @property
     def tokens(self) -> int:
         """Generated tokens, the trace's among them."""
-        return self.said.tokens if self.said else 0
+        return self.reply.tokens if self.reply else 0
 
     def row(self) -> dict[str, Any]:
         """A line of the output file."""
         found = {"question": self.question, "mode": self.mode, "p_think": round(self.p_think, 6)}
-        if self.said is None:
+        if self.reply is None:
             return {**found, "error": self.problem}
-        said = self.said
-        return {
-            **found,
-            "answer": said.answer,
-            "trace": said.trace,
-            "outcome": said.outcome,
-            "tokens": said.tokens,
-            "cut": said.cut,
-        }
-
-
-class Speaker(Protocol):
-    """Whoever answers for a mode."""
-
-    def prepare(self, mode: str) -> None:
-        """Load what the mode needs; its time is no answer's."""
-
-    def ask(self, mode: str, bodies: Sequence[dict[str, Any]], bar: Bar) -> list[dict[str, Any] | Unanswered]:
-        """Chat completions for these request bodies, in order."""
-
-
-class InProcess:
-    """Both checkpoints by transformers; the one that was asked last stays in memory."""
-
-    def __init__(self, checkpoints: Mapping[str, str], batch: int) -> None:
-        self.checkpoints, self.batch = checkpoints, batch
-        self.mode: str | None = None
-        self.engine: EmbeddedEngine | None = None
-
-    def prepare(self, mode: str) -> None:
-        """Load the mode's checkpoint. Raises `ThinkSwitchError` if it or its weights are not there."""
-        from thinkswitch_plugin.engines.embedded import EmbeddedEngine, free_memory
-
-        if self.engine is not None and self.mode == mode:
-            return
-        folder = Path(self.checkpoints[mode])
-        if not (folder / "config.json").is_file():
-            raise ThinkSwitchError(f"There is no {mode} checkpoint {folder}; `make iterate` makes it.")
-        checkpoint.require_weights(folder)
-        self.engine = None  # before the other one takes its memory
-        free_memory()
-        self.engine, self.mode = EmbeddedEngine(folder), mode
-
-    def ask(self, mode: str, bodies: Sequence[dict[str, Any]], bar: Bar) -> list[dict[str, Any] | Unanswered]:
-        """Answer in batches."""
-        import torch
-
-        self.prepare(mode)
-        assert self.engine is not None
-        torch.manual_seed(bodies[0]["seed"])
-        found: list[dict[str, Any] | Unanswered] = []
-        for _, reply in self.engine.stream([{"body": body} for body in bodies], self.batch):
-            found.append(reply)
-            bar.update()
-        return found
-
-
-class Served:
-    """One mode through a running server."""
-
-    def __init__(self, url: str, model: str, keys: EngineKeys, *, both: bool) -> None:
-        """Args: both: the server answers for both modes, and its chat template chooses by `enable_thinking`."""
-        self.server, self.model, self.keys, self.both = servers.connect(url, model), model, keys, both
-
-    def prepare(self, mode: str) -> None:
-        """Nothing: the server runs."""
-
-    def ask(self, mode: str, bodies: Sequence[dict[str, Any]], bar: Bar) -> list[dict[str, Any] | Unanswered]:
-        """Answer many at once. Raises `ThinkSwitchError` if the server goes away."""
-        from thinkswitch_plugin.engines.client import ask_all
-
-        extra = {"chat_template_kwargs": {SWITCH: mode == "thinking"}} if self.both else {}
-        return ask_all(self.server, self.model, [{**body, **extra} for body in bodies], self.keys, bar.update)
+        names = ("answer", "trace", "outcome", "tokens", "cut")
+        return {**found, **{name: getattr(self.reply, name) for name in names}}
 
 
 def served_name(url: str, mode: str, checkpoints: Mapping[str, str], *, alone: bool) -> tuple[str, bool]:
@@ -168,18 +96,14 @@ def served_name(url: str, mode: str, checkpoints: Mapping[str, str], *, alone: b
 
 
 class Switch:
-    """A finished pair behind its router."""
+    """A finished pair behind its router; `served` holds the modes that a running server answers for."""
 
     def __init__(
-        self,
-        run: Run,
-        checkpoints: Mapping[str, str],
-        router: Router,
-        threshold: float,
-        speakers: Mapping[str, Speaker],
+        self, run: Run, checkpoints: Mapping[str, str], router: Router, threshold: float, served: Mapping[str, Asker]
     ) -> None:
         self.run, self.checkpoints, self.router = run, checkpoints, router
-        self.threshold, self.speakers = threshold, speakers
+        self.threshold, self.served = threshold, served
+        self._loaded: tuple[str, EmbeddedEngine] | None = None  # the mode that was asked last in process
         self._tokenizers: dict[str, Any] = {}
 
     @classmethod
@@ -198,9 +122,9 @@ class Switch:
         Args:
             run: its folder, RUNS/DOMAIN.
             iteration: whose pair and router; None is the last one that has a router.
-            threshold: think where p(think) is at least this; None is the default that `make switch` chose.
+            threshold: think if p(think) is at least this; None is the default that `make switch` chose.
             url: a running server that answers for both modes, such as `make serve ITER=2` starts.
-            instruct_url, thinking_url: a running server for one mode; a mode without one is asked in process.
+            instruct_url, thinking_url: a running server for one mode; a mode without one answers in process.
 
         Raises:
             ThinkSwitchError: no run, no router yet, no server there, or one that serves something else.
@@ -212,23 +136,19 @@ class Switch:
         opened = open_run(Path(run))
         k = last_with_router(opened) if iteration is None else iteration
         router, default = stored_switch(opened, k)
-        keys = opened.recipe.keys
         checkpoints = {mode: opened.checkpoint(mode, k) for mode in MODES}
         addresses = {"instruct": instruct_url or url, "thinking": thinking_url or url}
-        here = InProcess(checkpoints, keys.engine.concurrency)
-        speakers: dict[str, Speaker] = {}
+        served: dict[str, Asker] = {}
         for mode, address in addresses.items():
-            speakers[mode] = here
             if address:
+                from thinkswitch_plugin.engines.client import ServedModel
+
                 chosen = servers.choose(address)
                 name, both = served_name(chosen, mode, checkpoints, alone=len(set(addresses.values())) == 2)
-                speakers[mode] = Served(chosen, name, keys.engine, both=both)
-        return cls(opened, checkpoints, router, default if threshold is None else threshold, speakers)
-
-    @property
-    def keys(self) -> ThinkSwitchKeys:
-        """The recipe's keys."""
-        return self.run.recipe.keys
+                fields = {"chat_template_kwargs": {SWITCH: mode == "thinking"}} if both else {}
+                keys = opened.recipe.keys.engine
+                served[mode] = ServedModel(servers.connect(chosen, name), name, keys, fields)
+        return cls(opened, checkpoints, router, default if threshold is None else threshold, served)
 
     def p_think(self, question: Question) -> float:
         """The probability that a question needs thinking; no checkpoint is asked."""
@@ -237,7 +157,7 @@ class Switch:
     def answer(self, question: Question) -> Routed:
         """Ask one question. Raises `ThinkSwitchError` if it cannot be asked or is not answered."""
         (found,) = self.answer_all([question])
-        if found.said is None:
+        if found.reply is None:
             raise ThinkSwitchError(f"The server gave no answer to this question: {found.problem}.")
         return found
 
@@ -254,13 +174,10 @@ class Switch:
         with Bar(len(asked), "answer", unit="answer") as bar:
             for mode in MODES:
                 numbers = [i for i in range(len(asked)) if bool(think[i]) == (mode == "thinking")]
-                for i, said in zip(numbers, self._ask(mode, [asked[i][1] for i in numbers], bar), strict=True):
+                for i, reply in zip(numbers, self._ask(mode, [asked[i][1] for i in numbers], bar), strict=True):
                     routed = Routed(asked[i][0], mode, float(p[i]), None)
-                    found[i] = (
-                        replace(routed, said=said)
-                        if isinstance(said, compare.Answer)
-                        else replace(routed, problem=str(said))
-                    )
+                    answered = isinstance(reply, compare.Answer)
+                    found[i] = replace(routed, **({"reply": reply} if answered else {"problem": str(reply)}))
         return [found[i] for i in range(len(asked))]
 
     def asked(self, question: Question) -> tuple[str, str]:
@@ -270,57 +187,70 @@ class Switch:
         text = row.pop(name) if name else None
         if not isinstance(text, str) or not text.strip():
             raise ThinkSwitchError("there is no question: it is missing, empty or not text.")
-        return text, prompts.as_asked(self.keys.prompts, text, row)[0]
+        return text, prompts.as_asked(self.run.recipe.keys.prompts, text, row)[0]
 
     def _ask(self, mode: str, texts: Sequence[str], bar: Bar) -> list[compare.Answer | Unanswered]:
         if not texts:
             return []
         bar.note(mode)
-        name = self.checkpoints[mode]
+        name, keys, seed = self.checkpoints[mode], self.run.recipe.keys, self.run.seed
         bodies = [
-            prompts.request_body(name, prompts.messages(self.keys.prompts, text), self.keys.sampling, self.run.seed)
-            for text in texts
+            prompts.request_body(name, prompts.messages(keys.prompts, text), keys.sampling, seed) for text in texts
         ]
-        self.speakers[mode].prepare(mode)
+        asker = self.served[mode] if mode in self.served else self._in_process(mode)
         started = time.monotonic()
-        replies = self.speakers[mode].ask(mode, bodies, bar)
+        replies = ask_in_order(asker, bodies, bar.update)
         seconds = (time.monotonic() - started) / len(replies)
-        tokenizer = self._tokenizer(mode)
-        return [
-            compare.read_reply(mode, name, reply, seconds, tokenizer) if isinstance(reply, dict) else reply
-            for reply in replies
-        ]
-
-    def _tokenizer(self, mode: str) -> Any:
         if mode not in self._tokenizers:
             from transformers import AutoTokenizer
 
-            self._tokenizers[mode] = AutoTokenizer.from_pretrained(self.checkpoints[mode])
-        return self._tokenizers[mode]
+            self._tokenizers[mode] = AutoTokenizer.from_pretrained(name)
+        return [
+            compare.read_reply(mode, name, reply, seconds, self._tokenizers[mode]) if isinstance(reply, dict) else reply
+            for reply in replies
+        ]
+
+    def _in_process(self, mode: str) -> EmbeddedEngine:
+        """The mode's checkpoint in memory, in place of the other one's; seeded."""
+        from transformers import set_seed
+
+        from thinkswitch_plugin.engines.embedded import EmbeddedEngine
+
+        if self._loaded is None or self._loaded[0] != mode:
+            folder = Path(self.checkpoints[mode])
+            if not (folder / "config.json").is_file():
+                raise ThinkSwitchError(f"There is no {mode} checkpoint {folder}; `make iterate` makes it.")
+            checkpoint.require_weights(folder)
+            if self._loaded:
+                self._loaded[1].close()
+                self._loaded = None
+            self._loaded = mode, EmbeddedEngine(folder, batch=self.run.recipe.keys.engine.concurrency)
+        set_seed(self.run.seed)
+        return self._loaded[1]
 
 
 def last_with_router(run: Run) -> int:
-    """The last iteration that has a router, or where there is none the last finished one, for the sentence."""
+    """The last iteration that has a router; without one the last finished iteration, for the sentence."""
     routers = (k for k in range(run.iterations, -1, -1) if (run.iteration(k) / "switch" / "router.skops").is_file())
     found = next(routers, None)
     return compare.last_finished(run) if found is None else found
 
 
 def answer_one(switch: Switch, question: str) -> Routed:
-    """Ask one question and print the answer, who gave it, p(think) and tokens."""
+    """Ask one question and print the answer, the mode, p(think) and tokens."""
     found = switch.answer(question)
     sign = "≥" if found.mode == "thinking" else "<"
     title = f"{found.mode} (p(think) = {found.p_think:.3f} {sign} {switch.threshold:.3f})"
-    assert found.said is not None
-    compare.show(question, [replace(found.said, title=title)])
+    assert found.reply is not None
+    compare.show(question, [replace(found.reply, title=title)])
     return found
 
 
 def answer_file(switch: Switch, source: str, out: Path | None) -> list[Routed]:
     """Ask every row of a JSONL file, or of the standard input; write one row each, in the same order.
 
-    A row holds `question` (or `prompt`, `problem`), further fields of the domain's template, and an `id` if it
-    likes. The counts go to the standard error, so that the standard output is JSONL and nothing else.
+    A row holds `question` (or `prompt`, `problem`), further fields of the domain's template, and optionally an `id`.
+    The counts go to the standard error, so that the standard output is JSONL and nothing else.
 
     Raises `ThinkSwitchError` naming the line of a row that cannot be asked.
     """
@@ -356,7 +286,7 @@ def counts(found: Sequence[Routed]) -> str:
     for mode in MODES:
         of_mode = [one for one in found if one.mode == mode]
         parts.append(f"{len(of_mode)} by {mode} ({sum(one.tokens for one in of_mode):,} tokens)")
-    failed = sum(one.said is None for one in found)
+    failed = sum(one.reply is None for one in found)
     text = (
         f"{len(found)} questions: {', '.join(parts)}, {sum(o.tokens for o in found) / len(found):.1f} tokens a question"
     )
