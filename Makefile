@@ -9,11 +9,7 @@ SEED       ?= 0
 ENGINE     ?= auto
 OVERLAY    ?=
 KEEP       ?= all
-ITER       ?= 1
-PORT       ?= 8000
-LAMBDAS    ?= 0 0.1 … 1
 KILLS      ?= 10
-BASELINES  ?= post
 SEEDS      ?= 0 1 2
 # Names as short as these may stand in somebody's environment for something else: they count on the command line only.
 $(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA RANK BASE LABELS,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
@@ -35,22 +31,26 @@ VENV := .venv
 TS   := $(VENV)/bin/thinkswitch
 RUN  := $(RUNS)/$(DOMAIN)
 
-# Settings reach the commands through the environment, never through a shell's command line.
-export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY KEEP RUN MODEL CONTROL PRICE_PER_HOUR
-export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KILLS BASE PORT QUESTION \
-	FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS
-export ITER_GIVEN := $(if $(filter command,$(firstword $(origin ITER))),yes)
-# Distributed training gives RANK a meaning of its own, and engines would read it.
-unexport RANK
-export LORA_RANK = $(RANK)
+# Settings reach the commands through the environment, never through a shell's command line: THINKSWITCH_<OPTION>
+# stands for an option of `thinkswitch`, and an empty one counts as left out.
+$(foreach name,DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY MODEL SAMPLING TEMPLATE LIMIT OUT LAMBDAS RANK BASE PORT \
+	QUESTION FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS KEEP,$(eval export THINKSWITCH_$(name) = $$($(name))))
+export THINKSWITCH_ITERATION = $(ITER)
+export THINKSWITCH_INSTRUCT = $(A)
+export THINKSWITCH_THINKING = $(B)
+export THINKSWITCH_SAMPLES = $(K)
+export THINKSWITCH_WEIGHT = $(LAMBDA)
+export THINKSWITCH_PRICE = $(PRICE_PER_HOUR)
+export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY KEEP RUN CONTROL PART RUN_FOLDERS INPUTS KILLS ITER A B OUT
+unexport RANK  # distributed training gives it a meaning of its own, and engines would read it
 export OMP_NUM_THREADS ?= $(shell nproc)
 export HF_HUB_DISABLE_TELEMETRY := 1
 ifeq ($(MAKELEVEL),0)
 # Whoever is killed, the stage at work ends too: it watches this process.
 export THINKSWITCH_OWNER := $(shell echo $$PPID)
 endif
-ifneq ($(filter arithmetic arithmetic-mixed,$(DOMAIN)),)
-# The embedded domains need no hub, and nothing may be fetched at run time.
+ifneq ($(shell grep -s '^ *embedded: true' 'recipes/$(DOMAIN).yaml'),)
+# An embedded domain needs no hub, and nothing may be fetched at run time.
 export HF_HUB_OFFLINE ?= 1
 endif
 
@@ -63,7 +63,7 @@ endif
 ##@ Run
 
 iterate: setup ## the whole method; again after a kill or a change, it goes on: make iterate DOMAIN=arithmetic ITERATIONS=2 SEED=0 ENGINE=auto KEEP=all|last|n
-	@$(TS) begin --domain "$$DOMAIN" --runs "$$RUNS" --seed "$$SEED" --engine "$$ENGINE" --iterations "$$ITERATIONS" --overlay "$$OVERLAY"
+	@$(TS) begin
 	@$(MAKE) --silent --no-print-directory loop
 
 loop: $(RUN)/.stamps/report.json ;
@@ -106,10 +106,10 @@ $(RUN)/.stamps/report.json: $(call stamp,$(lastword $(STEPS)),eval-thinking)
 	$(TS) report "$$RUN"  # what changed -> report.html, report.json, report.md, pictures
 
 check: setup ## everything that can be found wrong before a GPU hour is spent: make check DOMAIN=aime
-	@$(TS) check --domain "$$DOMAIN" --overlay "$$OVERLAY" --iterations "$$ITERATIONS"
+	@$(TS) check
 
 pair: setup ## only make or fetch the starting pair: make pair DOMAIN=aime
-	@$(TS) begin --domain "$$DOMAIN" --runs "$$RUNS" --seed "$$SEED" --engine "$$ENGINE" --iterations "$$ITERATIONS" --overlay "$$OVERLAY"
+	@$(TS) begin
 	@$(TS) pair "$$RUN"
 
 clean-run: ## delete the run folder RUNS/DOMAIN: make clean-run DOMAIN=arithmetic
@@ -127,55 +127,46 @@ report: setup ## write the page, tables and pictures of a finished run again: ma
 	@$(TS) report "$$RUN"
 
 compare: setup ## instruct before and after and thinking, side by side: make compare QUESTION='7*3+4*2' ITER=1 OUT=answers.json
-	@$(TS) compare "$$RUN" --question="$$QUESTION" --iteration="$${ITER_GIVEN:+$$ITER}" --instruct="$$A" --thinking="$$B" \
-	--engine="$$ENGINE" --overlay="$$OVERLAY" --out="$$OUT"
+	@$(TS) compare "$$RUN"
 
 eval: setup ## judge any checkpoint: make eval MODEL=folder DOMAIN=arithmetic
-	@$(TS) eval-model --domain "$$DOMAIN" --model "$$MODEL" --engine "$$ENGINE" --overlay "$$OVERLAY"
+	@$(TS) eval-model
 
 ##@ Tune λ, the weight of the thinking checkpoint
 
-OF_PAIR = --domain "$$DOMAIN" --runs "$$RUNS" --iteration "$$ITER" --instruct "$$A" --thinking "$$B" --seed "$$SEED" \
-	--engine "$$ENGINE" --overlay "$$OVERLAY" --out "$$OUT" --samples "$$K" --sampling "$$SAMPLING" \
-	--template "$${TEMPLATE:-instruct}" --limit "$$LIMIT"
-
 sweep: setup ## score, tokens, think ratio over λ: make sweep ITER=1 LAMBDAS="0 0.1 … 1"; or A=folder B=folder
-	@$(TS) sweep $(OF_PAIR) --lambdas "$$LAMBDAS"
+	@$(TS) sweep
 
 ablate: setup ## which layers and modules carry thinking: make ablate ITER=1 LAMBDA=0.8
-	@$(TS) judge-merges $(OF_PAIR) --lambda "$$LAMBDA" --name layers merge_configs/layers
-	@$(TS) judge-merges $(OF_PAIR) --lambda "$$LAMBDA" --name modules merge_configs/modules
+	@$(TS) judge-merges --name layers merge_configs/layers
+	@$(TS) judge-merges --name modules merge_configs/modules
 
 baselines: setup ## task arithmetic, TIES, DARE, three at once, transplant: make baselines ITER=1
-	@$(TS) judge-merges $(OF_PAIR) --lambda "$$LAMBDA" --name baselines merge_configs/slerp.yaml merge_configs/linear.yaml merge_configs/baselines
+	@$(TS) judge-merges --name baselines merge_configs/slerp.yaml merge_configs/linear.yaml merge_configs/baselines
 
 similarity: setup ## how near two checkpoints are: make similarity A=folder B=folder OUT=similarity
-	@$(TS) similarity "$$A" "$$B" --out "$${OUT:-similarity}"
+	@$(TS) similarity "$$A" "$$B"
 
 ##@ Think only where it pays
 
 labels: setup ## which questions need thinking? K-fold cross-validation: make labels DOMAIN=arithmetic FOLDS=5 BASELINES="post pre"
-	@$(TS) labels --domain "$$DOMAIN" --runs "$$RUNS" --seed "$$SEED" --engine "$$ENGINE" --overlay "$$OVERLAY" \
-		--folds "$$FOLDS" --baselines "$$BASELINES" --generations "$$GENERATIONS"
+	@$(TS) labels
 
 # The embedded domain of this experiment, where no other is named.
 adaptive: DOMAIN := $(if $(filter file,$(origin DOMAIN)),arithmetic-mixed,$(DOMAIN))
 adaptive: setup ## one model that chooses by itself, beside all controls: make adaptive DOMAIN=arithmetic-mixed SEEDS="0 1 2" FOLDS=5 CONDITIONS="no_prompt"
-	@$(VENV)/bin/python -m experiments adaptive --domain "$$DOMAIN" --runs "$$RUNS" --seeds "$$SEEDS" --engine "$$ENGINE" --overlay "$$OVERLAY" \
-		--folds "$$FOLDS" --generations "$$GENERATIONS" --conditions "$$CONDITIONS"
+	@$(VENV)/bin/python -m experiments adaptive
 
 switch: setup ## a router that asks instruct or thinking, judged on held-out questions: make switch ITER=2; LABELS=file LIMIT=n
-	@$(TS) switch "$$RUN" "$$ITER" --labels="$$LABELS" --limit="$$LIMIT"
+	@$(TS) switch "$$RUN" "$${ITER:-1}"
 
 ##@ Serve
 
 export-loras: setup ## instruct and thinking as two LoRAs of one base: make export-loras ITER=1 RANK="8 16 32 64 128"
-	@$(TS) export-loras --domain "$$DOMAIN" --runs "$$RUNS" --iteration "$$ITER" --instruct "$$A" --thinking "$$B" \
-		--seed "$$SEED" --engine "$$ENGINE" --overlay "$$OVERLAY" --out "$$OUT" --limit "$$LIMIT" --rank "$$LORA_RANK" --base "$$BASE"
+	@$(TS) export-loras
 
 serve: setup ## vLLM with both modes of an export, or one checkpoint: make serve ITER=1; make serve MODEL=folder
-	@$(TS) serve --domain "$$DOMAIN" --runs "$$RUNS" --iteration "$$ITER" --overlay "$$OVERLAY" --out "$$OUT" \
-		--model "$$MODEL" --rank "$$LORA_RANK" --port "$$PORT"
+	@$(TS) serve
 
 ##@ Prove
 

@@ -396,6 +396,6 @@ def test_refusals_are_one_sentence_and_write_nothing(own_run: Path, forked: Any,
 def test_make_passes_ranks_on_by_another_name(command: Any) -> None:
     # torch's and accelerate's RANK is the number of a process.
     shown = command("make", "--eval", "show: ; @env", "show", "RANK=8 16", RANK="3").stdout.splitlines()
-    assert "LORA_RANK=8 16" in shown and not [line for line in shown if line.startswith("RANK=")]
+    assert "THINKSWITCH_RANK=8 16" in shown and not [line for line in shown if line.startswith("RANK=")]
     shown = command("make", "--eval", "show: ; @env", "show", RANK="3", BASE="x").stdout.splitlines()
-    assert "LORA_RANK=" in shown and "BASE=" in shown
+    assert "THINKSWITCH_RANK=" in shown and "THINKSWITCH_BASE=" in shown

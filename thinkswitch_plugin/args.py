@@ -48,9 +48,11 @@ class PromptKeys(_Keys):
     config: str | None = Field(None, description="Configuration name of the hub dataset.")
     split: str = Field("train", description="Split of the hub dataset.")
     revision: str | None = Field(None, description="Hub commit or tag of the dataset to pin.")
-    subset: Literal["all", "pubmedqa-train"] = Field(
-        "all", description="pubmedqa-train: only rows outside PubMedQA's official 500-question test half."
+    outside: str | None = Field(
+        None,
+        description="lm-eval task whose questions are left out of the prompts, by the same test as `contamination_ngram`.",
     )
+    id: str = Field("id", description="Field with the id of a row; the row's number where it has none.")
     template: str = Field(
         "{{prompt}}", description="What the user turn says: Jinja over the row's fields, as lm-eval's doc_to_text."
     )

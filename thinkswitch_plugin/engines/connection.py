@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import re
 import ssl
 import urllib.error
@@ -14,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from thinkswitch_plugin.engines import replies
+from thinkswitch_plugin.environment import Variable, variable
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 LOOPBACK = "127.0.0.1"
@@ -35,7 +35,7 @@ def served_models(base_url: str) -> list[str]:
 
 def api_key() -> str | None:
     """The key for a server of the user's own. Raises `ThinkSwitchError`, without the key, if no header can carry it."""
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    key = (variable("OPENAI_API_KEY") or "").strip()
     if not re.fullmatch(r"[!-~]*", key):
         raise ThinkSwitchError("OPENAI_API_KEY holds a character that a key cannot have; copy the key again.")
     return key or None
@@ -52,11 +52,11 @@ def certificates(base_url: str) -> ssl.SSLContext | None:
 
     Raises `ThinkSwitchError` if they cannot be read.
     """
-    names = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR")
-    name = next((name for name in names if os.environ.get(name)), None)
-    if name is None or not base_url.startswith("https://"):
+    names: tuple[Variable, ...] = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR")
+    name, value = next(((name, value) for name in names if (value := variable(name))), ("", ""))
+    if not value or not base_url.startswith("https://"):
         return None
-    path = Path(os.environ[name])
+    path = Path(value)
     try:
         return ssl.create_default_context(
             cafile=None if path.is_dir() else path, capath=path if path.is_dir() else None

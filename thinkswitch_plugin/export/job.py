@@ -10,7 +10,6 @@ iter-1/export/export.json .md                the base, every rank, the scores, t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import is_local, resolve_seed
-from thinkswitch_plugin.data.sources import DATA_VARIABLE
 from thinkswitch_plugin.data.task_files import task_files
 from thinkswitch_plugin.engines.servers import MAX_LORA_RANKS, adapter_rank
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -169,7 +167,7 @@ class Job:
         return {
             "evaluation": keys.evaluation.model_dump(exclude={"contamination_ngram", "contamination_share"}),
             "task": {path.name: path.read_text(encoding="utf-8") for path in task_files(keys.evaluation.task)},
-            "data": os.environ.get(DATA_VARIABLE, ""),
+            "data": self.subject.data,
             "answer": keys.labels.answer,
             "server": uses_server(keys.evaluation, self.subject.engine),
         }

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from thinkswitch_plugin import console, files
+from thinkswitch_plugin import console, files, places
 from thinkswitch_plugin.args import EngineKeys, RebuildKeys
 from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.data import pairs
@@ -155,7 +155,7 @@ def rebuild_thinking(
     before.require_traces(reference, keys)
     require_compatible(instruct, anchor, Allowances(may_differ=tuple(keys.may_differ)))
     nearness = similarity(instruct, anchor)
-    config_path = Path(keys.config)
+    config_path = places.find(keys.config)
     template = allow(files.read_yaml(config_path), keys.may_differ)
     roles = {"instruct": str(instruct), "thinking": str(anchor)}
     # A server of the user's own does not serve a candidate.

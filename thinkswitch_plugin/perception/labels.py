@@ -150,24 +150,15 @@ def find_job(
         found = _of_run(run, home, name, seed)
     job = Job(recipe, seed, chosen, home, found, count, parse_baselines(baselines))
     if recipe.keys.pair.embedded:
-        make_embedded(recipe, seed)
+        from thinkswitch_plugin.demo import cache
+
+        cache.ensure(recipe.keys, seed)
     for path in (job.generations, job.requests):
         if not path.is_file():
             raise ThinkSwitchError(
                 f"{path} does not exist; the labels need a generations.jsonl and the requests.jsonl it answers beside it."
             )
     return job
-
-
-def make_embedded(recipe: Recipe, seed: int) -> None:
-    """Make what an embedded domain needs, unless it is there: the pair, and the mixed domain's training files."""
-    from thinkswitch_plugin.demo import cache, mixed
-
-    keys = recipe.keys
-    if keys.domain == mixed.DOMAIN:
-        cache.ensure_mixed(seed)
-    else:
-        cache.ensure_pair(seed, *(Path(resolve_seed(name, seed)) for name in (keys.pair.instruct, keys.pair.thinking)))
 
 
 def _of_run(run: Run | None, home: Path, name: str, seed: int) -> Path:

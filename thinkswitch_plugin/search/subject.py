@@ -29,6 +29,7 @@ class Subject:
     Attributes:
         roles: `instruct` and `thinking`; `instruct-0` (before distillation) and `base`
             (the common ancestor) where they are known.
+        data: a folder that the evaluation sets are read from; empty is the hub.
         of_run: the pair is the one that an iteration of a run rebuilds from.
     """
 
@@ -40,6 +41,7 @@ class Subject:
     home: Path
     iteration: int | None
     of_run: bool
+    data: str = ""
 
     @contextmanager
     def bench(self, work: Path, template: Template, used: Sequence[str]) -> Iterator[Bench]:
@@ -51,7 +53,7 @@ class Subject:
         with locked(self.home):
             hashes = Hashes(self.home)
             inputs = {name: str(hashes.of(self.roles[name])) for name in sorted(set(used))}
-            task = {str(path): hashes.of(path) for path in task_files(self.keys.evaluation.task)}
+            task = {str(path): hashes.of(path) for path in task_files(self.keys.evaluation.task, data=self.data)}
             hashes.save()
             yield Bench(
                 work=work,
@@ -110,22 +112,24 @@ class Wanted:
 
     Attributes:
         runs: the folder that holds the runs.
-        seed, engine, overlays: where there is no run; a run has its own.
+        seed, engine, overlay: where there is no run; a run has its own.
         instruct, thinking: checkpoints (folders or hub ids) in place of the run's; empty where none is given.
         out: where the results go, instead of the run's iteration.
         limit: judge by the first so many questions only.
+        data: a folder that the evaluation sets are read from; empty is the hub.
     """
 
     domain: str
     runs: Path
     seed: int
     engine: str
-    overlays: Sequence[str]
+    overlay: Sequence[str]
     iteration: int
     instruct: str
     thinking: str
     out: Path | None
     limit: int | None
+    data: str
 
     @property
     def folder(self) -> Path:
@@ -149,7 +153,7 @@ def find_subject(wanted: Wanted) -> Subject:
         ThinkSwitchError: no such run or iteration, other overlays than the run's, or the two checkpoints do not match.
     """
     folder, domain, iteration, seed = wanted.folder, wanted.domain, wanted.iteration, wanted.seed
-    overlays = tuple(overlay_path(name) for name in wanted.overlays)
+    overlays = tuple(overlay_path(name) for name in wanted.overlay)
     begun = settings_file(folder).is_file()
     if not begun and not (wanted.instruct and wanted.thinking):
         raise ThinkSwitchError(
@@ -189,7 +193,9 @@ def find_subject(wanted: Wanted) -> Subject:
         checkpoint.require_weights(role)
     require_compatible(roles["instruct"], roles["thinking"], Allowances(may_differ=tuple(keys.rebuild.may_differ)))
     named = "--".join(checkpoint.folder_name(name) for name in (wanted.instruct, wanted.thinking) if name)
-    where = wanted.out or (folder / f"iter-{iteration}" if wanted.of_run else Path("sweeps") / domain / named)
+    where = wanted.out or (
+        folder / f"iter-{iteration}" if wanted.of_run else wanted.runs.parent / "sweeps" / domain / named
+    )
     return Subject(
         keys=keys,
         roles=roles,
@@ -199,6 +205,7 @@ def find_subject(wanted: Wanted) -> Subject:
         home=folder if wanted.of_run else where,
         iteration=iteration if wanted.of_run else None,
         of_run=wanted.of_run,
+        data=wanted.data,
     )
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import console, files
+from thinkswitch_plugin import console, files, places
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.in_process import Sampling
 from thinkswitch_plugin.merging.config import allow, check_config, place_models, set_lambda
@@ -82,7 +82,7 @@ def sweep(subject: Subject, weights: Sequence[float], sampling: Sequence[Samplin
 
     Raises `ThinkSwitchError` if λ cannot be set in the recipe's merge config or a point fails.
     """
-    source = Path(subject.keys.rebuild.config)
+    source = places.find(subject.keys.rebuild.config)
     check_config(source)
     config = allow(files.read_yaml(source), subject.keys.rebuild.may_differ)
     folder = subject.out / ("sweep" + of_template(template))
