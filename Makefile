@@ -16,7 +16,7 @@ $(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA RANK BASE LABELS,$(if $(filt
 
 # What a setting may hold: `value` looks at it before Make would expand a $(shell …) in it.
 SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITER LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR A B K SAMPLING \
-	TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS
+	TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS COMMIT
 $(foreach name,$(SETTINGS),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
 # A question is free text: taken as it is, never expanded, and read by the command from the environment.
 override QUESTION := $(value QUESTION)
@@ -41,7 +41,7 @@ export THINKSWITCH_THINKING = $(B)
 export THINKSWITCH_SAMPLES = $(K)
 export THINKSWITCH_WEIGHT = $(LAMBDA)
 export THINKSWITCH_PRICE = $(PRICE_PER_HOUR)
-export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY KEEP RUN CONTROL PART RUN_FOLDERS INPUTS KILLS ITER A B OUT
+export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY KEEP RUN CONTROL COMMIT PART RUN_FOLDERS INPUTS KILLS ITER A B OUT
 unexport RANK  # distributed training gives it a meaning of its own, and engines would read it
 export OMP_NUM_THREADS ?= $(shell nproc)
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -58,7 +58,7 @@ endif
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines \
 	similarity labels adaptive switch export-loras serve control results chaos bench-engines bench-sweep bench-merge bench-export bench-faults \
-	bench-pairs bench-report gpu-check screenshots fuzz bad-input traces models lint test-fast test
+	bench-pairs bench-report gpu-check screenshots fuzz bad-input traces models lines lint test-fast test
 
 ##@ Run
 
@@ -220,6 +220,9 @@ gpu-check: ## what the recipe costs on this GPU, in under 8 minutes, with no net
 
 traces: setup ## a table of every trace convention in every shape: pair, dropped and why, or refused
 	@$(VENV)/bin/python -m experiments.traces_table
+
+lines: ## lines of Python by room, of another commit too: make lines COMMIT=main~5
+	@python3 -m experiments.lines $$COMMIT
 
 lint: setup ## ruff, mypy and the layers of imports
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy && $(VENV)/bin/lint-imports

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from experiments import adaptive_results
+from experiments.adaptive_picture import adaptive_picture
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import PerceptionKeys
 from thinkswitch_plugin.data import batch
@@ -38,7 +39,7 @@ from thinkswitch_plugin.perception.answering import load_model
 from thinkswitch_plugin.perception.labels import RATIONALES, Job, label, prepare_student
 from thinkswitch_plugin.perception.scoring import judge, read_columns
 from thinkswitch_plugin.perception.training import TYPES, Condition, train_condition
-from thinkswitch_plugin.report.pictures import adaptive_picture, save
+from thinkswitch_plugin.report.pictures import save
 from thinkswitch_plugin.report.questions import asked_texts
 from thinkswitch_plugin.router.classifier import candidates, describe
 from thinkswitch_plugin.run import locked, versions

@@ -18,6 +18,22 @@ PACKAGE = ROOT / "thinkswitch_plugin"
 # CUDA's devices, certificates and a key belong to other programs, and a key must not travel in values that are stored.
 MAY_READ = {PACKAGE / "environment.py"}
 
+MODULE, FUNCTION = 300, 60  # lines
+# Still over a limit, with their lines at most; the list may only get shorter.
+TOO_LONG = {
+    "engines/generate.py:generate": 70,
+    "export/job.py": 368,
+    "judging/evaluation.py": 450,
+    "judging/evaluation.py:run_lm_eval": 74,
+    "judging/in_process.py:evaluate": 64,
+    "loop/rebuild.py:rebuild_thinking": 93,
+    "perception/answering.py:answer": 66,
+    "perception/labels.py": 491,
+    "perception/labels.py:label": 65,
+    "perception/model.py": 399,
+    "router/switch.py": 363,
+}
+
 
 def reads_of_the_environment(path: Path) -> list[str]:
     """Where a module reads a variable. Setting one is no reading, nor is handing all of them to a child process."""
@@ -42,6 +58,18 @@ def test_no_module_reads_the_environment() -> None:
     modules = [path for path in PACKAGE.rglob("*.py") if path not in MAY_READ]
     assert [place for path in modules for place in reads_of_the_environment(path)] == []
     assert all(reads_of_the_environment(path) for path in MAY_READ)
+
+
+def test_no_module_and_no_function_is_longer_than_a_reader_can_hold() -> None:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        text, name = path.read_text(encoding="utf-8"), str(path.relative_to(PACKAGE))
+        if len(text.splitlines()) > MODULE:
+            found[name] = len(text.splitlines())
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (lines := node.end_lineno - node.lineno + 1) > FUNCTION:  # type: ignore[operator]
+                found[f"{name}:{node.name}"] = lines
+    assert {name: lines for name, lines in found.items() if lines > TOO_LONG.get(name, 0)} == {}
 
 
 def test_the_checkouts_files_are_found_from_any_folder_and_the_users_own_come_first(

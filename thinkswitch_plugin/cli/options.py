@@ -80,7 +80,7 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def of_pair(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the pair that it works on, as `wanted`: that of a run's iteration, or any two checkpoints."""
+    """Give a command the pair that it works on, as `pair`: that of a run's iteration, or any two checkpoints."""
 
     @together(
         DOMAIN,
@@ -99,10 +99,10 @@ def of_pair(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(**options: Any) -> None:
         from dataclasses import fields
 
-        from thinkswitch_plugin.search.subject import Wanted
+        from thinkswitch_plugin.search.pair import PairOptions
 
-        wanted = Wanted(**{field.name: options.pop(field.name) for field in fields(Wanted)})
-        function(wanted=wanted, **options)
+        pair = PairOptions(**{field.name: options.pop(field.name) for field in fields(PairOptions)})
+        function(pair=pair, **options)
 
     return call
 

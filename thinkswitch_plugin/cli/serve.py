@@ -76,13 +76,13 @@ def answer(pair: Path, source: str, out: Path | None, question: str, **options: 
     help="What the adapters are put on: instruct, thinking, instruct-0, a folder or a hub id "
     "(default: the starting instruct checkpoint).",
 )
-def export_loras(wanted: Any, rank: str, base: str) -> None:
+def export_loras(pair: Any, rank: str, base: str) -> None:
     """Instruct and thinking as two LoRAs of one base (mergekit), judged beside the full checkpoints -> export/."""
     from thinkswitch_plugin.export.job import export, find_base, find_pair, parse_ranks
 
     ranks = parse_ranks(rank)
-    subject = find_pair(wanted)
-    export(subject, find_base(subject, base), ranks)
+    found = find_pair(pair)
+    export(found, find_base(found, base), ranks)
 
 
 @main.command(context_settings={"ignore_unknown_options": True})

@@ -18,14 +18,14 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 @of_pair
 @of_candidates
 @click.option("--lambdas", default="0 0.1 … 1", show_default=True, help="Weights of the thinking checkpoint.")
-def sweep(wanted: Any, template: Any, sampling: str, samples: int | None, lambdas: str) -> None:
+def sweep(pair: Any, template: Any, sampling: str, samples: int | None, lambdas: str) -> None:
     """Interpolate a pair at many λ, judge each point, find the stages and the sweet spot -> sweep/."""
-    from thinkswitch_plugin.search.subject import find_subject
+    from thinkswitch_plugin.search.pair import find_pair
     from thinkswitch_plugin.search.sweep import parse_sampling, parse_weights
     from thinkswitch_plugin.search.sweep import sweep as run_sweep
 
     weights, drawn = parse_weights(lambdas), parse_sampling(sampling, samples)
-    run_sweep(find_subject(wanted), weights, drawn, template)
+    run_sweep(find_pair(pair), weights, drawn, template)
 
 
 @main.command("judge-merges")
@@ -35,11 +35,11 @@ def sweep(wanted: Any, template: Any, sampling: str, samples: int | None, lambda
 @click.option("--lambda", "weight", default="", help="λ put into every config that has one.")
 @click.argument("configs", nargs=-1, required=True, type=FOLDER)
 def judge_merges(
-    wanted: Any, template: Any, sampling: str, samples: int | None, name: str, weight: str, configs: tuple[Path, ...]
+    pair: Any, template: Any, sampling: str, samples: int | None, name: str, weight: str, configs: tuple[Path, ...]
 ) -> None:
     """Judge merge configs (YAML files, or folders of them) on one pair -> merges/NAME/."""
-    from thinkswitch_plugin.search.ablation import judge_configs
-    from thinkswitch_plugin.search.subject import find_subject
+    from thinkswitch_plugin.search.ablation import Job, judge_configs
+    from thinkswitch_plugin.search.pair import find_pair
     from thinkswitch_plugin.search.sweep import parse_sampling, parse_weights
 
     chosen = parse_weights(weight)[0] if weight.strip() else None
@@ -48,7 +48,7 @@ def judge_merges(
         raise click.UsageError(f"--name {name}: give a name, not a path.")
     if len(drawn) > 1:
         raise click.UsageError("--sampling: give one setting here.")
-    judge_configs(find_subject(wanted), name, configs, chosen, drawn[0], template)
+    judge_configs(find_pair(pair), configs, Job(name, chosen, drawn[0], template))
 
 
 @main.command(
@@ -120,7 +120,7 @@ def score(
 @main.command()
 def keys() -> None:
     """Every key under `thinkswitch:` in a recipe, as the table of docs/recipes.md."""
-    from thinkswitch_plugin.args import keys_table
+    from thinkswitch_plugin.cli.keys_table import keys_table
 
     for line in console.table(["key", "value", "default", "meaning"], keys_table()):
         click.echo(line)
