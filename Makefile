@@ -9,18 +9,14 @@ SEED       ?= 0
 ENGINE     ?= auto
 OVERLAY    ?=
 KEEP       ?= all
-ITER       ?= 1
-PORT       ?= 8000
-LAMBDAS    ?= 0 0.1 … 1
 KILLS      ?= 10
-BASELINES  ?= post
 SEEDS      ?= 0 1 2
 # Names as short as these may have another meaning in a user's environment: they count on the command line only.
 $(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA RANK BASE LABELS,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
 
 # What a setting may contain: `value` reads it before Make would expand a $(shell …) in it.
 SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITER LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR A B K SAMPLING \
-	TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS
+	TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS COMMIT
 $(foreach name,$(SETTINGS),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
 # A question is free text: taken as it is, never expanded, and read by the command from the environment.
 override QUESTION := $(value QUESTION)
@@ -35,22 +31,26 @@ VENV := .venv
 TS   := $(VENV)/bin/thinkswitch
 RUN  := $(RUNS)/$(DOMAIN)
 
-# Settings reach the commands through the environment, never through a shell's command line.
-export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY KEEP RUN MODEL CONTROL PRICE_PER_HOUR
-export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KILLS BASE PORT QUESTION \
-	FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS
-export ITER_GIVEN := $(if $(filter command,$(firstword $(origin ITER))),yes)
-# Distributed training gives RANK a meaning of its own, and engines would read it.
-unexport RANK
-export LORA_RANK = $(RANK)
+# Settings reach the commands through the environment, never through a shell's command line: THINKSWITCH_<OPTION>
+# stands for an option of `thinkswitch`, and an empty one counts as left out.
+$(foreach name,DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY MODEL SAMPLING TEMPLATE LIMIT OUT LAMBDAS RANK BASE PORT \
+	QUESTION FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS KEEP,$(eval export THINKSWITCH_$(name) = $$($(name))))
+export THINKSWITCH_ITERATION = $(ITER)
+export THINKSWITCH_INSTRUCT = $(A)
+export THINKSWITCH_THINKING = $(B)
+export THINKSWITCH_SAMPLES = $(K)
+export THINKSWITCH_WEIGHT = $(LAMBDA)
+export THINKSWITCH_PRICE = $(PRICE_PER_HOUR)
+export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY KEEP RUN CONTROL COMMIT PART RUN_FOLDERS INPUTS KILLS ITER A B OUT
+unexport RANK  # distributed training gives it a meaning of its own, and engines would read it
 export OMP_NUM_THREADS ?= $(shell nproc)
 export HF_HUB_DISABLE_TELEMETRY := 1
 ifeq ($(MAKELEVEL),0)
 # The running stage watches this process, so that it ends if `make` is killed.
 export THINKSWITCH_OWNER := $(shell echo $$PPID)
 endif
-ifneq ($(filter arithmetic arithmetic-mixed,$(DOMAIN)),)
-# The embedded domains need no hub, and nothing may be downloaded at run time.
+ifneq ($(shell grep -s '^ *embedded: true' 'recipes/$(DOMAIN).yaml'),)
+# An embedded domain needs no hub, and nothing may be downloaded at run time.
 export HF_HUB_OFFLINE ?= 1
 endif
 
@@ -58,12 +58,12 @@ endif
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines \
 	similarity labels adaptive switch export-loras serve control results chaos bench-engines bench-sweep bench-merge bench-export bench-faults \
-	bench-pairs bench-report gpu-check screenshots fuzz bad-input traces models lint test-fast test
+	bench-pairs bench-report gpu-check screenshots fuzz bad-input traces models lines lint test-fast test
 
 ##@ Run
 
 iterate: setup ## run the whole method, or continue it after a kill or a change: make iterate DOMAIN=arithmetic ITERATIONS=2 SEED=0 ENGINE=auto KEEP=all|last|n
-	@$(TS) begin --domain "$$DOMAIN" --runs "$$RUNS" --seed "$$SEED" --engine "$$ENGINE" --iterations "$$ITERATIONS" --overlay "$$OVERLAY"
+	@$(TS) begin
 	@$(MAKE) --silent --no-print-directory loop
 
 loop: $(RUN)/.stamps/report.json ;
@@ -106,10 +106,10 @@ $(RUN)/.stamps/report.json: $(call stamp,$(lastword $(STEPS)),eval-thinking)
 	$(TS) report "$$RUN"  # what changed -> report.html, report.json, report.md, pictures
 
 check: setup ## find problems before spending a GPU hour: make check DOMAIN=aime
-	@$(TS) check --domain "$$DOMAIN" --overlay "$$OVERLAY" --iterations "$$ITERATIONS"
+	@$(TS) check
 
 pair: setup ## only create or download the starting pair: make pair DOMAIN=aime
-	@$(TS) begin --domain "$$DOMAIN" --runs "$$RUNS" --seed "$$SEED" --engine "$$ENGINE" --iterations "$$ITERATIONS" --overlay "$$OVERLAY"
+	@$(TS) begin
 	@$(TS) pair "$$RUN"
 
 clean-run: ## delete the run folder RUNS/DOMAIN: make clean-run DOMAIN=arithmetic
@@ -127,55 +127,46 @@ report: setup ## write the page, tables and pictures of a finished run again: ma
 	@$(TS) report "$$RUN"
 
 compare: setup ## answers of instruct (before and after) and thinking, side by side: make compare QUESTION='7*3+4*2' ITER=1 OUT=answers.json
-	@$(TS) compare "$$RUN" --question="$$QUESTION" --iteration="$${ITER_GIVEN:+$$ITER}" --instruct="$$A" --thinking="$$B" \
-	--engine="$$ENGINE" --overlay="$$OVERLAY" --out="$$OUT"
+	@$(TS) compare "$$RUN"
 
 eval: setup ## evaluate any checkpoint: make eval MODEL=folder DOMAIN=arithmetic
-	@$(TS) eval-model --domain "$$DOMAIN" --model "$$MODEL" --engine "$$ENGINE" --overlay "$$OVERLAY"
+	@$(TS) eval-model
 
 ##@ Tune λ, the weight of the thinking checkpoint
 
-OF_PAIR = --domain "$$DOMAIN" --runs "$$RUNS" --iteration "$$ITER" --instruct "$$A" --thinking "$$B" --seed "$$SEED" \
-	--engine "$$ENGINE" --overlay "$$OVERLAY" --out "$$OUT" --samples "$$K" --sampling "$$SAMPLING" \
-	--template "$${TEMPLATE:-instruct}" --limit "$$LIMIT"
-
 sweep: setup ## score, tokens and think ratio over λ: make sweep ITER=1 LAMBDAS="0 0.1 … 1"; or A=folder B=folder
-	@$(TS) sweep $(OF_PAIR) --lambdas "$$LAMBDAS"
+	@$(TS) sweep
 
 ablate: setup ## which layers and modules are responsible for thinking: make ablate ITER=1 LAMBDA=0.8
-	@$(TS) judge-merges $(OF_PAIR) --lambda "$$LAMBDA" --name layers merge_configs/layers
-	@$(TS) judge-merges $(OF_PAIR) --lambda "$$LAMBDA" --name modules merge_configs/modules
+	@$(TS) judge-merges --name layers merge_configs/layers
+	@$(TS) judge-merges --name modules merge_configs/modules
 
 baselines: setup ## task arithmetic, TIES, DARE, three checkpoints at once, transplant: make baselines ITER=1
-	@$(TS) judge-merges $(OF_PAIR) --lambda "$$LAMBDA" --name baselines merge_configs/slerp.yaml merge_configs/linear.yaml merge_configs/baselines
+	@$(TS) judge-merges --name baselines merge_configs/slerp.yaml merge_configs/linear.yaml merge_configs/baselines
 
 similarity: setup ## how similar two checkpoints are: make similarity A=folder B=folder OUT=similarity
-	@$(TS) similarity "$$A" "$$B" --out "$${OUT:-similarity}"
+	@$(TS) similarity "$$A" "$$B"
 
 ##@ Think only where it pays
 
 labels: setup ## find the questions that need thinking, by K-fold cross-validation: make labels DOMAIN=arithmetic FOLDS=5 BASELINES="post pre"
-	@$(TS) labels --domain "$$DOMAIN" --runs "$$RUNS" --seed "$$SEED" --engine "$$ENGINE" --overlay "$$OVERLAY" \
-		--folds "$$FOLDS" --baselines "$$BASELINES" --generations "$$GENERATIONS"
+	@$(TS) labels
 
 # The embedded domain of this experiment, if no other is given.
 adaptive: DOMAIN := $(if $(filter file,$(origin DOMAIN)),arithmetic-mixed,$(DOMAIN))
 adaptive: setup ## train one model that decides by itself, with all controls: make adaptive DOMAIN=arithmetic-mixed SEEDS="0 1 2" FOLDS=5 CONDITIONS="no_prompt"
-	@$(VENV)/bin/python -m experiments adaptive --domain "$$DOMAIN" --runs "$$RUNS" --seeds "$$SEEDS" --engine "$$ENGINE" --overlay "$$OVERLAY" \
-		--folds "$$FOLDS" --generations "$$GENERATIONS" --conditions "$$CONDITIONS"
+	@$(VENV)/bin/python -m experiments adaptive
 
 switch: setup ## train a router between instruct and thinking, and evaluate it on held-out questions: make switch ITER=2; LABELS=file LIMIT=n
-	@$(TS) switch "$$RUN" "$$ITER" --labels="$$LABELS" --limit="$$LIMIT"
+	@$(TS) switch "$$RUN" "$${ITER:-1}"
 
 ##@ Serve
 
 export-loras: setup ## export instruct and thinking as two LoRAs of one base: make export-loras ITER=1 RANK="8 16 32 64 128"
-	@$(TS) export-loras --domain "$$DOMAIN" --runs "$$RUNS" --iteration "$$ITER" --instruct "$$A" --thinking "$$B" \
-		--seed "$$SEED" --engine "$$ENGINE" --overlay "$$OVERLAY" --out "$$OUT" --limit "$$LIMIT" --rank "$$LORA_RANK" --base "$$BASE"
+	@$(TS) export-loras
 
 serve: setup ## start vLLM with both modes of an export, or with one checkpoint: make serve ITER=1; make serve MODEL=folder
-	@$(TS) serve --domain "$$DOMAIN" --runs "$$RUNS" --iteration "$$ITER" --overlay "$$OVERLAY" --out "$$OUT" \
-		--model "$$MODEL" --rank "$$LORA_RANK" --port "$$PORT"
+	@$(TS) serve
 
 ##@ Prove
 
@@ -229,6 +220,9 @@ gpu-check: ## measure what the recipe costs on this GPU, in under 8 minutes and 
 
 traces: setup ## print a table of every trace convention in every shape: pair, dropped (and why), or refused
 	@$(VENV)/bin/python -m experiments.traces_table
+
+lines: ## lines of Python by room, of another commit too: make lines COMMIT=main~5
+	@python3 -m experiments.lines $$COMMIT
 
 lint: setup ## run ruff, mypy and the check of import layers
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy && $(VENV)/bin/lint-imports

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from experiments import adaptive_results
+from experiments.adaptive_picture import adaptive_picture
 from experiments.adaptive_scoring import judge, read_columns
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import PerceptionKeys
@@ -40,7 +41,7 @@ from thinkswitch_plugin.perception.label_job import LabelJob
 from thinkswitch_plugin.perception.label_material import RATIONALES
 from thinkswitch_plugin.perception.labels import label, prepare_student
 from thinkswitch_plugin.perception.training import TYPES, Condition, train_condition
-from thinkswitch_plugin.report.pictures import adaptive_picture, save
+from thinkswitch_plugin.report.pictures import save
 from thinkswitch_plugin.report.questions import asked_texts
 from thinkswitch_plugin.router.classifier import candidates, describe
 from thinkswitch_plugin.run import locked, versions

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from tests.conftest import BIN, ROOT
 from thinkswitch_plugin import cli
@@ -63,7 +64,7 @@ def test_make_has_rules_for_as_many_iterations_as_a_run_may_have() -> None:
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
 def test_each_stage_has_its_work_and_its_command(row: Any) -> None:
     assert callable(getattr(work, row.work))
-    words = [parameter.name for parameter in cli.main.commands[row.command].params]
+    words = [one.name for one in cli.main.commands[row.command].params if isinstance(one, click.Argument)]
     assert words == ["run", *(["iteration"] * (not row.single)), *(["mode"] * bool(row.mode))]
 
 
@@ -71,10 +72,14 @@ def test_the_report_has_a_file_for_each_picture_that_is_drawn() -> None:
     assert tuple(pictures.OF_REPORT) == REPORT_PICTURES and set(pictures.KINDS) == {"png", "svg"}
 
 
-def test_what_the_environment_says_reaches_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_environment_says_reaches_the_run(opened: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"KEEP": "last", "PRICE_PER_HOUR": "0.35", "THINKSWITCH_DATA": "mine"}.items():
         monkeypatch.setenv(name, value)
-    assert cli.given() == Given(keep="last", price="0.35", data="mine")
+    told: list[Given] = []
+    monkeypatch.setattr(cli.run, "open_run", lambda folder, given: told.append(given) or opened)
+    monkeypatch.setattr(cli.run, "execute", lambda *_, **__: None)
+    assert CliRunner().invoke(cli.main, ["report", "runs/arithmetic"]).exit_code == 0
+    assert told == [Given(keep="last", price="0.35", data="mine")]
 
 
 def test_a_command_without_its_iteration_is_wrong_usage() -> None:

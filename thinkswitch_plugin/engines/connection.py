@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import ssl
 import urllib.parse
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin.engines import replies
+from thinkswitch_plugin.environment import Variable, variable
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 LOOPBACK = "127.0.0.1"
@@ -25,7 +25,7 @@ def on_loopback(url: str) -> bool:
 
 def api_key() -> str | None:
     """The key for a server of the user's own. Raises `ThinkSwitchError`, without the key, if no header can carry it."""
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    key = (variable("OPENAI_API_KEY") or "").strip()
     if not re.fullmatch(r"[!-~]*", key):
         raise ThinkSwitchError("OPENAI_API_KEY holds a character that a key cannot have; copy the key again.")
     return key or None
@@ -43,10 +43,10 @@ def transport(base_url: str) -> dict[str, Any]:
     Raises `ThinkSwitchError` if the certificates that the environment names cannot be read.
     """
     verify: ssl.SSLContext | bool = True
-    names = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR")
-    name = next((name for name in names if os.environ.get(name)), None)
-    if name is not None and base_url.startswith("https://"):
-        path = Path(os.environ[name])
+    names: tuple[Variable, ...] = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR")
+    name, value = next(((name, value) for name in names if (value := variable(name))), ("", ""))
+    if value and base_url.startswith("https://"):
+        path = Path(value)
         kind = "capath" if path.is_dir() else "cafile"
         try:
             verify = ssl.create_default_context(**{kind: path})  # type: ignore[arg-type]

@@ -28,7 +28,8 @@ from thinkswitch_plugin.report import cards
 from thinkswitch_plugin.run import MODES, checkpoint, locked, open_run
 from thinkswitch_plugin.run.hashes import CARD, Hashes
 from thinkswitch_plugin.run.stamp import once, record, stored
-from thinkswitch_plugin.search.subject import Subject, Wanted, few_questions, find_subject, write_results
+from thinkswitch_plugin.search import pair as search
+from thinkswitch_plugin.search.pair import Pair, PairOptions, few_questions, write_results
 
 LEAST_KEPT = 0.98  # of the full checkpoint's think ratio, as where thinking is rebuilt
 HEADER = ["rank", "mode", "MB", "error", "accuracy", "95 %", "tokens", "think ratio", "keeps its mode and score"]
@@ -52,14 +53,14 @@ def parse_ranks(text: str) -> list[int]:
     return sorted({int(word) for word in words})
 
 
-def find_pair(wanted: Wanted) -> Subject:
+def find_pair(wanted: PairOptions) -> Pair:
     """The two checkpoints to export: those an iteration of a run ended with, or any two (both given).
 
-    Raises `ThinkSwitchError` as `find_subject` does, or if only one of the two is given.
+    Raises `ThinkSwitchError` as `search.find_pair` does, or if only one of the two is given.
     """
     if bool(wanted.instruct) != bool(wanted.thinking):
         raise ThinkSwitchError("Give both checkpoints, A=<instruct> B=<thinking>, or neither for those of a run.")
-    subject = find_subject(wanted)
+    subject = search.find_pair(wanted)
     if not subject.of_run:
         return subject
     # A sweep is about what thinking is rebuilt from; an export about what came of it.
@@ -72,7 +73,7 @@ def find_pair(wanted: Wanted) -> Subject:
     return replace(subject, roles={**subject.roles, "thinking": made})
 
 
-def find_base(subject: Subject, given: str) -> Base:
+def find_base(subject: Pair, given: str) -> Base:
     """The base: the starting instruct checkpoint, one of the pair's by its role, or any folder or hub id.
 
     Raises `ThinkSwitchError` if there is none.
@@ -92,7 +93,7 @@ def find_base(subject: Subject, given: str) -> Base:
     return Base(name, folder, commit)
 
 
-def export(subject: Subject, base: Base, ranks: Sequence[int]) -> dict[str, Any]:
+def export(subject: Pair, base: Base, ranks: Sequence[int]) -> dict[str, Any]:
     """Write and judge the adapters of every rank; return what `export.json` holds.
 
     What is there already and made of the same checkpoints is kept. Where a mode's checkpoint is the base itself,
@@ -150,7 +151,7 @@ def export(subject: Subject, base: Base, ranks: Sequence[int]) -> dict[str, Any]
 class Job:
     """One export: the pair, its base, where the files go, and the hash of every checkpoint and task file by its path."""
 
-    subject: Subject
+    subject: Pair
     base: Base
     out: Path
     hashes: dict[str, str]
@@ -166,6 +167,7 @@ class Job:
         return {
             "evaluation": keys.evaluation.model_dump(exclude={"contamination_ngram", "contamination_share"}),
             "task": {str(path): self.hashes[str(path)] for path in task_files(keys.evaluation.task)},
+            "data": self.subject.data,
             "answer": keys.labels.answer,
             "server": uses_server(keys.evaluation, self.subject.engine),
         }

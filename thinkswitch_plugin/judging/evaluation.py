@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import conventions, files
+from thinkswitch_plugin import conventions, files, places
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
 from thinkswitch_plugin.data import answers, batch, decisions, integers, marks, messages, statements, traces
 from thinkswitch_plugin.data.task_files import budget as task_budget
@@ -399,7 +399,7 @@ def run_lm_eval(
     files.remove(building)
     common: list[str | Path] = [
         "--include_path",
-        "lm_eval_tasks",
+        str(places.find(places.TASKS)),
         "--tasks",
         keys.task,
         "--apply_chat_template",

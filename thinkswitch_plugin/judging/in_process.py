@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from thinkswitch_plugin import places
 from thinkswitch_plugin.args import EvaluationKeys
 from thinkswitch_plugin.conventions import Convention
-from thinkswitch_plugin.data.task_files import TASKS
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.trace_tokens import SERVED, keep_tags
 
@@ -114,8 +114,8 @@ def load_task(keys: EvaluationKeys, sampling: Sampling, prefix: str = "", stop: 
     """
     from lm_eval.tasks import TaskManager, get_task_dict
 
-    ours = (TASKS / f"{keys.task}.yaml").is_file()
-    manager = TaskManager(include_path=str(TASKS), include_defaults=not ours)
+    ours = (places.find(places.TASKS) / f"{keys.task}.yaml").is_file()
+    manager = TaskManager(include_path=str(places.find(places.TASKS)), include_defaults=not ours)
     if keys.task not in manager.all_tasks:
         raise ThinkSwitchError(f"lm-eval knows no task {keys.task}; `lm_eval ls tasks` lists them.")
     changes: dict[str, Any] = {"task": keys.task}

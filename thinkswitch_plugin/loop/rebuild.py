@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from thinkswitch_plugin import console, files
+from thinkswitch_plugin import console, files, places
 from thinkswitch_plugin.args import EngineKeys, RebuildKeys
 from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.data import batch, pairs
@@ -168,7 +168,7 @@ def rebuild_thinking(
     before.require_some(check.reference, keys)
     require_compatible(instruct, anchor, Allowances(may_differ=tuple(keys.may_differ)))
     nearness = similarity(instruct, anchor)
-    source = Path(keys.config)
+    source = places.find(keys.config)
     template = allow(files.read_yaml(source), keys.may_differ)
     tried: list[dict[str, Any]] = []
     candidate = files.temporary_sibling(out)

@@ -27,9 +27,9 @@ def prepare_pair(run: Run, _k: int = 0) -> dict[str, Any]:
 
     keys = run.recipe.keys.pair
     if keys.embedded:
-        from thinkswitch_plugin.demo.cache import ensure_embedded
+        from thinkswitch_plugin.demo import cache
 
-        ensure_embedded(run.recipe.keys, run.seed)
+        cache.ensure(run.recipe.keys, run.seed)
     clean_prompts(run, 1)  # `write_requests` asks again, but after downloads and hours of evaluating the starting pair
     found: dict[str, dict[str, Any]] = {}
     for mode, revision in (("instruct", keys.revision_instruct), ("thinking", keys.revision_thinking)):

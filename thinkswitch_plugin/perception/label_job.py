@@ -86,9 +86,9 @@ def find_job(
     found = Path(named) if named else _of_run(run, home, name, seed)
     job = LabelJob(recipe, seed, engine, home, found, count)
     if recipe.keys.pair.embedded:
-        from thinkswitch_plugin.demo.cache import ensure_embedded
+        from thinkswitch_plugin.demo.cache import ensure
 
-        ensure_embedded(recipe.keys, seed)
+        ensure(recipe.keys, seed)
     for path in (job.generations, job.requests):
         if not path.is_file():
             raise ThinkSwitchError(

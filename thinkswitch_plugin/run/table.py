@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from thinkswitch_plugin import places
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run.folder import MODES, Run
 from thinkswitch_plugin.run.stage import Stage
@@ -146,7 +147,7 @@ def _rebuild(run: Run, k: int) -> Stage:
     return Stage(
         "rebuild",
         k,
-        (here / "instruct", anchor, Path(keys.config), here / "requests.jsonl", reference),
+        (here / "instruct", anchor, places.find(keys.config), here / "requests.jsonl", reference),
         (here / "thinking", here / "rebuild.json", here / "merge.yaml"),
         {"rebuild": keys.model_dump(), "engine": _answering(run), "trace": trace},
         resume_on=("rebuild", "engine"),
