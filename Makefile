@@ -9,18 +9,14 @@ SEED       ?= 0
 ENGINE     ?= auto
 OVERLAY    ?=
 KEEP       ?= all
-ITER       ?= 1
-PORT       ?= 8000
-LAMBDAS    ?= 0 0.1 … 1
 KILLS      ?= 10
-BASELINES  ?= post
 SEEDS      ?= 0 1 2
-# Names as short as these may stand in somebody's environment for something else: they count on the command line only.
+# Names as short as these may have another meaning in a user's environment: they count on the command line only.
 $(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA RANK BASE LABELS,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
 
-# What a setting may hold: `value` looks at it before Make would expand a $(shell …) in it.
+# What a setting may contain: `value` reads it before Make would expand a $(shell …) in it.
 SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITER LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR A B K SAMPLING \
-	TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS
+	TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS COMMIT
 $(foreach name,$(SETTINGS),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
 # A question is free text: taken as it is, never expanded, and read by the command from the environment.
 override QUESTION := $(value QUESTION)
@@ -35,22 +31,26 @@ VENV := .venv
 TS   := $(VENV)/bin/thinkswitch
 RUN  := $(RUNS)/$(DOMAIN)
 
-# Settings reach the commands through the environment, never through a shell's command line.
-export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY KEEP RUN MODEL CONTROL PRICE_PER_HOUR
-export ITER LAMBDAS LAMBDA A B K SAMPLING TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KILLS BASE PORT QUESTION \
-	FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS
-export ITER_GIVEN := $(if $(filter command,$(firstword $(origin ITER))),yes)
-# Distributed training gives RANK a meaning of its own, and engines would read it.
-unexport RANK
-export LORA_RANK = $(RANK)
+# Settings reach the commands through the environment, never through a shell's command line: THINKSWITCH_<OPTION>
+# stands for an option of `thinkswitch`, and an empty one counts as left out.
+$(foreach name,DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY MODEL SAMPLING TEMPLATE LIMIT OUT LAMBDAS RANK BASE PORT \
+	QUESTION FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS KEEP,$(eval export THINKSWITCH_$(name) = $$($(name))))
+export THINKSWITCH_ITERATION = $(ITER)
+export THINKSWITCH_INSTRUCT = $(A)
+export THINKSWITCH_THINKING = $(B)
+export THINKSWITCH_SAMPLES = $(K)
+export THINKSWITCH_WEIGHT = $(LAMBDA)
+export THINKSWITCH_PRICE = $(PRICE_PER_HOUR)
+export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY KEEP RUN CONTROL COMMIT PART RUN_FOLDERS INPUTS KILLS ITER A B OUT
+unexport RANK  # distributed training gives it a meaning of its own, and engines would read it
 export OMP_NUM_THREADS ?= $(shell nproc)
 export HF_HUB_DISABLE_TELEMETRY := 1
 ifeq ($(MAKELEVEL),0)
-# Whoever is killed, the stage at work ends too: it watches this process.
+# The running stage watches this process, so that it ends if `make` is killed.
 export THINKSWITCH_OWNER := $(shell echo $$PPID)
 endif
-ifneq ($(filter arithmetic arithmetic-mixed,$(DOMAIN)),)
-# The embedded domains need no hub, and nothing may be fetched at run time.
+ifneq ($(shell grep -s '^ *embedded: true' 'recipes/$(DOMAIN).yaml'),)
+# An embedded domain needs no hub, and nothing may be downloaded at run time.
 export HF_HUB_OFFLINE ?= 1
 endif
 
@@ -58,12 +58,12 @@ endif
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines \
 	similarity labels adaptive switch export-loras serve control results chaos bench-engines bench-sweep bench-merge bench-export bench-faults \
-	bench-pairs bench-report gpu-check screenshots fuzz bad-input traces models lint test-fast test
+	bench-pairs bench-report gpu-check screenshots fuzz bad-input traces models lines lint test-fast test
 
 ##@ Run
 
-iterate: setup ## the whole method; again after a kill or a change, it goes on: make iterate DOMAIN=arithmetic ITERATIONS=2 SEED=0 ENGINE=auto KEEP=all|last|n
-	@$(TS) begin --domain "$$DOMAIN" --runs "$$RUNS" --seed "$$SEED" --engine "$$ENGINE" --iterations "$$ITERATIONS" --overlay "$$OVERLAY"
+iterate: setup ## run the whole method, or continue it after a kill or a change: make iterate DOMAIN=arithmetic ITERATIONS=2 SEED=0 ENGINE=auto KEEP=all|last|n
+	@$(TS) begin
 	@$(MAKE) --silent --no-print-directory loop
 
 loop: $(RUN)/.stamps/report.json ;
@@ -105,20 +105,20 @@ $(foreach k,$(wordlist 2,20,$(STEPS)),$(eval $(call ITERATION,$(k),$(call stamp,
 $(RUN)/.stamps/report.json: $(call stamp,$(lastword $(STEPS)),eval-thinking)
 	$(TS) report "$$RUN"  # what changed -> report.html, report.json, report.md, pictures
 
-check: setup ## everything that can be found wrong before a GPU hour is spent: make check DOMAIN=aime
-	@$(TS) check --domain "$$DOMAIN" --overlay "$$OVERLAY" --iterations "$$ITERATIONS"
+check: setup ## find problems before spending a GPU hour: make check DOMAIN=aime
+	@$(TS) check
 
-pair: setup ## only make or fetch the starting pair: make pair DOMAIN=aime
-	@$(TS) begin --domain "$$DOMAIN" --runs "$$RUNS" --seed "$$SEED" --engine "$$ENGINE" --iterations "$$ITERATIONS" --overlay "$$OVERLAY"
+pair: setup ## only create or download the starting pair: make pair DOMAIN=aime
+	@$(TS) begin
 	@$(TS) pair "$$RUN"
 
 clean-run: ## delete the run folder RUNS/DOMAIN: make clean-run DOMAIN=arithmetic
-	@test -f "$$RUN/run.json" || { echo "clean-run: $$RUN is no run folder; name one by RUNS= and DOMAIN=, or begin one: make iterate" >&2; exit 1; }
+	@test -f "$$RUN/run.json" || { echo "clean-run: $$RUN is not a run folder; set RUNS= and DOMAIN=, or start a run: make iterate" >&2; exit 1; }
 	rm -rf "$$RUN"
 
 ##@ Look
 
-status: ## what is done, at work and left, and why it stopped; also from another window: make status DOMAIN=aime
+status: ## show what is done, running and left, and why a run stopped; also from another window: make status DOMAIN=aime
 	@test -x $(TS) || { echo "nothing is set up here yet; begin with: make iterate"; exit 0; }; \
 	$(TS) status "$$RUN"
 
@@ -126,130 +126,124 @@ report: setup ## write the page, tables and pictures of a finished run again: ma
 	@rm -f "$$RUN/.stamps/report.json"
 	@$(TS) report "$$RUN"
 
-compare: setup ## instruct before and after and thinking, side by side: make compare QUESTION='7*3+4*2' ITER=1 OUT=answers.json
-	@$(TS) compare "$$RUN" --question="$$QUESTION" --iteration="$${ITER_GIVEN:+$$ITER}" --instruct="$$A" --thinking="$$B" \
-	--engine="$$ENGINE" --overlay="$$OVERLAY" --out="$$OUT"
+compare: setup ## answers of instruct (before and after) and thinking, side by side: make compare QUESTION='7*3+4*2' ITER=1 OUT=answers.json
+	@$(TS) compare "$$RUN"
 
-eval: setup ## judge any checkpoint: make eval MODEL=folder DOMAIN=arithmetic
-	@$(TS) eval-model --domain "$$DOMAIN" --model "$$MODEL" --engine "$$ENGINE" --overlay "$$OVERLAY"
+eval: setup ## evaluate any checkpoint: make eval MODEL=folder DOMAIN=arithmetic
+	@$(TS) eval-model
 
 ##@ Tune λ, the weight of the thinking checkpoint
 
-OF_PAIR = --domain "$$DOMAIN" --runs "$$RUNS" --iteration "$$ITER" --instruct "$$A" --thinking "$$B" --seed "$$SEED" \
-	--engine "$$ENGINE" --overlay "$$OVERLAY" --out "$$OUT" --samples "$$K" --sampling "$$SAMPLING" \
-	--template "$${TEMPLATE:-instruct}" --limit "$$LIMIT"
+sweep: setup ## score, tokens and think ratio over λ: make sweep ITER=1 LAMBDAS="0 0.1 … 1"; or A=folder B=folder
+	@$(TS) sweep
 
-sweep: setup ## score, tokens, think ratio over λ: make sweep ITER=1 LAMBDAS="0 0.1 … 1"; or A=folder B=folder
-	@$(TS) sweep $(OF_PAIR) --lambdas "$$LAMBDAS"
+ablate: setup ## which layers and modules are responsible for thinking: make ablate ITER=1 LAMBDA=0.8
+	@$(TS) judge-merges --name layers merge_configs/layers
+	@$(TS) judge-merges --name modules merge_configs/modules
 
-ablate: setup ## which layers and modules carry thinking: make ablate ITER=1 LAMBDA=0.8
-	@$(TS) judge-merges $(OF_PAIR) --lambda "$$LAMBDA" --name layers merge_configs/layers
-	@$(TS) judge-merges $(OF_PAIR) --lambda "$$LAMBDA" --name modules merge_configs/modules
+baselines: setup ## task arithmetic, TIES, DARE, three checkpoints at once, transplant: make baselines ITER=1
+	@$(TS) judge-merges --name baselines merge_configs/slerp.yaml merge_configs/linear.yaml merge_configs/baselines
 
-baselines: setup ## task arithmetic, TIES, DARE, three at once, transplant: make baselines ITER=1
-	@$(TS) judge-merges $(OF_PAIR) --lambda "$$LAMBDA" --name baselines merge_configs/slerp.yaml merge_configs/linear.yaml merge_configs/baselines
-
-similarity: setup ## how near two checkpoints are: make similarity A=folder B=folder OUT=similarity
-	@$(TS) similarity "$$A" "$$B" --out "$${OUT:-similarity}"
+similarity: setup ## how similar two checkpoints are: make similarity A=folder B=folder OUT=similarity
+	@$(TS) similarity "$$A" "$$B"
 
 ##@ Think only where it pays
 
-labels: setup ## which questions need thinking? K-fold cross-validation: make labels DOMAIN=arithmetic FOLDS=5 BASELINES="post pre"
-	@$(TS) labels --domain "$$DOMAIN" --runs "$$RUNS" --seed "$$SEED" --engine "$$ENGINE" --overlay "$$OVERLAY" \
-		--folds "$$FOLDS" --baselines "$$BASELINES" --generations "$$GENERATIONS"
+labels: setup ## find the questions that need thinking, by K-fold cross-validation: make labels DOMAIN=arithmetic FOLDS=5 BASELINES="post pre"
+	@$(TS) labels
 
-# The embedded domain of this experiment, where no other is named.
+# The embedded domain of this experiment, if no other is given.
 adaptive: DOMAIN := $(if $(filter file,$(origin DOMAIN)),arithmetic-mixed,$(DOMAIN))
-adaptive: setup ## one model that chooses by itself, beside all controls: make adaptive DOMAIN=arithmetic-mixed SEEDS="0 1 2" FOLDS=5 CONDITIONS="no_prompt"
-	@$(VENV)/bin/python -m experiments adaptive --domain "$$DOMAIN" --runs "$$RUNS" --seeds "$$SEEDS" --engine "$$ENGINE" --overlay "$$OVERLAY" \
-		--folds "$$FOLDS" --generations "$$GENERATIONS" --conditions "$$CONDITIONS"
+adaptive: setup ## train one model that decides by itself, with all controls: make adaptive DOMAIN=arithmetic-mixed SEEDS="0 1 2" FOLDS=5 CONDITIONS="no_prompt"
+	@$(VENV)/bin/python -m experiments adaptive
 
-switch: setup ## a router that asks instruct or thinking, judged on held-out questions: make switch ITER=2; LABELS=file LIMIT=n
-	@$(TS) switch "$$RUN" "$$ITER" --labels="$$LABELS" --limit="$$LIMIT"
+switch: setup ## train a router between instruct and thinking, and evaluate it on held-out questions: make switch ITER=2; LABELS=file LIMIT=n
+	@$(TS) switch "$$RUN" "$${ITER:-1}"
 
 ##@ Serve
 
-export-loras: setup ## instruct and thinking as two LoRAs of one base: make export-loras ITER=1 RANK="8 16 32 64 128"
-	@$(TS) export-loras --domain "$$DOMAIN" --runs "$$RUNS" --iteration "$$ITER" --instruct "$$A" --thinking "$$B" \
-		--seed "$$SEED" --engine "$$ENGINE" --overlay "$$OVERLAY" --out "$$OUT" --limit "$$LIMIT" --rank "$$LORA_RANK" --base "$$BASE"
+export-loras: setup ## export instruct and thinking as two LoRAs of one base: make export-loras ITER=1 RANK="8 16 32 64 128"
+	@$(TS) export-loras
 
-serve: setup ## vLLM with both modes of an export, or one checkpoint: make serve ITER=1; make serve MODEL=folder
-	@$(TS) serve --domain "$$DOMAIN" --runs "$$RUNS" --iteration "$$ITER" --overlay "$$OVERLAY" --out "$$OUT" \
-		--model "$$MODEL" --rank "$$LORA_RANK" --port "$$PORT"
+serve: setup ## start vLLM with both modes of an export, or with one checkpoint: make serve ITER=1; make serve MODEL=folder
+	@$(TS) serve
 
 ##@ Prove
 
-verify: setup ## do the files of a run still fit together? reads every one of them: make verify DOMAIN=aime
+verify: setup ## read all files of a run and check that they still fit together: make verify DOMAIN=aime
 	@$(TS) verify "$$RUN"
 
-control: setup ## one control experiment on iteration 1: make control CONTROL=shuffled|true-labels|undistilled|rounded
+control: setup ## run a control experiment on iteration 1: make control CONTROL=shuffled|true-labels|undistilled|rounded
 	@$(VENV)/bin/python -m experiments control "$$CONTROL" "$$RUN"
 
-results: setup ## tables of docs/results.md, or by PART=interpolation of docs/interpolation.md: make results RUN_FOLDERS="runs/arithmetic runs-1/arithmetic"
+results: setup ## print the tables of docs/results.md, or of docs/interpolation.md with PART=interpolation: make results RUN_FOLDERS="runs/arithmetic runs-1/arithmetic"
 	@$(VENV)/bin/python -m experiments results --part "$${PART:-loop}" -- $$RUN_FOLDERS
 
-chaos: setup ## SIGKILL runs at random instants and compare with an undisturbed one: make chaos KILLS=10
+chaos: setup ## kill runs with SIGKILL at random times and compare them with an undisturbed run: make chaos KILLS=10
 	@$(VENV)/bin/python -m experiments.chaos --kills "$$KILLS" --seed "$$SEED"
 
-bench-engines: setup ## the embedded engine beside lm-eval's hf backend and transformers serve
+bench-engines: setup ## compare the embedded engine with lm-eval's hf backend and transformers serve
 	@$(VENV)/bin/python -m experiments.bench_engines
 
-bench-sweep: setup ## an 11-point sweep in memory beside mergekit-yaml + lm_eval per point
+bench-sweep: setup ## compare an 11-point sweep in memory with mergekit-yaml + lm_eval per point
 	@$(VENV)/bin/python -m experiments.bench_sweep
 
-bench-merge: setup ## time and memory of a merge at 4 B parameters beside mergekit's own (50 GB of disk)
+bench-merge: setup ## time and memory of a merge at 4 B parameters, compared with mergekit (needs 50 GB of disk)
 	@$(VENV)/bin/python -m experiments.bench_merge $(BENCH)
 
-bench-export: setup ## time and memory of extracting a LoRA at 4 B shape, a few layers of it
+bench-export: setup ## time and memory of extracting a LoRA from a few layers of 4 B shape
 	@$(VENV)/bin/python -m experiments.bench_export $(BENCH)
 
-bench-faults: setup ## 10,000 requests through a server that fails in every way: each accounted for once?
+bench-faults: setup ## send 10,000 requests through a server that fails in every way, and check that each is accounted for once
 	@$(VENV)/bin/python -m experiments.bench_faults
 
-bench-pairs: setup ## pairs from 100,000 generations of 20 kB (2.6 GB of TMPDIR): memory and speed
+bench-pairs: setup ## memory and speed of building pairs from 100,000 generations of 20 kB (needs 2.6 GB in TMPDIR)
 	@$(VENV)/bin/python -m experiments.bench_pairs
 
-bench-report: setup ## the report of 10,000 questions x 8 samples (4 GB of TMPDIR): time, memory, a page that opens
+bench-report: setup ## time and memory of the report of 10,000 questions x 8 samples (needs 4 GB in TMPDIR)
 	@$(VENV)/bin/python -m experiments.bench_report
 
-screenshots: setup ## docs/pictures/report-*.png of a run's page: make screenshots RUN_FOLDERS=runs/arithmetic
+screenshots: setup ## write docs/pictures/report-*.png from the page of a run: make screenshots RUN_FOLDERS=runs/arithmetic
 	@$(VENV)/bin/python -m experiments.screenshots "$${RUN_FOLDERS:-$$RUN}"
 
-fuzz: setup ## random inputs through splitting, answers, pairs, recipes, prompts: make fuzz INPUTS=1000000
+fuzz: setup ## random inputs for trace splitting, answers, pairs, recipes and prompts: make fuzz INPUTS=1000000
 	@$(VENV)/bin/python -m experiments.fuzz --inputs "$${INPUTS:-100000}"
 
-models: setup ## what works with which architecture, on tiny random models of each: make models
+models: setup ## test every architecture with tiny random models and write the table of docs/models.md: make models
 	@$(VENV)/bin/python -m experiments.models --write docs/models.md
 
-bad-input: setup ## a table of every broken file and what the real command answers to it
+bad-input: setup ## print a table of damaged files and what the real command answers
 	@$(VENV)/bin/python -m tests.bad_input
 
-gpu-check: ## what the recipe costs on this GPU, in under 8 minutes, with no network: make gpu-check OUT=gpu-check.json
+gpu-check: ## measure what the recipe costs on this GPU, in under 8 minutes and without a network: make gpu-check OUT=gpu-check.json
 	@$$(ls $(VENV)/bin/python 2>/dev/null || echo python3) experiments/gpu_check.py --out "$${OUT:-gpu-check.json}"
 
-traces: setup ## a table of every trace convention in every shape: pair, dropped and why, or refused
+traces: setup ## print a table of every trace convention in every shape: pair, dropped (and why), or refused
 	@$(VENV)/bin/python -m experiments.traces_table
 
-lint: setup ## ruff, mypy and the layers of imports
+lines: ## lines of Python by room, of another commit too: make lines COMMIT=main~5
+	@python3 -m experiments.lines $$COMMIT
+
+lint: setup ## run ruff, mypy and the check of import layers
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy && $(VENV)/bin/lint-imports
 
 test-fast test: export OMP_NUM_THREADS := 1
-test-fast: setup lint ## lint, types and the unit tests, which start no engine: a few minutes
+test-fast: setup lint ## run lint and the tests that start no engine: a few minutes
 	@$(VENV)/bin/pytest -m "not slow"
 
-test: setup setup-vllm lint ## lint, types, unit tests, one real iteration, one generation by real vLLM
+test: setup setup-vllm lint ## run lint and all tests, including a real iteration and real vLLM
 	@$(VENV)/bin/pytest
 
 ##@ Set up
 
-setup: ## make .venv (torch, axolotl, mergekit, lm-eval and this project)
+setup: ## create .venv (torch, axolotl, mergekit, lm-eval and this project)
 	@requirements/install.sh $(VENV) requirements/train.txt
 
-setup-vllm: ## make .venv-vllm: vLLM, CUDA or CPU build
+setup-vllm: ## create .venv-vllm (vLLM, CUDA or CPU build)
 	@if [ -e /proc/driver/nvidia/version ]; then list=gpu; else list=cpu; fi; \
 	requirements/install.sh .venv-vllm requirements/vllm-$$list.txt
 
-help: ## this text
+help: ## print this text
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { group = substr($$0, 5) } \
 	/^[a-z-]+:.*## / { if (group) printf "\n%s\n", group; group = ""; \
 	example = match($$2, /: make .*/) ? substr($$2, RSTART + 2) : ""; sub(/: make .*/, "", $$2); \

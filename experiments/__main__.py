@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
-from thinkswitch_plugin.cli import FOLDER, OVERLAY, Group, prepare, whole_number
+from thinkswitch_plugin.cli import Group, prepare
+from thinkswitch_plugin.cli.options import DOMAIN, ENGINE, FOLDER, OVERLAY, RUNS
 from thinkswitch_plugin.run import open_run
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group)
 def main() -> None:
     """Controls, the adaptive experiment and the tables of docs/."""
     prepare()
@@ -43,30 +44,27 @@ def results(part: str, runs: tuple[Path, ...]) -> None:
 
 
 @main.command()
-@click.option("--domain", required=True, help="Name of a recipe in recipes/; its task judges.")
-@click.option("--runs", default="runs", show_default=True, type=FOLDER, help="Folder that holds the runs.")
+@DOMAIN
+@RUNS
 @click.option("--seeds", default="0 1 2", show_default=True, help="One whole experiment each, by spaces.")
-@click.option("--engine", default="auto", show_default=True, help="auto, vllm or embedded: who answers for the labels.")
-@click.option("--folds", default="", help="K of the labels (default: the recipe's).")
+@ENGINE
+@click.option("--folds", type=int, help="K of the labels (default: the recipe's).")
 @click.option(
     "--generations", default="", help="A generations.jsonl, instead of the recipe's or iteration 1 of the run."
 )
 @click.option("--conditions", default="", help="Some of the controls only, by spaces (default: all).")
 @OVERLAY
-def adaptive(domain: str, runs: Path, seeds: str, folds: str, conditions: str, overlay: str, **options: Any) -> None:
+def adaptive(domain: str, runs: Path, seeds: str, conditions: str, overlay: tuple[str, ...], **options: Any) -> None:
     """Adaptive thinking with all its controls: labels, training, evaluation, table and picture -> adaptive/."""
     from experiments.adaptive import run_experiment
-    from thinkswitch_plugin.perception.labels import find_job
+    from thinkswitch_plugin.perception.label_job import find_job
 
     words = seeds.split()
     numbers = [int(word) for word in words if word.isascii() and word.isdigit()]
     if not numbers or len(set(numbers)) < len(words):
         raise click.UsageError(f"--seeds {seeds!r}: give different whole numbers, by spaces.")
-    count = whole_number("--folds", folds)
-    run_experiment(
-        [find_job(domain, runs, seed=number, overlays=overlay.split(), folds=count, **options) for number in numbers],
-        conditions,
-    )
+    jobs = [find_job(domain, runs, seed=number, overlays=overlay, **options) for number in numbers]
+    run_experiment(jobs, conditions)
 
 
 if __name__ == "__main__":

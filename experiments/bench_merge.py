@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mergekit.io.tensor_writer import TensorWriter
 from safetensors import safe_open
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.merging.tensors import list_tensors
-from thinkswitch_plugin.merging.writer import StreamingWriter
 
 WEIGHT = 0.8  # λ of every candidate
 NOISE = 0.054  # relative; makes σ ≈ 0.027, the real pair's
@@ -149,7 +149,7 @@ def make_pair(folder: Path, layers: int, vocabulary: int = VOCABULARY) -> tuple[
     block, noise = (torch.randn(2**22 + 9, generator=generator) for _ in range(2))
     pair = folder / "instruct", folder / "thinking"
     for path, scale in zip(pair, (0.0, NOISE), strict=True):
-        writer = StreamingWriter(str(path), SHARD)
+        writer = TensorWriter(str(path), SHARD)
         values = (0.02 * (block + scale * noise)).bfloat16()
         for name, shape in shapes(layers, vocabulary):
             count = torch.Size(shape).numel()

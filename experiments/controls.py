@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import console, files
+from thinkswitch_plugin import console, files, places
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint
 from thinkswitch_plugin.loop import work
@@ -58,7 +58,7 @@ def run_control(run: Run, name: str) -> None:
             work.merge_adapter(here, run.checkpoint("instruct", 0), out, on_cpu=on_cpu, rounded=True)
         else:
             weight = files.read_json(run.iteration(1) / "rebuild.json")["lambda"]
-            config = Path(run.recipe.keys.rebuild.config)
+            config = places.find(run.recipe.keys.rebuild.config)
             merged = place_models(
                 set_lambda(allow(files.read_yaml(config), run.recipe.keys.rebuild.may_differ), weight, config),
                 {mode: run.checkpoint(mode, 0) for mode in MODES},

@@ -1,19 +1,27 @@
-"""The functions that the task files beside this one name. Importing them needs no axolotl.
+"""The functions that the task files in this folder name. They do not need axolotl.
 
-Off line, set THINKSWITCH_DATA to a folder that holds `aime_2026` and `pubmedqa` as
+To work offline, set THINKSWITCH_DATA to a folder that contains `aime_2026` and `pubmedqa` as
 .jsonl, .csv or .parquet, with the columns of the hub's datasets.
 
-A `NAME_dataset` gets the model arguments of the run from lm-eval; a `grade_KIND` reads answers as
-docs/grading.md says under that kind.
+lm-eval passes the model arguments of the run to each `NAME_dataset`. A `grade_KIND` reads answers by the
+rules for that kind in docs/grading.md.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import math
+import os
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from thinkswitch_plugin.data import answers
+from pydantic import BaseModel, Field, StrictInt, StringConstraints, ValidationError
+
+from thinkswitch_plugin.data import answers, sources
+from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.figures import question_metrics
 from thinkswitch_plugin.judging.samples import completions
 from thinkswitch_plugin.judging.verdict import final_answer, split, verdict_on
@@ -23,7 +31,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 log = logging.getLogger("lm_eval")
-TRACE_REMOVED = "trace_removed"  # column of the questions where lm-eval removes the traces before grading
+TRACE_REMOVED = "trace_removed"  # a column of the questions, if lm-eval removes the traces before grading
+
+DATA_VARIABLE = "THINKSWITCH_DATA"
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+PUBMEDQA_ROWS, PUBMEDQA_SUBSET = 1000, 30
+# sha256 of the sorted test ids, one a line: proof that the split below is the official one.
+PUBMEDQA_TEST_SHA256 = "406e3b89eff577ed38571eca5a5819734a6f49ac0437d171b6c64e5c3cd195f8"
 
 
 def arithmetic_dataset(**arguments: Any) -> dict[str, Any]:
@@ -47,27 +61,21 @@ def arithmetic_mixed_dataset(**arguments: Any) -> dict[str, Any]:
 
 def aime_dataset(**arguments: Any) -> dict[str, Any]:
     """AIME 2026: 30 problems from MathArena/aime_2026, or from THINKSWITCH_DATA."""
-    from thinkswitch_plugin.data.sources import aime_rows
-
     return _test(aime_rows(), arguments)
 
 
 def pubmedqa_dataset(**arguments: Any) -> dict[str, Any]:
     """The fixed 30-question subset of PubMedQA's official test half."""
-    from thinkswitch_plugin.data.sources import pubmedqa_subset
-
     return _test(pubmedqa_subset(), arguments)
 
 
 def pubmedqa_full_dataset(**arguments: Any) -> dict[str, Any]:
     """All 500 questions of PubMedQA's official test half."""
-    from thinkswitch_plugin.data.sources import pubmedqa_half
-
     return _test(pubmedqa_half("test"), arguments)
 
 
 def _test(rows: Dataset, arguments: dict[str, Any]) -> dict[str, Dataset]:
-    """The questions as a test split; they note if a model argument of the run removes the traces."""
+    """The questions as a test split, with a mark if a model argument of the run removes the traces."""
     if arguments.get("think_end_token") is not None:
         log.warning(
             "`think_end_token` in the model arguments removes the traces before they are graded, so no think ratio "
@@ -102,10 +110,10 @@ def grade_digit(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
 
 
 def grade_arithmetic_mixed(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
-    """One digit, in whichever format; `accuracy_<stratum>` is there for the question's own stratum only.
+    """One digit, in either format. `accuracy_<stratum>` is reported for the stratum of the question only.
 
-    lm-eval takes each metric's mean over the questions that have it. A checkpoint that knows no format (one of
-    the loop's) is read as in `thinkswitch_arithmetic`.
+    lm-eval averages each metric over the questions that have it. A checkpoint that knows no format (one of
+    the loop) is graded as in `thinkswitch_arithmetic`.
     """
     from thinkswitch_plugin.data import formats
 
@@ -136,7 +144,7 @@ def grade_matharena(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
 
 
 def grade_decision(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
-    """Yes, no or maybe; `macro_f1` is the gold decision followed by what was read of each completion."""
+    """Yes, no or maybe. `macro_f1` is the gold decision, followed by the decision read from each completion."""
     reported, gold = _graded("decision", doc, results), _gold(doc)
     if "mean@k" in reported:
         found = [final_answer("decision", split(text)) for text in completions(results)]
@@ -145,7 +153,7 @@ def grade_decision(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
 
 
 def grade_exact(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
-    """The whole answer, letter by letter."""
+    """The whole answer, compared as text."""
     return _graded("exact", doc, results)
 
 
@@ -162,11 +170,11 @@ def think_ratio(questions: Sequence[Sequence[int]]) -> float:
 def macro_f1(questions: Sequence[Sequence[str | None]]) -> float:
     """Macro-F1 over the decisions, the mean of k runs: the j-th completions of all questions are one run.
 
-    As PubMedQA's authors work it out (pubmedqa/pubmedqa, evaluation.py); a completion without a
-    readable answer is a miss of its gold decision and no decision itself.
+    Computed as by PubMedQA's authors (pubmedqa/pubmedqa, evaluation.py). A completion without a
+    readable answer is a miss of its gold decision, and is not a decision itself.
 
     Args:
-        questions: for each question its gold decision, then what was read of each of its k completions.
+        questions: for each question its gold decision, followed by the decision read from each of its k completions.
     """
     from sklearn.metrics import f1_score
 
@@ -177,3 +185,134 @@ def macro_f1(questions: Sequence[Sequence[str | None]]) -> float:
         read = ["unread" if one is None else one for one in run]
         scores.append(f1_score(gold, read, labels=decisions, average="macro", zero_division=0.0))
     return float(sum(scores) / len(scores))
+
+
+class AimeRow(BaseModel):
+    """What the AIME task reads of a row."""
+
+    problem: Text
+    answer: StrictInt | Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^[+-]?\d+$")]
+
+
+class PubMedQAContext(BaseModel):
+    """The paragraphs of an abstract."""
+
+    contexts: Annotated[list[Text], Field(min_length=1)]
+
+
+class PubMedQARow(BaseModel):
+    """What the PubMedQA tasks read of a row."""
+
+    pubid: StrictInt | Text
+    question: Text
+    context: PubMedQAContext
+    final_decision: Literal["yes", "no", "maybe"]
+
+
+def evaluation_rows(file_name: str, hub: str, config: str | None, shape: type[BaseModel], name: str) -> Dataset:
+    """An evaluation set from THINKSWITCH_DATA where that is set, else from the hub.
+
+    Args:
+        shape: what every row must hold; other columns are kept.
+        name: the column that tells one question from another.
+
+    Raises `ThinkSwitchError` naming what is missing, or the row and field that is wrong.
+    """
+    from datasets import Dataset
+    from pyarrow import ArrowInvalid, ArrowTypeError
+
+    folder = os.environ.get(DATA_VARIABLE)
+    if not folder:
+        rows = sources.load_hub(hub, config, "train", None)[0]
+        check_rows(((f"{hub}, row {n}", row) for n, row in enumerate(rows, 1)), hub, shape, name)
+        return rows
+    for suffix in sources.SUFFIXES:
+        path = Path(folder) / f"{file_name}{suffix}"
+        if path.exists():
+            unit = "line" if suffix == ".jsonl" else "row"
+            found = [(f"{path}, {unit} {n}", row) for n, row in sources.read_file(path)]
+            check_rows(found, str(path), shape, name)
+            try:
+                return Dataset.from_list([row for _, row in found])
+            except (ArrowInvalid, ArrowTypeError) as error:
+                raise ThinkSwitchError(f"{path}: a column holds values of different types: {error}.") from None
+    raise ThinkSwitchError(f"{DATA_VARIABLE}={folder} holds no {file_name} as {', '.join(sources.SUFFIXES)}.")
+
+
+def check_rows(rows: Iterable[tuple[str, dict[str, Any]]], source: str, shape: type[BaseModel], name: str) -> None:
+    """Raise `ThinkSwitchError` for the first row that cannot be asked and judged, for a question twice, or for no row.
+
+    Args:
+        rows: (where it stands, row).
+    """
+    seen: dict[str, str] = {}
+    for where, row in rows:
+        try:
+            shape.model_validate(row)
+        except ValidationError as error:
+            first = error.errors()[0]
+            at = ".".join(str(part) for part in first["loc"][:2] if part not in ("int", "str"))
+            reason = "is missing" if first["type"] == "missing" else f"cannot be used ({first['msg']})"
+            raise ThinkSwitchError(f"{where}: `{at}` {reason}; the file needs the columns of the hub's set.") from None
+        before = seen.setdefault(str(row[name]), where)
+        if before != where:
+            raise ThinkSwitchError(f"{where}: the same `{name}` as in {before.rpartition(', ')[2]}; remove one.")
+    if not seen:
+        raise ThinkSwitchError(f"{source} holds no rows.")
+
+
+def aime_rows() -> Dataset:
+    """AIME 2026: 30 problems."""
+    return evaluation_rows("aime_2026", "MathArena/aime_2026", None, AimeRow, "problem")
+
+
+def pubmedqa_rows() -> Dataset:
+    """All labelled rows of PubMedQA."""
+    return evaluation_rows("pubmedqa", "qiaojin/PubMedQA", "pqa_labeled", PubMedQARow, "pubid")
+
+
+def pubmedqa_half(half: str) -> Dataset:
+    """The rows of PubMedQA's official `test` half, or of the other one (`train`), in the set's order.
+
+    A set of another size than the official 1,000 rows has no halves: all of it is the
+    test set, and there is no training half.
+    """
+    rows = pubmedqa_rows()
+    test = pubmedqa_test_ids(zip((str(i) for i in rows["pubid"]), rows["final_decision"], strict=True))
+    chosen = [n for n, pubid in enumerate(rows["pubid"]) if (str(pubid) in test) == (half == "test")]
+    return rows.select(chosen)
+
+
+def pubmedqa_test_ids(labelled: Iterable[tuple[str, str]]) -> set[str]:
+    """The official test ids, worked out by the published rule from (id, decision) in the set's order.
+
+    The authors (pubmedqa/pubmedqa, preprocess/split_dataset.py) shuffle the ids of each decision, in the
+    order yes, no, maybe, with Python's generator seeded 0, and take the second half of each.
+    Raises `ThinkSwitchError` if 1,000 rows do not give the published ids.
+    """
+    by_decision: dict[str, list[str]] = {"yes": [], "no": [], "maybe": []}
+    for pubid, decision in labelled:
+        if decision not in by_decision:
+            raise ThinkSwitchError(f"PubMedQA row {pubid}: `final_decision` is {decision!r}; use yes, no or maybe.")
+        by_decision[decision].append(pubid)
+    total = sum(len(ids) for ids in by_decision.values())
+    if total != PUBMEDQA_ROWS:
+        return {pubid for ids in by_decision.values() for pubid in ids}
+    generator = random.Random(0)
+    test: set[str] = set()
+    for ids in by_decision.values():
+        generator.shuffle(ids)
+        test.update(ids[math.ceil(len(ids) / 2) :])
+    if hashlib.sha256("\n".join(sorted(test)).encode()).hexdigest() != PUBMEDQA_TEST_SHA256:
+        raise ThinkSwitchError(
+            "PubMedQA's rows are not in their published order, so the official test half cannot be told; "
+            "use the file as it comes from qiaojin/PubMedQA, config pqa_labeled."
+        )
+    return test
+
+
+def pubmedqa_subset() -> Dataset:
+    """The fixed 30 questions: those of the test half whose ids have the smallest sha256."""
+    rows = pubmedqa_half("test")
+    order = sorted(range(len(rows)), key=lambda n: hashlib.sha256(str(rows[n]["pubid"]).encode()).hexdigest())
+    return rows.select(sorted(order[:PUBMEDQA_SUBSET]))

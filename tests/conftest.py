@@ -18,6 +18,8 @@ from tests import forked as forks
 ROOT = Path(__file__).resolve().parent.parent
 BIN = ROOT / ".venv" / "bin"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+for _name in [name for name in os.environ if name.startswith("THINKSWITCH_")]:
+    del os.environ[_name]  # what a `make test` around the tests would tell the commands that they run
 # The same examples every time, however slow the machine; `make fuzz` looks further.
 hypothesis.settings.register_profile("thinkswitch", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("thinkswitch")
@@ -40,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def outside_make() -> dict[str, str]:
     """The environment without what a `make test` around the tests would tell the commands that they run."""
-    hidden = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "THINKSWITCH_OWNER")
+    hidden = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
     return {name: value for name, value in os.environ.items() if name not in hidden}
 
 

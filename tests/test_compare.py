@@ -29,12 +29,12 @@ RUN = Path("runs/arithmetic")
 
 @pytest.fixture
 def makefile(tmp_path: Path) -> Path:
-    """A copy of the Makefile whose `thinkswitch` shows the words that reach it."""
+    """A copy of the Makefile whose `thinkswitch` shows the words and the environment that reach it."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     bin_folder, requirements = tmp_path / ".venv" / "bin", tmp_path / "requirements"
     bin_folder.mkdir(parents=True)
     requirements.mkdir()
-    (bin_folder / "thinkswitch").write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\0" "$word"; done\n')
+    (bin_folder / "thinkswitch").write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\0" "$word"; done; env -0\n')
     (requirements / "install.sh").write_text("#!/bin/sh\n")
     for script in (bin_folder / "thinkswitch", requirements / "install.sh"):
         script.chmod(0o755)
@@ -62,8 +62,8 @@ def test_a_question_reaches_the_command_as_it_is(makefile: Path, command: Any, q
         done = command(*words, cwd=makefile, QUESTION=question)
     assert done.returncode == 0, done.stderr
     found = done.stdout.split("\0")
-    assert f"--question={question}" in found
-    assert ("--iteration=2" if by == "command line" else "--iteration=") in found
+    assert f"THINKSWITCH_QUESTION={question}" in found
+    assert ("THINKSWITCH_ITERATION=2" if by == "command line" else "THINKSWITCH_ITERATION=") in found
     assert not (makefile / "mark").exists()
 
 

@@ -81,7 +81,7 @@ def test_a_truncated_file_is_named(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a", W), write(tmp_path / "b", W)
     shard = b / "model.safetensors"
     shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(ThinkSwitchError, match=r"b/model\.safetensors is \d+ bytes long where its header promises"):
+    with pytest.raises(ThinkSwitchError, match=r"b/model\.safetensors is not a whole safetensors file"):
         require_compatible(a, b)
 
 

@@ -24,7 +24,7 @@ from thinkswitch_plugin.export.serve import both_modes
 from thinkswitch_plugin.export.template import PROBES, SWITCH, combine, combined_template
 from thinkswitch_plugin.judging.samples import graded
 from thinkswitch_plugin.recipe import load_recipe
-from thinkswitch_plugin.search.subject import Subject
+from thinkswitch_plugin.search.pair import Pair
 
 RANKS = (4, 32)
 
@@ -91,7 +91,7 @@ def test_what_mergekit_cannot_carry_is_refused_before_any_work(
         AutoModelForCausalLM.from_config(kind(**sizes, **heads, **settings)).save_pretrained(tmp_path / name)
     keys = load_recipe(ROOT / "recipes" / "arithmetic.yaml").keys
     roles = {"instruct": tmp_path / "a", "thinking": tmp_path / "b"}
-    pair = Subject(keys, roles, 0, "embedded", tmp_path / "out", tmp_path / "home", None, of_run=False)
+    pair = Pair(keys, roles, 0, "embedded", tmp_path / "out", tmp_path / "home", None, of_run=False)
     with pytest.raises(ThinkSwitchError, match=f"{message}.*; serve the two checkpoints one by one"):
         export(pair, Base("a", tmp_path / "a", None), [4])
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
@@ -395,6 +395,6 @@ def test_refusals_are_one_sentence_and_write_nothing(own_run: Path, forked: Any,
 def test_make_passes_ranks_on_by_another_name(command: Any) -> None:
     # torch's and accelerate's RANK is the number of a process.
     shown = command("make", "--eval", "show: ; @env", "show", "RANK=8 16", RANK="3").stdout.splitlines()
-    assert "LORA_RANK=8 16" in shown and not [line for line in shown if line.startswith("RANK=")]
+    assert "THINKSWITCH_RANK=8 16" in shown and not [line for line in shown if line.startswith("RANK=")]
     shown = command("make", "--eval", "show: ; @env", "show", RANK="3", BASE="x").stdout.splitlines()
-    assert "LORA_RANK=" in shown and "BASE=" in shown
+    assert "THINKSWITCH_RANK=" in shown and "THINKSWITCH_BASE=" in shown

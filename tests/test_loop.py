@@ -31,7 +31,7 @@ def test_report_shows_instruct_better_and_thinking_kept(finished_run: Path) -> N
     assert min(zero["thinking"]["think_ratio"], one["thinking"]["think_ratio"]) >= 0.95
     assert one["instruct"]["think_ratio"] == 0.0
     assert {"generate", "pairs", "train", "merge_lora", "merge", "eval"} <= set(one["seconds"])
-    assert one["merge"]["method"] == "slerp" and one["merge"]["lambda"] >= 0.9
+    assert one["merge"]["method"] == "thinkswitch" and one["merge"]["lambda"] >= 0.9
     assert report["versions"]["axolotl"] and report["seed"] == 0
 
 
@@ -169,7 +169,7 @@ def test_a_lambda_that_stops_the_thinking_is_refused_and_the_old_pair_kept(
 ) -> None:
     from thinkswitch_plugin.args import EngineKeys, RebuildKeys
     from thinkswitch_plugin.errors import ThinkSwitchError
-    from thinkswitch_plugin.loop.rebuild import rebuild_thinking
+    from thinkswitch_plugin.loop.rebuild import Check, rebuild_thinking
 
     here = finished_run / "iter-1"
     pair = files.read_json(finished_run / "iter-0" / "pair.json")
@@ -177,22 +177,17 @@ def test_a_lambda_that_stops_the_thinking_is_refused_and_the_old_pair_kept(
     out.mkdir()
     (out / "old").touch()
     keys = RebuildKeys.model_validate({"lambda": -1, "lambda_steps": [-0.5], "check_prompts": 16})
+    check = Check(
+        here / "requests.jsonl",
+        reference_requests=here / "requests.jsonl",
+        reference=here / "generations.jsonl",
+        engine="embedded",
+        engine_keys=EngineKeys.model_validate({}),
+        logs=tmp_path / "logs",
+    )
     with pytest.raises(
         ThinkSwitchError,
         match=r"No λ keeps the rebuilt checkpoint thinking \(λ → think ratio of what was not cut: -1 → 0.*, \d+ of 16 cut",
     ):
-        rebuild_thinking(
-            instruct=here / "instruct",
-            anchor=Path(pair["thinking"]["path"]),
-            keys=keys,
-            out=out,
-            merge_yaml=tmp_path / "merge.yaml",
-            reference=here / "generations.jsonl",
-            reference_requests=here / "requests.jsonl",
-            requests=here / "requests.jsonl",
-            engine="embedded",
-            engine_keys=EngineKeys.model_validate({}),
-            logs=tmp_path / "logs",
-            cards=lambda *_: None,
-        )
+        rebuild_thinking(here / "instruct", Path(pair["thinking"]["path"]), keys, out, check, lambda *_: None)
     assert (out / "old").exists() and not list(tmp_path.glob(".thinking*"))

@@ -16,13 +16,15 @@ from click.testing import CliRunner, Result
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from safetensors import safe_open
 
 from tests.checkpoints import equal, qwen3, read, write
 from thinkswitch_plugin import cli, files
-from thinkswitch_plugin.merging import run, writer
+from thinkswitch_plugin.merging import run
 from thinkswitch_plugin.merging.in_memory import load, merge_into
+from thinkswitch_plugin.merging.layout import Stored
+from thinkswitch_plugin.merging.mergekit_private import CheckedWriter
 from thinkswitch_plugin.merging.method import module_kind
+from thinkswitch_plugin.merging.tensors import list_tensors
 
 Tensors = dict[str, torch.Tensor]
 BAD = "model.layers.1.mlp.up_proj.weight"
@@ -166,7 +168,7 @@ DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
     ("nan", poisoned(math.nan), f"b: the tensor {BAD} holds NaN or infinity"),
     ("inf", poisoned(-math.inf), f"b: the tensor {BAD} holds NaN or infinity"),
     ("shard", without_a_shard, "b/model-00002-of-00002.safetensors is missing"),
-    ("truncated", truncated, "bytes long where its header promises"),
+    ("truncated", truncated, "b/model-00001-of-00002.safetensors is not a whole safetensors file"),
     ("index", with_a_wrong_index, f"places the tensor {BAD} in"),
     ("dtype", rewritten(lambda t: {n: x.half() for n, x in t.items()}), "is stored as F"),
     ("tied", rewritten(lambda t: t, tie_word_embeddings=False), "`tie_word_embeddings`"),
@@ -244,16 +246,10 @@ def test_an_interrupted_merge_leaves_out_absent(tmp_path: Path, monkeypatch: pyt
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "merge.yaml"]
 
 
-@pytest.mark.parametrize("limit", [{}, {"HEADER": 2**12}, {"BUFFER": 2**13, "HEADER": 2**13}, {"PIECE": 100}])
-def test_the_writer_keeps_every_bit_and_dtype(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: dict[str, int]
-) -> None:
-    for name, value in limit.items():
-        monkeypatch.setattr(writer, name, value)
+@pytest.mark.parametrize("use_async", [False, True])
+def test_the_writer_keeps_every_bit_and_dtype_and_what_is_carried(tmp_path: Path, use_async: bool) -> None:
     tensors = qwen3(1) | {
-        "half": torch.randn(3).half(),
         "brain": torch.randn(5001).bfloat16(),
-        "single": torch.randn(7),
         "scalar": torch.tensor(3.0),
         "empty": torch.zeros(0, 4),
         "transposed": torch.randn(6, 9).T,
@@ -261,30 +257,22 @@ def test_the_writer_keeps_every_bit_and_dtype(
         "mask": torch.tensor([True, False, True]),
         "double": torch.randn(9, dtype=torch.float64),
     }
-    out = writer.writer(str(tmp_path / "out"), max_shard_size=0)
+    head = list_tensors(write(tmp_path / "other", {"mtp.weight": torch.randn(4)}))["mtp.weight"]
+    carried = {"mtp.weight": Stored("mtp.weight", head.shape, (head,))}
+    out = CheckedWriter(str(tmp_path / "out"), max_shard_size=9000, use_async=use_async, carried=carried)
     for name, tensor in tensors.items():
         out.save_tensor(name, tensor)
     out.finalize()
-    assert equal(read(tmp_path / "out"), tensors)
-    for shard in (tmp_path / "out").glob("*.safetensors"):
-        with safe_open(str(shard), "pt") as handle:
-            assert handle.metadata() == {"format": "pt"}
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    assert equal(read(tmp_path / "out"), tensors | read(tmp_path / "other"))
 
 
-def test_the_writer_does_without_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = writer.os.open
-
-    def open_without_direct(path: Any, flags: int, mode: int = 0o777) -> int:
-        if flags & writer.os.O_DIRECT:
-            raise OSError(writer.errno.EINVAL, "no direct writes here")
-        return plain(path, flags, mode)
-
-    monkeypatch.setattr(writer.os, "open", open_without_direct)
-    monkeypatch.setattr(writer, "SYNC", 1)
-    out = writer.writer(str(tmp_path / "out"))
-    out.save_tensor("w", torch.arange(10.0))
-    out.finalize()
-    assert torch.equal(read(tmp_path / "out")["w"], torch.arange(10.0))
+def test_a_refusal_while_shards_are_being_written_leaves_nothing(tmp_path: Path) -> None:
+    a, b = pair(tmp_path)
+    poisoned(math.nan)(b)
+    options = ("--async-write", "--out-shard-size", "9k")
+    done = merge(tmp_path, recipe("slerp", a, b, t=0.3), *options)
+    assert_refused(tmp_path, done, f"b: the tensor {BAD} holds NaN")
 
 
 def test_pickles_are_refused(tmp_path: Path) -> None:

@@ -18,13 +18,13 @@ from transformers import (
 )
 
 from tests.checkpoints import read
-from thinkswitch_plugin import files
+from thinkswitch_plugin import files, places
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging import lora
 from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.plugin import ThinkSwitchPlugin
-from thinkswitch_plugin.recipe import CPU_OVERLAY, load_recipe, overlay_path, recipe_path
+from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.training.reach import find_experts, require_reach
 
 SIZES: dict[str, Any] = {
@@ -122,7 +122,7 @@ def test_experts_named_by_lora_target_parameters_are_trained_and_merged(
     config = lora.merge_config(
         {**trained, "datasets": [{"path": "x", "type": "alpaca"}], "micro_batch_size": 1, "learning_rate": 1e-3}
         | {"gradient_accumulation_steps": 1, "num_epochs": 1, "lora_target_parameters": EXPERTS}
-        | files.read_yaml(CPU_OVERLAY),
+        | files.read_yaml(places.find(places.CPU_OVERLAY)),
         tmp_path / "adapter",
         parent,
     )

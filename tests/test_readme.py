@@ -1,4 +1,4 @@
-"""What README and docs promise: every command of README is run by a test or marked as needing a GPU; links lead somewhere."""
+"""The promises of the documents: a test runs every command of the first two pages that needs no GPU, and links resolve."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDS_A_GPU = "On a GPU"  # the section whose commands do
-# Who runs a command of README: a test or fixture that starts it, at small size where the real one takes long.
+FIRST_PAGES = ("README.md", "docs/getting-started.md")
+PAGES = sorted(str(p.relative_to(ROOT)) for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+# What runs a command of the first pages: a test or fixture that starts it, at a small size if the real one takes long.
 RUN_BY = {
     "make iterate": "conftest.py::finished_run",
     "make test": ".ci/run",
+    "make status": "test_status.py::test_make_status_says_how_to_begin_and_exits_0",
+    "make compare QUESTION='7*3+4*2'": "test_compare.py::test_the_embedded_pair_side_by_side",
+    "make verify": "test_resume.py::test_a_finished_run_verifies_and_its_cards_say_where_it_comes_from",
+    "make iterate DOMAIN=template ITERATIONS=1": "test_real_domains.py::test_the_template_domain_runs_at_once",
     "make sweep ITER=1": "test_sweep.py::swept",
     "make ablate ITER=1": "test_sweep.py::test_layers_modules_and_baselines_by_make",
     "make baselines ITER=1": "test_sweep.py::test_layers_modules_and_baselines_by_make",
@@ -45,9 +51,12 @@ def commands(text: str) -> list[tuple[str, str]]:
     return found
 
 
-def test_every_command_of_readme_is_run_by_a_test_or_needs_a_gpu() -> None:
-    here = commands((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert {command for section, command in here if section != NEEDS_A_GPU} == set(RUN_BY)
+def on_the_first_pages() -> list[tuple[str, str]]:
+    return [each for page in FIRST_PAGES for each in commands((ROOT / page).read_text(encoding="utf-8"))]
+
+
+def test_every_command_of_the_first_pages_is_run_by_a_test_or_needs_a_gpu() -> None:
+    assert {command for section, command in on_the_first_pages() if section != NEEDS_A_GPU} == set(RUN_BY)
     for runner in RUN_BY.values():
         file, _, name = runner.partition("::")
         text = (ROOT / file if file.startswith(".") else ROOT / "tests" / file).read_text(encoding="utf-8")
@@ -55,15 +64,14 @@ def test_every_command_of_readme_is_run_by_a_test_or_needs_a_gpu() -> None:
 
 
 def test_what_needs_a_gpu_can_at_least_be_planned(command: Any) -> None:
-    here = commands((ROOT / "README.md").read_text(encoding="utf-8"))
-    words = [line.split() for section, line in here if section == NEEDS_A_GPU]
+    words = [line.split() for section, line in on_the_first_pages() if section == NEEDS_A_GPU]
     assert len(words) >= 4
     for line in words:
         done = command(line[0], "-n", *line[1:])
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("path", sorted(["README.md", *(str(p) for p in Path("docs").glob("*.md"))]))
+@pytest.mark.parametrize("path", PAGES)
 def test_links_and_pictures_lead_somewhere(path: str) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
@@ -73,9 +81,15 @@ def test_links_and_pictures_lead_somewhere(path: str) -> None:
 
 def test_targets_named_in_the_documents_exist() -> None:
     rules = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        named = set(re.findall(r"(?:`|^)make ([a-z][a-z-]+)", path.read_text(encoding="utf-8"), re.MULTILINE))
-        assert named <= rules, (path.name, named - rules)
+    for page in PAGES:
+        named = set(re.findall(r"(?:`|^)make ([a-z][a-z-]+)", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE))
+        assert named <= rules, (page, named - rules)
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_source_files_named_in_the_documents_exist(path: str) -> None:
+    named = re.findall(r"`([a-z_]+(?:/[a-z_]+)*/[a-z_]+\.py)`", (ROOT / path).read_text(encoding="utf-8"))
+    assert [n for n in named if not any((room / n).is_file() for room in (ROOT, ROOT / "thinkswitch_plugin"))] == []
 
 
 @pytest.mark.slow

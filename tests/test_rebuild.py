@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 from tests.test_pairs import answer, request
-from thinkswitch_plugin.args import RebuildKeys
+from thinkswitch_plugin.args import EngineKeys, RebuildKeys
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.loop.rebuild import Baseline, asked_ids, baseline, still_thinks, think_ratio
+from thinkswitch_plugin.loop.rebuild import Check, Traces, asked_ids, count_traces, still_thinks
+
+WriteJsonl = Callable[[str, Sequence[object]], Path]
+ALL = Traces(15, 15, 15)
 
 
 @pytest.mark.parametrize(
@@ -27,30 +30,27 @@ from thinkswitch_plugin.loop.rebuild import Baseline, asked_ids, baseline, still
 def test_the_check_has_one_prompt_of_tolerance_on_small_sets_only(
     closed: int, whole: int, asked: int, accepted: bool
 ) -> None:
-    assert still_thinks(closed, whole, asked, needed=0.98, whole_share=1.0) is accepted
+    assert still_thinks(Traces(closed, whole, asked), ALL, 0.98) is accepted
 
 
 def test_a_candidate_may_be_cut_as_often_as_the_original_was() -> None:
-    assert still_thinks(5, 5, 15, needed=0.98, whole_share=0.5)
-    assert not still_thinks(2, 2, 15, needed=0.98, whole_share=0.5)
-    assert not still_thinks(0, 0, 15, needed=0.0, whole_share=0.0)
+    half = Traces(15, 15, 30)
+    assert still_thinks(Traces(5, 5, 15), half, 0.98)
+    assert not still_thinks(Traces(2, 2, 15), half, 0.98)
+    assert not still_thinks(Traces(0, 0, 15), Traces(0, 0, 15), 0.0)
 
 
-def test_the_measure_is_what_the_original_did_on_the_same_requests(
-    write_jsonl: Callable[[str, Sequence[object]], Path],
-) -> None:
+def test_the_measure_is_what_the_original_did_on_the_same_requests(write_jsonl: WriteJsonl) -> None:
     requests = write_jsonl("requests.jsonl", [request(f"p{i}", text="1+1") for i in range(6)])
     cut = [answer(f"p{i}-s0", "1+1=", finish="length") for i in range(3)]
     generations = write_jsonl("g.jsonl", [*cut, *(answer(f"p{i}-s0", "1+1=2\n</think>\n\n2") for i in range(3, 6))])
     assert asked_ids(requests, 3) == ["p0-s0", "p1-s0", "p2-s0"] and len(asked_ids(requests)) == 6
-    assert think_ratio(requests, generations, asked_ids(requests)) == (3, 3)
-    assert think_ratio(requests, generations, asked_ids(requests, 4)) == (1, 1)
-    assert think_ratio(requests, generations, asked_ids(requests, 3)) == (0, 0)
+    assert count_traces(requests, generations, asked_ids(requests)) == Traces(3, 3, 6)
+    assert count_traces(requests, generations, asked_ids(requests, 4)) == Traces(1, 1, 4)
+    assert count_traces(requests, generations, asked_ids(requests, 3)) == Traces(0, 0, 3)
 
 
-def test_what_counts_is_what_finished_and_the_first_line_of_an_id(
-    write_jsonl: Callable[[str, Sequence[object]], Path],
-) -> None:
+def test_what_counts_is_what_finished_and_the_first_line_of_an_id(write_jsonl: WriteJsonl) -> None:
     requests = write_jsonl("requests.jsonl", [request(f"p{i}", text="1+1") for i in range(3)])
     failed = {"custom_id": "p1-s0", "response": None, "error": {"message": "no"}}
     lines = [
@@ -61,23 +61,49 @@ def test_what_counts_is_what_finished_and_the_first_line_of_an_id(
         answer("p2-s0", "1+1=2\n</think>\n\n2", finish="content_filter"),
         answer("p9-s0", "1+1"),
     ]
-    assert think_ratio(requests, write_jsonl("g.jsonl", lines), asked_ids(requests)) == (2, 2)
+    found = count_traces(requests, write_jsonl("g.jsonl", lines), asked_ids(requests))
+    assert found == Traces(2, 2, 3) and found.cut == 1
 
 
-def test_an_original_that_does_not_think_is_no_baseline(write_jsonl: Callable[[str, Sequence[object]], Path]) -> None:
+def test_a_candidates_answers_are_counted_by_request_and_not_by_line(
+    write_jsonl: WriteJsonl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    requests = write_jsonl("requests.jsonl", [request(f"p{i}", text="1+1") for i in range(4)])
+    check = Check(requests, requests, tmp_path / "g.jsonl", "embedded", EngineKeys.model_validate({}), tmp_path)
+    failed = {"custom_id": "p0-s0", "response": None, "error": {"message": "no"}}
+    thought = [answer(f"p{i}-s0", "1+1=2\n</think>\n\n2") for i in range(2)]
+    stored = write_jsonl("check-lambda-0.9.jsonl", [failed, *thought, thought[0]])
+    with stored.open("a") as handle:
+        handle.write('{"custom_id": "p1')  # a killed attempt
+    monkeypatch.setattr("thinkswitch_plugin.loop.rebuild.generate", lambda *_, **__: None)
+    assert check.candidate(tmp_path / "candidate", 0.9, limit=2) == Traces(2, 2, 2)
+
+
+def test_a_broken_request_is_named_by_file_line_and_field(write_jsonl: WriteJsonl) -> None:
+    requests = write_jsonl("requests.jsonl", [request("p0"), {"method": "POST"}])
+    with pytest.raises(ThinkSwitchError, match=r"requests\.jsonl, line 2: `custom_id` is missing or not text"):
+        asked_ids(requests)
+    twice = write_jsonl("twice.jsonl", [request("p0"), request("p0")])
+    with pytest.raises(ThinkSwitchError, match="is that of line 1 already"):
+        asked_ids(twice)
+
+
+def test_an_original_that_does_not_think_cannot_be_compared_with(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
     rows = [request(f"p{i}") for i in range(12)]
     for row in rows:
         row["body"]["metadata"]["trace"] = "inline"
     requests = write_jsonl("requests.jsonl", rows)
     direct = write_jsonl("g.jsonl", [answer(f"p{i}-s0", "2") for i in range(12)])
-    found = baseline(requests, direct, asked_ids(requests, 4))
-    assert found == Baseline(0, 4, 4)
+    engine = EngineKeys.model_validate({})
+    found = Check(requests, requests, direct, "embedded", engine, tmp_path).original(4)
+    assert found == Traces(0, 4, 4)
     keys = RebuildKeys()  # type: ignore[call-arg]
     with pytest.raises(ThinkSwitchError, match=r"g\.jsonl: 0 of 4 finished completions .*`thinkswitch\.trace`"):
-        found.require_traces(direct, keys)
+        found.require_some(direct, keys)
     with pytest.raises(ThinkSwitchError, match="0 of 0 finished completions"):
-        Baseline(0, 0, 12).require_traces(direct, keys)
-    found.require_traces(direct, keys.model_copy(update={"min_think_ratio": 0}))
-    Baseline(4, 4, 4).require_traces(direct, keys)
+        Traces(0, 0, 12).require_some(direct, keys)
+    found.require_some(direct, keys.model_copy(update={"min_think_ratio": 0}))
+    Traces(4, 4, 4).require_some(direct, keys)
     # asked other prompts: the measure is all that the original answered
-    assert baseline(requests, direct, ["p99-s0"]) == Baseline(0, 12, 12)
+    others = write_jsonl("others.jsonl", [request("p99")])
+    assert Check(others, requests, direct, "embedded", engine, tmp_path).original(4) == Traces(0, 12, 12)

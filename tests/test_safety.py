@@ -123,7 +123,7 @@ def test_commands_fetch_no_kernels_unless_asked(command: Any) -> None:
     clean = dict.fromkeys((), "")
     assert command(sys.executable, "-c", code, **clean).stdout.startswith("NO kernels-community/")
     assert command(sys.executable, "-c", code, USE_HUB_KERNELS="YES").stdout.startswith("YES ")
-    assert "fetch_no_code()" in (ROOT / "thinkswitch_plugin" / "cli.py").read_text()
+    assert "fetch_no_code()" in (ROOT / "thinkswitch_plugin" / "cli" / "group.py").read_text()
 
 
 def test_a_secret_in_the_environment_is_in_no_output(command: Any, tmp_path: Path) -> None:

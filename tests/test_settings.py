@@ -18,7 +18,7 @@ from thinkswitch_plugin.merging.in_memory import load, merge_into
 from thinkswitch_plugin.merging.settings import config_difference, resolve
 from thinkswitch_plugin.merging.tensors import require_unquantised
 from thinkswitch_plugin.recipe import load_recipe
-from thinkswitch_plugin.search.subject import Subject
+from thinkswitch_plugin.search.pair import Pair
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 
@@ -209,6 +209,6 @@ def test_a_common_ancestor_of_another_shape_is_refused_before_any_work(tmp_path:
     keys = load_recipe(Path("recipes/arithmetic.yaml")).keys
     a, b = pair(tmp_path)
     roles = {"instruct": a, "thinking": b, "base": write(tmp_path / "base", qwen3(3, layers=2), num_hidden_layers=2)}
-    subject = Subject(keys, roles, 0, "embedded", tmp_path, tmp_path, 1, True)
+    subject = Pair(keys, roles, 0, "embedded", tmp_path, tmp_path, 1, True)
     with pytest.raises(ThinkSwitchError, match="base are no compatible pair: `num_hidden_layers` is 3 and 2"):
         subject.fetch(["base", "thinking"])

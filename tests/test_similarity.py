@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from tests.checkpoints import qwen3, write
 from thinkswitch_plugin import cli, files
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.merging import kernel
 from thinkswitch_plugin.merging import similarity as module
 from thinkswitch_plugin.merging.kernel import angle
 from thinkswitch_plugin.merging.similarity import layer_of, similarity
@@ -26,11 +27,11 @@ def test_sigma_and_angles_of_a_pair(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("piece", [2**22, 100])
+@pytest.mark.parametrize("chunk", [2**18, 100])
 def test_reading_in_pieces_and_shards_gives_what_whole_tensors_give(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, piece: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk: int
 ) -> None:
-    monkeypatch.setattr(module, "PIECE", piece)
+    monkeypatch.setattr(kernel, "CHUNK", chunk)
     a, b = ({name: t.to(dtype) for name, t in qwen3(seed).items()} for seed in (0, 1))
     sums = module.tensor_sums(write(tmp_path / "a", a), write(tmp_path / "b", b, shards=3))
     assert sums.keys() == a.keys()

@@ -18,7 +18,7 @@ from thinkswitch_plugin.merging.config import fit_layers, named_models, place_mo
 from thinkswitch_plugin.recipe import load_recipe
 from thinkswitch_plugin.report.sweeps import points_of
 from thinkswitch_plugin.search.ablation import collect, has_lambda, interpolated_layers
-from thinkswitch_plugin.search.subject import Subject, few_questions
+from thinkswitch_plugin.search.pair import Pair, few_questions
 from thinkswitch_plugin.search.sweep import earlier, parse_sampling, parse_weights
 
 TS = BIN / "thinkswitch"
@@ -65,7 +65,7 @@ def test_a_trial_with_few_questions_has_a_folder_of_its_own() -> None:
     keys = load_recipe(Path("recipes/arithmetic.yaml")).keys
     few = keys.model_copy(update={"evaluation": keys.evaluation.model_copy(update={"limit": 20})})
     here = Path("iter-1")
-    names = [few_questions(Subject(k, {}, 0, "embedded", here, here, 1, True)) for k in (keys, few)]
+    names = [few_questions(Pair(k, {}, 0, "embedded", here, here, 1, True)) for k in (keys, few)]
     assert names == ["", "-n20"]
 
 
@@ -142,9 +142,9 @@ def test_a_config_that_cannot_be_made_of_the_pair_is_left_out_with_a_reason() ->
     keys = load_recipe(Path("recipes/arithmetic.yaml")).keys
     here = Path("iter-1")
 
-    def subject(**roles: str) -> Subject:
+    def subject(**roles: str) -> Pair:
         folders = {name: Path(folder) for name, folder in roles.items()}
-        return Subject(keys, folders, 0, "embedded", here, here, 1, True)
+        return Pair(keys, folders, 0, "embedded", here, here, 1, True)
 
     three = named_models(files.read_yaml(Path("merge_configs/baselines/three.yaml")))
     ties = named_models(files.read_yaml(Path("merge_configs/baselines/ties.yaml")))

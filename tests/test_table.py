@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+from click.testing import CliRunner
 
-from tests.conftest import ROOT
+from tests.conftest import BIN, ROOT
 from thinkswitch_plugin import cli
 from thinkswitch_plugin.loop import work
 from thinkswitch_plugin.recipe import load_recipe
@@ -62,7 +64,7 @@ def test_make_has_rules_for_as_many_iterations_as_a_run_may_have() -> None:
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
 def test_each_stage_has_its_work_and_its_command(row: Any) -> None:
     assert callable(getattr(work, row.work))
-    words = [parameter.name for parameter in cli.main.commands[row.command].params]
+    words = [one.name for one in cli.main.commands[row.command].params if isinstance(one, click.Argument)]
     assert words == ["run", *(["iteration"] * (not row.single)), *(["mode"] * bool(row.mode))]
 
 
@@ -70,19 +72,30 @@ def test_the_report_has_a_file_for_each_picture_that_is_drawn() -> None:
     assert tuple(pictures.OF_REPORT) == REPORT_PICTURES and set(pictures.KINDS) == {"png", "svg"}
 
 
-def test_what_the_environment_says_reaches_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_environment_says_reaches_the_run(opened: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"KEEP": "last", "PRICE_PER_HOUR": "0.35", "THINKSWITCH_DATA": "mine"}.items():
         monkeypatch.setenv(name, value)
-    assert cli.given() == Given(keep="last", price="0.35", data="mine")
-
-
-def test_the_room_of_the_run_imports_no_other_room() -> None:
-    code = "import sys, thinkswitch_plugin.run; print(*(m for m in sys.modules if m.startswith('thinkswitch_plugin')))"
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    others = {name for name in found.stdout.split() if not name.startswith("thinkswitch_plugin.run")}
-    assert others == {"thinkswitch_plugin", "thinkswitch_plugin.console", "thinkswitch_plugin.errors"}
+    told: list[Given] = []
+    monkeypatch.setattr(cli.run, "open_run", lambda folder, given: told.append(given) or opened)
+    monkeypatch.setattr(cli.run, "execute", lambda *_, **__: None)
+    assert CliRunner().invoke(cli.main, ["report", "runs/arithmetic"]).exit_code == 0
+    assert told == [Given(keep="last", price="0.35", data="mine")]
 
 
 def test_a_command_without_its_iteration_is_wrong_usage() -> None:
     with pytest.raises(click.MissingParameter):
         cli.main.commands["train"].make_context("train", ["runs/arithmetic"])
+
+
+def test_an_import_that_points_up_fails_the_lint(tmp_path: Path) -> None:
+    package = tmp_path / "thinkswitch_plugin"
+    shutil.copytree(ROOT / "thinkswitch_plugin", package)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    words = [BIN / "lint-imports", "--no-cache"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    with (package / "data" / "traces.py").open("a") as handle:
+        handle.write("\n\nfrom thinkswitch_plugin.run import folder\n")
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "data is not allowed to import" in " ".join(done.stdout.split()), done.stdout

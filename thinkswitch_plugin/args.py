@@ -6,28 +6,19 @@ checks them too. λ is always the weight of the *thinking* checkpoint.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from thinkswitch_plugin import conventions
+from thinkswitch_plugin.engine_args import EngineKeys as EngineKeys
+from thinkswitch_plugin.engine_args import Keys
+from thinkswitch_plugin.engine_args import option_name as option_name
 
 
-def option_name(word: str) -> str:
-    """The name of a command line's option as vLLM reads it, with hyphens and without a value: `--max-num-seqs`."""
-    return word.partition("=")[0].replace("_", "-")
-
-
-class _Keys(BaseModel):
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, allow_inf_nan=False)
-
-
-class PairKeys(_Keys):
+class PairKeys(Keys):
     """The compatible pair that a run starts from."""
 
     instruct: str = Field(description="Hub id or folder of the checkpoint that answers directly; `{seed}` is replaced.")
@@ -40,7 +31,7 @@ class PairKeys(_Keys):
     embedded: bool = Field(False, description="Train the tiny pair of the embedded domain at these two paths first.")
 
 
-class PromptKeys(_Keys):
+class PromptKeys(Keys):
     """Where the task prompts come from: the only human input of the method."""
 
     path: str | None = Field(None, description="JSONL, CSV or Parquet file, a row a prompt; `{seed}` is replaced.")
@@ -48,9 +39,11 @@ class PromptKeys(_Keys):
     config: str | None = Field(None, description="Configuration name of the hub dataset.")
     split: str = Field("train", description="Split of the hub dataset.")
     revision: str | None = Field(None, description="Hub commit or tag of the dataset to pin.")
-    subset: Literal["all", "pubmedqa-train"] = Field(
-        "all", description="pubmedqa-train: only rows outside PubMedQA's official 500-question test half."
+    outside: str | None = Field(
+        None,
+        description="lm-eval task whose questions are left out of the prompts, by the same test as `contamination_ngram`.",
     )
+    id: str = Field("id", description="Field with the id of a row; the row's number where it has none.")
     template: str = Field(
         "{{prompt}}", description="What the user turn says: Jinja over the row's fields, as lm-eval's doc_to_text."
     )
@@ -66,7 +59,7 @@ class PromptKeys(_Keys):
         return self
 
 
-class SamplingKeys(_Keys):
+class SamplingKeys(Keys):
     """How the thinking checkpoint is sampled."""
 
     samples: int = Field(1, gt=0, description="Completions a prompt (k).")
@@ -76,7 +69,7 @@ class SamplingKeys(_Keys):
     max_tokens: int = Field(32768, gt=0, description="Token budget of one completion, trace included.")
 
 
-class LabelKeys(_Keys):
+class LabelKeys(Keys):
     """Which completions become training pairs."""
 
     selection: Literal["first", "all", "vote"] = Field(
@@ -91,113 +84,7 @@ class LabelKeys(_Keys):
     retry_max_tokens: int | None = Field(None, gt=0, description="Budget of the second try (default: twice the first).")
 
 
-# The request fields that the loop may send beside `model` and `messages`.
-SentField = Literal[
-    "temperature",
-    "top_p",
-    "top_k",
-    "max_tokens",
-    "seed",
-    "stop",
-    "stream_options",
-    "skip_special_tokens",
-    "chat_template_kwargs",
-]
-_SET_BY = {
-    **dict.fromkeys(("temperature", "top_p", "top_k", "max_tokens"), "set it under `thinkswitch.sampling`"),
-    "model": "set `thinkswitch.engine.server.model`",
-    "stream": "set `thinkswitch.engine.server.stream`",
-    "messages": "the prompts are the messages",
-    "n": "ask for more by `thinkswitch.sampling.samples`",
-    "seed": "it follows from the seed of the run",
-    "metadata": "it stays in requests.jsonl",
-}
-
-
-def _may_be_added(name: str) -> str:
-    """Refuse a request field that the loop sets itself, or whose value must not be written into files."""
-    if re.search(r"api[_-]?key|secret|password|authorization|(?:access|auth|bearer)[_-]?token", name, re.IGNORECASE):
-        raise ValueError("a secret would be written into files; give the key as OPENAI_API_KEY in the environment")
-    if name in _SET_BY:
-        raise ValueError(f"this field cannot be added: {_SET_BY[name]}")
-    return name
-
-
-class ServerKeys(_Keys):
-    """How a server of the user's own (`ENGINE=` is its address) is asked, where it differs from vLLM."""
-
-    model: str | None = Field(
-        None,
-        min_length=1,
-        description="Name under which the server serves the thinking checkpoint, or any other teacher, which then "
-        "answers in every iteration (default: the checkpoint's own name).",
-    )
-    omit: list[SentField] = Field([], description="Request fields to leave out, such as those that the server refuses.")
-    rename: dict[SentField, str] = Field(
-        {}, description="Request fields to send under another name: `{max_tokens: max_completion_tokens}`."
-    )
-    add: dict[Annotated[str, AfterValidator(_may_be_added)], Any] = Field(
-        {}, description="Request fields to send as well: `{reasoning_effort: high}`. No secrets."
-    )
-    stream: bool = Field(False, description="Ask for a stream, where the server answers no other way.")
-
-    @model_validator(mode="after")
-    def _one_value_a_field(self) -> ServerKeys:
-        targets = [*self.rename.values(), *self.add]
-        for name in targets:
-            if targets.count(name) > 1 or name in ("model", "messages", "stream"):
-                raise ValueError(f"`rename` and `add` would send `{name}` twice")
-        try:
-            json.dumps(self.add, allow_nan=False)
-        except (TypeError, ValueError):
-            raise ValueError("`add` holds a value that JSON does not have; put it in quotes") from None
-        return self
-
-    def changing_answers(self) -> dict[str, Any]:
-        """The keys that were set and may change what is answered; a stamp remembers them."""
-        return self.model_dump(exclude_defaults=True, exclude={"stream"})
-
-
-class EngineKeys(_Keys):
-    """How the generation engine is run; which one is `ENGINE=` of the Makefile."""
-
-    concurrency: int = Field(64, gt=0, description="Requests under way at once.")
-    timeout: float = Field(
-        3600, gt=0, description="Seconds one answer may take; then it is asked once more, and recorded as failed."
-    )
-    attempts: int = Field(
-        3,
-        gt=0,
-        description="Rounds in which a prompt is asked (three times each, with pauses, where the server refuses or "
-        "fails) before it is recorded as failed, with the reason.",
-    )
-    outage: float = Field(
-        600,
-        ge=0,
-        description="Seconds a server that has answered before may stay away, or answer 429, before the run stops "
-        "with its answers kept.",
-    )
-    start_timeout: float = Field(900, gt=0, description="Seconds an engine of ours may take to start.")
-    port: int = Field(0, ge=0, le=65535, description="Port for an engine of ours; 0 takes a free one.")
-    vllm_args: list[str] = Field([], description="Further options for vLLM's server, such as --quantization.")
-    server: ServerKeys = ServerKeys()  # type: ignore[call-arg]
-
-    @field_validator("vllm_args")
-    @classmethod
-    def _known_to_the_stamps(cls, words: list[str]) -> list[str]:
-        """Refuse what would take traces out of the answers, or bring options that nobody looked at."""
-        for word in words:
-            name = option_name(word)
-            if name.startswith("--reasoning-p"):
-                raise ValueError(
-                    "vLLM's reasoning parser would take the trace out of answers that are read whole; leave it out"
-                )
-            if name == "--config":
-                raise ValueError("`--config` would bring options that no stamp sees; write them here one by one")
-        return words
-
-
-class NeedKeys(_Keys):
+class NeedKeys(Keys):
     """What a run takes at least; checked before anything is downloaded."""
 
     gpu_gb: float = Field(0, ge=0, description="Memory of one CUDA GPU; 0 runs on a CPU.")
@@ -205,11 +92,11 @@ class NeedKeys(_Keys):
     ram_gb: float = Field(2, ge=0, description="Main memory, which a merge in full precision takes.")
 
 
-class RebuildKeys(_Keys):
+class RebuildKeys(Keys):
     """How the new thinking checkpoint is interpolated."""
 
     config: str = Field(
-        "merge_configs/slerp.yaml", description="mergekit YAML with models named `./instruct` and `./thinking`."
+        "merge_configs/thinkswitch.yaml", description="mergekit YAML with models named `./instruct` and `./thinking`."
     )
     lambda_: float = Field(0.8, alias="lambda", description="Weight of the thinking checkpoint.")
     lambda_steps: list[float] = Field(
@@ -235,7 +122,7 @@ class RebuildKeys(_Keys):
     )
 
 
-class EvaluationKeys(_Keys):
+class EvaluationKeys(Keys):
     """How both checkpoints are judged."""
 
     task: str = Field(description="lm-eval task name.")
@@ -256,7 +143,7 @@ class EvaluationKeys(_Keys):
     )
 
 
-class PerceptionKeys(_Keys):
+class PerceptionKeys(Keys):
     """The perception module: a soft prompt computed from the question; see docs/adaptive.md."""
 
     tokens: int = Field(4, gt=0, description="Soft-prompt tokens: as many placeholders as the chat template renders.")
@@ -277,7 +164,7 @@ class PerceptionKeys(_Keys):
         return self
 
 
-class AdaptiveKeys(_Keys):
+class AdaptiveKeys(Keys):
     """The adaptive model and its complexity labels; see docs/adaptive.md."""
 
     student: str | None = Field(
@@ -298,7 +185,7 @@ class AdaptiveKeys(_Keys):
     )
 
 
-class PluginKeys(_Keys):
+class PluginKeys(Keys):
     """The keys that the plugin itself reads: all that a plain axolotl recipe needs."""
 
     labels: LabelKeys = LabelKeys()  # type: ignore[call-arg]
@@ -364,41 +251,10 @@ class ThinkSwitchArgs(BaseModel):
         return ThinkSwitchKeys.model_validate(value) if isinstance(value, dict) and loop & value.keys() else value
 
 
-def keys_table(model: type[BaseModel] = ThinkSwitchKeys, above: str = "") -> Iterator[list[str]]:
-    """Key, type, default and meaning of every key, as rows of docs/recipes.md."""
-    for name, field in sorted(model.model_fields.items(), key=lambda item: item[0] not in model.__annotations__):
-        key = f"{above}{field.alias or name}"
-        if section := keys_of(field):
-            yield from keys_table(section, f"{key}.")
-        else:
-            yield [f"`{key}`", _kind(field.annotation), _default(field), field.description or ""]
-
-
 def keys_of(field: FieldInfo) -> type[BaseModel] | None:
     """The keys inside a section; None for a key that holds a value."""
     kinds = get_args(field.annotation) or (field.annotation,)
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-
-
-def _kind(annotation: Any) -> str:
-    if get_origin(annotation) is Literal:
-        return ", ".join(f"`{value}`" for value in get_args(annotation))
-    if get_origin(annotation) is dict:
-        return f"setting: {_kind(get_args(annotation)[1])}"
-    if get_origin(annotation) is list:
-        (inner,) = get_args(annotation)
-        return f"list of {_kind(inner)}" + ("s" if get_origin(inner) is None else "")
-    if get_origin(annotation) is dict:
-        return "mapping"
-    kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
-    names = {str: "text", int: "whole number", float: "number", bool: "true, false"}
-    return " or ".join("mapping" if get_origin(kind) is dict else names.get(kind, str(kind)) for kind in kinds)
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    return "" if field.default is None else f"`{json.dumps(field.default)}`"
 
 
 def resolve_seed(path: str, seed: int) -> str:

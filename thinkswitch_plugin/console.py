@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from click import unstyle
 
 
-def hush_engines() -> None:
+def quiet_engines() -> None:
     """Keep the imports of torch and transformers from writing about other machines' kernels."""
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)

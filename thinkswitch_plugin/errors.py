@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
-# What a sentence says itself when it names the next command.
-_COMMAND = re.compile(
-    r"\bmake (?:[a-z]+-)*(?:iterate|pair|setup|vllm|status|sweep|compare|check|switch)\b|run the same command"
-)
 AGAIN = "run the same command again"
 
 
@@ -21,7 +15,8 @@ class ThinkSwitchError(Exception):
 
 def with_next_command(sentence: str) -> str:
     """A sentence about an error that ends with the command to run next, unless it names one itself."""
-    if _COMMAND.search(sentence.partition("\n")[0]):
+    first = sentence.partition("\n")[0]
+    if "`make " in first or AGAIN in first:
         return sentence
     gap = "\n" if "\n" in sentence else " "  # the end of a log stands by itself
     return f"{sentence}{gap}Put that right, then {AGAIN}."

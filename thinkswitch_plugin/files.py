@@ -115,9 +115,14 @@ def size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
+def free_space(folder: Path) -> int:
+    """Bytes that are free where `folder` lies, or will lie."""
+    return shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
+
+
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Raise `ThinkSwitchError` unless so many bytes and a tenth more are free where `folder` lies."""
-    free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
+    free = free_space(folder)
     if free < 1.1 * needed:
         raise ThinkSwitchError(
             f"{what} writes about {needed / 1e9:.1f} GB into {folder}, and {free / 1e9:.1f} GB are free; "

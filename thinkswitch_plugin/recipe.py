@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from thinkswitch_plugin import files
+from thinkswitch_plugin import files, places
 from thinkswitch_plugin.args import ThinkSwitchKeys, keys_of
 from thinkswitch_plugin.errors import ThinkSwitchError
-
-RECIPES = Path("recipes")
-CPU_OVERLAY = RECIPES / "cpu.overlay.yaml"
 
 
 @dataclass(frozen=True)
@@ -32,11 +30,11 @@ def recipe_path(domain: str) -> Path:
     """Where the recipe of a domain lies. Raises `ThinkSwitchError` for a name that is none."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", domain):
         raise ThinkSwitchError(f"DOMAIN={domain!r} is not a domain name; use letters, digits, `-` and `_`.")
-    path = RECIPES / f"{domain}.yaml"
+    path = places.find(f"{places.RECIPES}/{domain}.yaml")
     if path.is_dir():
         raise ThinkSwitchError(f"{path} is a folder; a file is expected there.")
     if not path.is_file():
-        known = sorted(p.stem for p in RECIPES.glob("*.yaml") if ".overlay" not in p.name)
+        known = [name for name in places.names(places.RECIPES, ".yaml") if not name.endswith(".overlay")]
         close = difflib.get_close_matches(domain, known, n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ThinkSwitchError(
@@ -47,11 +45,16 @@ def recipe_path(domain: str) -> Path:
 
 def overlay_path(name: str) -> Path:
     """The file of `OVERLAY=name`: `recipes/name.overlay.yaml`, or a YAML file given by its path."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.overlay.yaml"
+    path = places.find(name if name.endswith((".yaml", ".yml")) else f"{places.RECIPES}/{name}.overlay.yaml")
     if not path.is_file():
-        known = ", ".join(sorted(p.name.split(".")[0] for p in RECIPES.glob("*.overlay.yaml")))
+        known = ", ".join(places.names(places.RECIPES, ".overlay.yaml"))
         raise ThinkSwitchError(f"OVERLAY={name}: {path} does not exist; overlays here: {known}.")
     return path
+
+
+def recipe_of(domain: str, overlays: Sequence[str] = ()) -> Recipe:
+    """The recipe of a domain with overlays, both by name; see `load_recipe`."""
+    return load_recipe(recipe_path(domain), tuple(overlay_path(name) for name in overlays))
 
 
 def load_recipe(path: Path, overlays: tuple[Path, ...] = ()) -> Recipe:
@@ -189,7 +192,7 @@ def training_config(
 ) -> dict[str, Any]:
     """A recipe's axolotl keys for one training, without those under `thinkswitch:`; see `iteration_config`."""
     if on_cpu:
-        values = overlay(values, files.read_yaml(CPU_OVERLAY))
+        values = overlay(values, files.read_yaml(places.find(places.CPU_OVERLAY)))
     return {
         **values,
         "base_model": base_model,

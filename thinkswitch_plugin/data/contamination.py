@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from thinkswitch_plugin import places
 from thinkswitch_plugin.args import EvaluationKeys
 from thinkswitch_plugin.data.answers import gold, unread
 from thinkswitch_plugin.data.task_files import kind_of_task
@@ -43,7 +44,9 @@ def runs_of(tokens: Sequence[str], n: int) -> set[tuple[str, ...]]:
     return {tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)}
 
 
-def overlaps(prompts: Iterable[tuple[str, str]], questions: Sequence[str], *, n: int, share: float) -> list[Overlap]:
+def overlaps(
+    prompts: Iterable[tuple[str, str]], questions: Sequence[str], *, n: int = 13, share: float = 0.2
+) -> list[Overlap]:
     """Every (prompt, question) pair that overlaps; memory grows with the evaluation set only.
 
     Args:
@@ -100,8 +103,9 @@ def evaluation_questions(task: str) -> list[str]:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it cannot read, we say
     disable_progress_bar()
-    ours = TaskManager(include_path="lm_eval_tasks", include_defaults=False)
-    manager = ours if task in ours.all_tasks else TaskManager(include_path="lm_eval_tasks")
+    folder = str(places.find(places.TASKS))
+    ours = TaskManager(include_path=folder, include_defaults=False)
+    manager = ours if task in ours.all_tasks else TaskManager(include_path=folder)
     if task not in manager.all_tasks:
         raise ThinkSwitchError(f"lm-eval knows no task {task!r}; put its YAML into lm_eval_tasks/.")
     try:

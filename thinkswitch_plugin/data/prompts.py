@@ -18,7 +18,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import PromptKeys, SamplingKeys, resolve_seed
-from thinkswitch_plugin.data import batch, sources
+from thinkswitch_plugin.data import batch, contamination, sources
 from thinkswitch_plugin.data.traces import control_token
 from thinkswitch_plugin.errors import ThinkSwitchError
 
@@ -28,7 +28,7 @@ QUESTION_FIELDS = ("prompt", "problem", "question")  # what a row's question is 
 def read_prompts(keys: PromptKeys, seed: int) -> tuple[list[tuple[str, str]], str | None]:
     """Every prompt of the recipe's source as (id, text), and the hub commit if it came from there.
 
-    A row may name its own `id` (or `pubid`); else the row number serves.
+    A row's id is in the field `keys.id`; else the row number serves. Rows that `keys.outside` asks are left out.
     Raises `ThinkSwitchError` naming the file, row and field of a bad row.
     """
     rows, commit = _rows(keys, seed)
@@ -36,7 +36,7 @@ def read_prompts(keys: PromptKeys, seed: int) -> tuple[list[tuple[str, str]], st
     seen: set[str] = set()
     found = []
     for where, number, row in rows:
-        if fault := _fault_of_row(row):
+        if fault := _fault_of_row(row, keys.id):
             raise ThinkSwitchError(f"{where}: {fault}.")
         try:
             text = template.render(row)
@@ -48,11 +48,15 @@ def read_prompts(keys: PromptKeys, seed: int) -> tuple[list[tuple[str, str]], st
             raise ThinkSwitchError(f"{where}: the prompt is empty; fill it or delete the row.")
         if token := control_token(text):
             raise ThinkSwitchError(f"{where}: the prompt holds {token!r}, which would end the turn there; take it out.")
-        prompt_id = _prompt_id(row, number)
+        prompt_id = _prompt_id(keys, row, number)
         if prompt_id in seen:
             raise ThinkSwitchError(f"{where}: the id {prompt_id!r} occurs twice; give each row its own.")
         seen.add(prompt_id)
         found.append((prompt_id, text))
+    if keys.outside:
+        asked = contamination.evaluation_questions(keys.outside)
+        held_out = {one.prompt_id for one in contamination.overlaps(found, asked)}
+        found = [prompt for prompt in found if prompt[0] not in held_out]
     if keys.shuffle:
         random.Random(f"prompts-{seed}").shuffle(found)
     return found, commit
@@ -71,12 +75,12 @@ def read_field(keys: PromptKeys, seed: int, field: str) -> dict[str, str]:
                 f"{where}: the field `{field}` is {'missing' if value is None else 'neither text nor a number'}; "
                 f"fields of this row: {', '.join(row)}."
             )
-        found[_prompt_id(row, number)] = str(value)
+        found[_prompt_id(keys, row, number)] = str(value)
     return found
 
 
-def _prompt_id(row: dict[str, Any], number: int) -> str:
-    return str(row.get("id", row.get("pubid", f"p{number - 1:05d}")))
+def _prompt_id(keys: PromptKeys, row: dict[str, Any], number: int) -> str:
+    return str(row.get(keys.id, f"p{number - 1:05d}"))
 
 
 def _template(keys: PromptKeys, undefined: type[Undefined]) -> Template:
@@ -138,17 +142,16 @@ def as_asked(keys: PromptKeys, question: str, others: Mapping[str, Any] | None =
     return text, sorted(fields - {field} - set(others or {}))
 
 
-def _fault_of_row(row: dict[str, Any]) -> str | None:
+def _fault_of_row(row: dict[str, Any], id_field: str) -> str | None:
     for name, value in row.items():
         if isinstance(value, bytes):
             return f"`{name}` holds bytes that are not UTF-8 text; save the file as UTF-8"
     for name in QUESTION_FIELDS:
         if not isinstance(row.get(name, ""), str):
             return f"`{name}` must be text, found {type(row[name]).__name__}"
-    for name in ("id", "pubid"):
-        value = row.get(name, "-")
-        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-            return f"`{name}` must be text or a whole number, found {str(value)[:50]!r}; leave it out to count the rows"
+    value = row.get(id_field, "-")
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        return f"`{id_field}` must be text or a whole number, found {str(value)[:50]!r}; leave it out to count the rows"
     return None
 
 
@@ -165,15 +168,6 @@ def _rows(keys: PromptKeys, seed: int) -> tuple[Iterator[tuple[str, int, dict[st
     else:
         dataset, commit = sources.load_hub(str(keys.hub), keys.config, keys.split, keys.revision)
         rows = ((f"{keys.hub}, row {number}", number, row) for number, row in enumerate(dataset, 1))
-    if keys.subset == "pubmedqa-train":
-        every = list(rows)
-        for where, _, row in every:
-            if not {"pubid", "final_decision"} <= row.keys():
-                raise ThinkSwitchError(
-                    f"{where}: `pubid` or `final_decision` is missing; this is no PubMedQA row; use `subset: all`."
-                )
-        test = sources.pubmedqa_test_ids((str(row["pubid"]), row["final_decision"]) for _, _, row in every)
-        rows = (entry for entry in every if str(entry[2]["pubid"]) not in test)
     return rows, commit
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,11 +9,9 @@ from typing import Any
 
 import yaml
 
+from thinkswitch_plugin import places
 from thinkswitch_plugin.data.answers import EXTRACTORS
-from thinkswitch_plugin.data.sources import DATA_VARIABLE
 from thinkswitch_plugin.errors import ThinkSwitchError
-
-TASKS = Path("lm_eval_tasks")
 
 
 class _AnyTag(yaml.SafeLoader):
@@ -43,7 +40,10 @@ def answer_kind(name: str) -> str | None:
 
     Raises `ThinkSwitchError` if there is no such task.
     """
-    names, folders = dict.fromkeys((f"thinkswitch_{name}", name)), [f for f in (TASKS, installed()) if f]
+    names, folders = (
+        dict.fromkeys((f"thinkswitch_{name}", name)),
+        [f for f in (places.find(places.TASKS), installed()) if f],
+    )
     place = next(((n, f) for f in folders for n in names if (f / f"{n}.yaml").is_file()), None)
     if place is None:
         known = sorted({p.stem.removeprefix("thinkswitch_") for f in folders for p in f.glob("thinkswitch_*.yaml")})
@@ -55,7 +55,7 @@ def answer_kind(name: str) -> str | None:
     return kind_of_task(*place)
 
 
-def kind_of_task(name: str, folder: Path = TASKS) -> str | None:
+def kind_of_task(name: str, folder: Path | None = None) -> str | None:
     """A key of `answers.EXTRACTORS` if a task of ours grades by one, None for any other task."""
     functions = (values.get("process_results") for values in _every(name, folder))
     function = next((str(value["function"]) for value in functions if isinstance(value, dict)), "")
@@ -63,8 +63,13 @@ def kind_of_task(name: str, folder: Path = TASKS) -> str | None:
     return kind if kind in EXTRACTORS else None
 
 
-def task_files(name: str, folder: Path = TASKS) -> tuple[Path, ...]:
-    """The files that an lm-eval task of ours is made of: YAML, what it includes, functions, local data."""
+def task_files(name: str, folder: Path | None = None, data: str = "") -> tuple[Path, ...]:
+    """The files that an lm-eval task of ours is made of: YAML, what it includes, functions, local data.
+
+    Args:
+        folder: where its YAML lies, where that is not the folder of our tasks.
+        data: a folder that evaluation sets are read from.
+    """
     found: dict[Path, None] = {}
 
     def visit(path: Path) -> None:
@@ -77,10 +82,11 @@ def task_files(name: str, folder: Path = TASKS) -> tuple[Path, ...]:
             elif key == "function":
                 visit(path.parent / f"{text.split('.')[0]}.py")
             elif Path(text).suffix in (".json", ".jsonl", ".csv", ".parquet"):
-                visit(Path(text))
+                visit(places.find(text))
 
-    visit(folder / f"{name}.yaml")
-    if data := os.environ.get(DATA_VARIABLE):
+    file = f"{name}.yaml"
+    visit(folder / file if folder else places.find(f"{places.TASKS}/{file}"))
+    if data:
         found[Path(data)] = None
     return tuple(found)
 
@@ -96,7 +102,14 @@ def budget(name: str) -> int | None:
     return next((int(found["max_gen_toks"]) for found in settings if "max_gen_toks" in found), None)
 
 
-def _every(name: str, folder: Path = TASKS) -> Iterator[dict[str, Any]]:
+def evaluation_set(name: str) -> tuple[str, str]:
+    """The hub id and the name of a task's questions, by `dataset` and `dataset_name` of its metadata; else the task's."""
+    about = next((found for values in _every(name) if "dataset" in (found := values.get("metadata") or {})), {})
+    dataset = str(about.get("dataset", name))
+    return dataset, str(about.get("dataset_name", dataset))
+
+
+def _every(name: str, folder: Path | None = None) -> Iterator[dict[str, Any]]:
     """A task's YAML file, then what that includes."""
     yield from (values for path in task_files(name, folder) if isinstance(values := _read(path), dict))
 

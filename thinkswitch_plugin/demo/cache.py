@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import console, files
+from thinkswitch_plugin.args import ThinkSwitchKeys, resolve_seed
 from thinkswitch_plugin.demo import mixed, task
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import locked
 from thinkswitch_plugin.run.stamp import folder_once, stored
 
-CACHE = Path(".cache")
 SETTINGS = "settings.json"  # its stamp, in the folder
 PROMPTS = 2048  # enough for four iterations of 512 fresh ones
 
@@ -30,17 +30,20 @@ def ensure_pair(seed: int, instruct: Path, thinking: Path) -> None:
     _ensure(instruct.parent, wanted, thinking, "tiny pair", _train_pair, ", a few minutes on two cores")
 
 
-def ensure_mixed(seed: int, cache: Path = CACHE) -> Path:
-    """The folder of the mixed domain's training files, made unless it is there with these settings, and the pair.
+def ensure(keys: ThinkSwitchKeys, seed: int) -> None:
+    """Make what an embedded recipe names: its pair, and training files where `adaptive.generations` names them.
 
-    Raises `ThinkSwitchError` if the folder holds something else.
+    What is there with these settings is kept. Raises `ThinkSwitchError` if a folder holds something else.
     """
-    pair = cache / "arithmetic" / f"seed-{seed}"
-    ensure_pair(seed, pair / "instruct", pair / "thinking")
-    folder = cache / mixed.DOMAIN / f"seed-{seed}"
+    ensure_pair(seed, *(Path(resolve_seed(name, seed)) for name in (keys.pair.instruct, keys.pair.thinking)))
+    if keys.adaptive.generations:
+        ensure_mixed(seed, Path(resolve_seed(keys.adaptive.generations, seed)).parent)
+
+
+def ensure_mixed(seed: int, folder: Path) -> None:
+    """Write the mixed domain's training files, unless they are there with these settings."""
     wanted = {"seed": seed, **mixed.settings()}
     _ensure(folder, wanted, folder / "generations.jsonl", "training files", _write_mixed)
-    return folder
 
 
 def _ensure(

@@ -24,7 +24,6 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.data import formats
 from thinkswitch_plugin.demo import task
 
-DOMAIN = "arithmetic-mixed"
 STRATA = ("short", "easy", "hard")
 OPERANDS = (2, 3, 3, 3, 4, 4, 5, 5, 6, 6)  # few of two operands: there are only 300
 HELD_OUT_SEED = 20_240_409

@@ -7,26 +7,26 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
 import socket
 import subprocess
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from thinkswitch_plugin import console, files
+from thinkswitch_plugin import console, files, places
 from thinkswitch_plugin.args import EngineKeys
-from thinkswitch_plugin.engines.connection import LOOPBACK, listed_models, opener
+from thinkswitch_plugin.engines.connection import LOOPBACK, listed_models
+from thinkswitch_plugin.environment import variable
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import processes
 from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.run.progress import Bar
 
-VLLM_VENV = Path(".venv-vllm")  # where `make setup-vllm` puts it; it cannot share axolotl's environment
 ENDING = 10.0  # seconds that an engine whose worker has died may take to end
 # The values of vLLM's --max-lora-rank (vllm/config/lora.py).
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -66,7 +66,7 @@ class Server:
 
 def vllm_python() -> Path | None:
     """The interpreter that has vLLM: `VLLM_PYTHON`, then `.venv-vllm`, then the one of `vllm` on the path."""
-    candidates = [os.environ.get("VLLM_PYTHON"), str(VLLM_VENV / "bin" / "python")]
+    candidates = [variable("VLLM_PYTHON"), str(places.find(places.VLLM_PYTHON))]
     command = shutil.which("vllm")
     if command:
         candidates.append(str(Path(command).resolve().parent / "python"))
@@ -189,7 +189,7 @@ def serving(engine: str, model: str, keys: EngineKeys, log: Path, *, max_len: in
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float, engine: str, log: Path) -> None:
-    started = time.monotonic()
+    started, direct = time.monotonic(), urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with Bar(0, f"starting {engine}") as bar:
         while True:
             if process.poll() is not None:
@@ -198,7 +198,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float
                     f"its log, {log}, says:\n{processes.cause(log)}"
                 )
             try:
-                with opener(url).open(url, timeout=2) as reply:
+                with direct.open(url, timeout=2) as reply:
                     if reply.status == 200:
                         return
             except OSError:

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinkswitch_plugin import files
+from thinkswitch_plugin import files, places
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys, ThinkSwitchKeys
 from thinkswitch_plugin.conventions import NONE, Convention
 from thinkswitch_plugin.data import batch
-from thinkswitch_plugin.data.task_files import TASKS
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 if TYPE_CHECKING:
@@ -199,8 +198,8 @@ def load_task(keys: EvaluationKeys, sampling: Sampling, prefix: str = "", stop: 
     """
     from lm_eval.tasks import TaskManager, get_task_dict
 
-    ours = (TASKS / f"{keys.task}.yaml").is_file()
-    manager = TaskManager(include_path=str(TASKS), include_defaults=not ours)
+    tasks = places.find(places.TASKS)
+    manager = TaskManager(include_path=str(tasks), include_defaults=not (tasks / f"{keys.task}.yaml").is_file())
     if keys.task not in manager.all_tasks:
         raise ThinkSwitchError(f"lm-eval knows no task {keys.task}; `lm_eval ls tasks` lists them.")
     changes: dict[str, Any] = {"task": keys.task}

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import console, files
+from thinkswitch_plugin import console, files, places
 from thinkswitch_plugin.args import resolve_seed
 from thinkswitch_plugin.data.prompts import prompts_of_iteration
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import uses_server
 from thinkswitch_plugin.merging.config import check_config, set_lambda
-from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_path
+from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_of, recipe_path
 from thinkswitch_plugin.run import NOTHING_MORE, Given, Run, forget_stale, locked, settings_file
 from thinkswitch_plugin.run.folder import read_settings
 from thinkswitch_plugin.run.hardware import has_cuda
@@ -108,7 +108,7 @@ def require_gpu(recipe: Recipe) -> None:
 
 def _check_files(run: Run) -> None:
     keys = run.recipe.keys
-    if not Path(keys.rebuild.config).is_file():
+    if not places.find(keys.rebuild.config).is_file():
         raise ThinkSwitchError(
             f"{run.recipe.path}: `thinkswitch.rebuild.config` names {keys.rebuild.config}, which does not exist; name a file of merge_configs/."
         )
@@ -123,7 +123,7 @@ def _check_files(run: Run) -> None:
 
 def _check_merge_config(run: Run) -> None:
     keys = run.recipe.keys.rebuild
-    config = Path(keys.config)
+    config = places.find(keys.config)
     check_config(config)
     for weight in (keys.lambda_, *keys.lambda_steps):
         set_lambda(files.read_yaml(config), weight, config)
@@ -136,7 +136,7 @@ def evaluate_model(domain: str, model: str, engine: str, out: Path, overlays: Se
     from thinkswitch_plugin.judging.samples import read_samples
     from thinkswitch_plugin.run import checkpoint
 
-    keys = load_recipe(recipe_path(domain), tuple(overlay_path(name) for name in overlays)).keys
+    keys = recipe_of(domain, overlays).keys
     folder, _ = checkpoint.resolve(model, None, "evaluated")
     target = out / domain / checkpoint.folder_name(model)
     with locked(target):

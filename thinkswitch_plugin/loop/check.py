@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,18 +18,12 @@ from thinkswitch_plugin.data import prompts
 from thinkswitch_plugin.data.contamination import require_uncontaminated
 from thinkswitch_plugin.data.task_files import repeats
 from thinkswitch_plugin.engines import servers
+from thinkswitch_plugin.environment import variable
 from thinkswitch_plugin.errors import ThinkSwitchError, reason
 from thinkswitch_plugin.judging.evaluation import uses_server
 from thinkswitch_plugin.merging.settings import config_difference
 from thinkswitch_plugin.merging.tensors import quantisation, quantised
-from thinkswitch_plugin.recipe import (
-    Recipe,
-    check_axolotl_keys,
-    iteration_config,
-    load_recipe,
-    overlay_path,
-    recipe_path,
-)
+from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, iteration_config, recipe_of
 from thinkswitch_plugin.report import price_per_hour
 from thinkswitch_plugin.run import versions
 from thinkswitch_plugin.run.hardware import has_cuda
@@ -42,23 +35,30 @@ MIB_OF_A_GB = 950  # a card sold as 24 GB shows 23,028 MiB and more, one of 8 GB
 
 
 def check_domain(
-    name: str, overlays: Sequence[str], iterations: int, tokens_per_second: float | None, price: str = ""
+    domain: str,
+    runs: Path,
+    engine: str,
+    overlays: Sequence[str],
+    iterations: int,
+    tokens_per_second: float | None,
+    price: str,
 ) -> None:
     """Print the findings for a domain.
 
     Args:
+        engine: as the user names it.
         price: of an hour of this machine, as the user wrote it.
 
     Raises `ThinkSwitchError` if something would stop the run.
     """
-    recipe = load_recipe(recipe_path(name), tuple(overlay_path(o) for o in overlays))
+    recipe = recipe_of(domain, overlays)
     keys = recipe.keys
     counted: list[int] = []  # the questions, once they are loaded
     checks: list[tuple[str, Callable[[], str]]] = [
         ("GPU", lambda: gpu(keys)),
         ("memory", lambda: memory(keys)),
-        ("disk", lambda: disk(keys)),
-        ("engine", lambda: engine(keys)),
+        ("disk", lambda: disk(keys, runs)),
+        ("engine", lambda: engine_found(keys, engine)),
         ("recipe", lambda: schema(recipe)),
         ("pair", lambda: pair(keys)),
         ("training", lambda: training(recipe)),
@@ -75,10 +75,10 @@ def check_domain(
             console.say(f"  STOP  {title}: {problem}")
     if failed:
         raise ThinkSwitchError(
-            f"{failed} of {len(checks)} checks would stop `make iterate DOMAIN={name}`; put right what stands beside STOP, "
-            f"then run `make check DOMAIN={name}` again."
+            f"{failed} of {len(checks)} checks would stop `make iterate DOMAIN={domain}`; put right what stands beside STOP, "
+            f"then run `make check DOMAIN={domain}` again."
         )
-    console.say(f"Ready: make iterate DOMAIN={name}" + (f" OVERLAY='{' '.join(overlays)}'" if overlays else ""))
+    console.say(f"Ready: make iterate DOMAIN={domain}" + (f" OVERLAY='{' '.join(overlays)}'" if overlays else ""))
 
 
 def gpu(keys: ThinkSwitchKeys) -> str:
@@ -87,7 +87,7 @@ def gpu(keys: ThinkSwitchKeys) -> str:
         return "none needed"
     if not has_cuda():
         raise ThinkSwitchError(f"none found; the recipe needs one with {keys.needs.gpu_gb:g} GB")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    visible = variable("CUDA_VISIBLE_DEVICES") or ""
     # Names that nvidia-smi takes too; parts of a card (MIG) and whatever else there is it does not.
     chosen = [f"--id={visible}"] if re.fullmatch(r"(\d+|GPU-[\w-]+)(,(\d+|GPU-[\w-]+))*", visible) else []
     try:
@@ -117,17 +117,17 @@ def memory(keys: ThinkSwitchKeys) -> str:
     return f"{free:.0f} GB available, {keys.needs.ram_gb:g} GB needed"
 
 
-def disk(keys: ThinkSwitchKeys) -> str:
-    """Free disk where the run and the hub's cache lie."""
-    free = shutil.disk_usage(".").free / 1e9
+def disk(keys: ThinkSwitchKeys, runs: Path) -> str:
+    """Free disk where the runs lie."""
+    free = files.free_space(runs) / 1e9
     if free < keys.needs.disk_gb:
         raise ThinkSwitchError(f"{free:.0f} GB free; two iterations need {keys.needs.disk_gb:g} GB")
     return f"{free:.0f} GB free, {keys.needs.disk_gb:g} GB needed"
 
 
-def engine(keys: ThinkSwitchKeys) -> str:
+def engine_found(keys: ThinkSwitchKeys, engine: str) -> str:
     """Which engine `ENGINE=` means, and the versions installed."""
-    chosen = servers.choose(os.environ.get("ENGINE") or "auto")
+    chosen = servers.choose(engine)
     if uses_server(keys.evaluation, chosen) and servers.vllm_python() is None:
         raise ThinkSwitchError(f"the evaluation runs through a server. {servers.NO_VLLM}")
     note = "" if chosen == "vllm" else " (much slower than vLLM on real models: make setup-vllm)"

@@ -27,12 +27,9 @@ def prepare_pair(run: Run, _k: int = 0) -> dict[str, Any]:
 
     keys = run.recipe.keys.pair
     if keys.embedded:
-        from thinkswitch_plugin.demo.cache import ensure_mixed, ensure_pair
-        from thinkswitch_plugin.demo.mixed import DOMAIN
+        from thinkswitch_plugin.demo import cache
 
-        ensure_pair(run.seed, Path(run.checkpoint("instruct", 0)), Path(run.checkpoint("thinking", 0)))
-        if run.recipe.keys.domain == DOMAIN:
-            ensure_mixed(run.seed)
+        cache.ensure(run.recipe.keys, run.seed)
     clean_prompts(run, 1)  # `write_requests` asks again, but after downloads and hours of evaluating the starting pair
     found: dict[str, dict[str, Any]] = {}
     for mode, revision in (("instruct", keys.revision_instruct), ("thinking", keys.revision_thinking)):
@@ -209,25 +206,24 @@ def merge_adapter(
 
 def rebuild(run: Run, k: int) -> dict[str, Any]:
     """mergekit interpolates the new thinking checkpoint; it is accepted only if it still thinks."""
-    from thinkswitch_plugin.loop.rebuild import rebuild_thinking
+    from thinkswitch_plugin.loop.rebuild import Check, rebuild_thinking
 
-    here, keys = run.iteration(k), run.recipe.keys
-    result = rebuild_thinking(
-        instruct=here / "instruct",
-        anchor=Path(run.anchor(k)),
-        keys=keys.rebuild,
-        out=here / "thinking",
-        merge_yaml=here / "merge.yaml",
-        reference=run.iteration(1) / "generations.jsonl",
-        reference_requests=run.iteration(1) / "requests.jsonl",
-        requests=here / "requests.jsonl",
+    here, first, keys = run.iteration(k), run.iteration(1), run.recipe.keys
+    check = Check(
+        here / "requests.jsonl",
+        reference_requests=first / "requests.jsonl",
+        reference=first / "generations.jsonl",
         engine=run.engine,
         engine_keys=keys.engine,
+        logs=here / "logs",
         convention=keys.convention,
         retry_max_tokens=keys.retry_budget,
-        logs=here / "logs",
-        cards=lambda folder, text: cards.write_card(run, k, "thinking", folder, text),
     )
+
+    def card(folder: Path, text: str) -> None:
+        cards.write_card(run, k, "thinking", folder, text)
+
+    result = rebuild_thinking(here / "instruct", Path(run.anchor(k)), keys.rebuild, here / "thinking", check, card)
     files.write_json(here / "rebuild.json", result)
     return {}
 

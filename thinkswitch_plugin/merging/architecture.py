@@ -1,4 +1,4 @@
-"""What mergekit plans for: its own table of an architecture where that has every tensor, else the checkpoints' names.
+"""What mergekit plans for (its own table of an architecture, or the checkpoints' names), and what it must write.
 
 mergekit knows some architectures by name; the rest it infers, and tensors that its table or transformers' class
 lacks (routed experts in a layout of their own, multi-token prediction heads) would be left out without a word. A
@@ -9,10 +9,8 @@ hold.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mergekit.architecture import (
     ModelArchitecture,
@@ -23,12 +21,14 @@ from mergekit.architecture import (
     get_architecture_info,
 )
 from mergekit.config import MergeConfiguration
-from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
-from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.merging.compatibility import list_weights
 from thinkswitch_plugin.merging.layout import Aligned, Stored
+from thinkswitch_plugin.merging.settings import layers_of
+from thinkswitch_plugin.merging.tensors import TensorInfo, split_name
 
 # What a vision-language checkpoint needs beside weights and tokenizer.
 PROCESSOR_FILES = ["preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"]
@@ -52,7 +52,7 @@ class AsStored(ModuleArchitecture):  # type: ignore[misc]
         self._outside = {name: tensors[name].shape for name in tensors if name not in inside}
 
     def num_layers_config_key(self) -> str:
-        """Where the config has the number of layers."""
+        """The config's key for the number of layers."""
         return self._key
 
     def pre_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
@@ -85,15 +85,6 @@ def main_stack(elements: Mapping[str, int]) -> str:
     return max(found, key=lambda stack: found[stack], default="")
 
 
-def split_name(name: str) -> tuple[str, str, str]:
-    """`model.layers.3.mlp.up_proj.weight` -> (`model.layers.`, `3`, `mlp.up_proj.weight`); empty without a number."""
-    parts = name.split(".")
-    place = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
-    if not place:
-        return "", "", name
-    return ".".join(parts[:place]) + ".", parts[place], ".".join(parts[place + 1 :])
-
-
 def architecture(config: MergeConfiguration, options: MergeOptions, aligned: Aligned | None) -> ModelArchitecture:
     """What mergekit is to plan for.
 
@@ -116,39 +107,52 @@ def architecture(config: MergeConfiguration, options: MergeOptions, aligned: Ali
     )
 
 
-class AlignedLoader(LazyTensorLoader):  # type: ignore[misc]
-    """mergekit's reader of one checkpoint, which also has the tensors that are stored in another layout."""
+def expected(config: MergeConfiguration, checkpoints: Sequence[Path], aligned: Aligned | None) -> dict[str, int]:
+    """The tensors that the output must have -> their elements.
 
-    def __init__(self, folder: Path, tensors: Mapping[str, Stored]) -> None:
-        super().__init__(ShardedTensorIndex.from_disk(str(folder)))
-        self._converted = {name: stored for name, stored in tensors.items() if stored.layout}
-        places = {name: stored.parts[0][1].file.name for name, stored in self._converted.items()}
-        self.index.tensor_paths = {**self.index.tensor_paths, **places}
+    Args:
+        checkpoints: the local folders of the config.
+        aligned: the same in one layout; None if layers are put together from unlike places.
+    """
+    if aligned is not None:
+        tensors = next(iter(aligned.checkpoints.values())) | aligned.carried
+        return {name: stored.elements for name, stored in tensors.items()}
+    found: dict[str, int] = {}
+    layer = 0
+    for piece in config.slices or []:
+        folder = Path(piece.sources[0].model.model.path)
+        if folder not in checkpoints or not any(folder.glob("*.safetensors")):
+            return {}  # on the hub, or not safetensors: not read by us
+        held, layers = list_weights(folder), layers_of(folder)
+        sizes = {name: info.elements for name, info in held.items()}
+        stack = main_stack(sizes)
+        start, end = piece.sources[0].layer_range
+        for name, size in sizes.items():
+            prefix, index, rest = split_name(name)
+            if prefix != stack:
+                found.setdefault(name, size)
+            elif start <= int(index) < min(end, layers):
+                found[f"{stack}{layer + int(index) - start}.{rest}"] = size
+        layer += end - start
+    return found
 
-    def get_tensor(self, key: str, device: str = "cpu", **options: Any) -> Any:
-        """A tensor by its name in the common layout."""
-        if key in self._converted:
-            return self._converted[key].read().to(device)
-        return super().get_tensor(key, device=device, **options)
+
+def require_covered(needed: Mapping[str, int], written: Mapping[str, TensorInfo], config_file: Path | str) -> None:
+    """Raise `ThinkSwitchError` if a tensor that a merge must write is not there or is smaller."""
+    missing = sorted(name for name in needed if name not in written)
+    if missing:
+        raise ThinkSwitchError(
+            f"{config_file}: mergekit would leave out {len(missing)} of {len(needed)} tensors ({shortened(missing)}); "
+            "merge the whole model, with `models:` rather than `modules:` or `slices:`."
+        )
+    smaller = sorted(name for name, size in needed.items() if written[name].elements < size)
+    if smaller:
+        raise ThinkSwitchError(
+            f"{config_file}: mergekit would keep only a part of {len(smaller)} tensors ({shortened(smaller)}); "
+            "merge checkpoints of one shape."
+        )
 
 
-def use_layout(config: MergeConfiguration, aligned: Aligned | None) -> None:
-    """Have mergekit read the checkpoints of a config in their common layout."""
-    for model in config.referenced_models() if aligned else []:
-        assert aligned is not None
-        tensors = aligned.checkpoints.get(Path(model.model.path))
-        if model.lora is None and tensors and any(stored.layout for stored in tensors.values()):
-            LoaderCache().loaders[model] = AlignedLoader(Path(model.model.path), tensors)
-
-
-@contextmanager
-def planning_for(found: ModelArchitecture) -> Iterator[None]:
-    """Have `mergekit.merge.run_merge` plan for this architecture; it has no option for one."""
-    import mergekit.merge
-
-    original = mergekit.merge.get_architecture_info
-    mergekit.merge.get_architecture_info = lambda *_: found
-    try:
-        yield
-    finally:
-        mergekit.merge.get_architecture_info = original
+def shortened(names: Sequence[str]) -> str:
+    """The first and the last of many tensors' names."""
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.settings import SIZES, config_difference, is_tied, resolve
-from thinkswitch_plugin.merging.tensors import TensorInfo, list_tensors, require_unquantised
+from thinkswitch_plugin.merging.tensors import TensorInfo, list_tensors, require_unquantised, split_name
 from thinkswitch_plugin.run.checkpoint import require_plain
 
 if TYPE_CHECKING:
@@ -51,10 +51,8 @@ def tensor_difference(
         other = right.get(name)
         if other is None:
             continue
-        outside_layers = not any(part.isdigit() for part in name.split("."))
-        if info.shape != other.shape and not (
-            allowed.vocabulary and outside_layers and info.shape[1:] == other.shape[1:]
-        ):
+        other_vocabulary = allowed.vocabulary and not split_name(name)[1] and info.shape[1:] == other.shape[1:]
+        if info.shape != other.shape and not other_vocabulary:
             return name, f"has shape {list(info.shape)} and {list(other.shape)}"
         if info.dtype != other.dtype and not allowed.dtype:
             return name, f"is stored as {info.dtype} and {other.dtype}"

@@ -1,40 +1,34 @@
 """A merge carried out in memory: mergekit plans and computes, a loaded model takes the tensors.
 
-mergekit writes every tensor of a plan through one object, its `TensorWriter`. Put a model in
-that object's place and the same plan fills the model's parameters instead of a folder, so
-a point of a sweep costs no checkpoint on disk and equals `mergekit-yaml`'s result (bit by bit at the same number of torch threads).
-(mergekit's own `plan_in_memory` fails with pydantic 2.12: `ReturnTensor.tensor_task` is
-annotated with an abstract generic.)
+mergekit writes every tensor of a plan through one object, its `TensorWriter`. With a model in that object's place the
+same plan fills the model's parameters instead of a folder, so a point of a sweep costs no checkpoint on disk and equals
+`mergekit-yaml`'s result (bit by bit at the same number of torch threads).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from mergekit.config import MergeConfiguration
-from mergekit.graph import Executor
-from mergekit.io import tasks as mergekit_tasks
-from mergekit.io.tasks import LoaderCache, SaveTensor
+from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from transformers import AutoConfig, PreTrainedModel, set_seed
 
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.merging.architecture import architecture, use_layout
+from thinkswitch_plugin.merging.architecture import architecture, shortened
 from thinkswitch_plugin.merging.compatibility import Allowances, align_compatible
 from thinkswitch_plugin.merging.config import without_ours
-from thinkswitch_plugin.merging.coverage import shortened
 from thinkswitch_plugin.merging.kernel import all_finite
 from thinkswitch_plugin.merging.layout import Layout, model_class
+from thinkswitch_plugin.merging.mergekit_private import NonFiniteOutputError, compute, use_layout
 from thinkswitch_plugin.merging.method import register
 from thinkswitch_plugin.merging.run import blame, local_checkpoints, sentence
 from thinkswitch_plugin.merging.settings import require_known, with_values
 from thinkswitch_plugin.merging.tensors import require_unquantised
-from thinkswitch_plugin.merging.writer import NonFiniteOutputError
 
 
 class ModelWriter:
@@ -91,17 +85,6 @@ class ModelWriter:
                 f"The merge config gives no value for {len(missing)} tensors of the model ({shortened(missing)}); "
                 "merge the whole model."
             )
-
-
-@contextmanager
-def writing_to(writer: Any) -> Iterator[None]:
-    """Have mergekit write to `writer` instead of a folder."""
-    original = mergekit_tasks.TensorWriter
-    mergekit_tasks.TensorWriter = lambda *_args, **_options: writer
-    try:
-        yield
-    finally:
-        mergekit_tasks.TensorWriter = original
 
 
 def load(skeleton: Path, chosen: Mapping[str, Path], *, device: str) -> PreTrainedModel:
@@ -161,12 +144,7 @@ def _carry_out(config: MergeConfiguration, model: PreTrainedModel, seed: int, ma
     planner = MergePlanner(
         config, architecture(config, options, aligned), options=options, out_model_config=model.config
     )
-    plan = planner.plan_to_disk("")
-    executor = Executor(plan, math_device=torch.device(device), storage_device=torch.device("cpu"))
-    names = {task.tensor_name for task in plan if isinstance(task, SaveTensor)}
     try:
-        with writing_to(ModelWriter(model, names)):
-            for _ in executor.run(quiet=True):
-                pass
+        compute(planner, device, lambda names: ModelWriter(model, names))
     except NonFiniteOutputError as error:
         raise ThinkSwitchError(blame(error.name, folders, f"{config.merge_method} in memory")) from None

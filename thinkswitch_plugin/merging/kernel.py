@@ -7,10 +7,11 @@ result. Chunks stay in a core's cache and no full-size float32 copy is ever made
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 from typing import Literal, TypeVar
 
@@ -59,19 +60,12 @@ class Sums:
     d1: float = 0.0
 
     def __add__(self, other: Sums) -> Sums:
-        return Sums(
-            self.xx + other.xx,
-            self.yy + other.yy,
-            self.dd + other.dd,
-            self.x1 + other.x1,
-            self.y1 + other.y1,
-            self.d1 + other.d1,
-        )
+        return Sums(*map(operator.add, astuple(self), astuple(other)))
 
     @property
     def trusted(self) -> bool:
         """Whether no square over- or underflowed, and no input was NaN or infinite."""
-        return all(map(math.isfinite, (self.xx, self.yy, self.dd))) and min(self.xx, self.yy) > SMALLEST_SQUARES
+        return all(map(math.isfinite, astuple(self))) and min(self.xx, self.yy) > SMALLEST_SQUARES
 
     @property
     def angle(self) -> float:
@@ -162,11 +156,18 @@ def _working_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 def all_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity, looked at a chunk at a time."""
-    return all(bool(torch.isfinite(chunk).all()) for chunk in tensor.flatten().split(CHUNK))
+    if not tensor.is_floating_point():
+        return True
+    # A sum is quick, and not finite if any term is not; it may also overflow, so then every element is looked at.
+    chunks = tensor.flatten().split(CHUNK)
+    return all(bool(torch.isfinite(chunk.sum())) or bool(torch.isfinite(chunk).all()) for chunk in chunks)
 
 
-def measure(first: torch.Tensor, second: torch.Tensor) -> Sums:
-    """The sums of squares of two tensors of one shape, in float32 chunks (float64 for float64 tensors).
+def measure(first: torch.Tensor, second: torch.Tensor, *, absolute: bool = False) -> Sums:
+    """The sums over two tensors of one shape, in float32 chunks (float64 for float64 tensors).
+
+    Args:
+        absolute: whether to sum absolute values beside the squares.
 
     Where float32 squares over- or underflow, it is done again in float64.
     Raises `NonFiniteError` if a tensor holds NaN or infinity.
@@ -174,8 +175,10 @@ def measure(first: torch.Tensor, second: torch.Tensor) -> Sums:
     a, b = first.flatten(), second.flatten()
 
     def total(dtype: torch.dtype) -> Sums:
-        parts = _by_chunks(lambda scratch, part: chunk_sums(a[part], b[part], scratch), a.numel(), dtype, a.device)
-        return sum(parts, Sums())
+        def each(scratch: Scratch, part: slice) -> Sums:
+            return chunk_sums(a[part], b[part], scratch, absolute=absolute)
+
+        return sum(_by_chunks(each, a.numel(), dtype, a.device), Sums())
 
     found = total(_working_dtype(a, b))
     if not found.trusted:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -25,7 +24,7 @@ from transformers.initialization import no_init_weights
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.merging.tensors import TensorInfo
+from thinkswitch_plugin.merging.tensors import TensorInfo, reading
 
 
 def model_class(checkpoint: Path) -> type[PreTrainedModel] | None:
@@ -104,38 +103,36 @@ class Stored:
     """One tensor of the common layout and what it is made of in one checkpoint's files.
 
     Attributes:
-        parts: names in the files and where each lies; one, if the tensor is stored as it is.
+        parts: the stored tensors it is made of; one, if it is stored as it is.
         layout, key: how the parts become the tensor; None and empty, if it is stored as it is.
     """
 
     name: str
     shape: tuple[int, ...]
-    parts: tuple[tuple[str, TensorInfo], ...]
+    parts: tuple[TensorInfo, ...]
     layout: Layout | None = None
     key: str = ""
 
     @property
     def dtype(self) -> str:
         """The dtype of its parts, as safetensors names it."""
-        return self.parts[0][1].dtype
+        return self.parts[0].dtype
 
     @property
     def elements(self) -> int:
         """How many numbers it holds."""
         return math.prod(self.shape)
 
-    @property
-    def info(self) -> TensorInfo | None:
-        """Where it lies, if it is stored as it is."""
-        return self.parts[0][1] if self.layout is None else None
+    def tensor(self, read: Callable[[TensorInfo], torch.Tensor]) -> torch.Tensor:
+        """The tensor itself, converted if need be; `read` is that of `tensors.reading`."""
+        if self.layout is None:
+            return read(self.parts[0])
+        return self.layout.convert(self.key, {part.name: read(part) for part in self.parts})[self.name]
 
-    def read(self) -> torch.Tensor:
-        """The tensor itself, converted if need be."""
-        found = {}
-        for name, info in self.parts:
-            with safe_open(str(info.file), framework="pt") as handle:
-                found[name] = handle.get_tensor(name)
-        return found[self.name] if self.layout is None else self.layout.convert(self.key, found)[self.name]
+    def load(self) -> torch.Tensor:
+        """The tensor, its files opened for it alone."""
+        with reading() as read:
+            return self.tensor(read)
 
 
 @dataclass(frozen=True)
@@ -164,8 +161,7 @@ def align(held: Mapping[Path, Mapping[str, TensorInfo]]) -> Aligned:
     names = [set(tensors) for tensors in held.values()]
     alike = set.intersection(*names)
     plain = {
-        folder: {name: _stored(name, held[folder][name]) for name in held[folder] if name in alike}
-        for folder in folders
+        folder: {name: _stored(info) for name, info in held[folder].items() if name in alike} for folder in folders
     }
     if all(found == alike for found in names):
         return Aligned(plain, {})
@@ -178,7 +174,7 @@ def align(held: Mapping[Path, Mapping[str, TensorInfo]]) -> Aligned:
     for folder, layout in zip(folders, layouts, strict=True):
         assert layout is not None
         places.append({target: tuple(layout.groups[key]) for target, key in layout.targets.items()})
-        carried |= {n: _stored(n, held[folder][n]) for n in layout.ignored if n not in alike and n not in carried}
+        carried |= {n: _stored(held[folder][n]) for n in layout.ignored if n not in alike and n not in carried}
     for target in sorted(set().union(*places)):
         found = [place.get(target) for place in places]
         if None in found:
@@ -188,7 +184,7 @@ def align(held: Mapping[Path, Mapping[str, TensorInfo]]) -> Aligned:
             for folder, layout in zip(folders, layouts, strict=True):
                 assert layout is not None
                 plain[folder][target] = _converted(target, layout, held[folder])
-    stored = {part for tensors in plain.values() for s in tensors.values() if s.layout for part, _ in s.parts}
+    stored = {part.name for tensors in plain.values() for s in tensors.values() if s.layout for part in s.parts}
     return Aligned({f: {n: s for n, s in t.items() if s.layout or n not in stored} for f, t in plain.items()}, carried)
 
 
@@ -197,13 +193,13 @@ def _layout(folder: Path, names: Iterable[str]) -> Layout | None:
     return None if model is None else Layout(model, names)
 
 
-def _stored(name: str, info: TensorInfo) -> Stored:
-    return Stored(name, info.shape, ((name, info),))
+def _stored(info: TensorInfo) -> Stored:
+    return Stored(info.name, info.shape, (info,))
 
 
 def _converted(target: str, layout: Layout, held: Mapping[str, TensorInfo]) -> Stored:
     key = layout.targets[target]
-    parts = tuple((name, held[name]) for name in layout.groups[key])
+    parts = tuple(held[name] for name in layout.groups[key])
     return Stored(target, tuple(layout.state[target].shape), parts, layout, key)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import list_weights
-from thinkswitch_plugin.merging.tensors import list_file, list_tensors
+from thinkswitch_plugin.merging.tensors import list_file, list_tensors, reading
 from thinkswitch_plugin.run.checkpoint import ADAPTER_WEIGHTS, MODULE
 
 # How axolotl's `legacy` merge is told the dtype to write, by the name that safetensors has for it.
@@ -71,7 +71,6 @@ def restore_vectors(parent: Path, merged: Path) -> None:
     `legacy` casts a whole model to one dtype; GLM's and DeepSeek's routers keep a vector in float32 beside bfloat16
     matrices. No LoRA touches a vector, so nothing is lost. One shard is in memory at a time.
     """
-    from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
     before, after = list_weights(parent), list_weights(merged)
@@ -82,9 +81,8 @@ def restore_vectors(parent: Path, merged: Path) -> None:
     }
     for shard in sorted({after[name].file for name in cast}):
         tensors = load_file(str(shard))
-        for name in cast & tensors.keys():
-            with safe_open(str(before[name].file), framework="pt") as handle:
-                tensors[name] = handle.get_tensor(name)
+        with reading() as read:
+            tensors |= {name: read(before[name]) for name in cast & tensors.keys()}
         whole = files.temporary_sibling(shard)
         save_file(tensors, str(whole), metadata={"format": "pt"})
         files.put_in_place(whole, shard)

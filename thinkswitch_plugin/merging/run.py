@@ -7,38 +7,28 @@ while it is merged, from the sums of our method or in what is about to be writte
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
-import mergekit.io.tasks
 import mergekit.merge
-import torch
 from mergekit.config import MergeConfiguration, OutputSliceDefinition
 from mergekit.merge_methods import registry
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from pydantic import ValidationError
-from safetensors import safe_open
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.merging.architecture import architecture, planning_for, use_layout
+from thinkswitch_plugin.merging.architecture import architecture, expected, require_covered, shortened
 from thinkswitch_plugin.merging.compatibility import Allowances, align_compatible
 from thinkswitch_plugin.merging.config import check_config, without_ours
-from thinkswitch_plugin.merging.coverage import expected, require_covered, shortened
 from thinkswitch_plugin.merging.kernel import all_finite, non_finite
 from thinkswitch_plugin.merging.layout import Aligned
+from thinkswitch_plugin.merging.mergekit_private import NonFiniteOutputError, checked, planning_for, use_layout
 from thinkswitch_plugin.merging.method import register
-from thinkswitch_plugin.merging.readahead import ReadAheadExecutor
 from thinkswitch_plugin.merging.settings import adopt, layers_of, require_known
-from thinkswitch_plugin.merging.tensors import list_tensors, require_unquantised
-from thinkswitch_plugin.merging.writer import NonFiniteOutputError, writer
+from thinkswitch_plugin.merging.tensors import list_tensors, reading, require_unquantised
 from thinkswitch_plugin.run.checkpoint import require_plain
-
-MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of <malloc.h>
 
 
 @click.command("thinkswitch merge", cls=PrettyPrintHelp)
@@ -48,14 +38,7 @@ MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of <malloc.h>
 def command(merge_options: MergeOptions, config_file: Path, out_path: Path) -> None:
     """Merge as mergekit-yaml does, with the method `thinkswitch`, checks first and less memory."""
     merge_options.apply_global_options()
-    threads = torch.get_num_threads()
-    if merge_options.num_threads is None:
-        # Reading ahead and writing need cores too: torch's threads spin while they wait for one that has none.
-        torch.set_num_threads(max(1, threads - 2))
-    try:
-        merge(config_file, out_path, merge_options)
-    finally:
-        torch.set_num_threads(threads)
+    merge(config_file, out_path, merge_options)
 
 
 def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
@@ -88,13 +71,12 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
     needed = expected(config, checkpoints, aligned)  # mergekit changes the config while it plans
     say_carried(aligned)
     partial = files.temporary_sibling(out)
-    _return_big_blocks()
     try:
         files.remove(partial)
         # mergekit writes the folder's own name into the model card.
         built = partial / out.name
         built.mkdir(parents=True)
-        with streaming(aligned), planning_for(architecture(config, options, aligned)):
+        with checked(aligned), planning_for(architecture(config, options, aligned)):
             use_layout(config, aligned)
             mergekit.merge.run_merge(
                 config, str(built), options=options, config_source=config_file.read_text(encoding="utf-8")
@@ -115,31 +97,6 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
         raise ThinkSwitchError(f"{config_file}: mergekit stopped: {sentence(error)}") from error
     finally:
         files.remove(partial)
-
-
-@contextmanager
-def streaming(aligned: Aligned | None = None) -> Iterator[None]:
-    """Put our writer and our executor in the places of mergekit's, which has no option for either.
-
-    Args:
-        aligned: its `carried` tensors are written beside the merged ones.
-    """
-    names = mergekit.io.tasks.TensorWriter, mergekit.merge.Executor
-    carried = aligned.carried if aligned else {}
-    mergekit.io.tasks.TensorWriter = partial(writer, carried=carried)
-    mergekit.merge.Executor = ReadAheadExecutor
-    try:
-        yield
-    finally:
-        mergekit.io.tasks.TensorWriter, mergekit.merge.Executor = names
-        mergekit.io.tasks.LoaderCache.loaders.clear()  # a class attribute: files of this merge would stay open
-
-
-def _return_big_blocks() -> None:
-    # glibc raises its threshold as blocks are freed; mergekit's slerp then leaves a small tensor
-    # in every hole of its heap, which grows to several GB. A fixed threshold stops both.
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**20)
 
 
 def _read_config(path: Path) -> tuple[MergeConfiguration, dict[str, Path]]:
@@ -205,7 +162,7 @@ def _is_whole(slices: Sequence[OutputSliceDefinition], checkpoint: Path) -> bool
 def say_carried(aligned: Aligned | None) -> None:
     """Tell the user of tensors that are copied, since only some of the checkpoints hold them."""
     if aligned and aligned.carried:
-        owners = sorted({str(info.file.parent) for stored in aligned.carried.values() for _, info in stored.parts})
+        owners = sorted({str(info.file.parent) for stored in aligned.carried.values() for info in stored.parts})
         console.say(
             f"  copied from {', '.join(owners)}, since only some of the checkpoints have them and transformers does not load "
             f"them: {shortened(sorted(aligned.carried))} ({len(aligned.carried)} in all)"
@@ -214,13 +171,11 @@ def say_carried(aligned: Aligned | None) -> None:
 
 def blame(name: str, checkpoints: list[Path], config_file: Path | str) -> str:
     """Which input brought NaN or infinity into an output: the tensor of that name first, then all others."""
-    held = [(folder, list_tensors(folder)) for folder in checkpoints]
-    everything = [(folder, other, info) for folder, tensors in held for other, info in tensors.items()]
-    for folder, other, info in sorted(everything, key=lambda entry: entry[1] != name):
-        with safe_open(str(info.file), framework="pt") as handle:
-            tensor: torch.Tensor = handle.get_tensor(other)
-        if tensor.is_floating_point() and not all_finite(tensor):
-            return non_finite(folder, other)
+    held = [(folder, info) for folder in checkpoints for info in list_tensors(folder).values()]
+    with reading() as read:
+        for folder, info in sorted(held, key=lambda entry: entry[1].name != name):
+            if not all_finite(read(info)):
+                return non_finite(folder, info.name)
     return (
         f"{config_file}: merging makes NaN or infinity in the tensor {name} though every input is finite; "
         "use smaller weights or a wider dtype."

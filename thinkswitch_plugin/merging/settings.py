@@ -15,67 +15,20 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 # Names, versions, token ids, caches, what only training or generation reads, and heads that transformers leaves out.
-FREE = frozenset(
-    [
-        "transformers_version",
-        "name_or_path",
-        "auto_map",
-        "dtype",
-        "torch_dtype",
-        "use_cache",
-        "cache_implementation",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "finetuning_task",
-        "task_specific_params",
-        "tokenizer_class",
-        "tokenizer",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "router_aux_loss_coef",
-        "router_z_loss_coef",
-        "router_jitter_noise",
-        "aux_loss_alpha",
-        "seq_aux",
-        "initializer_range",
-        "initializer_factor",
-        "pretraining_tp",
-        "num_nextn_predict_layers",
-        "mtp_num_hidden_layers",
-        "mtp_use_dedicated_embeddings",
-        "unsloth_fixed",
-        "unsloth_version",
-        "model_name",
-        "model_max_length",
-        "max_length",
-        "max_new_tokens",
-        "min_length",
-        "do_sample",
-        "num_beams",
-        "temperature",
-        "top_p",
-        "typical_p",
-        "repetition_penalty",
-        "length_penalty",
-        "no_repeat_ngram_size",
-        "early_stopping",
-        "suppress_tokens",
-        "begin_suppress_tokens",
-    ]
-)
+FREE = """
+transformers_version name_or_path auto_map dtype torch_dtype use_cache cache_implementation id2label label2id
+problem_type finetuning_task task_specific_params tokenizer_class tokenizer return_dict output_attentions
+output_hidden_states output_router_logits router_aux_loss_coef router_z_loss_coef router_jitter_noise aux_loss_alpha
+seq_aux initializer_range initializer_factor pretraining_tp num_nextn_predict_layers mtp_num_hidden_layers
+mtp_use_dedicated_embeddings unsloth_fixed unsloth_version model_name model_max_length max_length max_new_tokens
+min_length do_sample num_beams temperature top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+early_stopping suppress_tokens begin_suppress_tokens
+"""
 FREE_ENDINGS = ("_token_id", "_token_ids", "_token_index", "dropout", "_pdrop")
 # What makes another model altogether; named first, since other settings follow from it.
 SIZES = (
-    "model_type",
-    "architectures",
-    "num_hidden_layers",
-    "hidden_size",
-    "vocab_size",
-    "num_attention_heads",
-    "num_key_value_heads",
+    *("model_type", "architectures", "num_hidden_layers", "hidden_size", "vocab_size"),
+    *("num_attention_heads", "num_key_value_heads"),
 )
 # `layer_types` and `sliding_window` say what transformers makes of these two.
 RESOLVED_INTO_LAYER_TYPES = ("max_window_layers", "use_sliding_window")
@@ -213,7 +166,7 @@ def _covered(setting: str, may_differ: Iterable[str]) -> bool:
 
 
 def _is_free(key: str, first: Mapping[str, Any], second: Mapping[str, Any], *, nested: bool) -> bool:
-    if key in FREE or key.startswith("_") or key.endswith(FREE_ENDINGS) or (nested and key == "architectures"):
+    if key in FREE.split() or key.startswith("_") or key.endswith(FREE_ENDINGS) or (nested and key == "architectures"):
         return True
     if key in RESOLVED_INTO_LAYER_TYPES:
         return bool(first.get("layer_types") and second.get("layer_types"))

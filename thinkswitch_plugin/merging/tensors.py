@@ -2,75 +2,83 @@
 
 from __future__ import annotations
 
-import json
-import struct
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
 
+if TYPE_CHECKING:
+    import torch
+
 FLOATS = ("F64", "F32", "F16", "BF16")
 # What quantisers add beside the codes: FP8, compressed-tensors, GPTQ, AWQ, bitsandbytes, MXFP4.
 SCALES = (
-    "weight_scale_inv",
-    "weight_scale",
-    "input_scale",
-    "weight_packed",
-    "qweight",
-    "qzeros",
-    "absmax",
-    "quant_map",
+    *("weight_scale_inv", "weight_scale", "input_scale", "weight_packed"),
+    *("qweight", "qzeros", "absmax", "quant_map"),
 )
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies (bytes from the file's start) and what it is."""
+    """One stored tensor: its name, the file that holds it, its shape, and its dtype as safetensors names it."""
 
+    name: str
     file: Path
     shape: tuple[int, ...]
     dtype: str
-    start: int
-    length: int
+
+    @property
+    def elements(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+
+@contextmanager
+def reading() -> Iterator[Callable[[TensorInfo], torch.Tensor]]:
+    """A function that maps stored tensors into memory; each file is opened once."""
+    with ExitStack() as stack:
+        handles: dict[Path, Any] = {}
+
+        def read(info: TensorInfo) -> torch.Tensor:
+            if info.file not in handles:
+                handles[info.file] = stack.enter_context(safe_open(str(info.file), framework="pt"))
+            found: torch.Tensor = handles[info.file].get_tensor(info.name)
+            return found
+
+        yield read
+
+
+def split_name(name: str) -> tuple[str, str, str]:
+    """`model.layers.3.mlp.up_proj.weight` -> (`model.layers.`, `3`, `mlp.up_proj.weight`); empty without a number."""
+    parts = name.split(".")
+    place = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    if not place:
+        return "", "", name
+    return ".".join(parts[:place]) + ".", parts[place], ".".join(parts[place + 1 :])
 
 
 def list_file(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, its header checked against the file's length.
+    """The tensors of one safetensors file, in the order in which they lie there.
 
     Raises `ThinkSwitchError` naming the file if it is missing, damaged or cut short.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            if length > size:
-                raise ValueError("header longer than the file")
-            header: dict[str, Any] = json.loads(handle.read(length))
-        header.pop("__metadata__", None)
-        found = {
-            name: TensorInfo(
-                path,
-                tuple(entry["shape"]),
-                entry["dtype"],
-                8 + length + entry["data_offsets"][0],
-                entry["data_offsets"][1] - entry["data_offsets"][0],
-            )
-            for name, entry in header.items()
-        }
+        with safe_open(str(path), framework="np") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.offset_keys()}
+            return {n: TensorInfo(n, path, tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
     except FileNotFoundError:
         raise ThinkSwitchError(f"{path} is missing; copy or download it again.") from None
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (SafetensorError, OSError) as error:
         raise ThinkSwitchError(
             f"{path} is not a whole safetensors file ({error}); copy or download it again."
         ) from None
-    end = max((info.start + info.length for info in found.values()), default=8 + length)
-    if size != end:
-        raise ThinkSwitchError(
-            f"{path} is {size} bytes long where its header promises {end}; copy or download it again."
-        )
-    return found
 
 
 def list_tensors(checkpoint: Path) -> dict[str, TensorInfo]:
@@ -111,9 +119,10 @@ def require_unquantised(checkpoint: Path) -> None:
     if method := quantisation(files.read_json(path) if path.is_file() else {}):
         raise ThinkSwitchError(quantised(checkpoint, f"its config.json has a `quantization_config` ({method})"))
     for shard in sorted(checkpoint.glob("*.safetensors")):
-        for name, info in list_file(shard).items():
-            if _is_code(name, info):
-                raise ThinkSwitchError(quantised(checkpoint, f"{name} is stored as {info.dtype}"))
+        for info in list_file(shard).values():
+            packed = info.dtype[0] in "IU" and len(info.shape) > 1
+            if packed or info.dtype.startswith(("F8", "F6", "F4")) or info.name.rsplit(".", 1)[-1] in SCALES:
+                raise ThinkSwitchError(quantised(checkpoint, f"{info.name} is stored as {info.dtype}"))
 
 
 def quantised(checkpoint: Path | str, why: str) -> str:
@@ -123,8 +132,3 @@ def quantised(checkpoint: Path | str, why: str) -> str:
         "the checkpoint that it was quantised from (often the same name without -FP8, -GPTQ, -AWQ or -bnb-4bit), or load "
         "it with transformers, call `model.dequantize()` and save it with `save_pretrained`."
     )
-
-
-def _is_code(name: str, info: TensorInfo) -> bool:
-    packed = info.dtype[0] in "IU" and len(info.shape) > 1
-    return packed or info.dtype.startswith(("F8", "F6", "F4")) or name.rsplit(".", 1)[-1] in SCALES

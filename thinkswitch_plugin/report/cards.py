@@ -14,6 +14,7 @@ import yaml
 
 from thinkswitch_plugin import console, files, report
 from thinkswitch_plugin.args import is_local, resolve_seed
+from thinkswitch_plugin.data.task_files import evaluation_set
 from thinkswitch_plugin.run import MODES, Run, versions
 from thinkswitch_plugin.run.hashes import CARD, Hashes, read_stamp
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 RESULTS = "<!-- thinkswitch: results -->"  # what follows is written anew by every report
 LICENCE_KEYS = ("license", "license_name", "license_link")
-# The evaluation sets of our tasks: id on the hub and name.
-DATASETS = {"thinkswitch_aime": ("MathArena/aime_2026", "AIME 2026"), "thinkswitch_pubmedqa": ("qiaojin/PubMedQA",) * 2}
 ABOUT = {
     "instruct": "Answers directly. The answers of a thinking checkpoint, without their traces, were distilled into it",
     "thinking": "Writes a trace before it answers. Interpolated from a distilled instruct checkpoint and a thinking one",
@@ -102,7 +101,7 @@ def eval_results(task: str, figures: dict[str, Any]) -> list[EvalResult]:
     from huggingface_hub import EvalResult
 
     k = figures["k"]
-    dataset, name = next((known for start, known in DATASETS.items() if task.startswith(start)), (task, task))
+    dataset, name = evaluation_set(task)
     shown = [
         ("accuracy", f"Mean@{k}", figures["mean@k"], {"k": k, "questions": figures["n"], "ci95": figures["ci95"]}),
         *([("pass@k", f"Pass@{k}", figures["pass@k"], {"k": k})] if k > 1 else []),

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.judging import paired
-from thinkswitch_plugin.report import pictures, tables
+from thinkswitch_plugin.report import pictures, search_pictures, tables
 from thinkswitch_plugin.report.build import Evaluation
 from thinkswitch_plugin.report.charts import inline
 from thinkswitch_plugin.report.questions import BLOCK, Questions
@@ -167,7 +167,7 @@ def sweeps(run: Run) -> Iterator[dict[str, Any]]:
             "name": name,
             "title": sweeps.title_of(result),
             "chart": inline(
-                pictures.sweep_picture(result, SWEEP_SIZE, titled=False),
+                search_pictures.sweep_picture(result, SWEEP_SIZE, titled=False),
                 f"sweep-{name}",
                 f"Score, tokens and think ratio over λ. {words}",
             ),

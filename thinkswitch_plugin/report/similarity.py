@@ -9,7 +9,8 @@ from thinkswitch_plugin import console, files
 from thinkswitch_plugin.merging.compatibility import align_compatible
 from thinkswitch_plugin.merging.kernel import MERGEKIT_LINEAR
 from thinkswitch_plugin.merging.similarity import summarise, tensor_sums
-from thinkswitch_plugin.report import pictures
+from thinkswitch_plugin.report.pictures import save
+from thinkswitch_plugin.report.search_pictures import similarity_picture
 
 
 def report_similarity(first: Path, second: Path, out: Path) -> None:
@@ -25,7 +26,7 @@ def report_similarity(first: Path, second: Path, out: Path) -> None:
     sums = tensor_sums(first, second)
     data = {"first": str(first), "second": str(second), **summarise(sums)}
     files.write_json(out / "similarity.json", data)
-    pictures.save(pictures.similarity_picture(data), out / "similarity")
+    save(similarity_picture(data), out / "similarity")
     console.say("\n".join(words(data)))
     console.say(f"  {out / 'similarity.json'}, {out / 'similarity.png'} and .svg")
 

@@ -58,7 +58,7 @@ class Run:
         """The files that the evaluation task is made of."""
         from thinkswitch_plugin.data.task_files import task_files
 
-        return task_files(self.recipe.keys.evaluation.task)
+        return task_files(self.recipe.keys.evaluation.task, data=self.given.data)
 
     def iteration(self, k: int) -> Path:
         """The folder of iteration k."""

@@ -7,11 +7,13 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from thinkswitch_plugin.environment import variable
+
 
 def has_cuda() -> bool:
     """Whether a CUDA device is there, without importing torch."""
     driver = Path("/proc/driver/nvidia/version").exists() or Path("/dev/dxg").exists()  # the latter on WSL 2
-    return driver and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    return driver and variable("CUDA_VISIBLE_DEVICES") != ""
 
 
 def hardware() -> dict[str, Any]:

@@ -4,7 +4,7 @@
 follow from it, and a test checks that the Makefile has the same stages in the same order. A row makes the `Stage`
 of one iteration, which says what is read and written there and which settings count:
 
-    rebuild of iteration 1: iter-1/instruct, the anchor, merge_configs/slerp.yaml, … -> iter-1/thinking, rebuild.json
+    rebuild of iteration 1: iter-1/instruct, the anchor, merge_configs/thinkswitch.yaml, … -> iter-1/thinking, rebuild.json
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from thinkswitch_plugin import places
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run.folder import MODES, Run
 from thinkswitch_plugin.run.stage import Stage
@@ -146,7 +147,7 @@ def _rebuild(run: Run, k: int) -> Stage:
     return Stage(
         "rebuild",
         k,
-        (here / "instruct", anchor, Path(keys.config), here / "requests.jsonl", reference),
+        (here / "instruct", anchor, places.find(keys.config), here / "requests.jsonl", reference),
         (here / "thinking", here / "rebuild.json", here / "merge.yaml"),
         {"rebuild": keys.model_dump(), "engine": _answering(run), "trace": trace},
         resume_on=("rebuild", "engine"),

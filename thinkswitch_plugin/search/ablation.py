@@ -9,6 +9,7 @@ A row of the table is an ordinary mergekit YAML of `merge_configs/`; a new file 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from thinkswitch_plugin.merging.config import (
 )
 from thinkswitch_plugin.merging.settings import layers_of
 from thinkswitch_plugin.search.candidates import Candidate, judge_all
-from thinkswitch_plugin.search.subject import Subject, Template, few_questions, of_template, write_results
+from thinkswitch_plugin.search.pair import Pair, Template, few_questions, of_template, write_results
 
 SETTABLE = (NAME, "slerp", "linear")  # methods that have a λ
 
@@ -44,64 +45,51 @@ def collect(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def judge_configs(
-    subject: Subject,
-    name: str,
-    paths: Sequence[Path],
-    weight: float | None,
-    sampling: Sampling,
-    template: Template,
-) -> None:
-    """Judge every config, with instruct and thinking alone beside them, and write the table.
-
-    A config that names a checkpoint this pair does not have is left out, which is said.
+@dataclass(frozen=True)
+class Job:
+    """What a set of merge configs is judged by.
 
     Args:
         name: the folder under `merges/` that the results go to.
         weight: λ put into every config that has one; None leaves it as the file says.
+        template: whose tokenizer and chat template all candidates get.
+    """
+
+    name: str
+    weight: float | None
+    sampling: Sampling
+    template: Template
+
+    @property
+    def drawn(self) -> str:
+        """For a candidate's folder: λ and sampling, where they are given."""
+        return (f"-lambda-{self.weight:g}" if self.weight is not None else "") + self.sampling.slug
+
+
+def judge_configs(pair: Pair, paths: Sequence[Path], job: Job) -> None:
+    """Judge every config, with instruct and thinking alone beside them, and write the table.
+
+    A config that names a checkpoint this pair does not have is left out, which is said.
 
     Raises:
         ThinkSwitchError: no config can be made of the checkpoints there are, or one fails.
     """
-    layers = layers_of(subject.roles["thinking"])
-    found: list[tuple[Path, dict[str, Any]]] = []
-    roles = subject.roles
-    for path in collect(paths):
-        check_config(path)
-        config = allow(fit_layers(files.read_yaml(path), layers), subject.keys.rebuild.may_differ)
-        if weight is not None and has_lambda(config):
-            config = set_lambda(config, weight, path)
-        if reason := subject.lacks(named_models(config)):
-            console.say(f"  left out: {path.stem} ({reason})")
-            continue
-        roles = {**roles, **subject.fetch(named_models(config))}
-        found.append((path, config))
-    if not found:
-        raise ThinkSwitchError(
-            "None of these merge configs can be made of this pair; use ITER= of a run that has gone on."
-        )
-    reference: dict[str, Any] = {
-        "merge_method": "linear",
-        "models": [{"model": "./instruct"}, {"model": "./thinking"}],
-        "parameters": {"normalize": False},
-    }
-    reference = allow(reference, subject.keys.rebuild.may_differ)
-    ends = [(Path(f"{mode} alone"), set_lambda(reference, w, Path())) for mode, w in (("instruct", 0), ("thinking", 1))]
-    used = sorted(set().union(*(named_models(config) for _, config in (*ends, *found))))
+    layers = layers_of(pair.roles["thinking"])
+    found, roles = prepare(pair, paths, job.weight, layers)
+    used = sorted(set().union(*(named_models(config) for _, config in found)))
     folders = {role: str(roles[role]) for role in used}
-    drawn = (f"-lambda-{weight:g}" if weight is not None else "") + sampling.slug
     candidates = [
         Candidate(
-            f"candidates/{path.stem.replace(' ', '-')}{drawn}{few_questions(subject)}",
+            f"candidates/{path.stem.replace(' ', '-')}{job.drawn}{few_questions(pair)}",
             place_models(config, folders),
             config,
-            sampling,
+            job.sampling,
         )
-        for path, config in (*ends, *found)
+        for path, config in found
     ]
-    work = subject.out / "merges" / (name + of_template(template))
-    with subject.bench(work, template, used) as bench:
-        stored = judge_all(bench, candidates, f"{name}: {len(candidates)} merges")
+    work = pair.out / "merges" / (job.name + of_template(job.template))
+    with pair.bench(work, job.template, used) as bench:
+        stored = judge_all(bench, candidates, f"{job.name}: {len(candidates)} merges")
     rows = [
         {
             "name": path.stem,
@@ -115,16 +103,48 @@ def judge_configs(
             **one["figures"],
             "seconds": one["seconds"],
         }
-        for (path, config), one in zip((*ends, *found), stored, strict=True)
+        for (path, config), one in zip(found, stored, strict=True)
     ]
-    result = {**subject.described(), "name": name, "template": template, "model_layers": layers, "merges": rows}
+    about = {"name": job.name, "template": job.template, "model_layers": layers}
+    publish({**pair.described(), **about, "merges": rows}, work)
+
+
+def prepare(
+    pair: Pair, paths: Sequence[Path], weight: float | None, layers: int
+) -> tuple[list[tuple[Path, dict[str, Any]]], dict[str, Path]]:
+    """Both checkpoints alone and every config that can be made of the pair; the folders of all models that they name."""
+    may_differ = pair.keys.rebuild.may_differ
+    ends = {"merge_method": "linear", "models": [{"model": "./instruct"}, {"model": "./thinking"}]}
+    alone = allow({**ends, "parameters": {"normalize": False}}, may_differ)
+    found = [(Path(f"{mode} alone"), set_lambda(alone, w, Path())) for mode, w in (("instruct", 0), ("thinking", 1))]
+    roles = pair.roles
+    for path in collect(paths):
+        check_config(path)
+        config = allow(fit_layers(files.read_yaml(path), layers), may_differ)
+        if weight is not None and has_lambda(config):
+            config = set_lambda(config, weight, path)
+        if reason := pair.lacks(named_models(config)):
+            console.say(f"  left out: {path.stem} ({reason})")
+            continue
+        roles = {**roles, **pair.fetch(named_models(config))}
+        found.append((path, config))
+    if len(found) == 2:
+        raise ThinkSwitchError(
+            "None of these merge configs can be made of this pair; use ITER= of a run that has gone on."
+        )
+    return found, roles
+
+
+def publish(result: dict[str, Any], work: Path) -> None:
+    """Write `merges.json`, `merges.md` and, for all nine choices of modules, their picture; print the table."""
     write_results(work / "merges.json", result)
     with files.atomic_file(work / "merges.md") as handle:
         handle.write(markdown(result).encode())
-    show(result)
+    console.print_table(title_of(result), header(result), table_rows(result), left=header(result)[:1])
     pictures = ""
     if grid := module_grid(result):
-        from thinkswitch_plugin.report.pictures import modules_picture, save
+        from thinkswitch_plugin.report.pictures import save
+        from thinkswitch_plugin.report.search_pictures import modules_picture
 
         save(modules_picture(grid, title_of(result)), work / "modules")
         pictures = ", modules.png, modules.svg"
@@ -213,9 +233,3 @@ def markdown(result: dict[str, Any]) -> str:
     """`merges.md`."""
     about = [f"- **{row['layers'] or row['name']}**: {row['about']}" for row in result["merges"] if row["about"]]
     return "\n".join([f"# {title_of(result)}", "", *console.table(header(result), table_rows(result)), "", *about, ""])
-
-
-def show(result: dict[str, Any]) -> None:
-    """The table on the terminal."""
-    names = header(result)
-    console.print_table(title_of(result), names, table_rows(result), left=names[:1])

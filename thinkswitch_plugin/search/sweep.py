@@ -17,17 +17,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import console, files
+from thinkswitch_plugin import console, files, places
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import Sampling
 from thinkswitch_plugin.merging.config import allow, check_config, place_models, set_lambda
 from thinkswitch_plugin.report import sweeps
 from thinkswitch_plugin.search import stages
 from thinkswitch_plugin.search.candidates import Bench, Candidate, finished, judge_all
-from thinkswitch_plugin.search.subject import Subject, Template, few_questions, of_template, write_results
+from thinkswitch_plugin.search.pair import Pair, Template, few_questions, of_template, write_results
 
 ELLIPSIS = ("…", "...")
-PAIR = ("instruct", "thinking")
+ENDS = ("instruct", "thinking")
 
 
 def parse_weights(text: str) -> list[float]:
@@ -77,23 +77,23 @@ def parse_sampling(text: str, samples: int | None) -> list[Sampling]:
     return found or [Sampling(samples=samples)]
 
 
-def sweep(subject: Subject, weights: Sequence[float], sampling: Sequence[Sampling], template: Template) -> None:
+def sweep(pair: Pair, weights: Sequence[float], sampling: Sequence[Sampling], template: Template) -> None:
     """Judge every point, then write `sweep.json`, `sweep.md` and the picture, and print the table.
 
     Raises `ThinkSwitchError` if λ cannot be set in the recipe's merge config or a point fails.
     """
-    source = Path(subject.keys.rebuild.config)
+    source = places.find(pair.keys.rebuild.config)
     check_config(source)
-    config = allow(files.read_yaml(source), subject.keys.rebuild.may_differ)
-    folder = subject.out / ("sweep" + of_template(template))
-    roles = {name: str(subject.roles[name]) for name in PAIR}
+    config = allow(files.read_yaml(source), pair.keys.rebuild.may_differ)
+    folder = pair.out / ("sweep" + of_template(template))
+    roles = {name: str(pair.roles[name]) for name in ENDS}
 
     def point(weight: float, drawn: Sampling) -> Candidate:
         identity = set_lambda(config, weight, source)
-        name = f"points/lambda-{weight:g}{drawn.slug}{few_questions(subject)}"
+        name = f"points/lambda-{weight:g}{drawn.slug}{few_questions(pair)}"
         return Candidate(name, place_models(identity, roles), identity, drawn)
 
-    with subject.bench(folder, template, PAIR) as bench:
+    with pair.bench(folder, template, ENDS) as bench:
         asked = [(w, s, point(w, s)) for s, w in itertools.product(sampling, weights)]
         title = f"sweep of {len(asked)} points"
         judge_all(bench, [c for _, _, c in asked], title)
@@ -102,12 +102,12 @@ def sweep(subject: Subject, weights: Sequence[float], sampling: Sequence[Samplin
             candidate = point(weight, drawn)
             if candidate.name not in every and finished(bench, candidate):
                 every[candidate.name] = (weight, drawn, candidate)
-        result = build(bench, subject, sorted(every.values(), key=lambda e: (str(e[1]), e[0])), config["merge_method"])
+        result = build(bench, pair, sorted(every.values(), key=lambda e: (str(e[1]), e[0])), config["merge_method"])
     write_results(folder / "sweep.json", result)
     with files.atomic_file(folder / "sweep.md") as handle:
         handle.write(sweeps.markdown(result).encode())
     draw(result, folder)
-    show(result, subject)
+    show(result, pair)
     console.say(f"  {folder / 'sweep.json'}, sweep.md, sweep.png, sweep.svg")
 
 
@@ -125,9 +125,7 @@ def earlier(folder: Path) -> list[tuple[float, Sampling]]:
     return found
 
 
-def build(
-    bench: Bench, subject: Subject, points: Sequence[tuple[float, Sampling, Candidate]], method: str
-) -> dict[str, Any]:
+def build(bench: Bench, pair: Pair, points: Sequence[tuple[float, Sampling, Candidate]], method: str) -> dict[str, Any]:
     """`sweep.json`: every point's figures, and for each sampling setting the stages and λ*."""
     rows: list[dict[str, Any]] = []
     curves: list[dict[str, Any]] = []
@@ -160,7 +158,7 @@ def build(
             }
         )
     return {
-        **subject.described(),
+        **pair.described(),
         "method": method,
         "template": bench.template_name,
         "task": bench.evaluation.task,
@@ -169,19 +167,20 @@ def build(
     }
 
 
-def show(result: dict[str, Any], subject: Subject) -> None:
+def show(result: dict[str, Any], pair: Pair) -> None:
     """The table on the terminal, and what to do with λ*."""
     for curve in result["curves"]:
         title = f"{sweeps.title_of(result)}; sampling: {curve['sampling']}"
         console.print_table(title, sweeps.HEADER, sweeps.table_rows(result, curve))
         console.say(f"  {curve['stages_in_words']}")
         console.say(f"  {sweeps.sentence(curve)}")
-    if subject.of_run and len(result["curves"]) == 1:
+    if pair.of_run and len(result["curves"]) == 1:
         console.say("  The loop rebuilds with `thinkswitch.rebuild.lambda` of the recipe (and checks it).")
 
 
 def draw(result: dict[str, Any], folder: Path) -> None:
     """`sweep.png` and `sweep.svg`."""
-    from thinkswitch_plugin.report.pictures import save, sweep_picture
+    from thinkswitch_plugin.report.pictures import save
+    from thinkswitch_plugin.report.search_pictures import sweep_picture
 
     save(sweep_picture(result), folder / "sweep")

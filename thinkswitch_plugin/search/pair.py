@@ -1,4 +1,4 @@
-"""What a sweep or an ablation is about: a pair of checkpoints, and the domain that judges it."""
+"""What a search is about: a pair of checkpoints, and the domain whose task evaluates what is made of it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from thinkswitch_plugin.data.task_files import task_files
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import Allowances, require_compatible
-from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
-from thinkswitch_plugin.run import checkpoint, locked, open_run, settings_file
+from thinkswitch_plugin.recipe import overlay_path, recipe_of
+from thinkswitch_plugin.run import Run, checkpoint, locked, open_run, settings_file, versions
 from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.search.candidates import Bench
 
@@ -23,13 +23,59 @@ Template = Literal["instruct", "thinking"]
 
 
 @dataclass(frozen=True)
-class Subject:
-    """Checkpoints by the names that merge configs give them, and what judges them.
+class PairOptions:
+    """What a command was asked to work on.
+
+    Attributes:
+        runs: the folder that holds the runs.
+        seed, engine, overlay: where there is no run; a run has its own.
+        instruct, thinking: checkpoints (folders or hub ids) in place of the run's; empty where none is given.
+        out: where the results go, instead of the run's iteration.
+        limit: evaluate on the first so many questions only.
+        data: a folder that the evaluation sets are read from; empty is the hub.
+    """
+
+    domain: str
+    runs: Path
+    seed: int
+    engine: str
+    overlay: Sequence[str]
+    iteration: int
+    instruct: str
+    thinking: str
+    out: Path | None
+    limit: int | None
+    data: str
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        return self.runs / self.domain
+
+    @property
+    def of_run(self) -> bool:
+        """Whether both checkpoints are those of the run."""
+        return not (self.instruct or self.thinking)
+
+    @property
+    def results(self) -> Path:
+        """Where the results go: the run's iteration, or for other checkpoints a folder of `sweeps` with their names."""
+        if self.of_run:
+            return self.out or self.folder / f"iter-{self.iteration}"
+        named = "--".join(checkpoint.folder_name(name) for name in (self.instruct, self.thinking) if name)
+        return self.out or self.runs.parent / "sweeps" / self.domain / named
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Checkpoints by the names that merge configs give them, and what evaluates them.
 
     Attributes:
         roles: `instruct` and `thinking`; `instruct-0` (before distillation) and `base`
             (the common ancestor) where they are known.
+        home: the folder that is locked.
         of_run: the pair is the one that an iteration of a run rebuilds from.
+        data: a folder that the evaluation sets are read from; empty is the hub.
     """
 
     keys: ThinkSwitchKeys
@@ -40,6 +86,12 @@ class Subject:
     home: Path
     iteration: int | None
     of_run: bool
+    data: str = ""
+
+    @property
+    def allowed(self) -> Allowances:
+        """The settings in which checkpoints that are merged may differ."""
+        return Allowances(may_differ=tuple(self.keys.rebuild.may_differ))
 
     @contextmanager
     def bench(self, work: Path, template: Template, used: Sequence[str]) -> Iterator[Bench]:
@@ -51,7 +103,7 @@ class Subject:
         with locked(self.home):
             hashes = Hashes(self.home)
             inputs = {name: str(hashes.of(self.roles[name])) for name in sorted(set(used))}
-            task = {str(path): hashes.of(path) for path in task_files(self.keys.evaluation.task)}
+            task = {str(path): hashes.of(path) for path in task_files(self.keys.evaluation.task, data=self.data)}
             hashes.save()
             yield Bench(
                 work=work,
@@ -89,8 +141,7 @@ class Subject:
         found = {name: self.roles[name] for name in named}
         if "base" in found:
             found["base"], _ = checkpoint.resolve(str(found["base"]), None, "common ancestor")
-            allowed = Allowances(may_differ=tuple(self.keys.rebuild.may_differ))
-            require_compatible(self.roles["thinking"], found["base"], allowed)
+            require_compatible(self.roles["thinking"], found["base"], self.allowed)
         return found
 
     def described(self) -> dict[str, Any]:
@@ -104,41 +155,7 @@ class Subject:
         }
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What a command was asked to work on.
-
-    Attributes:
-        runs: the folder that holds the runs.
-        seed, engine, overlays: where there is no run; a run has its own.
-        instruct, thinking: checkpoints (folders or hub ids) in place of the run's; empty where none is given.
-        out: where the results go, instead of the run's iteration.
-        limit: judge by the first so many questions only.
-    """
-
-    domain: str
-    runs: Path
-    seed: int
-    engine: str
-    overlays: Sequence[str]
-    iteration: int
-    instruct: str
-    thinking: str
-    out: Path | None
-    limit: int | None
-
-    @property
-    def folder(self) -> Path:
-        """Of the run."""
-        return self.runs / self.domain
-
-    @property
-    def of_run(self) -> bool:
-        """Whether both checkpoints are those of the run."""
-        return not (self.instruct or self.thinking)
-
-
-def find_subject(wanted: Wanted) -> Subject:
+def find_pair(options: PairOptions) -> Pair:
     """The pair to work on: any two checkpoints (both given), or that of an iteration of a run.
 
     The pair of iteration k is the one its thinking checkpoint is rebuilt from: the instruct
@@ -148,63 +165,65 @@ def find_subject(wanted: Wanted) -> Subject:
     Raises:
         ThinkSwitchError: no such run or iteration, other overlays than the run's, or the two checkpoints do not match.
     """
-    folder, domain, iteration, seed = wanted.folder, wanted.domain, wanted.iteration, wanted.seed
-    overlays = tuple(overlay_path(name) for name in wanted.overlays)
-    begun = settings_file(folder).is_file()
-    if not begun and not (wanted.instruct and wanted.thinking):
-        raise ThinkSwitchError(
-            f"{folder} is not a run folder; run `make iterate DOMAIN={domain}` first (`make pair` for ITER=0), "
-            "or give any two checkpoints: A=<instruct> B=<thinking>."
-        )
+    both = bool(options.instruct and options.thinking)
     roles: dict[str, Path] = {}
-    if begun:
-        run = open_run(folder)
+    if settings_file(options.folder).is_file():
+        run = _run_of(options)
         keys, seed, engine = run.recipe.keys, run.seed, run.engine
-        if overlays and overlays != tuple(run.recipe.overlays):
-            raise ThinkSwitchError(
-                f"{folder} was begun with OVERLAY='{' '.join(map(str, run.recipe.overlays))}', which counts here too; "
-                "leave OVERLAY= out, or name another run by RUNS=."
-            )
-        if not (run.iteration(0) / "pair.json").is_file():
-            raise ThinkSwitchError(f"{folder} has no starting pair yet; run `make pair DOMAIN={domain}` first.")
-        if not (wanted.instruct and wanted.thinking):
-            roles["instruct-0"] = Path(run.checkpoint("instruct", 0))
-            roles["instruct"] = Path(run.checkpoint("instruct", iteration))
-            roles["thinking"] = Path(run.anchor(max(iteration, 1)))
-            if not (roles["instruct"] / "config.json").is_file():
-                raise ThinkSwitchError(
-                    f"{folder} has no instruct checkpoint of iteration {iteration}; "
-                    f"run `make iterate DOMAIN={domain} ITERATIONS={max(iteration, 1)}` first."
-                )
+        if not both:
+            roles = _roles_of(run, options.iteration)
+    elif both:
+        keys, seed = recipe_of(options.domain, options.overlay).keys, options.seed
+        engine = servers.choose(options.engine)
     else:
-        keys, engine = load_recipe(recipe_path(domain), overlays).keys, servers.choose(wanted.engine)
-    if wanted.limit:
-        keys = keys.model_copy(update={"evaluation": keys.evaluation.model_copy(update={"limit": wanted.limit})})
+        raise ThinkSwitchError(
+            f"{options.folder} is not a run folder; run `make iterate DOMAIN={options.domain}` first (`make pair` for "
+            "ITER=0), or give any two checkpoints: A=<instruct> B=<thinking>."
+        )
+    if options.limit:
+        keys = keys.model_copy(update={"evaluation": keys.evaluation.model_copy(update={"limit": options.limit})})
     if keys.pair.base:
         roles["base"] = Path(resolve_seed(keys.pair.base, seed))
-    for name, given in (("instruct", wanted.instruct), ("thinking", wanted.thinking)):
+    for name, given in (("instruct", options.instruct), ("thinking", options.thinking)):
         if given:
             roles[name], _ = checkpoint.resolve(given, None, name)
     for role in roles.values():
         checkpoint.require_weights(role)
-    require_compatible(roles["instruct"], roles["thinking"], Allowances(may_differ=tuple(keys.rebuild.may_differ)))
-    named = "--".join(checkpoint.folder_name(name) for name in (wanted.instruct, wanted.thinking) if name)
-    where = wanted.out or (folder / f"iter-{iteration}" if wanted.of_run else Path("sweeps") / domain / named)
-    return Subject(
-        keys=keys,
-        roles=roles,
-        seed=seed,
-        engine=engine,
-        out=where,
-        home=folder if wanted.of_run else where,
-        iteration=iteration if wanted.of_run else None,
-        of_run=wanted.of_run,
-    )
+    iteration = options.iteration if options.of_run else None
+    home = options.folder if options.of_run else options.results
+    pair = Pair(keys, roles, seed, engine, options.results, home, iteration, options.of_run, options.data)
+    require_compatible(roles["instruct"], roles["thinking"], pair.allowed)
+    return pair
 
 
-def few_questions(subject: Subject) -> str:
+def _run_of(options: PairOptions) -> Run:
+    run = open_run(options.folder)
+    overlays = tuple(overlay_path(name) for name in options.overlay)
+    if overlays and overlays != tuple(run.recipe.overlays):
+        raise ThinkSwitchError(
+            f"{run.folder} was begun with OVERLAY='{' '.join(map(str, run.recipe.overlays))}', which counts here too; "
+            "leave OVERLAY= out, or name another run by RUNS=."
+        )
+    if not (run.iteration(0) / "pair.json").is_file():
+        raise ThinkSwitchError(f"{run.folder} has no starting pair yet; run `make pair DOMAIN={options.domain}` first.")
+    return run
+
+
+def _roles_of(run: Run, iteration: int) -> dict[str, Path]:
+    """The checkpoints that an iteration rebuilds from."""
+    instruct = Path(run.checkpoint("instruct", iteration))
+    if not (instruct / "config.json").is_file():
+        raise ThinkSwitchError(
+            f"{run.folder} has no instruct checkpoint of iteration {iteration}; "
+            f"run `make iterate DOMAIN={run.folder.name} ITERATIONS={max(iteration, 1)}` first."
+        )
+    thinking = Path(run.anchor(max(iteration, 1)))
+    return {"instruct-0": Path(run.checkpoint("instruct", 0)), "instruct": instruct, "thinking": thinking}
+
+
+def few_questions(pair: Pair) -> str:
     """For a candidate's folder: `-n20` where only the first 20 questions are asked, so that a trial spoils nothing."""
-    limit = subject.keys.evaluation.limit
+    limit = pair.keys.evaluation.limit
     return f"-n{limit}" if limit else ""
 
 
@@ -215,6 +234,4 @@ def of_template(template: str) -> str:
 
 def write_results(path: Path, value: dict[str, Any]) -> None:
     """Write a job's results with the versions that made them."""
-    from thinkswitch_plugin.run import versions
-
     files.write_json(path, {**value, "versions": versions()})

@@ -1,0 +1,121 @@
+"""Options that several commands have, and what their texts mean."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from thinkswitch_plugin.run import Given
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class WholeNumber(click.ParamType):  # type: ignore[type-arg]
+    """A whole number above 0."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number. Raises `click.BadParameter` for any other text."""
+        if isinstance(value, int):
+            return value
+        if not (value.isascii() and value.isdigit() and int(value) > 0):
+            self.fail(f"{value}: give a whole number above 0.", param, ctx)
+        return int(value)
+
+
+class Words(click.ParamType):  # type: ignore[type-arg]
+    """Several words in one text, by spaces."""
+
+    name = "words"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        """The words."""
+        return value if isinstance(value, tuple) else tuple(value.split())
+
+
+WHOLE, WORDS = WholeNumber(), Words()
+FOLDER = click.Path(path_type=Path, readable=False)  # whether it can be read is said in our own words
+SEED = click.IntRange(min=0)
+ITERATION = click.IntRange(min=0, max=20)
+
+
+def together(*every: Decorator) -> Decorator:
+    """Several options as one decorator, in the order in which `--help` shows them."""
+    return lambda function: functools.reduce(lambda made, option: option(made), reversed(every), function)
+
+
+DOMAIN = click.option("--domain", required=True, help="Name of a recipe in recipes/.")
+RUNS = click.option("--runs", default="runs", show_default=True, type=FOLDER, help="Folder that holds the runs.")
+ENGINE = click.option(
+    "--engine", default="auto", show_default=True, envvar="ENGINE", help="auto, vllm, embedded or a base URL."
+)
+OVERLAY = click.option(
+    "--overlay", default="", type=WORDS, help="Overlays put on the recipe: names or paths, by spaces."
+)
+DATA = click.option("--data", default="", help="Folder with evaluation sets, in place of the hub.")
+INSTRUCT = click.option("--instruct", default="", help="Another instruct checkpoint (folder or hub id).")
+THINKING = click.option("--thinking", default="", help="Another thinking checkpoint (folder or hub id).")
+
+
+def told(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command what runs are told besides their settings, as `given`."""
+
+    @together(
+        click.option(
+            "--keep", default="", envvar="KEEP", help="Iterations that keep their weights: all, last or a number."
+        ),
+        click.option("--price", default="", envvar="PRICE_PER_HOUR", help="Of an hour of this machine."),
+        DATA,
+    )
+    @functools.wraps(function)
+    def call(*, keep: str, price: str, data: str, **others: Any) -> None:
+        function(given=Given(keep=keep, price=price, data=data), **others)
+
+    return call
+
+
+def of_pair(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the pair that it works on, as `pair`: that of a run's iteration, or any two checkpoints."""
+
+    @together(
+        DOMAIN,
+        RUNS,
+        click.option("--iteration", default=1, show_default=True, type=ITERATION),
+        INSTRUCT,
+        THINKING,
+        click.option("--seed", default=0, show_default=True, type=SEED, help="Where there is no run."),
+        ENGINE,
+        OVERLAY,
+        click.option("--out", type=FOLDER, help="Where the results go, instead of the run's iteration."),
+        click.option("--limit", type=WHOLE, help="Judge by the first so many questions only."),
+        DATA,
+    )
+    @functools.wraps(function)
+    def call(**options: Any) -> None:
+        from dataclasses import fields
+
+        from thinkswitch_plugin.search.pair import PairOptions
+
+        pair = PairOptions(**{field.name: options.pop(field.name) for field in fields(PairOptions)})
+        function(pair=pair, **options)
+
+    return call
+
+
+# How candidates made of the pair are asked.
+of_candidates = together(
+    click.option(
+        "--template",
+        type=click.Choice(["instruct", "thinking"]),
+        default="instruct",
+        show_default=True,
+        help="Whose tokenizer and chat template; the thinking one may open the trace and so hide the transition.",
+    ),
+    click.option("--sampling", default="", help='Temperature/top-p, such as "0.6/0.95 0.7/0.8".'),
+    click.option("--samples", type=WHOLE, help="k samples a question (default: the task's own)."),
+)

@@ -1,0 +1,139 @@
+"""Commands on a run: begin it, do its stages, look at it."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import click
+
+from thinkswitch_plugin.cli.group import main
+from thinkswitch_plugin.cli.options import (
+    DOMAIN,
+    ENGINE,
+    FOLDER,
+    INSTRUCT,
+    OVERLAY,
+    RUNS,
+    SEED,
+    THINKING,
+    told,
+)
+from thinkswitch_plugin.run import MODES, TABLE, Given, execute, open_run
+from thinkswitch_plugin.run.table import Row
+
+
+def add_stage(command: str, rows: dict[str | None, Row]) -> None:
+    """A command for a stage of the table: RUN, ITERATION unless a run has it once, MODE if there are two."""
+    first = next(iter(rows.values()))
+    work = told(partial(do_stage, rows))
+    if first.mode:
+        work = click.argument("mode", type=click.Choice(list(MODES)))(work)
+    if not first.single:
+        work = click.argument("iteration", type=click.IntRange(min=0))(work)
+    main.command(command, help=first.help)(click.argument("run", type=FOLDER)(work))
+
+
+def do_stage(
+    rows: dict[str | None, Row], run: Path, iteration: int = 0, mode: str | None = None, *, given: Given
+) -> None:
+    """Do one stage of a run."""
+    from thinkswitch_plugin.loop import work
+    from thinkswitch_plugin.run.prune import prune
+
+    opened, row = open_run(run, given), rows[mode]
+    k = opened.iterations if row.when == "end" else iteration
+    do = partial(getattr(work, row.work), opened, k, *([mode] if mode else []))
+    execute(opened, row.name, k, do, after=prune)
+
+
+for name, group in groupby(TABLE, lambda row: row.command):
+    add_stage(name, {row.mode: row for row in group})
+
+
+@main.command()
+@DOMAIN
+@click.option("--runs", required=True, type=FOLDER, help="Folder that holds the runs.")
+@click.option("--seed", default=0, show_default=True, type=SEED)
+@ENGINE
+@click.option("--iterations", default=2, show_default=True, type=click.IntRange(min=1, max=20))
+@OVERLAY
+@told
+def begin(overlay: tuple[str, ...], **options: Any) -> None:
+    """Check the recipe, settle what the run depends on, and say what is left to do."""
+    from thinkswitch_plugin.loop.begin import begin_run
+
+    begin_run(overlays=overlay, **options)
+
+
+@main.command()
+@click.argument("run", type=FOLDER)
+@told
+def status(run: Path, given: Given) -> None:
+    """What of a run is done, at work and left; also while it runs, and after a crash."""
+    from thinkswitch_plugin.run.status import show_status
+
+    show_status(run, given)
+
+
+@main.command()
+@click.argument("run", type=FOLDER)
+@told
+def verify(run: Path, given: Given) -> None:
+    """Read every file of a run again and name what no longer fits its stamps."""
+    from thinkswitch_plugin.run.verify import verify as verify_run
+
+    verify_run(run, given)
+
+
+@main.command()
+@DOMAIN
+@RUNS
+@ENGINE
+@OVERLAY
+@click.option("--iterations", default=2, show_default=True, type=click.IntRange(min=1))
+@click.option("--tokens-per-second", type=click.FloatRange(min=0, min_open=True), help="What your GPU generates.")
+@told
+def check(overlay: tuple[str, ...], given: Given, **options: Any) -> None:
+    """Before a GPU hour is spent: machine, engines, hub, recipe, pair, prompts, time and money."""
+    from thinkswitch_plugin.loop.check import check_domain
+
+    check_domain(overlays=overlay, price=given.price, **options)
+
+
+@main.command()
+@click.argument("run", type=FOLDER)
+@click.option("--question", default="", help="What is asked, as the domain asks its own questions.")
+@click.option(
+    "--iteration", type=click.IntRange(min=0), help="Whose checkpoints (default: the last finished iteration)."
+)
+@INSTRUCT
+@THINKING
+@click.option(
+    "--engine",
+    default="auto",
+    show_default=True,
+    help="vllm, embedded (transformers in process), or a URL; auto is vLLM where the recipe needs a GPU.",
+)
+@OVERLAY
+@click.option("--out", type=FOLDER, help="Write the answers there as JSON.")
+def compare(run: Path, question: str, overlay: tuple[str, ...], **options: Any) -> None:
+    """Instruct before, instruct after and thinking answer one question, side by side."""
+    from thinkswitch_plugin.judging.compare import compare as compare_answers
+
+    compare_answers(run, question, overlays=overlay, **options)
+
+
+@main.command("eval-model")
+@DOMAIN
+@click.option("--model", required=True, help="Checkpoint folder or hub id.")
+@ENGINE
+@click.option("--out", type=FOLDER, default="eval", show_default=True, help="Where lm-eval's files go.")
+@OVERLAY
+def eval_model(overlay: tuple[str, ...], **options: Any) -> None:
+    """Judge any checkpoint with a domain's lm-eval task."""
+    from thinkswitch_plugin.loop.begin import evaluate_model
+
+    evaluate_model(overlays=overlay, **options)

@@ -1,0 +1,127 @@
+"""Commands that use what a run made: the router, one model for both modes, LoRAs of one base, a server."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from thinkswitch_plugin.cli.group import main
+from thinkswitch_plugin.cli.options import (
+    DOMAIN,
+    ENGINE,
+    FOLDER,
+    ITERATION,
+    OVERLAY,
+    RUNS,
+    SEED,
+    WHOLE,
+    of_pair,
+)
+from thinkswitch_plugin.run import open_run
+
+EXPORT_RANK = 64
+
+
+@main.command()
+@click.argument("run", type=FOLDER)
+@click.argument("iteration", type=click.IntRange(min=0))
+@click.option(
+    "--labels", type=FOLDER, help='Labels to learn from, rows {"prompt", "label"}, instead of the pair\'s own.'
+)
+@click.option("--limit", type=WHOLE, help="At most so many label prompts.")
+def switch(run: Path, iteration: int, labels: Path | None, limit: int | None) -> None:
+    """Train a router that sends each question to instruct or thinking, and judge it -> switch/."""
+    from thinkswitch_plugin.router.make_switch import make_switch
+
+    make_switch(open_run(run), iteration, labels_file=labels, limit=limit)
+
+
+@main.command()
+@click.option("--pair", required=True, type=FOLDER, help="A finished run with a router: RUNS/DOMAIN.")
+@click.option("--iteration", type=click.IntRange(min=0), help="Whose pair (default: the last one with a router).")
+@click.option(
+    "--threshold", type=click.FloatRange(0, 1), help="Think where p(think) is at least this; 0 always, 1 never."
+)
+@click.option("--url", default="", help="A running server for both modes, such as `make serve` starts.")
+@click.option("--instruct-url", default="", help="A running server for instruct; without one: in process.")
+@click.option("--thinking-url", default="", help="A running server for thinking; without one: in process.")
+@click.option("--file", "source", default="", help="Many questions: JSONL with `question`, a row each.")
+@click.option("--out", type=FOLDER, help="Where the answers to --file go (default: the standard output).")
+@click.argument("question", default="")
+def answer(pair: Path, source: str, out: Path | None, question: str, **options: Any) -> None:
+    """Answer QUESTION by instruct or by thinking, as the run's router decides; `-` reads JSONL from standard input.
+
+    A question that begins with a minus sign goes behind `--`.
+    """
+    from thinkswitch_plugin.router.switch import STDIN, Switch, answer_file, answer_one
+
+    source = STDIN if question == STDIN else source
+    if bool(source) == bool(question.strip() and question != STDIN):
+        raise click.UsageError("give one question, or many by --file (or `-` for standard input).")
+    switch = Switch.open(pair, **options)
+    if source:
+        answer_file(switch, source, out)
+    else:
+        answer_one(switch, question)
+
+
+@main.command("export-loras")
+@of_pair
+@click.option("--rank", default=str(EXPORT_RANK), show_default=True, help="Ranks of the adapters, by spaces.")
+@click.option(
+    "--base",
+    default="",
+    help="What the adapters are put on: instruct, thinking, instruct-0, a folder or a hub id "
+    "(default: the starting instruct checkpoint).",
+)
+def export_loras(pair: Any, rank: str, base: str) -> None:
+    """Instruct and thinking as two LoRAs of one base (mergekit), judged beside the full checkpoints -> export/."""
+    from thinkswitch_plugin.export.job import export, find_base, find_pair, parse_ranks
+
+    ranks = parse_ranks(rank)
+    found = find_pair(pair)
+    export(found, find_base(found, base), ranks)
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@DOMAIN
+@RUNS
+@click.option("--iteration", default=1, show_default=True, type=ITERATION)
+@click.option("--out", type=FOLDER, help="Where the export went, instead of the run's iteration.")
+@click.option("--model", default="", help="One checkpoint (folder or hub id) instead of an export.")
+@click.option("--rank", type=WHOLE, help="One of the exported ranks (default: the one found to be enough).")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(min=0, max=65535), help="0: any free one.")
+@OVERLAY
+@click.argument("extra", metavar="ARGUMENTS", nargs=-1, type=click.UNPROCESSED)
+def serve(domain: str, overlay: tuple[str, ...], **options: Any) -> None:
+    """Serve both modes of an export from one copy of the weights, by vLLM, to this machine only.
+
+    ARGUMENTS are further options of vLLM; they come last, so they count.
+    """
+    from thinkswitch_plugin.export.serve import serve as serve_both
+    from thinkswitch_plugin.recipe import recipe_of
+
+    out, runs, iteration = (options.pop(name) for name in ("out", "runs", "iteration"))
+    folder = out or runs / domain / f"iter-{iteration}"
+    serve_both(folder / "export", keys=recipe_of(domain, overlay).keys, **options)
+
+
+@main.command()
+@DOMAIN
+@RUNS
+@click.option("--seed", default=0, show_default=True, type=SEED)
+@ENGINE
+@OVERLAY
+@click.option("--folds", type=int, help="K of the cross-validation (default: the recipe's).")
+@click.option("--baselines", default="post", show_default=True, help='What is trained: "post", or "post pre".')
+@click.option("--generations", default="", help="Another generations.jsonl, requests.jsonl beside it.")
+def labels(domain: str, overlay: tuple[str, ...], baselines: str, **options: Any) -> None:
+    """Complexity labels by K-fold cross-validation: which questions need thinking? -> adaptive/seed-N/labels/."""
+    from thinkswitch_plugin.perception.label_job import find_job, parse_baselines
+    from thinkswitch_plugin.perception.labels import make_labels
+
+    formats = parse_baselines(baselines)
+    make_labels(replace(find_job(domain, overlays=overlay, **options), baselines=formats))

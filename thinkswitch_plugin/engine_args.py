@@ -1,0 +1,126 @@
+"""The keys under `thinkswitch.engine`: how the thinking checkpoint, or a server of the user's own, is asked."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+def option_name(word: str) -> str:
+    """The name of a command line's option as vLLM reads it, with hyphens and without a value: `--max-num-seqs`."""
+    return word.partition("=")[0].replace("_", "-")
+
+
+class Keys(BaseModel):
+    """A section of a recipe: a key that is not known is an error."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, allow_inf_nan=False)
+
+
+# The request fields that the loop may send beside `model` and `messages`.
+SentField = Literal[
+    "temperature",
+    "top_p",
+    "top_k",
+    "max_tokens",
+    "seed",
+    "stop",
+    "stream_options",
+    "skip_special_tokens",
+    "chat_template_kwargs",
+]
+_SET_BY = {
+    **dict.fromkeys(("temperature", "top_p", "top_k", "max_tokens"), "set it under `thinkswitch.sampling`"),
+    "model": "set `thinkswitch.engine.server.model`",
+    "stream": "set `thinkswitch.engine.server.stream`",
+    "messages": "the prompts are the messages",
+    "n": "ask for more by `thinkswitch.sampling.samples`",
+    "seed": "it follows from the seed of the run",
+    "metadata": "it stays in requests.jsonl",
+}
+
+
+def _may_be_added(name: str) -> str:
+    """Refuse a request field that the loop sets itself, or whose value must not be written into files."""
+    if re.search(r"api[_-]?key|secret|password|authorization|(?:access|auth|bearer)[_-]?token", name, re.IGNORECASE):
+        raise ValueError("a secret would be written into files; give the key as OPENAI_API_KEY in the environment")
+    if name in _SET_BY:
+        raise ValueError(f"this field cannot be added: {_SET_BY[name]}")
+    return name
+
+
+class ServerKeys(Keys):
+    """How a server of the user's own (`ENGINE=` is its address) is asked, where it differs from vLLM."""
+
+    model: str | None = Field(
+        None,
+        min_length=1,
+        description="Name under which the server serves the thinking checkpoint, or any other teacher, which then "
+        "answers in every iteration (default: the checkpoint's own name).",
+    )
+    omit: list[SentField] = Field([], description="Request fields to leave out, such as those that the server refuses.")
+    rename: dict[SentField, str] = Field(
+        {}, description="Request fields to send under another name: `{max_tokens: max_completion_tokens}`."
+    )
+    add: dict[Annotated[str, AfterValidator(_may_be_added)], Any] = Field(
+        {}, description="Request fields to send as well: `{reasoning_effort: high}`. No secrets."
+    )
+    stream: bool = Field(False, description="Ask for a stream, where the server answers no other way.")
+
+    @model_validator(mode="after")
+    def _one_value_a_field(self) -> ServerKeys:
+        targets = [*self.rename.values(), *self.add]
+        for name in targets:
+            if targets.count(name) > 1 or name in ("model", "messages", "stream"):
+                raise ValueError(f"`rename` and `add` would send `{name}` twice")
+        try:
+            json.dumps(self.add, allow_nan=False)
+        except (TypeError, ValueError):
+            raise ValueError("`add` holds a value that JSON does not have; put it in quotes") from None
+        return self
+
+    def changing_answers(self) -> dict[str, Any]:
+        """The keys that were set and may change what is answered; a stamp remembers them."""
+        return self.model_dump(exclude_defaults=True, exclude={"stream"})
+
+
+class EngineKeys(Keys):
+    """How the generation engine is run; which one is `ENGINE=` of the Makefile."""
+
+    concurrency: int = Field(64, gt=0, description="Requests under way at once.")
+    timeout: float = Field(
+        3600, gt=0, description="Seconds one answer may take; then it is asked once more, and recorded as failed."
+    )
+    attempts: int = Field(
+        3,
+        gt=0,
+        description="Rounds in which a prompt is asked (three times each, with pauses, where the server refuses or "
+        "fails) before it is recorded as failed, with the reason.",
+    )
+    outage: float = Field(
+        600,
+        ge=0,
+        description="Seconds a server that has answered before may stay away, or answer 429, before the run stops "
+        "with its answers kept.",
+    )
+    start_timeout: float = Field(900, gt=0, description="Seconds an engine of ours may take to start.")
+    port: int = Field(0, ge=0, le=65535, description="Port for an engine of ours; 0 takes a free one.")
+    vllm_args: list[str] = Field([], description="Further options for vLLM's server, such as --quantization.")
+    server: ServerKeys = ServerKeys()  # type: ignore[call-arg]
+
+    @field_validator("vllm_args")
+    @classmethod
+    def _known_to_the_stamps(cls, words: list[str]) -> list[str]:
+        """Refuse what would take traces out of the answers, or bring options that nobody looked at."""
+        for word in words:
+            name = option_name(word)
+            if name.startswith("--reasoning-p"):
+                raise ValueError(
+                    "vLLM's reasoning parser would take the trace out of answers that are read whole; leave it out"
+                )
+            if name == "--config":
+                raise ValueError("`--config` would bring options that no stamp sees; write them here one by one")
+        return words
