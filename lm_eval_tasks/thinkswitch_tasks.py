@@ -209,6 +209,11 @@ class PubMedQARow(BaseModel):
     final_decision: Literal["yes", "no", "maybe"]
 
 
+# lm-eval keeps this file out of `sys.modules`, which is where pydantic looks for the names of annotations.
+for _row in (AimeRow, PubMedQAContext, PubMedQARow):
+    _row.model_rebuild(_types_namespace=globals())
+
+
 def evaluation_rows(file_name: str, hub: str, config: str | None, shape: type[BaseModel], name: str) -> Dataset:
     """An evaluation set from THINKSWITCH_DATA where that is set, else from the hub.
 
