@@ -129,7 +129,7 @@ class EvaluationKeys(Keys):
     limit: int | None = Field(None, gt=0, description="Only the first so many questions.")
     batch_size: str = Field(
         "auto",
-        description="Batch size of lm-eval's hf backend. `auto` tries the model's whole context first, which comes to 1 for one of 262,144 tokens: give a number for such a model on a GPU.",
+        description="How many questions are answered together in process: a number, or `auto` for `engine.concurrency`. What a GPU's memory does not hold is answered in halves.",
     )
     backend: Literal["auto", "hf", "server"] = Field(
         "auto", description="hf: in process by transformers; server: through vLLM; auto: server if the engine is vLLM."

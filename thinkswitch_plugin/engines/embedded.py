@@ -90,22 +90,20 @@ class EmbeddedEngine:
         inputs = {k: v.to(self.model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
         # What ends the turn anyway need not be looked for in the text.
         stop = tuple(s for s in _stop_strings(bodies[0]) if self.tokenizer.convert_tokens_to_ids(s) not in self.ends)
-        output = self.model.generate(
-            **inputs,
-            generation_config=self._generation_config(bodies[0]),
-            **({"stop_strings": list(stop), "tokenizer": self.tokenizer} if stop else {}),
-        )
+        config = self._generation_config(bodies[0], stop)
+        output = self.model.generate(**inputs, generation_config=config, tokenizer=self.tokenizer)
         width = inputs["input_ids"].shape[1]
         return [
             self._body(ids.tolist(), int(mask.sum()), stop)
             for ids, mask in zip(output[:, width:], inputs["attention_mask"], strict=True)
         ]
 
-    def _generation_config(self, body: dict[str, Any]) -> GenerationConfig:
+    def _generation_config(self, body: dict[str, Any], stop: tuple[str, ...]) -> GenerationConfig:
         common = {
             "max_new_tokens": body["max_tokens"],
             "eos_token_id": sorted(self.ends),
             "pad_token_id": self.pad,
+            "stop_strings": list(stop) or None,
         }
         if not body.get("temperature"):
             return GenerationConfig(do_sample=False, **common)
