@@ -56,7 +56,7 @@ def results(part: str, runs: tuple[Path, ...]) -> None:
 def adaptive(domain: str, runs: Path, seeds: str, folds: str, conditions: str, overlay: str, **options: Any) -> None:
     """Adaptive thinking with all its controls: labels, training, evaluation, table and picture -> adaptive/."""
     from experiments.adaptive import run_experiment
-    from thinkswitch_plugin.perception.labels import find_job
+    from thinkswitch_plugin.perception.label_job import find_job
 
     words = seeds.split()
     numbers = [int(word) for word in words if word.isascii() and word.isdigit()]

@@ -36,7 +36,9 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import LM_EVAL_BUDGET, samples_file
 from thinkswitch_plugin.loop.work import merge_adapter
 from thinkswitch_plugin.perception.answering import load_model
-from thinkswitch_plugin.perception.labels import RATIONALES, Job, label, prepare_student
+from thinkswitch_plugin.perception.label_job import LabelJob
+from thinkswitch_plugin.perception.label_material import RATIONALES
+from thinkswitch_plugin.perception.labels import label, prepare_student
 from thinkswitch_plugin.perception.training import TYPES, Condition, train_condition
 from thinkswitch_plugin.report.pictures import adaptive_picture, save
 from thinkswitch_plugin.report.questions import asked_texts
@@ -98,7 +100,7 @@ def choose_plans(keys: PerceptionKeys, names: str) -> dict[str, Plan]:
     return {name: plan for name, plan in every.items() if name in (*NEEDED, *wanted)}
 
 
-def run_experiment(jobs: Sequence[Job], conditions: str = "") -> dict[str, Any]:
+def run_experiment(jobs: Sequence[LabelJob], conditions: str = "") -> dict[str, Any]:
     """Label, train and judge for the job of every seed, then write and print the table of all of them.
 
     Args:
@@ -128,7 +130,7 @@ def run_experiment(jobs: Sequence[Job], conditions: str = "") -> dict[str, Any]:
     return result
 
 
-def require_held_out(job: Job) -> None:
+def require_held_out(job: LabelJob) -> None:
     """Raise `ThinkSwitchError` if a question of the evaluation is among those that are learnt from."""
     asked = {
         batch.prompt_id(row): row["body"]["messages"][-1]["content"] for _, row in batch.read_requests(job.requests)
@@ -156,12 +158,12 @@ class Seed:
     seconds: float
 
 
-def perception_keys(job: Job) -> PerceptionKeys:
+def perception_keys(job: LabelJob) -> PerceptionKeys:
     """The module's keys: the recipe's, or their defaults."""
     return job.recipe.keys.perception or PerceptionKeys()  # type: ignore[call-arg]
 
 
-def run_seed(job: Job, planned: Mapping[str, Plan]) -> Seed:
+def run_seed(job: LabelJob, planned: Mapping[str, Plan]) -> Seed:
     """Labels, conditions and evaluations of one seed."""
     hashes = Hashes(job.work)
     facts = label(job, hashes)
@@ -200,7 +202,7 @@ def run_seed(job: Job, planned: Mapping[str, Plan]) -> Seed:
     return Seed(judged, routed, swap, served, facts, seconds)
 
 
-def merge_checkpoint(job: Job, hashes: Hashes) -> None:
+def merge_checkpoint(job: LabelJob, hashes: Hashes) -> None:
     """axolotl merges the adaptive adapter, perception module and all, in full precision: writes `checkpoint/`."""
     here, out = job.work / "conditions" / "adaptive", job.work / "checkpoint"
     student, _ = prepare_student(job, hashes, soft_tokens=perception_keys(job).tokens)
@@ -213,7 +215,7 @@ def merge_checkpoint(job: Job, hashes: Hashes) -> None:
     once(out.with_suffix(".json"), {"key": key}, (out,), work)
 
 
-def serve_checkpoint(job: Job, hashes: Hashes) -> dict[str, int]:
+def serve_checkpoint(job: LabelJob, hashes: Hashes) -> dict[str, int]:
     """Have vLLM answer the held-out questions, sent as embeddings, and compare with what lm-eval got.
 
     Returns:
@@ -226,8 +228,8 @@ def serve_checkpoint(job: Job, hashes: Hashes) -> dict[str, int]:
         import torch
         from transformers import AutoTokenizer
 
+        from experiments.prompt_embeds import complete, serving, write_plain_view
         from thinkswitch_plugin.perception.model import load, prompt_embeds
-        from thinkswitch_plugin.perception.prompt_embeds import complete, serving, write_plain_view
 
         console.say(f"[adaptive] seed {job.seed}: vLLM answers prompts sent as embeddings")
         rows = [row for _, row in files.read_jsonl(samples)]
@@ -255,7 +257,7 @@ def serve_checkpoint(job: Job, hashes: Hashes) -> dict[str, int]:
     return {name: int(done[name]) for name in ("questions", "equal")}
 
 
-def extra_keys(job: Job, plan: Plan) -> dict[str, Any]:
+def extra_keys(job: LabelJob, plan: Plan) -> dict[str, Any]:
     """What a perception module adds to a recipe that does not name it: that its weights are saved."""
     named = job.recipe.axolotl.get("lora_modules_to_save") or []
     if plan.perception is None or MODULE in named:
@@ -310,7 +312,7 @@ def route(kind: str, labelled: Sequence[dict[str, Any]], asked: Sequence[str]) -
 class Judging:
     """Evaluations of one trained condition; the model is loaded once, and only if one of them is missing."""
 
-    def __init__(self, job: Job, here: Path, student: Path, adapter: Path, hashes: Hashes) -> None:
+    def __init__(self, job: LabelJob, here: Path, student: Path, adapter: Path, hashes: Hashes) -> None:
         self.job, self.here, self.student, self.adapter = job, here, student, adapter
         self.evaluation = job.recipe.keys.evaluation
         self.key = {
@@ -396,7 +398,7 @@ class Judging:
         return {name: done[name] for name in ("prompt_std", "prompt_rms", "embedding_rms")}
 
 
-def together(jobs: Sequence[Job], seeds: Sequence[Seed]) -> dict[str, Any]:
+def together(jobs: Sequence[LabelJob], seeds: Sequence[Seed]) -> dict[str, Any]:
     """What `adaptive.json` holds.
 
     Raises `ThinkSwitchError` if the seeds were judged on different questions.

@@ -1,4 +1,4 @@
-"""Complexity labels: how questions are dealt out and compared, what is kept and redone, and a real cross-validation."""
+"""Complexity labels: how questions are divided and compared, what is kept and redone, and a real cross-validation."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.loop import check
 from thinkswitch_plugin.perception import answering, labels, training
 from thinkswitch_plugin.perception.answering import write_questions
+from thinkswitch_plugin.perception.label_job import LabelJob, find_job, parse_baselines
+from thinkswitch_plugin.perception.label_material import Question, assign_folds, majority_references, read_material
 from thinkswitch_plugin.recipe import load_recipe
 from thinkswitch_plugin.run.hashes import Hashes
 
@@ -38,33 +40,39 @@ Write = Callable[[str, Sequence[object]], Path]
 IDS = st.lists(st.text(min_size=1, max_size=4), unique=True, min_size=2, max_size=60)
 
 
+def question(prompt_id: str, text: str) -> Question:
+    return Question(prompt_id, [{"role": "user", "content": text}], "0")
+
+
+def folds_of(ids: Sequence[str], folds: int, seed: int) -> dict[str, int]:
+    """The folds of questions that differ."""
+    return assign_folds([question(i, f"{i} = ?") for i in ids], folds, seed)
+
+
 @given(ids=IDS, folds=st.integers(2, 7), seed=st.integers(0, 99), data=st.data())
-def test_questions_are_dealt_out_evenly_and_whatever_their_order(
+def test_questions_are_divided_evenly_and_whatever_their_order(
     ids: list[str], folds: int, seed: int, data: st.DataObject
 ) -> None:
-    dealt = labels.deal(ids, folds, seed)
-    sizes = Counter(dealt.values())
-    assert set(dealt) == set(ids) and set(sizes) <= set(range(1, folds + 1))
+    fold = folds_of(ids, folds, seed)
+    sizes = Counter(fold.values())
+    assert set(fold) == set(ids) and set(sizes) <= set(range(1, folds + 1))
     assert max(sizes[n] for n in range(1, folds + 1)) - min(sizes[n] for n in range(1, folds + 1)) <= 1
-    assert labels.deal(data.draw(st.permutations(ids)), folds, seed) == dealt
+    assert folds_of(data.draw(st.permutations(ids)), folds, seed) == fold
 
 
-def test_another_seed_deals_otherwise() -> None:
+def test_another_seed_divides_otherwise() -> None:
     ids = [f"p{i}" for i in range(50)]
-    assert labels.deal(ids, 5, 0) != labels.deal(ids, 5, 1)
+    assert folds_of(ids, 5, 0) != folds_of(ids, 5, 1)
 
 
 def test_a_question_under_two_ids_lies_in_one_fold() -> None:
-    def question(number: int, text: str) -> labels.Question:
-        return labels.Question(f"p{number:02d}", [{"role": "user", "content": text}], "0")
-
-    questions = [question(i, f"{i % 10}+1") for i in range(30)]
-    dealt = labels.deal_questions(questions, 5, 0)
-    assert all(dealt[f"p{i:02d}"] == dealt[f"p{i + 10:02d}"] == dealt[f"p{i + 20:02d}"] for i in range(10))
-    assert Counter(dealt.values()) == dict.fromkeys(range(1, 6), 6)
-    assert labels.deal_questions(questions[::-1], 5, 0) == dealt
+    questions = [question(f"p{i:02d}", f"{i % 10}+1") for i in range(30)]
+    fold = assign_folds(questions, 5, 0)
+    assert all(fold[f"p{i:02d}"] == fold[f"p{i + 10:02d}"] == fold[f"p{i + 20:02d}"] for i in range(10))
+    assert Counter(fold.values()) == dict.fromkeys(range(1, 6), 6)
+    assert assign_folds(questions[::-1], 5, 0) == fold
     alone = questions[:10]
-    assert labels.deal_questions(alone, 5, 0) == labels.deal([q.prompt_id for q in alone], 5, 0)
+    assert assign_folds(alone, 5, 0) == folds_of([q.prompt_id for q in alone], 5, 0)
 
 
 def recipe_of(tmp_path: Path, **keys: Any) -> Any:
@@ -75,7 +83,7 @@ def recipe_of(tmp_path: Path, **keys: Any) -> Any:
 
 
 @pytest.fixture
-def job(tmp_path: Path, write_jsonl: Write) -> labels.Job:
+def job(tmp_path: Path, write_jsonl: Write) -> LabelJob:
     """Six questions, three samples each: p1's answers are 1, 1 and 2; p5 has no readable answer."""
     said = {f"p{i}": ["0", str(i), str(i)] for i in range(5)} | {"p5": ["none", "at all", "x"]}
     said["p1"] = ["1", "1", "2"]
@@ -85,7 +93,7 @@ def job(tmp_path: Path, write_jsonl: Write) -> labels.Job:
         generations.append(answer(f"{prompt}-s{sample}", f"step {sample}\n</think>\n\n{said[prompt][sample]}"))
     random.Random(0).shuffle(generations)
     write_jsonl("requests.jsonl", requests)
-    return labels.Job(
+    return LabelJob(
         recipe=recipe_of(tmp_path, labels={"selection": "all"}),
         seed=0,
         engine="embedded",
@@ -96,60 +104,60 @@ def job(tmp_path: Path, write_jsonl: Write) -> labels.Job:
     )
 
 
-def test_the_majority_of_all_complete_answers_is_the_reference(job: labels.Job) -> None:
-    assert labels.majority_references(job) == {"p0": "0", "p1": "1", "p2": "2", "p3": "3", "p4": "4"}
-    material = labels.read_material(job)
+def test_the_majority_of_all_complete_answers_is_the_reference(job: LabelJob) -> None:
+    assert majority_references(job) == {"p0": "0", "p1": "1", "p2": "2", "p3": "3", "p4": "4"}
+    material = read_material(job)
     assert [question.prompt_id for question in material.questions] == ["p0", "p1", "p2", "p3", "p4"]
     assert (material.without_reference, material.repeated) == (1, 0)
     # What is learnt from is another matter: what the recipe selects.
     one = replace(job, recipe=job.recipe.__class__(job.recipe.path, job.recipe.axolotl, recipe_first(job)))
-    assert labels.read_material(one).report.kept == 6
-    assert labels.majority_references(one)["p2"] == "2"
+    assert read_material(one).report.kept == 6
+    assert majority_references(one)["p2"] == "2"
 
 
-def recipe_first(job: labels.Job) -> Any:
+def recipe_first(job: LabelJob) -> Any:
     kept = job.recipe.keys.labels.model_copy(update={"selection": "first"})
     return job.recipe.keys.model_copy(update={"labels": kept})
 
 
 def test_gold_answers_come_from_the_field_that_the_recipe_names(
-    job: labels.Job, tmp_path: Path, write_jsonl: Write
+    job: LabelJob, tmp_path: Path, write_jsonl: Write
 ) -> None:
     rows = [{"id": f"p{i}", "prompt": f"question p{i}", "right": 9 - i} for i in range(6)]
     prompts = write_jsonl("prompts.jsonl", rows)
     keys = {"prompts": {"path": str(prompts)}, "adaptive": {"gold": "right"}}
     gold = replace(job, recipe=recipe_of(tmp_path, **keys))
-    material = labels.read_material(gold)
+    material = read_material(gold)
     assert {q.prompt_id: q.reference for q in material.questions} == {f"p{i}": str(9 - i) for i in range(6)}
     assert material.without_reference == 0  # p5 has no readable answer, and needs none
 
     with pytest.raises(ThinkSwitchError, match=r"line 1: the field `wrong` is missing; fields of this row: id, prompt"):
         unknown = {**keys, "adaptive": {"gold": "wrong"}}
-        labels.read_material(replace(job, recipe=recipe_of(tmp_path, **unknown)))
+        read_material(replace(job, recipe=recipe_of(tmp_path, **unknown)))
     write_jsonl("prompts.jsonl", rows[:4])
     with pytest.raises(ThinkSwitchError, match="has no row for the prompt 'p4'"):
-        labels.read_material(gold)
+        read_material(gold)
     write_jsonl("prompts.jsonl", [*rows[:5], {**rows[5], "right": "several"}])
     with pytest.raises(ThinkSwitchError, match=r"in which `thinkswitch\.labels\.answer: digit` reads no answer"):
-        labels.read_material(gold)
+        read_material(gold)
 
 
-def test_a_fold_learns_from_all_samples_of_the_other_folds_and_asks_each_of_its_questions_once(job: labels.Job) -> None:
-    material = labels.read_material(job)
-    dealt = labels.deal([q.prompt_id for q in material.questions], job.folds, job.seed)
+def test_a_fold_learns_from_all_samples_of_the_other_folds_and_asks_each_of_its_questions_once(job: LabelJob) -> None:
+    material = read_material(job)
+    fold_of = assign_folds(material.questions, job.folds, job.seed)
     seen = Counter[str]()
     for number in (1, 2):
-        mine = [q for q in material.questions if dealt[q.prompt_id] == number]
+        mine = [q for q in material.questions if fold_of[q.prompt_id] == number]
         fold = labels.Fold(job, number, mine, job.home, Hashes(job.home))
-        fold.write(material, dealt)
+        fold.write(material, fold_of)
         learnt = [row for _, row in files.read_jsonl(fold.here / "rationales.jsonl")]
         asked = [row for _, row in read_requests(fold.here / "requests.jsonl")]
-        assert Counter(row["prompt_id"] for row in learnt) == {p: 3 for p in dealt if dealt[p] != number}
+        assert Counter(row["prompt_id"] for row in learnt) == {p: 3 for p in fold_of if fold_of[p] != number}
         assert all(row["trace"].startswith("step ") for row in learnt)
         assert [row["custom_id"] for row in asked] == [q.prompt_id for q in mine]
         assert all(row["body"]["temperature"] == 0 and row["body"]["stop"] == ["</answer>"] for row in asked)
         seen.update(row["custom_id"] for row in asked)
-    assert seen == dict.fromkeys(dealt, 1)
+    assert seen == dict.fromkeys(fold_of, 1)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +191,7 @@ def test_a_baseline_is_right_if_its_whole_answer_in_its_format_is_the_reference(
 )
 def test_the_label_is_post_where_the_post_baseline_is_right(right: Any, label: str, pre: bool | None) -> None:
     shares = {form: float(verdict) for form, verdict in right.items()}
-    row = labels.row_of(labels.Question("p0", [{"role": "user", "content": "1+1"}], "2"), 3, shares, "gold", 0.5)
+    row = labels.row_of(Question("p0", [{"role": "user", "content": "1+1"}], "2"), 3, shares, "gold", 0.5)
     assert row == {
         "prompt_id": "p0",
         "prompt": "1+1",
@@ -200,7 +208,7 @@ def test_the_label_is_post_where_the_post_baseline_is_right(right: Any, label: s
 
 @pytest.mark.parametrize(("share", "label"), [(0.0, PRE), (0.49, PRE), (0.5, POST), (1.0, POST)])
 def test_of_several_answers_a_share_has_to_be_right(share: float, label: str) -> None:
-    question = labels.Question("p0", [{"role": "user", "content": "1+1"}], "2")
+    question = Question("p0", [{"role": "user", "content": "1+1"}], "2")
     assert labels.row_of(question, 1, {POST: share}, "majority", 0.5)["label"] == label
 
 
@@ -278,10 +286,10 @@ def test_requests_with_other_stop_strings_are_not_answered_together(tiny: Any) -
 
 
 def test_words_that_are_no_setting_are_refused() -> None:
-    assert labels.parse_baselines("") == labels.parse_baselines("post") == (POST,)
-    assert labels.parse_baselines("pre, post") == labels.parse_baselines("pre") == (POST, PRE)
+    assert parse_baselines("") == parse_baselines("post") == (POST,)
+    assert parse_baselines("pre, post") == parse_baselines("pre") == (POST, PRE)
     with pytest.raises(ThinkSwitchError, match="'before' is none; use post, or post and pre"):
-        labels.parse_baselines("post before")
+        parse_baselines("post before")
     assert answering.choose_engine("embedded") == "embedded"
     with pytest.raises(ThinkSwitchError, match="does not have the adapters that are trained here"):
         answering.choose_engine("http://127.0.0.1:1/v1")
@@ -318,9 +326,10 @@ def test_bad_input_is_one_sentence(
     files.write_yaml(tmp_path / "plain.yaml", {"thinkswitch": {"pair": {"embedded": False}}})
     overlays = [str(tmp_path / "plain.yaml")]
     with pytest.raises(ThinkSwitchError, match=message) as refused:
-        labels.make_labels(
-            labels.find_job("arithmetic", tmp_path / "runs", seed=0, overlays=overlays, **{**given, **options})
-        )
+        baselines = parse_baselines(options.get("baselines", ""))
+        rest = {name: value for name, value in options.items() if name != "baselines"}
+        job = find_job("arithmetic", tmp_path / "runs", seed=0, overlays=overlays, **{**given, **rest})
+        labels.make_labels(replace(job, baselines=baselines))
     assert "\n" not in str(refused.value)
 
 
@@ -336,9 +345,9 @@ def test_a_run_without_generations_or_with_another_seed_says_what_to_do(tmp_path
     values = {"domain": "arithmetic", "recipe": "recipes/arithmetic.yaml", "overlays": [], "seed": 3}
     files.write_json(tmp_path / "arithmetic" / "run.json", {**values, "engine": "embedded", "iterations": 1})
     with pytest.raises(ThinkSwitchError, match="was begun with SEED=3; give SEED=3"):
-        labels.find_job("arithmetic", tmp_path, seed=0, engine="embedded")
+        find_job("arithmetic", tmp_path, seed=0, engine="embedded")
     with pytest.raises(ThinkSwitchError, match="has not finished the generations of iteration 1"):
-        labels.find_job("arithmetic", tmp_path, seed=3, engine="embedded")
+        find_job("arithmetic", tmp_path, seed=3, engine="embedded")
 
 
 # ---- real axolotl ----
@@ -458,8 +467,7 @@ def test_vllm_with_the_adapter_answers_as_transformers_does(labelled: Any, tmp_p
     keys = EngineKeys.model_validate({})
     here = Hashes(tmp_path)
     adapter = fold / "post" / "adapter"
-    answering.answer(
-        work.parent / "student", adapter, fold / "requests.jsonl", out, engine="vllm", keys=keys, hashes=here
-    )
+    tuned = answering.Tuned(work.parent / "student", adapter)
+    answering.answer(tuned, fold / "requests.jsonl", out, engine="vllm", keys=keys, hashes=here)
     served, embedded = (dict(labels.completions(path)) for path in (out, fold / "post" / "generations.jsonl"))
     assert served == embedded and len(served) == QUESTIONS // 2

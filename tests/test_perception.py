@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from experiments.prompt_embeds import write_plain_view
 from experiments.soft_prompts import replaced_prompts, soft_prompts
 from tests.conftest import BIN, ROOT, Command
 from thinkswitch_plugin import files
@@ -25,7 +26,6 @@ from thinkswitch_plugin.perception import features
 from thinkswitch_plugin.perception.markers import Markers, find_markers, find_spans
 from thinkswitch_plugin.perception.model import attach, load, prompt_embeds
 from thinkswitch_plugin.perception.module import Perception
-from thinkswitch_plugin.perception.prompt_embeds import write_plain_view
 from thinkswitch_plugin.perception.student import make_student
 from thinkswitch_plugin.run import checkpoint
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from experiments import prompt_embeds
 from thinkswitch_plugin.args import EngineKeys, PerceptionKeys
 from thinkswitch_plugin.data.formats import POST, PRE, STOP, parse, render
 from thinkswitch_plugin.demo import mixed, task
 from thinkswitch_plugin.demo.cache import CACHE, ensure_pair
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.perception import prompt_embeds
 from thinkswitch_plugin.perception.model import attach, load
 from thinkswitch_plugin.perception.model import prompt_embeds as embeds_of
 from thinkswitch_plugin.perception.student import make_student

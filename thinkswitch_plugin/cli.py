@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -486,12 +487,14 @@ def serve(
 @click.option("--folds", default="", help="K of the cross-validation (default: the recipe's).")
 @click.option("--baselines", default="post", show_default=True, help='What is trained: "post", or "post pre".')
 @click.option("--generations", default="", help="Another generations.jsonl, requests.jsonl beside it.")
-def labels(folds: str, overlay: str, domain: str, **options: Any) -> None:
+def labels(folds: str, overlay: str, domain: str, baselines: str, **options: Any) -> None:
     """Complexity labels by K-fold cross-validation: which questions need thinking? -> adaptive/seed-N/labels/."""
-    from thinkswitch_plugin.perception.labels import find_job, make_labels
+    from thinkswitch_plugin.perception.label_job import find_job, parse_baselines
+    from thinkswitch_plugin.perception.labels import make_labels
 
-    count = whole_number("--folds", folds)
-    make_labels(find_job(domain, overlays=overlay.split(), folds=count, **options))
+    count, formats = whole_number("--folds", folds), parse_baselines(baselines)
+    job = find_job(domain, overlays=overlay.split(), folds=count, **options)
+    make_labels(replace(job, baselines=formats))
 
 
 @main.command()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import console, files
+from thinkswitch_plugin.args import ThinkSwitchKeys, resolve_seed
 from thinkswitch_plugin.demo import mixed, task
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import locked
@@ -20,6 +21,13 @@ from thinkswitch_plugin.run.stamp import folder_once, stored
 CACHE = Path(".cache")
 SETTINGS = "settings.json"  # its stamp, in the folder
 PROMPTS = 2048  # enough for four iterations of 512 fresh ones
+
+
+def ensure_embedded(keys: ThinkSwitchKeys, seed: int) -> None:
+    """Make what an embedded domain's recipe needs, unless it is there: the pair, and the mixed domain's training files."""
+    ensure_pair(seed, *(Path(resolve_seed(name, seed)) for name in (keys.pair.instruct, keys.pair.thinking)))
+    if keys.domain == mixed.DOMAIN:
+        ensure_mixed(seed)
 
 
 def ensure_pair(seed: int, instruct: Path, thinking: Path) -> None:

@@ -1,9 +1,8 @@
 """Ask an OpenAI-compatible server, and tell its troubles from those of a prompt.
 
-The openai client retries refusals, dropped connections, 429 and 5xx by itself, with growing
-pauses. What it leaves open is done here: a prompt is asked in a bounded number of such rounds,
-before each further one the server must answer at all (for which it is waited), time-outs are not
-multiplied by retries, a body that is no chat completion is asked again instead of stored, and what
+The openai client retries dropped connections, 429 and 5xx by itself, with growing pauses. The rest is done here: a
+prompt is asked in a bounded number of such rounds, before each further one the server must answer at all, time-outs
+are not multiplied by retries, a body that is not a chat completion is asked for again instead of stored, and what
 every prompt would be refused for stops the run.
 """
 
@@ -31,7 +30,6 @@ from thinkswitch_plugin.engines.servers import Server
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import processes
 
-CONNECT_SECONDS = 10.0
 LONGEST_PAUSE = 8.0
 TIME_OUTS = 2  # a stalled connection deserves a second try, a prompt that is too long no more
 
@@ -80,13 +78,10 @@ class Client:
         self.openai = openai.AsyncOpenAI(
             base_url=server.base_url,
             api_key=connection.api_key() or "none",
-            timeout=openai.Timeout(None, connect=CONNECT_SECONDS),  # `ask` bounds the whole answer
+            timeout=openai.Timeout(None, connect=connection.CONNECT_SECONDS),  # `ask` bounds the whole answer
             # On a connection of its own an answer cannot be taken for that of the next prompt.
             default_headers={"Connection": "close"},
-            http_client=openai.DefaultAsyncHttpxClient(
-                trust_env=not connection.on_loopback(server.base_url),  # a proxy cannot reach our loopback
-                verify=connection.certificates(server.base_url) or True,
-            ),
+            http_client=openai.DefaultAsyncHttpxClient(**connection.transport(server.base_url)),
         )
 
     async def close(self) -> None:
@@ -226,7 +221,7 @@ class Client:
                 pause = min(2 * pause, LONGEST_PAUSE)
 
     async def _answers(self) -> bool:
-        once = self.openai.with_options(max_retries=0, timeout=CONNECT_SECONDS)
+        once = self.openai.with_options(max_retries=0, timeout=connection.CONNECT_SECONDS)
         try:
             await once.get("/models", cast_to=object)
         except openai.APIStatusError as error:

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import re
 import ssl
-import urllib.error
 import urllib.parse
-import urllib.request
-from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from thinkswitch_plugin.engines import replies
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 LOOPBACK = "127.0.0.1"
+CONNECT_SECONDS = 10.0
 LISTS_NO_MODELS = (403, 404, 405, 429, 501)  # statuses of /models of servers that may answer all the same
 
 
 def on_loopback(url: str) -> bool:
     """Whether a server runs on this machine, by its address."""
     return urllib.parse.urlsplit(url).hostname in (LOOPBACK, "localhost", "::1")
-
-
-def served_models(base_url: str) -> list[str]:
-    """The names of the models that a running server answers as. Raises `ThinkSwitchError` if it says none."""
-    served = listed_models(base_url)
-    if served is None:
-        raise ThinkSwitchError(f"The server at {base_url} lists no models (GET {base_url}/models); use one that does.")
-    return list(served)
 
 
 def api_key() -> str | None:
@@ -47,22 +37,22 @@ def without_key(text: str) -> str:
     return text.replace(key, "…") if key and len(key) > 7 else text  # a placeholder such as `none` is no secret
 
 
-def certificates(base_url: str) -> ssl.SSLContext | None:
-    """The certificates that the environment says to trust, None for the machine's own or if there is no TLS.
+def transport(base_url: str) -> dict[str, Any]:
+    """The proxy and certificates for a server, as options of openai's HTTP clients.
 
-    Raises `ThinkSwitchError` if they cannot be read.
+    Raises `ThinkSwitchError` if the certificates that the environment names cannot be read.
     """
+    verify: ssl.SSLContext | bool = True
     names = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR")
     name = next((name for name in names if os.environ.get(name)), None)
-    if name is None or not base_url.startswith("https://"):
-        return None
-    path = Path(os.environ[name])
-    try:
-        return ssl.create_default_context(
-            cafile=None if path.is_dir() else path, capath=path if path.is_dir() else None
-        )
-    except OSError as error:
-        raise ThinkSwitchError(f"{name}={path} is not a file of certificates in PEM format ({error}).") from None
+    if name is not None and base_url.startswith("https://"):
+        path = Path(os.environ[name])
+        kind = "capath" if path.is_dir() else "cafile"
+        try:
+            verify = ssl.create_default_context(**{kind: path})  # type: ignore[arg-type]
+        except OSError as error:
+            raise ThinkSwitchError(f"{name}={path} is not a file of certificates in PEM format ({error}).") from None
+    return {"trust_env": not on_loopback(base_url), "verify": verify}  # a proxy cannot reach our loopback
 
 
 def untrusted(base_url: str, error: BaseException | None) -> ThinkSwitchError | None:
@@ -73,9 +63,16 @@ def untrusted(base_url: str, error: BaseException | None) -> ThinkSwitchError | 
                 f"The certificate of {base_url} is not trusted ({error.verify_message}); name the file of the "
                 "certificates to trust as SSL_CERT_FILE in the environment."
             )
-        inner = getattr(error, "reason", None)
-        error = inner if isinstance(inner, BaseException) else error.__cause__ or error.__context__
+        error = error.__cause__ or error.__context__
     return None
+
+
+def served_models(base_url: str) -> list[str]:
+    """The names of the models that a running server answers as. Raises `ThinkSwitchError` if it lists none."""
+    served = listed_models(base_url)
+    if served is None:
+        raise ThinkSwitchError(f"The server at {base_url} lists no models (GET {base_url}/models); use one that does.")
+    return list(served)
 
 
 def listed_models(base_url: str) -> dict[str, str] | None:
@@ -83,61 +80,50 @@ def listed_models(base_url: str) -> dict[str, str] | None:
 
     Raises `ThinkSwitchError` if no server answers there, it refuses the key, or the address lacks its `/v1`.
     """
+    import openai
+
     try:
         if (found := _models(base_url)) is not None:
             return found
-        status, said = 404, "it lists no models"
-    except urllib.error.HTTPError as error:
-        status, said = error.code, _words(error)
-    except ValueError as error:
-        status, said = 200, str(error)
-    except (OSError, http.client.HTTPException) as error:
+        status, words = 404, "it lists no models"
+    except openai.APIStatusError as error:
+        status, words = error.status_code, without_key(replies.words_of(error.body or error.response.reason_phrase))
+    except openai.APIConnectionError as error:
         if fault := untrusted(base_url, error):
             raise fault from None
-        status, said = 0, str(error)
+        status, words = 0, str(error.__cause__ or error)
+    except ValueError as error:
+        status, words = 200, str(error)
     if status in (401, 402):
         raise ThinkSwitchError(
-            f"The server at {base_url} refuses the key (status {status}: {said}); set OPENAI_API_KEY."
+            f"The server at {base_url} refuses the key (status {status}: {words}); set OPENAI_API_KEY."
         )
     if status and not re.search(r"/v\d", urllib.parse.urlsplit(base_url).path):
-        with suppress(OSError, ValueError, http.client.HTTPException):
-            if _models(f"{base_url}/v1") is not None:
-                raise ThinkSwitchError(f"The address of the server lacks its /v1; use ENGINE={base_url}/v1.")
+        try:
+            moved = _models(f"{base_url}/v1") is not None
+        except (openai.OpenAIError, ValueError):
+            moved = False
+        if moved:
+            raise ThinkSwitchError(f"The address of the server lacks its /v1; use ENGINE={base_url}/v1.")
     if status in LISTS_NO_MODELS:
         return None
     raise ThinkSwitchError(
-        f"{base_url}: no OpenAI-compatible server answers there ({said}); start it, or leave its address out."
+        f"{base_url}: no OpenAI-compatible server answers there ({words}); start it, or leave its address out."
     )
 
 
 def _models(base_url: str) -> dict[str, str] | None:
-    """As `listed_models`. Raises what urllib raises, and `ValueError` if the reply is not JSON."""
-    request = urllib.request.Request(f"{base_url}/models")
-    if key := api_key():
-        request.add_unredirected_header("Authorization", f"Bearer {key}")  # the key is for this server alone
-    with opener(base_url).open(request, timeout=10) as reply:
-        found = json.load(reply)
+    """As `listed_models`. Raises what the openai client raises, and `ValueError` if the reply is not JSON."""
+    import openai
+
+    http_client = openai.DefaultHttpxClient(**transport(base_url))
+    key = api_key() or "none"
+    with openai.OpenAI(
+        base_url=base_url, api_key=key, timeout=CONNECT_SECONDS, max_retries=0, http_client=http_client
+    ) as client:
+        found = json.loads(client.get("/models", cast_to=bytes))
     entries = found.get("data", found.get("models")) if isinstance(found, dict) else found
     if not isinstance(entries, list):
         return None
     names = ((e.get("id") or e.get("name"), e.get("owned_by")) if isinstance(e, dict) else (e, "") for e in entries)
     return {str(name): str(owner) for name, owner in names}
-
-
-def _words(error: urllib.error.HTTPError) -> str:
-    """A server's own words for an error."""
-    try:
-        text = error.read().decode(errors="replace")
-    except (OSError, http.client.HTTPException):
-        return str(error.reason)
-    try:
-        return without_key(replies.words_of(json.loads(text)))
-    except ValueError:
-        return without_key(replies.words_of(text or error.reason))
-
-
-def opener(url: str) -> urllib.request.OpenerDirector:
-    """What opens a URL of this server, with the environment's proxy and certificates."""
-    # A proxy of the environment cannot reach our loopback.
-    direct = [urllib.request.ProxyHandler({})] if on_loopback(url) else []
-    return urllib.request.build_opener(*direct, urllib.request.HTTPSHandler(context=certificates(url)))

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import EngineKeys
-from thinkswitch_plugin.engines.connection import LOOPBACK, listed_models, opener
+from thinkswitch_plugin.engines.connection import LOOPBACK, listed_models
 from thinkswitch_plugin.errors import ThinkSwitchError, reason
 from thinkswitch_plugin.run import processes
 from thinkswitch_plugin.run.hardware import has_cuda
@@ -203,7 +204,7 @@ def serving(engine: str, model: str, keys: EngineKeys, log: Path, *, max_len: in
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float, engine: str, log: Path) -> None:
-    started = time.monotonic()
+    started, direct = time.monotonic(), urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with Bar(0, f"starting {engine}") as bar:
         while True:
             if process.poll() is not None:
@@ -212,7 +213,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float
                     f"its log, {log}, says:\n{processes.cause(log)}"
                 )
             try:
-                with opener(url).open(url, timeout=2) as reply:
+                with direct.open(url, timeout=2) as reply:
                     if reply.status == 200:
                         return
             except OSError:

@@ -1,7 +1,7 @@
 """A checkpoint as a LoRA of another: mergekit extracts it, and what it cannot carry is measured.
 
 mergekit's `mergekit-extract-lora` takes the difference of every matrix inside the layers and keeps its largest
-singular values. Norms are no matrices, and vLLM serves no full-rank module (`modules_to_save`) beside a LoRA,
+singular values. Norms are not matrices, and vLLM serves no full-rank module (`modules_to_save`) beside a LoRA,
 so norms and what lies outside the layers (embeddings, output layer) stay as the base has them.
 """
 
@@ -11,18 +11,17 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError, reason
 from thinkswitch_plugin.merging.compatibility import list_weights, require_compatible
-from thinkswitch_plugin.merging.kernel import non_finite
+from thinkswitch_plugin.merging.kernel import all_finite, non_finite
+from thinkswitch_plugin.merging.tensors import reading, split_name
 from thinkswitch_plugin.run import processes
 from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.run.progress import Bar
@@ -57,51 +56,24 @@ def extract(base: Path, checkpoint: Path, out: Path, rank: int, log: Path) -> fl
     return processes.run_logged(words + (["--cuda"] if has_cuda() else []), log, title="mergekit-extract-lora")
 
 
-def planned(base: Path, checkpoint: Path) -> set[str]:
-    """The tensors that mergekit would take apart for an adapter, by its own plan; nothing but configs is read.
-
-    Raises `ThinkSwitchError` if mergekit cannot plan for this architecture.
-    """
-    from mergekit.architecture import arch_info_for_config
-    from mergekit.common import ModelReference
-    from mergekit.io.tasks import SaveTensor
-    from mergekit.options import MergeOptions
-    from mergekit.scripts.extract_lora import LoRAModuleSaveTask, TaskVectorTask, plan_extraction
-
-    of_base, of_checkpoint = (ModelReference.model_validate(str(folder)) for folder in (base, checkpoint))
-    architecture = (files.read_json(checkpoint / "config.json").get("architectures") or ["no architecture"])[0]
-    try:
-        if arch_info_for_config(of_checkpoint.config()) is None:
-            raise ThinkSwitchError(f"mergekit, which extracts the adapters, does not know {architecture}; {INSTEAD}")
-        plan = plan_extraction(
-            of_base,
-            of_checkpoint,
-            modules_to_save=[],
-            out_path=str(checkpoint.with_name("not-written")),
-            options=MergeOptions(),
-            max_rank=1,
-            exclude_regexes=[OUTSIDE_LAYERS],
-            skip_undecomposable=True,
-        )
-    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        raise ThinkSwitchError(
-            f"mergekit cannot extract an adapter from {checkpoint} ({architecture}: {reason(error)}); {INSTEAD}"
-        ) from None
-    biases = {
-        task.tensor_task.model_tensor.tensor
-        for task in plan.tasks
-        if isinstance(task, SaveTensor) and isinstance(task.tensor_task, TaskVectorTask)
-    }
-    return biases | {task.weight_info.name for task in plan.tasks if isinstance(task, LoRAModuleSaveTask)}
-
-
 def require_extractable(base: Path, checkpoint: Path) -> None:
     """Refuse an export that mergekit could not finish, or whose adapters would leave out much, before any work.
 
     Raises `ThinkSwitchError` naming the tensor that mergekit cannot take apart, or the share of the parameters that
     no adapter would carry, such as experts.
     """
-    stored, carried = list_weights(checkpoint), planned(base, checkpoint)
+    from thinkswitch_plugin.merging.mergekit_private import extracted_tensors
+
+    stored = list_weights(checkpoint)
+    kind = (files.read_json(checkpoint / "config.json").get("architectures") or ["no architecture"])[0]
+    try:
+        carried = extracted_tensors(base, checkpoint, OUTSIDE_LAYERS)
+    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+        raise ThinkSwitchError(
+            f"mergekit cannot extract an adapter from {checkpoint} ({kind}: {reason(error)}); {INSTEAD}"
+        ) from None
+    if carried is None:
+        raise ThinkSwitchError(f"mergekit, which extracts the adapters, does not know {kind}; {INSTEAD}")
     for name in sorted(carried):
         if name not in stored or len(stored[name].shape) > 2:
             problem = f"has {len(stored[name].shape)} dimensions" if name in stored else "is not in the checkpoint"
@@ -109,9 +81,9 @@ def require_extractable(base: Path, checkpoint: Path) -> None:
                 f"mergekit cannot extract an adapter from {checkpoint}: it would take {name} apart, which {problem}; "
                 f"{INSTEAD}"
             )
-    inside = {name for name, info in stored.items() if re.search(r"\.\d+\.", name) and len(info.shape) > 1}
+    inside = {name for name, info in stored.items() if split_name(name)[1] and len(info.shape) > 1}
     left = sorted(inside - carried)
-    share = sum(math.prod(stored[name].shape) for name in left) / sum(math.prod(i.shape) for i in stored.values())
+    share = sum(stored[name].elements for name in left) / sum(info.elements for info in stored.values())
     if share > MOST_LEFT_OUT:
         raise ThinkSwitchError(
             f"The adapters that mergekit extracts from {checkpoint} would leave out {100 * share:.0f} % of its "
@@ -141,7 +113,7 @@ def cut(adapter: Path, out: Path, rank: int, *, base: str, revision: str | None)
     for name, tensor in load_file(str(adapter / WEIGHTS)).items():
         if not name.endswith((".lora_A.weight", ".lora_B.weight")):
             continue  # the difference of a bias, which neither PEFT nor vLLM would add
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise ThinkSwitchError(non_finite("The base or the exported checkpoint", name))
         first = name.endswith(".lora_A.weight")
         kept[name] = (tensor[:rank] if first else tensor[:, :rank]).contiguous()
@@ -178,35 +150,24 @@ def losses(base: Path, checkpoint: Path, adapters: Sequence[Path]) -> list[dict[
         ``left_out`` = the share of ‖D‖² in tensors that it leaves as the base has them;
         ``tensors_left_out`` = how many of those differ. All are 0 where there is no difference.
     """
-    there = {checkpoint: list_weights(checkpoint), base: list_weights(base)}
+    left, right = list_weights(base), list_weights(checkpoint)
     factors = [{name: t.float() for name, t in load_file(str(adapter / WEIGHTS)).items()} for adapter in adapters]
     inside, outside, differ = 0.0, 0.0, 0
     missed = [0.0] * len(adapters)
-    with ExitStack() as stack:
-        handles: dict[Path, Any] = {}
-
-        def read(folder: Path, name: str) -> torch.Tensor:
-            file = there[folder][name].file
-            if file not in handles:
-                handles[file] = stack.enter_context(safe_open(str(file), framework="pt"))
-            found = handles[file].get_tensor(name)
-            return found if found.dtype == torch.float64 else found.float()
-
-        bar = Bar(len(there[base]), f"{checkpoint.name}: what is lost", unit="tensor")
-        for name in sorted(there[base], key=lambda tensor: (there[base][tensor].file, there[base][tensor].start)):
-            difference = read(checkpoint, name) - read(base, name)
-            module = PREFIX + name.removesuffix(".weight")
-            if f"{module}.lora_A.weight" in factors[0]:
-                inside += _squares(difference)
+    with reading() as read, Bar(len(left), f"{checkpoint.name}: what is lost", unit="tensor") as bar:
+        for name, info in left.items():
+            dtype = torch.float64 if "F64" in (info.dtype, right[name].dtype) else torch.float32
+            difference = read(right[name]).to(dtype) - read(info).to(dtype)
+            down, up = (f"{PREFIX}{name.removesuffix('.weight')}.lora_{side}.weight" for side in "AB")
+            squares = _squares(difference)
+            if down in factors[0]:
+                inside += squares
                 for i, found in enumerate(factors):
-                    made = found[f"{module}.lora_B.weight"] @ found[f"{module}.lora_A.weight"]
-                    missed[i] += _squares(difference - made)
+                    missed[i] += _squares(difference - found[up] @ found[down])
             else:
-                squares = _squares(difference)
                 outside += squares
                 differ += squares > 0
             bar.update(1)
-        bar.close()
     return [
         {
             "error": _root(found + outside, inside + outside),

@@ -1,16 +1,15 @@
-"""Export both modes as LoRAs of one base, judge them beside the full checkpoints, and say what it costs.
+"""Export both modes as LoRAs of one base, evaluate them beside the full checkpoints, and show what it costs.
 
 iter-1/export/rank-64/{instruct,thinking}/   PEFT adapters with tokenizer, chat template and card
 iter-1/export/rank-64/{instruct,thinking}.json   what they were made of and what is lost
 iter-1/export/rank-64/eval/…                 lm-eval's results and samples of base + adapter, and the figures
-iter-1/export/full/…                         the full checkpoints, where the run has not judged them so
+iter-1/export/full/…                         the full checkpoints, if the run has not evaluated them so
 iter-1/export/chat_template.jinja            one template for both modes
 iter-1/export/export.json .md                the base, every rank, the scores, the rank that serves
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import is_local, resolve_seed
-from thinkswitch_plugin.data.sources import DATA_VARIABLE
 from thinkswitch_plugin.data.task_files import task_files
 from thinkswitch_plugin.engines.servers import MAX_LORA_RANKS, adapter_rank
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -120,16 +118,15 @@ def export(subject: Subject, base: Base, ranks: Sequence[int]) -> dict[str, Any]
         with files.atomic_file(out / "chat_template.jinja") as handle:
             handle.write(template.encode())
         hashes = Hashes(subject.home)
-        found = {str(folder): str(hashes.of(folder)) for folder in (base.folder, *modes.values())}
+        inputs = (base.folder, *modes.values(), *task_files(subject.keys.evaluation.task))
+        job = Job(subject, base, out, {str(path): str(hashes.of(path)) for path in inputs})
         hashes.save()
-        job = Job(subject, base, out, found)
         full = {mode: job.full_figures(mode) for mode in MODES}
         rows = {mode: job.adapters(mode, ranks) for mode in adapted}
         every: list[dict[str, Any]] = []
-        for i, rank in enumerate(ranks):
-            one = {mode: rows[mode][i] for mode in adapted}
-            kept = {mode: keeps(full[mode], row["figures"], mode) for mode, row in one.items()}
-            every.append({"rank": rank, "kept": kept, **one})
+        for rank, *made in zip(ranks, *rows.values(), strict=True):
+            kept = {mode: keeps(full[mode], row["figures"], mode) for mode, row in zip(rows, made, strict=True)}
+            every.append({"rank": rank, "kept": kept, **dict(zip(rows, made, strict=True))})
         enough = [row["rank"] for row in every if all(row["kept"].values())]
         result = {
             **subject.described(),
@@ -151,7 +148,7 @@ def export(subject: Subject, base: Base, ranks: Sequence[int]) -> dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """One export: the pair, its base, where the files go, and the hash of every checkpoint by its folder."""
+    """One export: the pair, its base, where the files go, and the hash of every checkpoint and task file by its path."""
 
     subject: Subject
     base: Base
@@ -168,8 +165,7 @@ class Job:
         keys = self.subject.keys
         return {
             "evaluation": keys.evaluation.model_dump(exclude={"contamination_ngram", "contamination_share"}),
-            "task": {path.name: path.read_text(encoding="utf-8") for path in task_files(keys.evaluation.task)},
-            "data": os.environ.get(DATA_VARIABLE, ""),
+            "task": {str(path): self.hashes[str(path)] for path in task_files(keys.evaluation.task)},
             "answer": keys.labels.answer,
             "server": uses_server(keys.evaluation, self.subject.engine),
         }
@@ -215,24 +211,24 @@ class Job:
         )
 
     def adapters(self, mode: str, ranks: Sequence[int]) -> list[dict[str, Any]]:
-        """What is known of a mode's adapter at every rank, making and judging what is not there yet."""
+        """What is known of a mode's adapter at every rank, making and evaluating what is not there yet."""
         rows = []
         for rank, made in zip(ranks, self._make(mode, ranks), strict=True):
-            place = self.out / f"rank-{rank}"
-            adapter = place / mode
-            figures = self.figures(mode, place, self.made_of(mode, rank), adapter)
+            adapter = self._adapter(mode, rank)
+            figures = self.figures(mode, adapter.parent, self.made_of(mode, rank), adapter)
             self._card(mode, adapter, made, figures)
             rows.append({**{key: v for key, v in made.items() if key != "made_of"}, "figures": figures})
         return rows
 
+    def _adapter(self, mode: str, rank: int) -> Path:
+        return self.out / f"rank-{rank}" / mode
+
     def _make(self, mode: str, ranks: Sequence[int]) -> list[dict[str, Any]]:
         """The adapters of these ranks: the largest is extracted, a smaller one is its leading part."""
         source = self.subject.roles[mode]
-        places = {rank: self.out / f"rank-{rank}" / mode for rank in ranks}
-        notes = {rank: place.with_name(f"{mode}.json") for rank, place in places.items()}
-
+        stamps = {rank: self.out / f"rank-{rank}" / f"{mode}.json" for rank in ranks}
         keys = {rank: {"made_of": self.made_of(mode, rank)} for rank in ranks}
-        waiting = [rank for rank in ranks if stored(notes[rank], keys[rank], (places[rank],)) is None]
+        waiting = [r for r in ranks if stored(stamps[r], keys[r], (self._adapter(mode, r),)) is None]
         if waiting:
             # Two factors of a matrix are seldom larger than it, so an adapter stays below the checkpoint.
             files.require_space(self.out, files.size(source), "the export of adapters")
@@ -242,21 +238,20 @@ class Job:
                 log = self.out / "logs" / f"extract-{mode}.log"
                 seconds = extract(self.base.folder, source, largest, waiting[-1], log)
                 for rank in waiting:
-                    notes[rank].unlink(missing_ok=True)
-                    self._build(source, largest, places[rank], rank)
+                    stamps[rank].unlink(missing_ok=True)
+                    self._build(source, largest, self._adapter(mode, rank), rank)
             finally:
                 files.remove(largest)
-            lost = losses(self.base.folder, source, [places[rank] for rank in waiting])
+            lost = losses(self.base.folder, source, [self._adapter(mode, rank) for rank in waiting])
             for rank, loss in zip(waiting, lost, strict=True):
+                adapter = self._adapter(mode, rank)
                 found = {
-                    "path": str(places[rank]),
-                    "largest_rank": adapter_rank(places[rank]),
-                    "bytes": files.size(places[rank] / WEIGHTS),
-                    "seconds_of_extraction": round(seconds, 2),
-                    **loss,
+                    "path": str(adapter),
+                    "largest_rank": adapter_rank(adapter),
+                    "bytes": files.size(adapter / WEIGHTS),
                 }
-                record(notes[rank], keys[rank], found)
-        return [files.read_json(notes[rank]) for rank in ranks]
+                record(stamps[rank], keys[rank], {**found, "seconds_of_extraction": round(seconds, 2), **loss})
+        return [files.read_json(stamps[rank]) for rank in ranks]
 
     def _build(self, source: Path, largest: Path, adapter: Path, rank: int) -> None:
         from transformers import AutoTokenizer
@@ -270,28 +265,27 @@ class Job:
     def _card(self, mode: str, adapter: Path, made: dict[str, Any], figures: dict[str, Any]) -> None:
         from huggingface_hub import ModelCardData
 
-        source = self.subject.roles[mode]
-        low, high = (100 * value for value in figures["ci95"])
-        keys = self.subject.keys
+        source, keys, base = self.subject.roles[mode], self.subject.keys, self.base
+        accuracy, interval, _, ratio = _figures(figures)
+        on_hub = not is_local(base.name)
         data = ModelCardData(
-            base_model=None if is_local(self.base.name) else self.base.name,
-            base_model_relation=None if is_local(self.base.name) else "adapter",
+            base_model=base.name if on_hub else None,
+            base_model_relation="adapter" if on_hub else None,
             library_name="peft",
             pipeline_tag="text-generation",
             tags=["thinkswitch", keys.domain, "lora", "mergekit"],
             model_name=f"thinkswitch-{keys.domain}-{mode}-lora",
             eval_results=cards.eval_results(keys.evaluation.task, figures),
         )
+        left_out = f"{100 * made['left_out']:.2f} % of the squared difference"
         facts = {
-            "Base": f"`{self.base.name}`" + (f" at {self.base.revision}" if self.base.revision else ""),
+            "Base": f"`{base.name}`" + (f" at {base.revision}" if base.revision else ""),
             "Extracted from": f"`{source}` (sha256 {self.hashes[str(source)][:16]}…) by mergekit-extract-lora",
             "Rank": made["largest_rank"],
             "Relative error of the difference": f"{made['error']:.4f}",
-            "Left as the base has it": "norms, embeddings and output layer: "
-            f"{100 * made['left_out']:.2f} % of the squared difference",
-            f"mean@{figures['k']} of {figures['n']} questions, base and adapter": f"{100 * figures['mean@k']:.1f} % "
-            f"({low:.1f}–{high:.1f})",
-            "Think ratio": f"{figures['think_ratio']:.3f}",
+            "Left as the base has it": f"norms, embeddings and output layer: {left_out}",
+            f"mean@{figures['k']} of {figures['n']} questions, base and adapter": f"{accuracy} ({interval})",
+            "Think ratio": ratio,
         }
         about = f"The {mode} mode of a pair made by [ThinkSwitch](https://arxiv.org/abs/2606.01080), for its base."
         cards.save(cards.compose(data, f"{keys.domain}: {mode} mode as a LoRA", about, facts), adapter / CARD)
@@ -304,11 +298,8 @@ def keeps(full: dict[str, Any], lora: dict[str, Any], mode: str) -> bool:
     no more often, within the same 2 %. The full checkpoint's score is not above the 95 % interval of the adapter's.
     """
     slack = max(1 - LEAST_KEPT, 1 / (full["n"] * full["k"]))
-    if mode == "thinking":
-        same_mode = lora["think_ratio"] >= full["think_ratio"] - slack
-    else:
-        same_mode = lora["think_ratio"] <= full["think_ratio"] + slack
-    return bool(same_mode and full["mean@k"] <= lora["ci95"][1])
+    more = lora["think_ratio"] - full["think_ratio"]
+    return bool((more >= -slack if mode == "thinking" else more <= slack) and full["mean@k"] <= lora["ci95"][1])
 
 
 def markdown(result: dict[str, Any]) -> list[str]:
@@ -343,27 +334,19 @@ def markdown(result: dict[str, Any]) -> list[str]:
 def table_rows(result: dict[str, Any]) -> Iterator[list[str]]:
     """The full checkpoints, then both modes of every rank."""
     for mode in MODES:
-        megabytes = f"{result['full_bytes'][mode] / 1e6:.2f}"
-        yield ["full", mode, megabytes, "", *_figures(result["full"][mode]), ""]
+        yield ["full", mode, _megabytes(result["full_bytes"][mode]), "", *_figures(result["full"][mode]), ""]
     for row in result["ranks"]:
-        for mode in MODES:
-            if mode in row:
-                one = row[mode]
-                yield [
-                    str(row["rank"]),
-                    mode,
-                    f"{one['bytes'] / 1e6:.2f}",
-                    f"{one['error']:.4f}",
-                    *_figures(one["figures"]),
-                    "yes" if row["kept"][mode] else "no",
-                ]
+        for mode in (mode for mode in MODES if mode in row):
+            one, kept = row[mode], "yes" if row["kept"][mode] else "no"
+            measured = [_megabytes(one["bytes"]), f"{one['error']:.4f}", *_figures(one["figures"])]
+            yield [str(row["rank"]), mode, *measured, kept]
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.2f}"
 
 
 def _figures(figures: dict[str, Any]) -> list[str]:
     low, high = (100 * value for value in figures["ci95"])
-    return [
-        f"{100 * figures['mean@k']:.1f} %",
-        f"{low:.1f}–{high:.1f}",
-        f"{figures['tokens']:.1f}",
-        f"{figures['think_ratio']:.3f}",
-    ]
+    ratio = f"{figures['think_ratio']:.3f}"
+    return [f"{100 * figures['mean@k']:.1f} %", f"{low:.1f}–{high:.1f}", f"{figures['tokens']:.1f}", ratio]

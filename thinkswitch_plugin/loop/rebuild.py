@@ -144,8 +144,8 @@ class Check:
 
 def merge(config: Path, out: Path, log: Path) -> None:
     """Run mergekit on a config, through `thinkswitch merge`, which knows our method too."""
-    command = [Path(sys.executable).with_name("thinkswitch"), "merge", config, out, *MERGE_OPTIONS]
-    processes.run_logged([*command, *(["--cuda"] if has_cuda() else [])], log, title="mergekit")
+    command: list[str | Path] = [Path(sys.executable).with_name("thinkswitch"), "merge", config, out, *MERGE_OPTIONS]
+    processes.run_logged(command + (["--cuda"] if has_cuda() else []), log, title="mergekit")
 
 
 def rebuild_thinking(

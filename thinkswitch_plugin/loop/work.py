@@ -27,12 +27,9 @@ def prepare_pair(run: Run, _k: int = 0) -> dict[str, Any]:
 
     keys = run.recipe.keys.pair
     if keys.embedded:
-        from thinkswitch_plugin.demo.cache import ensure_mixed, ensure_pair
-        from thinkswitch_plugin.demo.mixed import DOMAIN
+        from thinkswitch_plugin.demo.cache import ensure_embedded
 
-        ensure_pair(run.seed, Path(run.checkpoint("instruct", 0)), Path(run.checkpoint("thinking", 0)))
-        if run.recipe.keys.domain == DOMAIN:
-            ensure_mixed(run.seed)
+        ensure_embedded(run.recipe.keys, run.seed)
     clean_prompts(run, 1)  # `write_requests` asks again, but after downloads and hours of evaluating the starting pair
     found: dict[str, dict[str, Any]] = {}
     for mode, revision in (("instruct", keys.revision_instruct), ("thinking", keys.revision_thinking)):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import set_seed
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.data import batch
 from thinkswitch_plugin.data.formats import STOP
 from thinkswitch_plugin.engines import servers
-from thinkswitch_plugin.engines.generate import Adapter, generate
+from thinkswitch_plugin.engines.ask import Adapter
+from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import checkpoint
 from thinkswitch_plugin.run.hardware import has_cuda
@@ -65,7 +68,6 @@ def write_questions(
     questions: Iterable[tuple[str, list[dict[str, Any]]]],
     *,
     max_tokens: int,
-    stop: Sequence[str] = STOP,
     samples: int = 1,
     seed: int = 0,
 ) -> None:
@@ -74,37 +76,32 @@ def write_questions(
     Args:
         questions: (prompt id, turns that ask it).
         max_tokens: budget of one completion, in tokens.
-        stop: strings that end a completion beside the end of turn.
-        seed: sample j is seeded with ``seed * samples + j``, where the engine keeps to seeds.
+        seed: sample j is seeded with ``seed * samples + j``, if the engine supports seeds.
     """
     with files.atomic_file(out) as handle:
-        for prompt_id, turns in questions:
-            for sample in range(samples):
-                body = {
-                    "model": "student",
-                    "messages": turns,
-                    "temperature": 1.0 if samples > 1 else 0.0,
-                    "max_tokens": max_tokens,
-                    "stop": list(stop),
-                    "seed": seed * samples + sample,
-                    "metadata": {"prompt_id": prompt_id},
-                }
-                custom_id = f"{prompt_id}-s{sample}" if samples > 1 else prompt_id
-                row = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
-                handle.write(files.dumps_line(row))
+        for (prompt_id, turns), sample in itertools.product(questions, range(samples)):
+            body = {
+                "model": "student",
+                "messages": turns,
+                "temperature": 1.0 if samples > 1 else 0.0,
+                "max_tokens": max_tokens,
+                "stop": list(STOP),
+                "seed": seed * samples + sample,
+                "metadata": {"prompt_id": prompt_id},
+            }
+            custom_id = f"{prompt_id}-s{sample}" if samples > 1 else prompt_id
+            handle.write(files.dumps_line(batch.request(custom_id, body)))
+
+
+class Tuned(NamedTuple):
+    """A student's checkpoint folder and the PEFT adapter that was trained on it, with a perception module or without."""
+
+    student: Path
+    adapter: Path
 
 
 def answer(
-    student: Path,
-    adapter: Path | None,
-    requests: Path,
-    out: Path,
-    *,
-    engine: str,
-    keys: EngineKeys,
-    hashes: Hashes,
-    seed: int = 0,
-    title: str = "answer",
+    tuned: Tuned, requests: Path, out: Path, *, engine: str, keys: EngineKeys, hashes: Hashes, seed: int = 0
 ) -> dict[str, Any]:
     """Answer every request into `out`, unless it holds the answers of this student and adapter to them.
 
@@ -112,7 +109,6 @@ def answer(
     memory (peft), or in vLLM's.
 
     Args:
-        adapter: a PEFT adapter folder, with a perception module or without; None: the student alone.
         engine: `vllm` or `embedded`; see `choose_engine`.
 
     Returns:
@@ -121,14 +117,14 @@ def answer(
     Raises:
         ThinkSwitchError: as `generate`; a question got no answer; or the engine cannot serve the adapter.
     """
-    if engine != "embedded" and adapter and checkpoint.perception_of(adapter) is not None:
+    if engine != "embedded" and checkpoint.perception_of(tuned.adapter) is not None:
         raise ThinkSwitchError(
-            f"{adapter} has a perception module, which vLLM's adapters leave out; use ENGINE=embedded, or prompt "
+            f"{tuned.adapter} has a perception module, which vLLM's adapters leave out; use ENGINE=embedded, or prompt "
             "embeddings as docs/adaptive.md shows."
         )
     key = {
-        "student": hashes.of(student),
-        "adapter": hashes.of(adapter) if adapter else None,
+        "student": hashes.of(tuned.student),
+        "adapter": hashes.of(tuned.adapter),
         "requests": hashes.of(requests),
         "engine": engine,
         "vllm_args": keys.vllm_args if engine == "vllm" else [],
@@ -136,22 +132,18 @@ def answer(
     hashes.save()
 
     def work(_resume: bool) -> dict[str, Any]:
-        from thinkswitch_plugin.engines.embedded import free_memory
-
         if engine == "embedded":
             set_seed(seed)  # as far as it goes: answers depend on how batches are made up
         report = generate(
             requests,
             out,
-            str(student),
+            str(tuned.student),
             engine,
             keys,
-            adapter=Adapter(adapter, partial(load_model, student, adapter)) if adapter else None,
+            adapter=Adapter(tuned.adapter, partial(load_model, *tuned)),
             log=out.parent / "logs" / "answer.log",
-            title=title,
+            title="answer",
         )
-        if engine == "embedded":
-            free_memory()  # the next training is another process on the same GPU
         if report.failed:
             raise ThinkSwitchError(
                 f"{report.failed} of {report.requests} questions got no answer (see {out}); those that have one "

@@ -6,7 +6,7 @@
                                    "reference": "5", "reference_from": "majority", "tokens": {…}}
 
 `post` says that answering at once suffices, `pre` that thinking is needed. No gold answer is read: the thinking
-checkpoint's majority answer is taken for right, so what both get wrong alike counts as sufficient.
+checkpoint's majority answer counts as right, so what both get wrong alike counts as sufficient.
 """
 
 from __future__ import annotations
@@ -34,24 +34,32 @@ FLATTERS = (
     "The pair was trained on {trained}, so instruct does better on them than on new ones: the labels flatter instruct, "
     "and the router thinks too rarely. Add prompts to the recipe's source to have unseen ones."
 )
+Prompts = list[tuple[str, str]]  # (id, text)
+Found = dict[str, list[tuple[str | None, int]]]  # by prompt id: final answer and tokens of every sample
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Prompts, as the user turn says them, and what each needs; `facts` go into `switch.json`."""
+    """Prompts, as the user turn holds them, and what each needs; `facts` go into `switch.json`."""
 
     prompts: list[str]
     labels: list[Format]
     facts: dict[str, Any]
+
+    @classmethod
+    def of(cls, prompts: list[str], labels: list[Format], facts: dict[str, Any]) -> Labels:
+        """With the counts of both labels among the facts."""
+        counts = {"prompts": len(labels), POST: labels.count(POST), PRE: labels.count(PRE)}
+        return cls(prompts, labels, {**facts, **counts})
 
     @property
     def needs_thinking(self) -> list[bool]:
         """True where the label is `pre`."""
         return [label == PRE for label in self.labels]
 
-    def first(self, count: int) -> Labels:
-        """The first so many."""
-        return Labels(self.prompts[:count], self.labels[:count], {**self.facts, **_counted(self.labels[:count])})
+    def first(self, count: int | None) -> Labels:
+        """The first so many, or all."""
+        return Labels.of(self.prompts[:count], self.labels[:count], self.facts)
 
 
 def label_of(instruct: str | None, thinking: Sequence[str | None]) -> tuple[Format | None, str | None]:
@@ -68,7 +76,7 @@ def label_of(instruct: str | None, thinking: Sequence[str | None]) -> tuple[Form
 def read_labels(path: Path) -> Labels:
     """Labels of a file with rows {"prompt", "label"}, as `make labels` writes them.
 
-    Raises `ThinkSwitchError` naming the line of a row that is none.
+    Raises `ThinkSwitchError` naming the line of a broken row.
     """
     prompts: list[str] = []
     labels: list[Format] = []
@@ -86,18 +94,13 @@ def read_labels(path: Path) -> Labels:
         raise ThinkSwitchError(f"{path} holds no labels.")
     with path.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    facts = {"source": "file", "file": str(path), "sha256": digest, **_counted(labels)}
-    return Labels(prompts, labels, facts)
+    return Labels.of(prompts, labels, {"source": "file", "file": str(path), "sha256": digest})
 
 
-def _counted(labels: Sequence[Format]) -> dict[str, Any]:
-    return {"prompts": len(labels), POST: labels.count(POST), PRE: labels.count(PRE)}
+def prompts_to_label(run: Run, k: int) -> tuple[Prompts, set[str]]:
+    """Prompts that the pair of iteration k was not trained on, in a drawn order; and the texts that it was.
 
-
-def prompts_to_label(run: Run, k: int) -> tuple[list[tuple[str, str]], set[str]]:
-    """Prompts as (id, text) that the pair of iteration k was not trained on, in a drawn order; and what it was.
-
-    Where fewer than `FEWEST` are left, all prompts of the source are taken.
+    If fewer than `FEWEST` are left, all prompts of the source are taken.
     """
     trained = {
         request["body"]["messages"][-1]["content"]
@@ -125,54 +128,35 @@ def label_by_agreement(run: Run, k: int, hashes: Hashes, limit: int | None) -> L
     """
     from thinkswitch_plugin.data.contamination import require_uncontaminated
 
-    keys = run.recipe.keys
     prompts, trained = prompts_to_label(run, k)
-    require_uncontaminated(prompts, keys.evaluation)
+    require_uncontaminated(prompts, run.recipe.keys.evaluation)
     asked = prompts[:limit]
     found = {mode: _answers(run, k, mode, prompts, len(asked), hashes) for mode in MODES}
     rows: list[dict[str, Any]] = []
-    left_out = 0
     for prompt_id, text in asked:
         instruct, thinking = (found[mode].get(prompt_id, []) for mode in MODES)
         label, reference = label_of(instruct[0][0] if instruct else None, [answer for answer, _ in thinking])
-        if label is None or not instruct:
-            left_out += 1
-            continue
-        rows.append(
-            {
-                "prompt_id": prompt_id,
-                "prompt": text,
-                "label": label,
-                "instruct": instruct[0][0],
-                "reference": reference,
-                "reference_from": "majority",
-                "tokens": {"instruct": instruct[0][1], "thinking": sum(n for _, n in thinking) / len(thinking)},
-            }
-        )
+        if label is not None and instruct:
+            tokens = {"instruct": instruct[0][1], "thinking": sum(n for _, n in thinking) / len(thinking)}
+            row = {"prompt_id": prompt_id, "prompt": text, "label": label, "instruct": instruct[0][0]}
+            rows.append({**row, "reference": reference, "reference_from": "majority", "tokens": tokens})
     if not rows:
         raise ThinkSwitchError(
             f"None of the {len(asked)} label prompts has an answer of both checkpoints that can be read; "
             f"see {run.iteration(k) / 'switch'} and `thinkswitch.labels.answer` of the recipe."
         )
     with files.atomic_file(run.iteration(k) / "switch" / "labels.jsonl") as handle:
-        for row in rows:
-            handle.write(files.dumps_line(row))
+        handle.writelines(map(files.dumps_line, rows))
     seen = sum(row["prompt"] in trained for row in rows)
-    facts: dict[str, Any] = {"source": "the recipe's prompts", "trained_on": seen, "left_out": left_out}
+    facts = {"source": "the recipe's prompts", "trained_on": seen, "left_out": len(asked) - len(rows)}
     if seen:
         facts["caution"] = FLATTERS.format(trained=f"{seen} of the {len(rows)} label prompts")
         console.say(f"  {facts['caution']}")
-    labels = [row["label"] for row in rows]
-    return Labels([row["prompt"] for row in rows], labels, {**facts, **_counted(labels)})
+    return Labels.of([row["prompt"] for row in rows], [row["label"] for row in rows], facts)
 
 
-def _answers(
-    run: Run, k: int, mode: str, prompts: Sequence[tuple[str, str]], count: int, hashes: Hashes
-) -> dict[str, list[tuple[str | None, int]]]:
-    """Final answer and tokens of every sample that one checkpoint gave to the first `count` prompts, by prompt id.
-
-    Instruct is asked once, thinking as often as the recipe samples.
-    """
+def _answers(run: Run, k: int, mode: str, prompts: Prompts, count: int, hashes: Hashes) -> Found:
+    """What one checkpoint answered to the first `count` prompts; instruct is asked once, thinking for every sample."""
     from transformers import AutoTokenizer
 
     keys, here = run.recipe.keys, run.iteration(k) / "switch" / mode
@@ -188,24 +172,18 @@ def _answers(
         "seed": run.seed,
         "engine": [run.engine, *answering_options(keys.engine.vllm_args)],
     }
-
-    def ask(_resumes: bool) -> dict[str, Any]:
-        count = write_requests(
-            requests,
-            list(prompts),
-            model=checkpoint,
-            how=batch.asked_of(
-                AutoTokenizer.from_pretrained(checkpoint), keys.convention if mode == "thinking" else None
-            ),
-            keys=keys.prompts,
-            sampling=sampling,
-            seed=run.seed,
-        )
-        return {"requests": count}
-
-    # Answers to other requests go with those; answers to these are continued by their ids.
+    # Answers to other requests are deleted with those; answers to these are continued by their ids.
     requests, answered = here / "requests.jsonl", here / "generations.jsonl"
-    once(here / "key.json", key, (requests,), ask, scratch=(answered,), part=None)
+
+    def write(_resumes: bool) -> dict[str, Any]:
+        convention = keys.convention if mode == "thinking" else None
+        how = batch.asked_of(AutoTokenizer.from_pretrained(checkpoint), convention)
+        written = write_requests(
+            requests, prompts, model=checkpoint, how=how, keys=keys.prompts, sampling=sampling, seed=run.seed
+        )
+        return {"requests": written}
+
+    once(here / "key.json", key, (requests,), write, scratch=(answered,), part=None)
     hashes.save()
     report = generate(
         requests,
@@ -218,15 +196,15 @@ def _answers(
         title=f"labels: {mode}",
     )
     console.say(f"  {mode}: {report.answered} answered, {report.already_stored} stored before, {report.failed} failed")
-    return _read_answers(here, keys.labels.answer)
+    return _read_answers(requests, answered, keys.labels.answer)
 
 
-def _read_answers(here: Path, kind: str) -> dict[str, list[tuple[str | None, int]]]:
+def _read_answers(requests: Path, answered: Path, kind: str) -> Found:
     stored: dict[str, dict[str, Any]] = {}
-    for number, row in files.read_jsonl(here / "generations.jsonl", torn_end=True):
-        stored.setdefault(batch.stored_id(row, here / "generations.jsonl", number), row)
-    found: dict[str, list[tuple[str | None, int]]] = {}
-    for _, request in batch.read_requests(here / "requests.jsonl"):
+    for number, row in files.read_jsonl(answered, torn_end=True):
+        stored.setdefault(batch.stored_id(row, answered, number), row)
+    found: Found = {}
+    for _, request in batch.read_requests(requests):
         row = stored.get(request["custom_id"], {})
         body = batch.completion_body(row)
         if body is not None:

@@ -1,14 +1,14 @@
-"""A small router: how likely is it that a question needs thinking, judged by its text alone.
+"""A small router: how likely is it that a question needs thinking, by its text alone.
 
 Every part is scikit-learn's. The candidates differ in what they look at; the one with the lowest log loss under
-cross-validation on the label prompts is kept, so its probabilities can be held against a threshold. The questions
-of an evaluation never take part in that choice.
+cross-validation on the label prompts is kept. The questions of an evaluation never take part in that choice.
 
 `router.skops` is read by skops, which builds only the types that it knows and those of `ALLOWED`; no other code runs.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import zipfile
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ FOLDS = 5
 STRENGTHS = (0.1, 1.0, 10.0)  # C of the logistic regressions, the inverse of their regularisation
 CONSTANT = "constant"
 HIGHEST = 1 - 1e-9  # so that threshold 1 never thinks
-# What skops does not know by itself and a router may hold.
+# What skops does not know by itself and a router may hold: the MLP's optimizer, private in scikit-learn 1.9.
 ALLOWED = ("sklearn.neural_network._stochastic_optimizers.AdamOptimizer",)
 MISSING = "the router needs scikit-learn and skops; run `make setup`, or `pip install 'thinkswitch[loop]'`."
 
@@ -84,16 +84,12 @@ class Router:
             )
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ThinkSwitchError(f"{path} is no router of this version; train one by `make switch`.")
-        if _minor(content["sklearn"]) != _minor(sklearn.__version__):
+        if str(content["sklearn"]).split(".")[:2] != sklearn.__version__.split(".")[:2]:
             raise ThinkSwitchError(
                 f"{path} was made with scikit-learn {content['sklearn']}, and {sklearn.__version__} is installed; "
                 "train it again by `make switch`."
             )
         return cls(content["name"], content["pipeline"])
-
-
-def _minor(version: str) -> list[str]:
-    return str(version).split(".")[:2]
 
 
 def describe(prompts: Sequence[str]) -> NDArray[np.object_]:
@@ -123,31 +119,33 @@ def candidates(seed: int) -> dict[str, Pipeline]:
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import MaxAbsScaler
 
-    length = ("length", "passthrough", [2, 3])
-    words = ("words", TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+", sublinear_tf=True, min_df=2), 0)
-    single = ("characters", CountVectorizer(analyzer="char", lowercase=False), 0)
-    runs = ("runs", CountVectorizer(analyzer="char", ngram_range=(1, 3), lowercase=False, min_df=2), 0)
-    places = ("places", CountVectorizer(token_pattern=r"\S+", lowercase=False, binary=True), 1)
-
-    def pipeline(parts: list[Any], classifier: Any) -> Pipeline:
-        return make_pipeline(ColumnTransformer(parts, sparse_threshold=1.0), MaxAbsScaler(), classifier)
-
-    looked_at: dict[str, list[Any]] = {
-        "length": [length],
-        "length, words": [length, words],
-        "length, characters": [length, single],
-        "length, runs of 1 to 3 characters": [length, runs],
-        "length, characters by place": [length, places],
-        "length, runs, places": [length, runs, places],
+    columns: dict[str, tuple[Any, Any]] = {
+        "length": ("passthrough", [2, 3]),
+        "words": (TfidfVectorizer(ngram_range=(1, 2), token_pattern=r"\S+", sublinear_tf=True, min_df=2), 0),
+        "characters": (CountVectorizer(analyzer="char", lowercase=False), 0),
+        "runs": (CountVectorizer(analyzer="char", ngram_range=(1, 3), lowercase=False, min_df=2), 0),
+        "places": (CountVectorizer(token_pattern=r"\S+", lowercase=False, binary=True), 1),
     }
+    parts = {
+        "length": ["length"],
+        "length, words": ["length", "words"],
+        "length, characters": ["length", "characters"],
+        "length, runs of 1 to 3 characters": ["length", "runs"],
+        "length, characters by place": ["length", "places"],
+        "length, runs, places": ["length", "runs", "places"],
+    }
+
+    def pipeline(name: str, classifier: Any) -> Pipeline:
+        transformers = [(part, *columns[part]) for part in parts[name]]
+        return make_pipeline(ColumnTransformer(transformers, sparse_threshold=1.0), MaxAbsScaler(), classifier)
+
     found = {CONSTANT: make_pipeline(DummyClassifier(strategy="prior"))}
-    for name, parts in looked_at.items():
-        for strength in STRENGTHS:
-            classifier = LogisticRegression(C=strength, max_iter=5000)
-            found[f"{name}; logistic regression, C {strength:g}"] = pipeline(parts, classifier)
+    for name, strength in itertools.product(parts, STRENGTHS):
+        classifier = LogisticRegression(C=strength, max_iter=5000)
+        found[f"{name}; logistic regression, C {strength:g}"] = pipeline(name, classifier)
     for name in ("length, characters", "length, characters by place"):
         network = MLPClassifier((32,), alpha=1.0, max_iter=500, random_state=seed)
-        found[f"{name}; MLP"] = pipeline(looked_at[name], network)
+        found[f"{name}; MLP"] = pipeline(name, network)
     return found
 
 
@@ -199,25 +197,14 @@ def train(prompts: Sequence[str], needs_thinking: Sequence[bool], seed: int) -> 
         except ValueError:  # no word and no run of characters occurs twice: nothing to look at
             continue
         p = out_of_fold[name] = of_thinking(predicted)
-        tried.append(
-            {
-                "name": name,
-                "log_loss": float(log_loss(y, p, labels=[0, 1])),
-                "brier": float(brier_score_loss(y, p)),
-                "roc_auc": float(roc_auc_score(y, p)),
-            }
-        )
+        loss, brier, area = log_loss(y, p, labels=[0, 1]), brier_score_loss(y, p), roc_auc_score(y, p)
+        tried.append({"name": name, "log_loss": float(loss), "brier": float(brier), "roc_auc": float(area)})
     tried.sort(key=lambda row: row["log_loss"])
     routers = [Router(name, candidates(seed)[name].fit(x, y)) for name in best_of_each(tried)]
     p = out_of_fold[routers[0].name]
     share, mean = calibration_curve(y, p, n_bins=FOLDS, strategy="quantile")
-    return Trained(
-        router=routers[0],
-        others=routers[1:],
-        p=p,
-        tried=tried,
-        reliability=[{"p": float(m), "share": float(s)} for m, s in zip(mean, share, strict=True)],
-    )
+    reliability = [{"p": float(m), "share": float(s)} for m, s in zip(mean, share, strict=True)]
+    return Trained(routers[0], routers[1:], p, tried, reliability)
 
 
 def best_of_each(tried: Sequence[dict[str, Any]]) -> list[str]:

@@ -9,6 +9,7 @@ Against the mix *with as many tokens*, w is the share that costs as much, and g 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -66,13 +67,15 @@ def thresholds(p: NDArray[np.float64]) -> list[float]:
     return [1.0, *(float(value) for value in np.unique(p)[::-1])]
 
 
+def _mean(judged: Judged, name: str, think: NDArray[np.bool_]) -> float:
+    values = getattr(judged, name)
+    return float(np.where(think, values["thinking"], values["instruct"]).mean())
+
+
 def chosen(judged: Judged, think: NDArray[np.bool_]) -> dict[str, float]:
     """Share of thinking, accuracy and tokens when exactly these questions are thought about."""
-    return {
-        "share": float(think.mean()),
-        "accuracy": float(np.where(think, judged.score["thinking"], judged.score["instruct"]).mean()),
-        "tokens": float(np.where(think, judged.tokens["thinking"], judged.tokens["instruct"]).mean()),
-    }
+    accuracy, tokens = _mean(judged, "score", think), _mean(judged, "tokens", think)
+    return {"share": float(think.mean()), "accuracy": accuracy, "tokens": tokens}
 
 
 def mixed(judged: Judged, share: float) -> dict[str, float]:
@@ -120,8 +123,8 @@ def curve(judged: Judged) -> list[dict[str, Any]]:
 def band(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Half-widths of a 95 % band of several means that holds for all of them at once; (means,).
 
-    The band is as many standard errors wide as the largest deviation of a bootstrap over questions, in standard
-    errors, stays below in 95 of 100 draws. Looked at one by one, forty intervals would miss zero now and then by chance.
+    It is as many standard errors wide as the largest deviation of a bootstrap over questions stays below in 95 of 100
+    draws. One by one, forty intervals would miss zero now and then by chance.
 
     Args:
         values: (questions, means).
@@ -139,22 +142,20 @@ def compared(judged: Judged, think: NDArray[np.bool_]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for by in BY:
         values = ahead(judged, think, by)
-        found[f"ahead_at_same_{by}"] = float(values.mean())
-        found[f"ahead_at_same_{by}_ci95"] = bootstrapped([float(v) for v in values])
+        found |= {
+            f"ahead_at_same_{by}": float(values.mean()),
+            f"ahead_at_same_{by}_ci95": bootstrapped(values.tolist()),
+        }
     return found
 
 
 def area(judged: Judged) -> dict[str, Any]:
-    """How far the router is ahead on the average over all shares, and its 95 % interval."""
+    """How far the router is ahead on the average over all shares (by the trapezoid rule), and its 95 % interval."""
     masks = [judged.p >= threshold for threshold in thresholds(judged.p)]
-    shares = np.array([mask.mean() for mask in masks])
-    weights = np.zeros(len(masks))  # of the trapezoid rule
-    weights[:-1] += np.diff(shares) / 2
-    weights[1:] += np.diff(shares) / 2
-    values = np.zeros_like(judged.p)
-    for weight, mask in zip(weights, masks, strict=True):
-        values += weight * ahead(judged, mask)
-    return {"ahead": float(values.mean()), "ci95": bootstrapped([float(v) for v in values])}
+    steps = np.diff([mask.mean() for mask in masks]) / 2
+    weights = np.append(steps, 0) + np.append(0, steps)
+    values = np.asarray(sum(weight * ahead(judged, mask) for weight, mask in zip(weights, masks, strict=True)))
+    return {"ahead": float(values.mean()), "ci95": bootstrapped(values.tolist())}
 
 
 def oracle(judged: Judged) -> dict[str, float]:
@@ -172,31 +173,25 @@ def verdict(points: Sequence[dict[str, Any]], by: By = "share") -> dict[str, Any
         ``better`` and ``worse``: ranges of shares whose 95 % bands lie wholly above or below zero; ``lowest``
         and ``highest`` difference with their shares; ``sentence``.
     """
-    seen = [p for p in points if f"ahead_at_same_{by}_band" in p]
+    name = f"ahead_at_same_{by}"
+    seen = [p for p in points if f"{name}_band" in p]
     if not seen:
-        return {
-            "better": [],
-            "worse": [],
-            "sentence": f"At no threshold were {FEWEST} questions sent each way: too few to tell.",
-        }
-    limits = [p[f"ahead_at_same_{by}_band"] for p in seen]
-    shares = [p["share"] for p in seen]
+        sentence = f"At no threshold were {FEWEST} questions sent each way: too few to tell."
+        return {"better": [], "worse": [], "sentence": sentence}
+    limits, shares = [p[f"{name}_band"] for p in seen], [p["share"] for p in seen]
     better = ranges(shares, [low > 0 for low, _ in limits])
     worse = ranges(shares, [high < 0 for _, high in limits])
     ends = {
-        name: {"ahead": p[f"ahead_at_same_{by}"], "share": p["share"]}
-        for name, p in (
-            ("lowest", min(seen, key=lambda p: p[f"ahead_at_same_{by}"])),
-            ("highest", max(seen, key=lambda p: p[f"ahead_at_same_{by}"])),
-        )
+        end: {"ahead": p[name], "share": p["share"]}
+        for end, p in (("lowest", min(seen, key=lambda p: p[name])), ("highest", max(seen, key=lambda p: p[name])))
     }
     what = f"the random mix with the same {'share of thinking' if by == 'share' else 'mean tokens'}"
     span = f"judged from {100 * shares[0]:.0f} to {100 * shares[-1]:.0f} % thinking"
     if worse:
-        text = f"The router is worse than {what} {_said(worse)} (outside the 95 % band)"
-        text += f", and better {_said(better)}." if better else "."
+        text = f"The router is worse than {what} {_as_words(worse)} (outside the 95 % band)"
+        text += f", and better {_as_words(better)}." if better else "."
     elif better:
-        text = f"The router is no worse than {what} anywhere, and better {_said(better)} (outside the 95 % band)."
+        text = f"The router is no worse than {what} anywhere, and better {_as_words(better)} (outside the 95 % band)."
     else:
         text = f"The router cannot be told from {what} anywhere (the 95 % band holds zero)."
     text += f" Lowest and highest difference, {span}: " + ", ".join(
@@ -207,18 +202,11 @@ def verdict(points: Sequence[dict[str, Any]], by: By = "share") -> dict[str, Any
 
 def ranges(at: Sequence[float], true: Sequence[bool]) -> list[list[float]]:
     """First and last place of every unbroken row of true values."""
-    found: list[list[float]] = []
-    before = False
-    for place, now in zip(at, true, strict=True):
-        if now and before:
-            found[-1][1] = place
-        elif now:
-            found.append([place, place])
-        before = now
-    return found
+    rows = (list(row) for now, row in itertools.groupby(zip(at, true, strict=True), key=lambda pair: pair[1]) if now)
+    return [[row[0][0], row[-1][0]] for row in rows]
 
 
-def _said(found: Sequence[Sequence[float]]) -> str:
+def _as_words(found: Sequence[Sequence[float]]) -> str:
     return " and ".join(
         f"at {100 * low:.0f} %" if low == high else f"between {100 * low:.0f} and {100 * high:.0f} %"
         for low, high in found

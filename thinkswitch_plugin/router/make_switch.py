@@ -1,12 +1,12 @@
 """`make switch`: labels for a finished pair, a router, and what it makes of the held-out questions.
 
     iter-2/switch/labels.jsonl    what each label prompt needs (`agreement.py`)
-    iter-2/switch/router.skops    the router (`router.py`)
+    iter-2/switch/router.skops    the router (`classifier.py`)
     iter-2/switch/switch.json     how it was chosen, the threshold, the curve (`curve.py`)
-    iter-2/switch/switch.md .png .svg    the same as tables and as a picture
+    iter-2/switch/switch.md .png .svg    the same as tables (`tables.py`) and as a picture
 
-Killed at any time, the same command goes on with the answers that are missing. Router and threshold come from the
-label prompts alone; the evaluation's questions only say what they are worth.
+Killed at any time, the same command continues with the answers that are missing. Router and threshold come from the
+label prompts alone; the evaluation's questions only measure them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import Sample, interval, read_samples, samples_file, summarize
 from thinkswitch_plugin.judging.paired import compare
 from thinkswitch_plugin.loop import work
-from thinkswitch_plugin.report.pictures import switch_title
 from thinkswitch_plugin.router import curve
 from thinkswitch_plugin.router.agreement import Labels, label_by_agreement, read_labels
 from thinkswitch_plugin.router.classifier import Router, Trained, threshold_that_keeps, train
+from thinkswitch_plugin.router.tables import markdown
 from thinkswitch_plugin.run import MODES, Run, locked, versions
 from thinkswitch_plugin.run.hashes import Hashes
 
@@ -38,7 +38,7 @@ RULE = (
 
 
 def make_switch(run: Run, k: int, *, labels_file: Path | None = None, limit: int | None = None) -> dict[str, Any]:
-    """Label, train, judge; write everything under `iter-k/switch/`, print the table, and return `switch.json`.
+    """Label, train, evaluate; write everything under `iter-k/switch/`, print the table, and return `switch.json`.
 
     Args:
         labels_file: labels to learn from instead of the pair's agreement; rows {"prompt", "label"}.
@@ -47,12 +47,17 @@ def make_switch(run: Run, k: int, *, labels_file: Path | None = None, limit: int
     Raises:
         ThinkSwitchError: the iteration is not finished or not evaluated, or the labels are too few.
     """
+    from thinkswitch_plugin.report.pictures import save, switch_picture
+
     work.require_finished(run, k)
     folder = run.iteration(k) / "switch"
     started = time.monotonic()
     with locked(run.folder):
         prompts, samples = held_out(run, k)
-        labels = labels_of(run, k, labels_file, limit)
+        if labels_file is None:
+            labels = label_by_agreement(run, k, Hashes(run.folder), limit)
+        else:
+            labels = read_labels(labels_file).first(limit)
         if both := set(map(str.strip, labels.prompts)) & set(map(str.strip, prompts)):
             raise ThinkSwitchError(
                 f"{len(both)} label prompt(s) are questions of the evaluation ({sorted(both)[0]!r:.80}); take them out: "
@@ -68,30 +73,23 @@ def make_switch(run: Run, k: int, *, labels_file: Path | None = None, limit: int
             "seed": run.seed,
             "engine": run.engine,
             "labels": labels.facts,
-            **learnt(trained, labels),
+            **router_facts(trained, labels),
         }
         result["evaluation"] = evaluated(judged, samples, result["threshold"]["value"])
-        # Said for comparison; the choice was made before.
+        # For comparison only; the choice was made before.
         result["evaluation"]["area_by_router"] = {
             router.name: curve.area(replace(judged, p=router.p_think(prompts)))
             for router in (trained.router, *trained.others)
         }
         result |= {"seconds": round(time.monotonic() - started, 1), "versions": versions()}
+        text = markdown(result)
         files.write_json(folder / "switch.json", result)
         with files.atomic_file(folder / "switch.md") as handle:
-            handle.write(markdown(result).encode())
-        draw(result, folder)
-    console.say(markdown(result))
+            handle.write(text.encode())
+        save(switch_picture(result), folder / "switch")
+    console.say(text)
     console.say(f"  {folder / 'switch.json'}, switch.md, switch.png, switch.svg, router.skops")
     return result
-
-
-def labels_of(run: Run, k: int, labels_file: Path | None, limit: int | None) -> Labels:
-    """Labels of a file, or of the pair's agreement. The run is locked."""
-    if labels_file is None:
-        return label_by_agreement(run, k, Hashes(run.folder), limit)
-    found = read_labels(labels_file)
-    return found if limit is None else found.first(limit)
 
 
 def held_out(run: Run, k: int) -> tuple[list[str], dict[str, list[Sample]]]:
@@ -118,8 +116,8 @@ def held_out(run: Run, k: int) -> tuple[list[str], dict[str, list[Sample]]]:
     return list(asked.values()), {mode: [samples[mode][n] for n in asked] for mode in MODES}
 
 
-def learnt(trained: Trained, labels: Labels) -> dict[str, Any]:
-    """What `switch.json` says of the router and its default threshold, all of it from the label prompts."""
+def router_facts(trained: Trained, labels: Labels) -> dict[str, Any]:
+    """What `switch.json` holds of the router and its default threshold, all of it from the label prompts."""
     needs = np.asarray(labels.needs_thinking)
     threshold = threshold_that_keeps(trained.p, labels.needs_thinking, KEEP)
     think = trained.p >= threshold
@@ -135,7 +133,7 @@ def learnt(trained: Trained, labels: Labels) -> dict[str, Any]:
 
 
 def evaluated(judged: curve.Judged, samples: dict[str, list[Sample]], threshold: float) -> dict[str, Any]:
-    """What `switch.json` says of the held-out questions."""
+    """What `switch.json` holds of the held-out questions."""
     think = judged.p >= threshold
     routed = [t if thinks else i for i, t, thinks in zip(*(samples[mode] for mode in MODES), think, strict=True)]
     points = curve.curve(judged)
@@ -157,136 +155,6 @@ def evaluated(judged: curve.Judged, samples: dict[str, list[Sample]], threshold:
         "area": curve.area(judged),
         "verdict": {by: curve.verdict(points, by) for by in curve.BY},
     }
-
-
-HEADER = [
-    "asked",
-    "threshold",
-    "thinking",
-    "accuracy",
-    "tokens",
-    "random mix",
-    "ahead",
-    "95 %",
-    "ahead at same tokens",
-    "95 %",
-]
-
-
-def table_rows(found: dict[str, Any]) -> list[list[str]]:
-    """The rows of the table of `switch.md`: always instruct, the router over its threshold, always thinking, oracle.
-
-    Args:
-        found: `evaluation` of `switch.json`.
-    """
-    seen = [p for p in found["curve"] if "ahead_at_same_share" in p and 0 < p["share"] < 1]
-    nearest = {
-        min(range(len(seen)), key=lambda i: abs(10 * seen[i]["share"] - tenth)) for tenth in range(1, 10) if seen
-    }
-    first, last = (
-        _bare(f"always {mode}", float(mode == "thinking"), found[mode]["mean@k"], found[mode]["tokens"])
-        for mode in MODES
-    )
-    best = found["oracle"]
-    return [
-        first,
-        *(_row("router", seen[i]) for i in sorted(nearest)),
-        last,
-        _row("router, default", found["default"]),
-        _bare("oracle", best["share"], best["accuracy"], best["tokens"]),
-    ]
-
-
-def _bare(name: str, share: float, accuracy: float, tokens: float) -> list[str]:
-    return [name, "", f"{100 * share:.1f} %", f"{100 * accuracy:.1f} %", f"{tokens:.1f}", "", "", "", "", ""]
-
-
-def _row(name: str, point: dict[str, Any]) -> list[str]:
-    cells = _bare(name, point["share"], point["accuracy"], point["tokens"])[:5]
-    cells[1] = f"{point['threshold']:.3f}"
-    cells.append(f"{100 * point['mix']:.1f} %")
-    for by in curve.BY:
-        low, high = (100 * v for v in point[f"ahead_at_same_{by}_ci95"])
-        cells += [f"{100 * point[f'ahead_at_same_{by}']:+.1f}", f"{low:+.1f} to {high:+.1f}"]
-    return cells
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """`switch.md`."""
-
-    labels, router, threshold, found = (result[n] for n in ("labels", "router", "threshold", "evaluation"))
-    low, high = (100 * v for v in found["area"]["ci95"])
-    default = found["default"]
-    lines = [
-        f"# {switch_title(result)}",
-        "",
-        f"{labels['prompts']} label prompts ({_source(labels)}): {labels['post']} need no thinking, {labels['pre']} do.",
-        *([labels["caution"]] if "caution" in labels else []),
-        f"Router: {router['chosen']}. Default threshold {threshold['value']:.3f}: {threshold['rule']}.",
-        f"{found['n']} held-out questions, {found['k']} sample{'s' if found['k'] > 1 else ''} a question.",
-        "",
-        *console.table(HEADER, table_rows(found)),
-        "",
-        found["verdict"]["share"]["sentence"],
-        "",
-        found["verdict"]["tokens"]["sentence"],
-        "",
-        f"On the average over all shares the router is {100 * found['area']['ahead']:+.1f} points ahead of the random mix "
-        f"(95 % interval {low:+.1f} to {high:+.1f}).",
-        "",
-        f"At the default threshold {100 * default['share']:.1f} % of the questions are thought about: "
-        f"{100 * default['accuracy']:.1f} % at {default['tokens']:.1f} tokens.",
-        "",
-        *(f"- against always {mode}: {default['paired'][mode]}" for mode in MODES),
-        "",
-        "Routers, cross-validated on the label prompts, which decides; and points ahead of the random mix on the held-out "
-        "questions, on the average over all shares, which does not:",
-        "",
-        *console.table(
-            ["router", "log loss", "Brier score", "area under ROC", "held out: ahead", "95 %"], router_rows(result)
-        ),
-        "",
-        "The chosen one's p(think), out of fold, and the share that did need thinking: "
-        + ", ".join(f"{bin_['p']:.2f} → {bin_['share']:.2f}" for bin_ in router["reliability"])
-        + ".",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def router_rows(result: dict[str, Any]) -> list[list[str]]:
-    """A row for the best router of every kind, the chosen one first."""
-    tried = {row["name"]: row for row in result["router"]["tried"]}
-    rows = []
-    for name, area in result["evaluation"]["area_by_router"].items():
-        low, high = (100 * v for v in area["ci95"])
-        figures = tried[name]
-        rows.append(
-            [
-                name,
-                f"{figures['log_loss']:.4f}",
-                f"{figures['brier']:.4f}",
-                f"{figures['roc_auc']:.3f}",
-                f"{100 * area['ahead']:+.1f}",
-                f"{low:+.1f} to {high:+.1f}",
-            ]
-        )
-    return rows
-
-
-def _source(labels: dict[str, Any]) -> str:
-    if labels["source"] == "file":
-        return f"labels of {labels['file']}"
-    return (
-        f"agreement of instruct with thinking; trained on {labels['trained_on']} of them; {labels['left_out']} left out"
-    )
-
-
-def draw(result: dict[str, Any], folder: Path) -> None:
-    """`switch.png` and `switch.svg`."""
-    from thinkswitch_plugin.report.pictures import save, switch_picture
-
-    save(switch_picture(result), folder / "switch")
 
 
 def stored_switch(run: Run, k: int) -> tuple[Router, float]:

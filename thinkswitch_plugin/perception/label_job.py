@@ -1,0 +1,115 @@
+"""What `make labels` is about: a recipe, a seed, an engine, and the generations to learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from thinkswitch_plugin.args import resolve_seed
+from thinkswitch_plugin.data.formats import POST, PRE, Format
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.perception.answering import choose_engine
+from thinkswitch_plugin.perception.training import TYPES
+from thinkswitch_plugin.recipe import Recipe, load_recipe, overlay_path, recipe_path
+from thinkswitch_plugin.run import Run, open_run, settings_file
+
+
+@dataclass(frozen=True)
+class LabelJob:
+    """What is labelled, from which generations, and how.
+
+    Attributes:
+        home: RUNS/DOMAIN, which is locked.
+        generations: batch output of a thinking checkpoint, `requests.jsonl` beside it.
+        baselines: the formats that are trained; the label needs post-thinking alone.
+    """
+
+    recipe: Recipe
+    seed: int
+    engine: str
+    home: Path
+    generations: Path
+    folds: int
+    baselines: tuple[Format, ...] = (POST,)
+
+    @property
+    def work(self) -> Path:
+        """The folder of everything adaptive of this seed."""
+        return self.home / "adaptive" / f"seed-{self.seed}"
+
+    @property
+    def requests(self) -> Path:
+        """What the generations answer."""
+        return self.generations.with_name("requests.jsonl")
+
+
+def parse_baselines(text: str) -> tuple[Format, ...]:
+    """`BASELINES="post pre"` as formats, post first. Raises `ThinkSwitchError` for any other word."""
+    words = text.replace(",", " ").split() or [POST]
+    if unknown := [word for word in words if word not in TYPES]:
+        raise ThinkSwitchError(f'BASELINES="{text}": {unknown[0]!r} is none; use post, or post and pre.')
+    return (POST, PRE) if PRE in words else (POST,)
+
+
+def find_job(
+    name: str,
+    runs: Path,
+    *,
+    seed: int,
+    engine: str,
+    overlays: Sequence[str] = (),
+    folds: int | None = None,
+    generations: str = "",
+) -> LabelJob:
+    """The job for a domain's recipe: its settings checked, its generations found (or made, if embedded).
+
+    Args:
+        folds: K; None takes the recipe's.
+        generations: path of a generations.jsonl; empty takes the recipe's, else iteration 1 of RUNS/DOMAIN.
+
+    Raises:
+        ThinkSwitchError: no such recipe, too few folds, or no generations yet.
+    """
+    home = runs / name
+    run = open_run(home) if settings_file(home).is_file() else None
+    chosen = tuple(map(overlay_path, overlays))
+    recipe = run.recipe if run and not overlays else load_recipe(recipe_path(name), chosen)
+    keys = recipe.keys.adaptive
+    count = keys.folds if folds is None else folds
+    if count < 2:
+        raise ThinkSwitchError(
+            f"FOLDS={count}: give 2 or more; each fold is labelled by a baseline that never saw its questions."
+        )
+    engine = choose_engine(engine)
+    named = generations or (resolve_seed(keys.generations, seed) if keys.generations else "")
+    found = Path(named) if named else _of_run(run, home, name, seed)
+    job = LabelJob(recipe, seed, engine, home, found, count)
+    if recipe.keys.pair.embedded:
+        from thinkswitch_plugin.demo.cache import ensure_embedded
+
+        ensure_embedded(recipe.keys, seed)
+    for path in (job.generations, job.requests):
+        if not path.is_file():
+            raise ThinkSwitchError(
+                f"{path} does not exist; the labels need a generations.jsonl and the requests.jsonl it answers beside it."
+            )
+    return job
+
+
+def _of_run(run: Run | None, home: Path, name: str, seed: int) -> Path:
+    begin = f"run `make iterate DOMAIN={name} ITERATIONS=1` first"
+    other = "or name other generations by GENERATIONS="
+    if run is None:
+        raise ThinkSwitchError(
+            f"{home} is not a run folder, so there are no generations to learn from; {begin}, {other}."
+        )
+    if run.seed != seed:
+        raise ThinkSwitchError(
+            f"{home} was begun with SEED={run.seed}; give SEED={run.seed} (for `make adaptive`: SEEDS={run.seed}), {other}."
+        )
+    if not (stamp := run.iteration(1) / ".stamps" / "generate.json").is_file():
+        raise ThinkSwitchError(
+            f"{home} has not finished the generations of iteration 1 (no {stamp}); {begin}, {other}."
+        )
+    return run.iteration(1) / "generations.jsonl"
