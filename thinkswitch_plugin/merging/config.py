@@ -30,7 +30,7 @@ def place_models(config: Any, roles: Mapping[str, str]) -> Any:
         return [place_models(item, roles) for item in config]
     if not isinstance(config, dict):
         return config
-    placed = {}
+    placed: dict[str, Any] = {}
     for key, value in config.items():
         if key in MODEL_KEYS and isinstance(value, str):
             placed[key] = roles.get(role(value), value)
