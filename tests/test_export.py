@@ -19,8 +19,9 @@ from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.engines.servers import adapter_rank, lora_arguments
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.export.extract import CONFIG, WEIGHTS, cut, extract, losses, require_extractable
-from thinkswitch_plugin.export.job import Base, export, keeps, parse_ranks
+from thinkswitch_plugin.export.job import Base, export, parse_ranks
 from thinkswitch_plugin.export.serve import both_modes
+from thinkswitch_plugin.export.table import keeps
 from thinkswitch_plugin.export.template import PROBES, SWITCH, combine, combined_template
 from thinkswitch_plugin.judging.samples import graded
 from thinkswitch_plugin.recipe import load_recipe
