@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import files
-from thinkswitch_plugin.data import formats
+from thinkswitch_plugin.data import batch, formats
 from thinkswitch_plugin.demo import task
 
 DOMAIN = "arithmetic-mixed"
@@ -62,16 +62,17 @@ def distinct(rng: random.Random, count: int, exclude: Collection[str] = ()) -> l
 
     None of them is in `exclude`, or holds one of it that is four operands long or longer.
     """
-    excluded, seen, found = set(exclude), set(exclude), []
+    excluded, found = set(exclude), dict.fromkeys(exclude)
     kinds = itertools.cycle([(length, easy) for easy in (False, True) for length in OPERANDS])
     for length, easy in itertools.islice(kinds, count):
-        question = draw(rng, length, easy=easy and length >= 4)
-        while question in seen or not _parts(question).isdisjoint(excluded):
+        while True:
             question = draw(rng, length, easy=easy and length >= 4)
-        seen.add(question)
-        found.append(question)
-    rng.shuffle(found)
-    return found
+            if question not in found and _parts(question).isdisjoint(excluded):
+                break
+        found[question] = None
+    chosen = list(found)[len(excluded) :]
+    rng.shuffle(chosen)
+    return chosen
 
 
 def _parts(question: str) -> set[str]:
@@ -125,26 +126,11 @@ def write_training_files(folder: Path, seed: int, *, count: int = TRAINING_SIZE,
         for number, question in enumerate(training_questions(seed, count)):
             prompt_id = f"p{number:05d}"
             text = formats.render(formats.PRE, noisy_trace(rng, question, noise), task.answer(question))
+            turns, metadata = [{"role": "user", "content": question}], {"prompt_id": prompt_id, "trace": "inline"}
+            asked = {"model": TEACHER, "messages": turns, "max_tokens": 64, "metadata": metadata}
+            choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+            body = {"object": "chat.completion", "model": TEACHER, "choices": [choice]}
+            response = {"status_code": 200, "body": body}
             prompts.write(files.dumps_line({"id": prompt_id, "prompt": question}))
-            requests.write(files.dumps_line(_request(prompt_id, question)))
-            generations.write(files.dumps_line(_completion(prompt_id, text)))
-
-
-def _request(prompt_id: str, question: str) -> dict[str, Any]:
-    return {
-        "custom_id": f"{prompt_id}-s0",
-        "method": "POST",
-        "url": "/v1/chat/completions",
-        "body": {
-            "model": TEACHER,
-            "messages": [{"role": "user", "content": question}],
-            "max_tokens": 64,
-            "metadata": {"prompt_id": prompt_id, "trace": "inline"},
-        },
-    }
-
-
-def _completion(prompt_id: str, text: str) -> dict[str, Any]:
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    body = {"object": "chat.completion", "model": TEACHER, "choices": [choice]}
-    return {"custom_id": f"{prompt_id}-s0", "response": {"status_code": 200, "body": body}, "error": None}
+            requests.write(files.dumps_line(batch.request(f"{prompt_id}-s0", asked)))
+            generations.write(files.dumps_line({"custom_id": f"{prompt_id}-s0", "response": response, "error": None}))
