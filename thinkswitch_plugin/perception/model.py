@@ -118,7 +118,7 @@ class PerceptionModel(KeepsModuleInFloat32, PreTrainedModel):  # type: ignore[mi
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *arguments: Any, **options: Any) -> None:
-        """As transformers', with the file that says what code the checkpoint needs."""
+        """As transformers', with the file that names the code that the checkpoint needs."""
         super().save_pretrained(save_directory, *arguments, **options)
         names = ", ".join(sorted((type(self).__name__, type(self.config).__name__)))
         with files.atomic_file(Path(save_directory) / CODE_FILE) as handle:
