@@ -9,7 +9,7 @@
       seed-0/checkpoint/                     the adaptive model, merged in full precision
       seed-0/served.json                     vLLM's answers to prompts sent as embeddings, beside transformers'
 
-Killed at any time, the same command goes on with what is missing.
+Killed at any time, the same command continues with what is missing.
 """
 
 from __future__ import annotations
@@ -84,18 +84,18 @@ def choose_plans(keys: PerceptionKeys, names: str) -> dict[str, Plan]:
     """The conditions of `CONDITIONS="no_prompt static_prompt"`, and those that the table cannot do without.
 
     Args:
-        names: by spaces; empty for all. Raises `ThinkSwitchError` for one that is none.
+        names: by spaces; empty for all. Raises `ThinkSwitchError` for an unknown one.
     """
     every = plans(keys)
     wanted = names.split() or list(every)
     for name in wanted:
         if name not in every:
-            raise ThinkSwitchError(f'CONDITIONS="{names}": {name!r} is none; there are {", ".join(every)}.')
+            raise ThinkSwitchError(f'CONDITIONS="{names}": {name!r} is not a condition; there are {", ".join(every)}.')
     return {name: plan for name, plan in every.items() if name in (*NEEDED, *wanted)}
 
 
 def run_experiment(jobs: Sequence[LabelJob], conditions: str = "") -> dict[str, Any]:
-    """Label, train and judge for the job of every seed, then write and print the table of all of them.
+    """Label, train and evaluate for the job of every seed, then write and print the table of all of them.
 
     Args:
         jobs: one a seed, of one domain.
@@ -125,7 +125,7 @@ def run_experiment(jobs: Sequence[LabelJob], conditions: str = "") -> dict[str, 
 
 
 def require_held_out(job: LabelJob) -> None:
-    """Raise `ThinkSwitchError` if a question of the evaluation is among those that are learnt from."""
+    """Raise `ThinkSwitchError` if a question of the evaluation is among the training questions."""
     asked = {
         batch.prompt_id(row): row["body"]["messages"][-1]["content"] for _, row in batch.read_requests(job.requests)
     }
@@ -140,7 +140,7 @@ class Seed:
         judged: by condition, what became of every held-out question, column by column.
         routed: by router, whether it sends each held-out question to thinking.
         swap: what the soft prompts of the held-out questions are like.
-        served: how many answers vLLM gave as transformers did; None where there is no vLLM.
+        served: how many answers vLLM gave as transformers did; None if vLLM is not installed.
         seconds: of all trainings and evaluations, whenever they were done.
     """
 
@@ -246,12 +246,12 @@ def route(kind: str, labelled: Sequence[dict[str, Any]], asked: Sequence[str]) -
 def combine_seeds(jobs: Sequence[LabelJob], seeds: Sequence[Seed]) -> dict[str, Any]:
     """What `adaptive.json` holds.
 
-    Raises `ThinkSwitchError` if the seeds were judged on different questions.
+    Raises `ThinkSwitchError` if the seeds were evaluated on different questions.
     """
     strata = seeds[0].judged["pre_only"]["stratum"]
     if any(rows["stratum"] != strata for seed in seeds for rows in seed.judged.values()):
         raise ThinkSwitchError(
-            "the seeds were judged on different questions; delete the folders `conditions` and run it again."
+            "the seeds were evaluated on different questions; delete the folders `conditions` and run it again."
         )
 
     def column(name: str, field: str) -> adaptive_results.Floats:

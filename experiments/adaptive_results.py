@@ -169,7 +169,7 @@ def summary(found: Mapping[str, Condition], strata: Sequence[str]) -> dict[str, 
     shapes = {condition.correct.shape for condition in found.values()}
     if len(shapes) != 1 or next(iter(shapes))[1] != len(strata):
         raise ThinkSwitchError(
-            "the conditions were judged on different questions; delete the folder `conditions` and run it again."
+            "the conditions were evaluated on different questions; delete the folder `conditions` and run it again."
         )
     return {
         "questions": len(strata),

@@ -9,7 +9,7 @@ to four operands may have been among them; chains of five and six operands never
 not among the training questions of this domain.
 
 The synthetic teacher slips: each step of a training rationale comes out wrong with probability `NOISE`, drawn
-once a question, and the next step goes on from there; the final answer is right all the same.
+once a question, and the next step continues from there; the final answer is still right.
 """
 
 from __future__ import annotations

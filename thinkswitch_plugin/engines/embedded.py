@@ -28,7 +28,7 @@ class EmbeddedEngine:
         """Load a checkpoint.
 
         Args:
-            model: what answers, where it is more than the folder's weights, such as a checkpoint with an adapter.
+            model: what answers, if it is more than the folder's weights, such as a checkpoint with an adapter.
             batch: requests that `ask` answers together.
         """
         self.name, self.batch = str(checkpoint), batch

@@ -197,7 +197,7 @@ def prompt_room(longest: str, checkpoint: str) -> int:
 
 
 def context_length(checkpoint: str) -> int:
-    """The longest sequence a local checkpoint's config allows; unbounded where it does not say."""
+    """The longest sequence a local checkpoint's config allows; unbounded if it does not say."""
     config = Path(checkpoint) / "config.json"
     found = files.read_json(config).get("max_position_embeddings") if config.is_file() else None
     return int(found or 2**31)

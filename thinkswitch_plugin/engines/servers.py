@@ -38,7 +38,7 @@ NO_VLLM = (
 class Server:
     """A server that answers at `base_url` (…/v1); `process` and `log` if it was started here.
 
-    `keeps_special` says whether it takes vLLM's field that keeps special tokens in the text.
+    `keeps_special` says whether it accepts vLLM's field that keeps special tokens in the text.
     """
 
     base_url: str
@@ -144,7 +144,7 @@ def vllm_command(model: str, port: int, keys: EngineKeys, max_len: int | None) -
 
 
 def adapter_rank(adapter: Path) -> int:
-    """The largest rank in a PEFT adapter folder. Raises `ThinkSwitchError` if it is none."""
+    """The largest rank in a PEFT adapter folder. Raises `ThinkSwitchError` if it is not one."""
     path = adapter / "adapter_config.json"
     config = files.read_json(path)
     try:
@@ -156,7 +156,7 @@ def adapter_rank(adapter: Path) -> int:
 def lora_arguments(adapters: Mapping[str, Path]) -> list[str]:
     """vLLM's options that serve PEFT adapters by name, all of them in one batch if need be.
 
-    Raises `ThinkSwitchError` for a folder that is no adapter, or a rank that vLLM does not serve.
+    Raises `ThinkSwitchError` for a folder that is not an adapter, or a rank that vLLM does not serve.
     """
     largest = max(map(adapter_rank, adapters.values()))
     room = next((rank for rank in MAX_LORA_RANKS if rank >= largest), None)

@@ -37,7 +37,7 @@ NO_ANSWER = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What one checkpoint said; the fields of `OUT=`'s JSON.
+    """What one checkpoint answered; the fields of `OUT=`'s JSON.
 
     Attributes:
         tokens, trace_tokens: generated in all, and those of the trace.
@@ -78,8 +78,8 @@ def compare(
     Args:
         folder: the run, RUNS/DOMAIN; there need not be one where both checkpoints are given.
         iteration: whose checkpoints; None is the last one that has both.
-        engine: `embedded` is transformers in process; `vllm`, or the URL of a server; `auto` is in process,
-            but for recipes that need a GPU vLLM with the recipe's options, where it is installed.
+        engine: `embedded` (transformers in process), `vllm`, or the URL of a server; `auto` is in process, or vLLM
+            with the recipe's options if the recipe needs a GPU and vLLM is installed.
         out: write the answers there too, as JSON.
         others: see `Others`.
 
@@ -183,7 +183,7 @@ def ask(title: str, name: str, text: str, keys: ThinkSwitchKeys, engine: str, se
 def read_reply(
     title: str, name: str, reply: dict[str, Any], seconds: float, tokenizer: Any, convention: Convention | None = None
 ) -> Answer:
-    """What a chat completion of the checkpoint `name` says, split by its tokenizer and the recipe's convention."""
+    """A chat completion of the checkpoint `name`, split by its tokenizer and the recipe's convention."""
     choice = reply["choices"][0]
     cut = choice.get("finish_reason") == "length"
     how = asked_of(tokenizer, None if convention is NONE else convention)

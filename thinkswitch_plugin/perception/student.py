@@ -41,7 +41,7 @@ def make_student(base: Path, out: Path, *, soft_tokens: int) -> None:
     user turn; with none of them the chat template stays as it is.
 
     Raises:
-        ThinkSwitchError: `base` is no checkpoint with a chat template, its template opens the trace, or
+        ThinkSwitchError: `base` is not a checkpoint with a chat template, its template opens the trace, or
             its embedding table has no room for the tokens that are missing.
     """
     from transformers import AutoTokenizer

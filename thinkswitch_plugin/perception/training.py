@@ -95,7 +95,7 @@ def condition_config(recipe: Recipe, condition: Condition, here: Path, *, on_cpu
         seed=condition.seed,
         on_cpu=on_cpu,
     )
-    config["chat_template"] = "tokenizer_default"  # the student's own, whatever the recipe says of the pair
+    config["chat_template"] = "tokenizer_default"  # the student's own, whatever the recipe sets for the pair
     # What the plugin itself reads, as in any axolotl recipe.
     keys: dict[str, Any] = {
         "labels": recipe.keys.labels.model_dump(exclude_defaults=True),
