@@ -14,9 +14,9 @@ once a question, and the next step continues from there; the final answer is sti
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +62,10 @@ def distinct(rng: random.Random, count: int, exclude: Collection[str] = ()) -> l
 
     None of them is in `exclude`, or holds one of it that is four operands long or longer.
     """
-    excluded, found = set(exclude), dict.fromkeys(exclude)
-    kinds = itertools.cycle([(length, easy) for easy in (False, True) for length in OPERANDS])
-    for length, easy in itertools.islice(kinds, count):
-        while True:
-            question = draw(rng, length, easy=easy and length >= 4)
-            if question not in found and _parts(question).isdisjoint(excluded):
-                break
-        found[question] = None
-    chosen = list(found)[len(excluded) :]
-    rng.shuffle(chosen)
-    return chosen
+    excluded = set(exclude)
+    kinds = [(length, easy and length >= 4) for easy in (False, True) for length in OPERANDS]
+    draws = [partial(draw, count=length, easy=easy) for length, easy in kinds]
+    return task.distinct(rng, count, exclude, draws, lambda question: _parts(question).isdisjoint(excluded))
 
 
 def _parts(question: str) -> set[str]:
@@ -93,14 +86,11 @@ def training_questions(seed: int, count: int = TRAINING_SIZE) -> list[str]:
 
 def noisy_trace(rng: random.Random, question: str, noise: float = NOISE) -> str:
     """The worked steps of a chain, each one's result wrong with probability `noise` and carried on."""
-    value, lines = int(question[0]), []
-    for operator, digit in zip(question[1::2], question[2::2], strict=True):
-        result = task.apply(value, operator, int(digit))
-        if rng.random() < noise:
-            result = rng.choice([other for other in range(10) if other != result])
-        lines.append(f"{value}{operator}{digit}={result}")
-        value = result
-    return "\n".join(lines)
+
+    def slip(result: int) -> int:
+        return rng.choice([other for other in range(10) if other != result]) if rng.random() < noise else result
+
+    return "\n".join(task.steps(question, slip))
 
 
 def rows() -> list[dict[str, Any]]:

@@ -157,8 +157,12 @@ class Client:
             raise ThinkSwitchError(self._wants_stream(str(error))) from None
         except replies.Unreadable as error:
             raise Unanswered(f"the server's answer is not a chat completion: {error}") from None
-        if fault := batch.fault_of_completion(reply) or _fault_of_text(reply):
+        if fault := batch.fault_of_completion(reply):
             raise ValueError(fault)
+        try:
+            files.dumps_line(reply)
+        except TypeError as error:  # half a surrogate pair, a number beyond 64 bit
+            raise ValueError(f"it cannot be stored ({error})") from None
         message = reply["choices"][0]["message"]
         if message.get("refusal") and not message.get("content"):
             raise Unanswered(f"the model refused: {message['refusal'][:500]}")
@@ -180,10 +184,8 @@ class Client:
                 "it knows, or correct the address in ENGINE=."
             )
         if refusal.status in (401, 402, 403) or refusal.code == "insufficient_quota":
-            advice = (
-                "set OPENAI_API_KEY" if refusal.status == 401 else "see to the account of the key in OPENAI_API_KEY"
-            )
-            raise ThinkSwitchError(f"{at} refuses the key ({words}); answers so far are kept: {advice}.")
+            advice = "set" if refusal.status == 401 else "see to the account of the key in"
+            raise ThinkSwitchError(f"{at} refuses the key ({words}); answers so far are kept: {advice} OPENAI_API_KEY.")
 
     def _wants_stream(self, words: str) -> str:
         return (
@@ -223,13 +225,11 @@ class Client:
     async def _answers(self) -> bool:
         once = self.openai.with_options(max_retries=0, timeout=connection.CONNECT_SECONDS)
         try:
-            await once.get("/models", cast_to=object)
+            await once.get("/models", cast_to=bytes)
         except openai.APIStatusError as error:
             return error.status_code < 500
         except openai.APIConnectionError:
             return False
-        except ValueError:  # the server answered, whatever it was
-            return True
         return True
 
 
@@ -283,11 +283,3 @@ class ServedModel:
                 task.cancel()
             await asyncio.gather(*under_way, return_exceptions=True)
             await client.close()
-
-
-def _fault_of_text(reply: Any) -> str | None:
-    try:
-        files.dumps_line(reply)
-    except TypeError as error:  # half a surrogate pair, a number beyond 64 bit
-        return f"it cannot be stored ({error})"
-    return None

@@ -176,9 +176,7 @@ def serving(engine: str, model: str, keys: EngineKeys, log: Path, *, max_len: in
         log: the engine's output goes here.
         max_len: longest prompt plus completion, in tokens (vLLM).
 
-    Raises:
-        ThinkSwitchError: no free port, the engine ended or did not start in time, or a
-            server of the user's own refuses the key or does not serve the model.
+    Raises `ThinkSwitchError` if there is no free port or the engine does not start, and as `connect`.
     """
     if engine.startswith(("http://", "https://")):
         yield connect(engine, model, unlisted=model == keys.server.model)
@@ -190,9 +188,8 @@ def serving(engine: str, model: str, keys: EngineKeys, log: Path, *, max_len: in
     with log.open("ab") as handle:
         process = processes.spawn(command, handle, VLLM_ENVIRONMENT)
         try:
-            base_url = f"http://{LOOPBACK}:{port}/v1"
             _wait_until_ready(process, f"http://{LOOPBACK}:{port}/health", keys.start_timeout, engine, log)
-            yield Server(base_url, process, log, keeps_special=True)
+            yield Server(f"http://{LOOPBACK}:{port}/v1", process, log, keeps_special=True)
         finally:
             processes.stop_group(process)
 
