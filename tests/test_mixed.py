@@ -18,6 +18,7 @@ from thinkswitch_plugin.data import pairs
 from thinkswitch_plugin.data.contamination import overlaps
 from thinkswitch_plugin.demo import cache, mixed, task
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.recipe import load_recipe
 
 SEEDS = st.integers(0, 50)
 
@@ -77,20 +78,23 @@ def test_the_files_are_made_once_and_made_again_when_a_setting_changed(
 ) -> None:
     made: list[int] = []
     monkeypatch.setattr(cache, "ensure_pair", lambda seed, instruct, thinking: made.append(seed))
-    folder = cache.ensure_mixed(3, tmp_path)
-    assert made == [3] and folder == tmp_path / "arithmetic-mixed" / "seed-3"
+    keys, folder = load_recipe(Path("recipes/arithmetic-mixed.yaml")).keys, tmp_path / "arithmetic-mixed" / "seed-3"
+    assert keys.prompts.path == ".cache/arithmetic-mixed/seed-{seed}/prompts.jsonl"
+    keys.prompts.path = str(tmp_path / "arithmetic-mixed" / "seed-{seed}" / "prompts.jsonl")
+    cache.ensure_embedded(keys, 3)
+    assert made == [3] and (folder / "prompts.jsonl").is_file()
     first = (folder / "generations.jsonl").stat()
     assert files.read_json(folder / "settings.json")["noise"] == mixed.NOISE
-    cache.ensure_mixed(3, tmp_path)
+    cache.ensure_embedded(keys, 3)
     assert (folder / "generations.jsonl").stat().st_mtime_ns == first.st_mtime_ns
     before = (folder / "generations.jsonl").read_bytes()
     monkeypatch.setattr(mixed, "NOISE", 0.5)
-    cache.ensure_mixed(3, tmp_path)
+    cache.ensure_embedded(keys, 3)
     assert files.read_json(folder / "settings.json")["noise"] == 0.5
     assert (folder / "generations.jsonl").read_bytes() != before
     (folder / "settings.json").unlink()
     with pytest.raises(ThinkSwitchError, match="holds something that the embedded domain did not make"):
-        cache.ensure_mixed(3, tmp_path)
+        cache.ensure_embedded(keys, 3)
 
 
 @pytest.fixture

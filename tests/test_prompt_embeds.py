@@ -14,7 +14,7 @@ from experiments import prompt_embeds
 from thinkswitch_plugin.args import EngineKeys, PerceptionKeys
 from thinkswitch_plugin.data.formats import POST, PRE, STOP, parse, render
 from thinkswitch_plugin.demo import mixed, task
-from thinkswitch_plugin.demo.cache import CACHE, ensure_pair
+from thinkswitch_plugin.demo.cache import ensure_pair
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.perception.model import attach, load
@@ -49,7 +49,7 @@ def prompt_of(tokenizer: Any, question: str) -> list[int]:
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adaptive model, trained for a minute in plain torch."""
     folder = tmp_path_factory.mktemp("adaptive")
-    pair = CACHE / "arithmetic" / "seed-0"
+    pair = Path(".cache/arithmetic/seed-0")
     ensure_pair(0, pair / "instruct", pair / "thinking")
     make_student(pair / "base", folder / "student", soft_tokens=TOKENS)
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")

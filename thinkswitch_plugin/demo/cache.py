@@ -18,16 +18,18 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import locked
 from thinkswitch_plugin.run.stamp import folder_once, stored
 
-CACHE = Path(".cache")
 SETTINGS = "settings.json"  # its stamp, in the folder
 PROMPTS = 2048  # enough for four iterations of 512 fresh ones
 
 
 def ensure_embedded(keys: ThinkSwitchKeys, seed: int) -> None:
-    """Make what an embedded domain's recipe needs, unless it is there: the pair, and the mixed domain's training files."""
+    """Make what an embedded domain's recipe needs, unless it is there: the pair, and the mixed domain's training files.
+
+    Raises `ThinkSwitchError` if one of their folders holds something else.
+    """
     ensure_pair(seed, *(Path(resolve_seed(name, seed)) for name in (keys.pair.instruct, keys.pair.thinking)))
     if keys.domain == mixed.DOMAIN:
-        ensure_mixed(seed)
+        ensure_mixed(seed, Path(resolve_seed(str(keys.prompts.path), seed)).parent)
 
 
 def ensure_pair(seed: int, instruct: Path, thinking: Path) -> None:
@@ -45,20 +47,14 @@ def ensure_pair(seed: int, instruct: Path, thinking: Path) -> None:
     _ensure(instruct.parent, wanted, thinking, "tiny pair", make)
 
 
-def ensure_mixed(seed: int, cache: Path = CACHE) -> Path:
-    """The folder of the mixed domain's training files, made unless it is there with these settings, and the pair.
-
-    Raises `ThinkSwitchError` if the folder holds something else.
-    """
-    pair = cache / "arithmetic" / f"seed-{seed}"
-    ensure_pair(seed, pair / "instruct", pair / "thinking")
-    folder, wanted = cache / mixed.DOMAIN / f"seed-{seed}", {"seed": seed, **mixed.settings()}
+def ensure_mixed(seed: int, folder: Path) -> None:
+    """Write the mixed domain's training files into a folder, unless they are there with these settings."""
+    wanted = {"seed": seed, **mixed.settings()}
 
     def make(building: Path) -> None:
         mixed.write_training_files(building, seed, count=wanted["questions"], noise=wanted["noise"])
 
     _ensure(folder, wanted, folder / "generations.jsonl", "training files", make)
-    return folder
 
 
 def _ensure(folder: Path, wanted: dict[str, Any], witness: Path, what: str, make: Callable[[Path], None]) -> None:
