@@ -31,7 +31,7 @@ from typing import Any
 import orjson
 
 from thinkswitch_plugin import files
-from thinkswitch_plugin.report import table
+from thinkswitch_plugin.console import table
 from thinkswitch_plugin.run import MODES, open_run, stages, stamp_path
 from thinkswitch_plugin.run.hashes import read_stamp
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from thinkswitch_plugin import console, files, places
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging.evaluation import run_lm_eval
+from thinkswitch_plugin.judging.evaluation import read_samples, run_lm_eval, summarize
 from thinkswitch_plugin.loop import work
 from thinkswitch_plugin.loop.rebuild import merge
 from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
-from thinkswitch_plugin.report import header, rows, score
+from thinkswitch_plugin.report import header, rows
 from thinkswitch_plugin.run import MODES, Run, locked, open_run
 
 NAMES = {
@@ -78,7 +78,8 @@ def run_control(run: Run, name: str) -> None:
             answer=keys.labels.answer,
             convention=keys.convention,
         )
-        figures = score(run, here / "eval" / mode, str(out))
+        task, kind = keys.evaluation.task, keys.labels.answer
+        figures = summarize(list(read_samples(here / "eval" / mode, task, str(out), kind)))
         files.write_json(here / "result.json", {"control": name, "mode": mode, "title": title, **figures})
         low, high = figures["ci95"]
         console.say(f"  {title}: {100 * figures['mean@k']:.1f} % ({100 * low:.1f}–{100 * high:.1f})")

@@ -11,7 +11,7 @@ from typing import Any
 from thinkswitch_plugin import files
 from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging.evaluation import Sample, graded, read_samples, samples_file, summarize
+from thinkswitch_plugin.judging.evaluation import Sample, graded, samples_file, summarize
 from thinkswitch_plugin.judging.paired import compare
 from thinkswitch_plugin.run import MODES, TABLE, Run, stages, stamp_path, versions
 from thinkswitch_plugin.run.hardware import hardware
@@ -102,12 +102,6 @@ def price_per_hour(text: str) -> float:
     if not (math.isfinite(price) and price >= 0):
         raise ThinkSwitchError(f"PRICE_PER_HOUR={text} is no price; write it as 0.35.")
     return price
-
-
-def score(run: Run, folder: Path, checkpoint: str) -> dict[str, Any]:
-    """The figures of one evaluated checkpoint."""
-    keys = run.recipe.keys
-    return summarize(list(read_samples(folder, keys.evaluation.task, checkpoint, keys.labels.answer)))
 
 
 def stage_seconds(run: Run) -> dict[int, dict[str, float]]:
