@@ -10,17 +10,7 @@ from typing import Any
 import click
 
 from thinkswitch_plugin.cli.group import main
-from thinkswitch_plugin.cli.options import (
-    DOMAIN,
-    ENGINE,
-    FOLDER,
-    INSTRUCT,
-    OVERLAY,
-    RUNS,
-    SEED,
-    THINKING,
-    told,
-)
+from thinkswitch_plugin.cli.options import DOMAIN, ENGINE, FOLDER, INSTRUCT, OVERLAY, RUNS, SEED, THINKING, told
 from thinkswitch_plugin.run import MODES, TABLE, Given, execute, open_run
 from thinkswitch_plugin.run.table import Row
 

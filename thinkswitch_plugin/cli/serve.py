@@ -8,17 +8,7 @@ from typing import Any
 import click
 
 from thinkswitch_plugin.cli.group import main
-from thinkswitch_plugin.cli.options import (
-    DOMAIN,
-    ENGINE,
-    FOLDER,
-    ITERATION,
-    OVERLAY,
-    RUNS,
-    SEED,
-    WHOLE,
-    of_pair,
-)
+from thinkswitch_plugin.cli.options import DOMAIN, ENGINE, FOLDER, ITERATION, OVERLAY, RUNS, SEED, WHOLE, of_pair
 from thinkswitch_plugin.run import open_run
 
 EXPORT_RANK = 64

@@ -115,8 +115,7 @@ def build_pairs(
         raise ThinkSwitchError(f"{requests} holds no requests; delete it and run the stage `requests` again.")
     with tempfile.TemporaryFile(dir=_spill_folder(generations)) as spill:
         stored = _read_generations(generations, asked, spill, report, keep_trace=keep_trace)
-        rows = (request for _, request in files.read_jsonl(requests))
-        for _, group in itertools.groupby(rows, key=batch.prompt_id):
+        for _, group in itertools.groupby((row for _, row in files.read_jsonl(requests)), key=batch.prompt_id):
             members = list(group)
             report.prompts += 1
             report.samples += len(members)

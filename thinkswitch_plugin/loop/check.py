@@ -19,7 +19,7 @@ from thinkswitch_plugin.data.contamination import require_uncontaminated
 from thinkswitch_plugin.data.task_files import repeats
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.environment import variable
-from thinkswitch_plugin.errors import ThinkSwitchError, reason
+from thinkswitch_plugin.errors import ThinkSwitchError, not_fetched
 from thinkswitch_plugin.judging.evaluation import uses_server
 from thinkswitch_plugin.merging.settings import config_difference
 from thinkswitch_plugin.merging.tensors import quantisation, quantised
@@ -188,9 +188,7 @@ def pair(keys: ThinkSwitchKeys) -> str:
         try:
             configs.append(files.read_json(Path(hf_hub_download(name, "config.json", revision=revision))))
         except Exception as error:  # the hub's client raises many types; all mean no access
-            raise ThinkSwitchError(
-                f"{name} cannot be reached on the hub: {reason(error)}; check its name, the network and your access to it."
-            ) from None
+            raise not_fetched(name, error) from None
     for name, config in zip((keys.pair.instruct, keys.pair.thinking), configs, strict=True):
         if method := quantisation(config):
             raise ThinkSwitchError(quantised(name, f"its config.json has a `quantization_config` ({method})"))

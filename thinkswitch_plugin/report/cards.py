@@ -15,6 +15,7 @@ import yaml
 from thinkswitch_plugin import console, files, report
 from thinkswitch_plugin.args import is_local, resolve_seed
 from thinkswitch_plugin.data.task_files import evaluation_set
+from thinkswitch_plugin.errors import first_line
 from thinkswitch_plugin.run import MODES, Run, versions
 from thinkswitch_plugin.run.hashes import CARD, Hashes, read_stamp
 
@@ -80,7 +81,7 @@ def complete_cards(run: Run) -> None:
             try:
                 card = ModelCard.load(path)
             except (ValueError, TypeError, yaml.YAMLError) as error:
-                console.say(f"  {path} is left as it is: its metadata cannot be read ({str(error).splitlines()[0]})")
+                console.say(f"  {path} is left as it is: its metadata cannot be read ({first_line(error)})")
                 continue
             figures = found["iterations"][k][mode]
             card.data.model_name = f"thinkswitch-{run.recipe.keys.domain}-{mode}-{k}"
