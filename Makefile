@@ -113,7 +113,7 @@ pair: setup ## only make or fetch the starting pair: make pair DOMAIN=aime
 	@$(TS) pair "$$RUN"
 
 clean-run: ## delete the run folder RUNS/DOMAIN: make clean-run DOMAIN=arithmetic
-	@test -f "$$RUN/run.json" || { echo "clean-run: $$RUN is no run folder; name one by RUNS= and DOMAIN=, or begin one: make iterate" >&2; exit 1; }
+	@test -f "$$RUN/run.json" || { echo "clean-run: $$RUN is not a run folder; name one by RUNS= and DOMAIN=, or begin one: make iterate" >&2; exit 1; }
 	rm -rf "$$RUN"
 
 ##@ Look
@@ -129,7 +129,7 @@ report: setup ## write the page, tables and pictures of a finished run again: ma
 compare: setup ## instruct before and after and thinking, side by side: make compare QUESTION='7*3+4*2' ITER=1 OUT=answers.json
 	@$(TS) compare "$$RUN"
 
-eval: setup ## judge any checkpoint: make eval MODEL=folder DOMAIN=arithmetic
+eval: setup ## evaluate any checkpoint: make eval MODEL=folder DOMAIN=arithmetic
 	@$(TS) eval-model
 
 ##@ Tune λ, the weight of the thinking checkpoint
@@ -157,7 +157,7 @@ adaptive: DOMAIN := $(if $(filter file,$(origin DOMAIN)),arithmetic-mixed,$(DOMA
 adaptive: setup ## one model that chooses by itself, beside all controls: make adaptive DOMAIN=arithmetic-mixed SEEDS="0 1 2" FOLDS=5 CONDITIONS="no_prompt"
 	@$(VENV)/bin/python -m experiments adaptive
 
-switch: setup ## a router that asks instruct or thinking, judged on held-out questions: make switch ITER=2; LABELS=file LIMIT=n
+switch: setup ## a router that asks instruct or thinking, evaluated on held-out questions: make switch ITER=2; LABELS=file LIMIT=n
 	@$(TS) switch "$$RUN" "$${ITER:-1}"
 
 ##@ Serve

@@ -27,7 +27,7 @@ class Recipe:
 
 
 def recipe_path(domain: str) -> Path:
-    """Where the recipe of a domain lies. Raises `ThinkSwitchError` for a name that is none."""
+    """Where the recipe of a domain lies. Raises `ThinkSwitchError` if there is none."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", domain):
         raise ThinkSwitchError(f"DOMAIN={domain!r} is not a domain name; use letters, digits, `-` and `_`.")
     path = places.find(f"{places.RECIPES}/{domain}.yaml")

@@ -123,7 +123,7 @@ def compare(run: Path, question: str, overlay: tuple[str, ...], **options: Any) 
 @click.option("--out", type=FOLDER, default="eval", show_default=True, help="Where lm-eval's files go.")
 @OVERLAY
 def eval_model(overlay: tuple[str, ...], **options: Any) -> None:
-    """Judge any checkpoint with a domain's lm-eval task."""
+    """Evaluate any checkpoint with a domain's lm-eval task."""
     from thinkswitch_plugin.loop.begin import evaluate_model
 
     evaluate_model(overlays=overlay, **options)

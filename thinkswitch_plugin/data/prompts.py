@@ -87,7 +87,9 @@ def _template(keys: PromptKeys, undefined: type[Undefined]) -> Template:
     try:
         return SandboxedEnvironment(undefined=undefined).from_string(keys.template)
     except (TemplateSyntaxError, RecursionError) as error:
-        raise ThinkSwitchError(f"`thinkswitch.prompts.template` is no Jinja template: {first_line(error)}.") from None
+        raise ThinkSwitchError(
+            f"`thinkswitch.prompts.template` is not a Jinja template: {first_line(error)}."
+        ) from None
 
 
 def messages(keys: PromptKeys, text: str) -> list[dict[str, str]]:

@@ -37,7 +37,7 @@ def read_file(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             else:
                 table = parquet.read_table(handle)
     except pyarrow.ArrowException as error:
-        raise ThinkSwitchError(f"{path} is no {path.suffix[1:].upper()} file: {first_line(error)}.") from None
+        raise ThinkSwitchError(f"{path} is not a {path.suffix[1:].upper()} file: {first_line(error)}.") from None
     except UnicodeDecodeError:
         raise ThinkSwitchError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
     except OSError as error:

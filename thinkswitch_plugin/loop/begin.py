@@ -130,7 +130,7 @@ def _check_merge_config(run: Run) -> None:
 
 
 def evaluate_model(domain: str, model: str, engine: str, out: Path, overlays: Sequence[str] = ()) -> None:
-    """Judge any checkpoint with a domain's task and print its figures."""
+    """Evaluate any checkpoint with a domain's task and print its figures."""
     from thinkswitch_plugin.judging.evaluation import read_samples, run_lm_eval, summarize
     from thinkswitch_plugin.run import checkpoint
 

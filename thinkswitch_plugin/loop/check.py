@@ -242,9 +242,9 @@ def budget(
     }
     if questions is not None and keys.evaluation.max_tokens:
         each = min(questions, keys.evaluation.limit or questions) * repeats(keys.evaluation.task)
-        judged = 2 * (iterations + 1)
-        parts[f"for judging {judged} checkpoints ({each} answers × {keys.evaluation.max_tokens})"] = (
-            judged * each * keys.evaluation.max_tokens
+        evaluated = 2 * (iterations + 1)
+        parts[f"for evaluating {evaluated} checkpoints ({each} answers × {keys.evaluation.max_tokens})"] = (
+            evaluated * each * keys.evaluation.max_tokens
         )
     total = sum(parts.values())
     rate = tokens_per_second or GUESSED_TOKENS_PER_SECOND

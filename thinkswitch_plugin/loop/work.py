@@ -220,7 +220,7 @@ def rebuild(run: Run, k: int) -> dict[str, Any]:
 
 
 def evaluate(run: Run, k: int, mode: str) -> dict[str, Any]:
-    """lm-eval judges one checkpoint: writes its results and samples files, and `graded.jsonl`, under `eval/`."""
+    """lm-eval evaluates one checkpoint: writes its results and samples files, and `graded.jsonl`, under `eval/`."""
     from thinkswitch_plugin.judging.evaluation import run_lm_eval
 
     here = run.iteration(k)

@@ -100,7 +100,7 @@ def price_per_hour(text: str) -> float:
     except ValueError:
         price = math.nan
     if not (math.isfinite(price) and price >= 0):
-        raise ThinkSwitchError(f"PRICE_PER_HOUR={text} is no price; write it as 0.35.")
+        raise ThinkSwitchError(f"PRICE_PER_HOUR={text} is not a price; write it as 0.35.")
     return price
 
 

@@ -121,7 +121,7 @@ def resolve(name: str, revision: str | None, what: str) -> tuple[Path, str | Non
         folder = Path(name).expanduser()
         if not (folder / "config.json").is_file():
             raise ThinkSwitchError(
-                f"The {what} checkpoint {name} is no checkpoint folder: it has no config.json; name a folder that has one, or a hub id."
+                f"The {what} checkpoint {name} is not a checkpoint folder: it has no config.json; name a folder that has one, or a hub id."
             )
         if not any(folder.glob("*.safetensors")):
             raise ThinkSwitchError(
