@@ -101,7 +101,7 @@ def build_pairs(
         selection: `first` complete sample, `all`, or `vote` (the first complete sample
             that gives the majority answer).
         answer_kind: how `vote` reads a final answer, a key of `answers.EXTRACTORS`.
-        keep_trace: give each pair its `trace`, and drop those that `adaptive.formats` cannot write.
+        keep_trace: give each pair its `trace`, and drop those that `formats` cannot write.
         convention: how the recipe says that traces are written; None leaves it to each request.
 
     Raises:
