@@ -9,7 +9,7 @@
       seed-0/checkpoint/                     the adaptive model, merged in full precision
       seed-0/served.json                     vLLM's answers to prompts sent as embeddings, beside transformers'
 
-Killed at any time, the same command goes on with what is missing.
+Killed at any time, the same command continues with what is missing.
 """
 
 from __future__ import annotations
@@ -17,26 +17,22 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from experiments import adaptive_results
+from experiments.adaptive_models import Evaluations, merge_checkpoint, perception_keys, serve_checkpoint
 from experiments.adaptive_picture import adaptive_picture
-from experiments.adaptive_scoring import judge, read_columns
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import PerceptionKeys
 from thinkswitch_plugin.data import batch
 from thinkswitch_plugin.data.contamination import require_uncontaminated
 from thinkswitch_plugin.data.formats import ANSWER, PRE, THINK, Format
-from thinkswitch_plugin.data.task_files import task_files
 from thinkswitch_plugin.engines.servers import vllm_python
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging.samples import read_rows, samples_file
-from thinkswitch_plugin.loop.work import merge_adapter
-from thinkswitch_plugin.perception.answering import load_model
+from thinkswitch_plugin.judging.samples import samples_file
 from thinkswitch_plugin.perception.label_job import LabelJob
 from thinkswitch_plugin.perception.label_material import RATIONALES
 from thinkswitch_plugin.perception.labels import label, prepare_student
@@ -46,12 +42,10 @@ from thinkswitch_plugin.report.questions import asked_texts
 from thinkswitch_plugin.router.classifier import candidates, describe
 from thinkswitch_plugin.run import locked, versions
 from thinkswitch_plugin.run.checkpoint import MODULE
-from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.run.hashes import Hashes
-from thinkswitch_plugin.run.stamp import once
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 FORCED = {"forced_pre": THINK[0], "forced_post": ANSWER[0]}
 ROUTERS = {"mlp": "length, characters by place; MLP", "length": "length; logistic regression, C 1"}
@@ -91,18 +85,18 @@ def choose_plans(keys: PerceptionKeys, names: str) -> dict[str, Plan]:
     """The conditions of `CONDITIONS="no_prompt static_prompt"`, and those that the table cannot do without.
 
     Args:
-        names: by spaces; empty for all. Raises `ThinkSwitchError` for one that is none.
+        names: by spaces; empty for all. Raises `ThinkSwitchError` for an unknown one.
     """
     every = plans(keys)
     wanted = names.split() or list(every)
     for name in wanted:
         if name not in every:
-            raise ThinkSwitchError(f'CONDITIONS="{names}": {name!r} is none; there are {", ".join(every)}.')
+            raise ThinkSwitchError(f'CONDITIONS="{names}": {name!r} is not a condition; there are {", ".join(every)}.')
     return {name: plan for name, plan in every.items() if name in (*NEEDED, *wanted)}
 
 
 def run_experiment(jobs: Sequence[LabelJob], conditions: str = "") -> dict[str, Any]:
-    """Label, train and judge for the job of every seed, then write and print the table of all of them.
+    """Label, train and evaluate for the job of every seed, then write and print the table of all of them.
 
     Args:
         jobs: one a seed, of one domain.
@@ -119,7 +113,7 @@ def run_experiment(jobs: Sequence[LabelJob], conditions: str = "") -> dict[str, 
         for number, job in enumerate(jobs, 1):
             console.say(f"[adaptive] seed {job.seed}, {number} of {len(jobs)}")
             seeds.append(run_seed(job, planned))
-        result = together(jobs, seeds)
+        result = combine_seeds(jobs, seeds)
         folder = jobs[0].home / "adaptive"
         files.write_json(folder / "adaptive.json", result)
         text = adaptive_results.markdown(result)
@@ -132,7 +126,7 @@ def run_experiment(jobs: Sequence[LabelJob], conditions: str = "") -> dict[str, 
 
 
 def require_held_out(job: LabelJob) -> None:
-    """Raise `ThinkSwitchError` if a question of the evaluation is among those that are learnt from."""
+    """Raise `ThinkSwitchError` if a question of the evaluation is among the training questions."""
     asked = {
         batch.prompt_id(row): row["body"]["messages"][-1]["content"] for _, row in batch.read_requests(job.requests)
     }
@@ -147,7 +141,7 @@ class Seed:
         judged: by condition, what became of every held-out question, column by column.
         routed: by router, whether it sends each held-out question to thinking.
         swap: what the soft prompts of the held-out questions are like.
-        served: how many answers vLLM gave as transformers did; None where there is no vLLM.
+        served: how many answers vLLM gave as transformers did; None if vLLM is not installed.
         seconds: of all trainings and evaluations, whenever they were done.
     """
 
@@ -157,11 +151,6 @@ class Seed:
     served: dict[str, int] | None
     labels: dict[str, Any]
     seconds: float
-
-
-def perception_keys(job: LabelJob) -> PerceptionKeys:
-    """The module's keys: the recipe's, or their defaults."""
-    return job.recipe.keys.perception or PerceptionKeys()  # type: ignore[call-arg]
 
 
 def run_seed(job: LabelJob, planned: Mapping[str, Plan]) -> Seed:
@@ -185,15 +174,15 @@ def run_seed(job: LabelJob, planned: Mapping[str, Plan]) -> Seed:
             here,
             hashes,
         )
-        judging = Judging(job, here, student, trained.adapter, hashes)
-        judged[name] = judging.questions("eval")
+        evaluations = Evaluations(job, here, student, trained.adapter, hashes)
+        judged[name] = evaluations.questions("eval")
         if name == "adaptive":
             for forced, prefix in FORCED.items():
-                judged[forced] = judging.questions(f"eval-{forced}", prefix=prefix)
-            judged[SWAPPED] = judging.questions(f"eval-{SWAPPED}", swapped=True)
-            swap = judging.prompts()
-        seconds += trained.seconds + judging.seconds
-        judging.release()
+                judged[forced] = evaluations.questions(f"eval-{forced}", prefix=prefix)
+            judged[SWAPPED] = evaluations.questions(f"eval-{SWAPPED}", swapped=True)
+            swap = evaluations.prompts()
+        seconds += trained.seconds + evaluations.seconds
+        evaluations.release()
     merge_checkpoint(job, hashes)
     served = serve_checkpoint(job, hashes) if vllm_python() else None
     hashes.save()
@@ -201,58 +190,6 @@ def run_seed(job: LabelJob, planned: Mapping[str, Plan]) -> Seed:
     asked = [texts[doc_id] for doc_id in sorted(texts)]
     routed = {name: route(kind, labelled, asked) for name, kind in ROUTERS.items()}
     return Seed(judged, routed, swap, served, facts, seconds)
-
-
-def merge_checkpoint(job: LabelJob, hashes: Hashes) -> None:
-    """axolotl merges the adaptive adapter, perception module and all, in full precision: writes `checkpoint/`."""
-    here, out = job.work / "conditions" / "adaptive", job.work / "checkpoint"
-    student, _ = prepare_student(job, hashes, soft_tokens=perception_keys(job).tokens)
-
-    def work(_resume: bool) -> dict[str, Any]:
-        merge_adapter(here, str(student), out, on_cpu=job.recipe.keys.merge_on == "cpu")
-        return {}
-
-    key = {"adapter": hashes.of(here / "adapter"), "student": hashes.of(student)}
-    once(out.with_suffix(".json"), {"key": key}, (out,), work)
-
-
-def serve_checkpoint(job: LabelJob, hashes: Hashes) -> dict[str, int]:
-    """Have vLLM answer the held-out questions, sent as embeddings, and compare with what lm-eval got.
-
-    Returns:
-        `questions`, and `equal`: those whose text is the same to the letter.
-    """
-    checkpoint, keys = job.work / "checkpoint", job.recipe.keys
-    samples = samples_file(job.work / "conditions/adaptive/eval", keys.evaluation.task)
-
-    def work(_resume: bool) -> dict[str, Any]:
-        import torch
-        from transformers import AutoTokenizer
-
-        from experiments.prompt_embeds import complete, serving, write_plain_view
-        from thinkswitch_plugin.perception.model import load, prompt_embeds
-
-        console.say(f"[adaptive] seed {job.seed}: vLLM answers prompts sent as embeddings")
-        rows = list(read_rows(samples))
-        model, tokenizer = load(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
-        ids = [tokenizer(row.sent, add_special_tokens=False)["input_ids"] for row in rows]
-        with torch.inference_mode():
-            prompts = [prompt_embeds(model, tokens) for tokens in ids]
-        del model  # vLLM loads the weights again
-        view, budget = job.work / "plain-view", rows[0].budget
-        write_plain_view(checkpoint, view)
-        longest = max(map(len, ids)) + budget
-        with serving(view, keys.engine, job.work / "logs" / "vllm.log", max_len=longest) as server:
-            found = complete(
-                server, str(view), prompts, keys.engine, max_tokens=budget, stop=rows[0].settings.get("until") or ()
-            )
-        files.remove(view)
-        equal = sum(one.text == row.texts[0] for one, row in zip(found, rows, strict=True))
-        return {"questions": len(rows), "equal": equal}
-
-    key = {"checkpoint": hashes.of(checkpoint), "samples": hashes.of(samples)}
-    done = once(job.work / "served.json", {"key": key}, (), work)
-    return {name: int(done[name]) for name in ("questions", "equal")}
 
 
 def extra_keys(job: LabelJob, plan: Plan) -> dict[str, Any]:
@@ -307,103 +244,15 @@ def route(kind: str, labelled: Sequence[dict[str, Any]], asked: Sequence[str]) -
     return [bool(found) for found in router.predict(describe(asked))]
 
 
-class Judging:
-    """Evaluations of one trained condition; the model is loaded once, and only if one of them is missing."""
-
-    def __init__(self, job: LabelJob, here: Path, student: Path, adapter: Path, hashes: Hashes) -> None:
-        self.job, self.here, self.student, self.adapter = job, here, student, adapter
-        self.evaluation = job.recipe.keys.evaluation
-        self.key = {
-            "adapter": hashes.of(adapter),
-            "student": hashes.of(student),
-            "evaluation": self.evaluation.model_dump(),
-            "task": {str(path): hashes.of(path) for path in task_files(self.evaluation.task)},
-        }
-        self.seconds = 0.0
-        self.loaded: Any = None
-
-    def model(self) -> tuple[Any, Any]:
-        """The student with its adapter in full precision, and the tokenizer."""
-        if self.loaded is None:
-            model: Any = load_model(self.student, self.adapter).eval()
-            self.loaded = model.to("cuda" if has_cuda() else "cpu")
-        return self.loaded, self.tokenizer
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The student's."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.student, padding_side="left")
-
-    def release(self) -> None:
-        """Give the model's memory back, before axolotl or vLLM takes the GPU."""
-        from thinkswitch_plugin.engines.embedded import free_memory
-
-        self.loaded = None
-        free_memory()
-
-    def questions(self, name: str, *, prefix: str = "", swapped: bool = False) -> dict[str, Any]:
-        """One evaluation, kept in the folder `name`: what became of every question, column by column.
-
-        Args:
-            prefix: what every answer is made to begin with.
-            swapped: give every question the soft prompt of another one; `eval` has to be there.
-        """
-        out = self.here / name
-        key = {**self.key, "prefix": prefix, "swapped": "drawn at random" if swapped else False}
-
-        def work(_resume: bool) -> dict[str, Any]:
-            model, tokenizer = self.model()
-            within = None
-            if swapped:
-                from experiments.soft_prompts import prompts_of_others, replaced_prompts
-
-                within = replaced_prompts(model, prompts_of_others(self.soft_prompts(), self.job.seed))
-            log = self.here / "logs" / "lm_eval.log"
-            judge(model, tokenizer, out, self.evaluation, log=log, prefix=prefix, within=within)
-            return {}
-
-        self.seconds += once(self.here / f"{name}.json", {"key": key}, (out,), work)["seconds"]
-        return read_columns(out, self.evaluation, self.tokenizer, self.job.recipe.keys.labels.answer, prefix)
-
-    def soft_prompts(self) -> Tensor:
-        """The soft prompts of the held-out questions, (questions, tokens, hidden), as `eval` asked them."""
-        import torch
-
-        from experiments.soft_prompts import soft_prompts
-
-        model, tokenizer = self.model()
-        found = []
-        for row in read_rows(samples_file(self.here / "eval", self.evaluation.task)):
-            ids = tokenizer(row.sent, return_tensors="pt", add_special_tokens=False)["input_ids"]
-            found.append(soft_prompts(model, ids.to(model.device)).float())
-        return torch.cat(found)
-
-    def prompts(self) -> dict[str, float]:
-        """How much the soft prompts differ between the held-out questions, and how large they are."""
-
-        def work(_resume: bool) -> dict[str, Any]:
-            found, (model, _) = self.soft_prompts(), self.model()
-            return {
-                "prompt_std": float(found.std(dim=0).mean()),
-                "prompt_rms": float(found.square().mean().sqrt()),
-                "embedding_rms": float(model.get_input_embeddings().weight.float().square().mean().sqrt()),
-            }
-
-        done = once(self.here / "prompts.json", {"key": self.key}, (), work)
-        return {name: done[name] for name in ("prompt_std", "prompt_rms", "embedding_rms")}
-
-
-def together(jobs: Sequence[LabelJob], seeds: Sequence[Seed]) -> dict[str, Any]:
+def combine_seeds(jobs: Sequence[LabelJob], seeds: Sequence[Seed]) -> dict[str, Any]:
     """What `adaptive.json` holds.
 
-    Raises `ThinkSwitchError` if the seeds were judged on different questions.
+    Raises `ThinkSwitchError` if the seeds were evaluated on different questions.
     """
     strata = seeds[0].judged["pre_only"]["stratum"]
     if any(rows["stratum"] != strata for seed in seeds for rows in seed.judged.values()):
         raise ThinkSwitchError(
-            "the seeds were judged on different questions; delete the folders `conditions` and run it again."
+            "the seeds were evaluated on different questions; delete the folders `conditions` and run it again."
         )
 
     def column(name: str, field: str) -> adaptive_results.Floats:

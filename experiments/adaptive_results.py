@@ -169,7 +169,7 @@ def summary(found: Mapping[str, Condition], strata: Sequence[str]) -> dict[str, 
     shapes = {condition.correct.shape for condition in found.values()}
     if len(shapes) != 1 or next(iter(shapes))[1] != len(strata):
         raise ThinkSwitchError(
-            "the conditions were judged on different questions; delete the folder `conditions` and run it again."
+            "the conditions were evaluated on different questions; delete the folder `conditions` and run it again."
         )
     return {
         "questions": len(strata),
@@ -178,31 +178,29 @@ def summary(found: Mapping[str, Condition], strata: Sequence[str]) -> dict[str, 
     }
 
 
+def _row(name: str, condition: dict[str, Any], strata: Sequence[str]) -> list[str]:
+    low, high = (100 * v for v in condition["ci95"])
+    seeds = " ".join(f"{100 * v:.1f}" for v in condition["by_seed"])
+    return [
+        TITLES[name],
+        f"{100 * condition['accuracy']:.1f} % ({seeds})",
+        f"{low:.1f}–{high:.1f}",
+        f"{condition['tokens']:.1f}",
+        f"{100 * condition['think_share']:.0f} %",
+        *(f"{100 * condition['strata'][s]['accuracy']:.1f} %" for s in strata),
+    ]
+
+
 def markdown(result: dict[str, Any]) -> str:
     """`adaptive.md`: the table of all conditions, the strata, the claims, and the prefix swap."""
-
     conditions = result["conditions"]
     strata = list(next(iter(conditions.values()))["strata"])
     lines = [
         f"Domain {result['domain']}, seeds {', '.join(map(str, result['seeds']))}, "
         f"{result['questions']} held-out questions, greedy.\n"
     ]
-    rows = []
-    for name, c in conditions.items():
-        low, high = (100 * v for v in c["ci95"])
-        seeds = " ".join(f"{100 * v:.1f}" for v in c["by_seed"])
-        rows.append(
-            [
-                TITLES[name],
-                f"{100 * c['accuracy']:.1f} % ({seeds})",
-                f"{low:.1f}–{high:.1f}",
-                f"{c['tokens']:.1f}",
-                f"{100 * c['think_share']:.0f} %",
-                *(f"{100 * c['strata'][s]['accuracy']:.1f} %" for s in strata),
-            ]
-        )
     header = ["condition", "accuracy (by seed)", "95 % interval", "tokens", "thinks", *strata]
-    lines += [*console.table(header, rows), ""]
+    lines += [*console.table(header, [_row(name, c, strata) for name, c in conditions.items()]), ""]
     main = conditions["adaptive"]["strata"]
     lines += [
         "The adaptive model by stratum:",

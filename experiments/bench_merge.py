@@ -1,10 +1,11 @@
-"""`make bench-merge`: time and memory of interpolating two checkpoints at Qwen3-4B's shape.
+"""`make bench-merge`: the recipes' rebuild beside plain mergekit-yaml, at Qwen3-4B's shape.
 
 Makes two random checkpoints (8 GB each in bfloat16, as near each other as the real pair),
 then runs every candidate from the same state: in a process of its own, with no page of the
 checkpoints or of an old output in the page cache, until the output is on disk (fsync).
 Memory is the peak of the process's anonymous pages (RssAnon of /proc/PID/status, every
-20 ms); mapped files are not in it. Imports are timed apart.
+20 ms); mapped files are not in it. Imports are timed apart. The last line of the output is JSON
+with the same figures; `ratio` is the recipes' time over that of the fastest mergekit-yaml call.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ from mergekit.io.tensor_writer import TensorWriter
 from safetensors import safe_open
 
 from thinkswitch_plugin import files
+from thinkswitch_plugin.loop.rebuild import MERGE_OPTIONS
+from thinkswitch_plugin.merging.config import place_models, set_lambda
 from thinkswitch_plugin.merging.tensors import list_tensors
+
+ROOT = Path(__file__).parents[1]
 
 WEIGHT = 0.8  # λ of every candidate
 NOISE = 0.054  # relative; makes σ ≈ 0.027, the real pair's
@@ -76,7 +81,7 @@ import sys, time
 from pathlib import Path
 from thinkswitch_plugin.merging.run import command
 {READY}
-command.main([sys.argv[4], sys.argv[3], "--no-copy-tokenizer"], standalone_mode=False)
+command.main([sys.argv[4], sys.argv[3], *sys.argv[5:], "--no-copy-tokenizer"], standalone_mode=False)
 """,
     "mergekit": f"""
 import sys, time
@@ -106,16 +111,18 @@ from thinkswitch_plugin.report.similarity import report_similarity
 report_similarity(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
 """,
 }
-MERGES = {
-    "floor: read both, write one, no more": ("floor", None),
-    "ours: thinkswitch merge": ("ours", "thinkswitch"),
-    "ours with mergekit's slerp": ("ours", "slerp"),
-    "mergekit-yaml, its defaults": ("mergekit", "slerp"),
-    "mergekit-yaml, one torch thread": ("alone", "slerp"),
-    "mergekit-yaml --async-write, 1B shards": ("async", "slerp"),
-    "the paper's way: one side in memory": ("paper", None),
+ASYNC = ("--async-write", "--out-shard-size")
+# Title -> what runs, the merge config, options.
+OURS = "the recipes' rebuild: thinkswitch merge"
+MERGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "floor: read both, write one, no more": ("floor", "", ()),
+    OURS: ("ours", "thinkswitch", MERGE_OPTIONS),
+    "mergekit-yaml, its defaults": ("mergekit", "slerp", ()),
+    "mergekit-yaml --async-write": ("mergekit", "slerp", ASYNC[:1]),
+    "mergekit-yaml --async-write, 1B shards": ("mergekit", "slerp", (*ASYNC, "1B")),
+    "mergekit-yaml --async-write, 250M shards": ("mergekit", "slerp", (*ASYNC, "250M")),
+    "the paper's way: one side in memory": ("paper", "", ()),
 }
-OPTIONS = {"alone": ["--num-threads", "1"], "async": ["--async-write", "--out-shard-size", "1B"]}
 
 
 def shapes(layers: int, vocabulary: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -161,13 +168,13 @@ def make_pair(folder: Path, layers: int, vocabulary: int = VOCABULARY) -> tuple[
 
 
 def write_configs(folder: Path, pair: tuple[Path, Path]) -> dict[str, Path]:
-    """The same interpolation for both methods."""
+    """The recipes' merge config and mergekit's own slerp, with the same λ."""
+    roles = {"instruct": str(pair[0]), "thinking": str(pair[1])}
     found = {}
-    for method, parameters in (("slerp", {"t": round(1 - WEIGHT, 12)}), ("thinkswitch", {"lambda": WEIGHT})):
-        models = [{"model": str(path)} for path in pair]
-        config = {"merge_method": method, "base_model": str(pair[1]), "models": models, "parameters": parameters}
-        files.write_yaml(folder / f"{method}.yaml", config)
-        found[method] = folder / f"{method}.yaml"
+    for method in ("slerp", "thinkswitch"):
+        source = ROOT / "merge_configs" / f"{method}.yaml"
+        found[method] = folder / source.name
+        files.write_yaml(found[method], place_models(set_lambda(files.read_yaml(source), WEIGHT, source), roles))
     return found
 
 
@@ -236,31 +243,39 @@ def measure(folder: Path, layers: int, rounds: int, vocabulary: int = VOCABULARY
     sigma = 0.0
     taken: dict[str, list[dict[str, float]]] = {}
     against: dict[str, Any] = {}
-    kept = folder / "mergekit"
+    out, kept = folder / "out", folder / "mergekit"
     for number in range(rounds):
-        # mergekit's defaults go first, since the others are compared with what they write
-        for name, (kind, method) in sorted(MERGES.items(), key=lambda entry: "defaults" not in entry[0]):
-            out = folder / "out"
-            options = OPTIONS.get(kind, [])
-            code = CODE["mergekit" if kind in OPTIONS else kind]
-            taken.setdefault(name, []).append(run(code, *pair, out, configs[method] if method else "", *options))
+        # mergekit's defaults go first, since ours is compared with what they write
+        for name, (kind, method, options) in sorted(MERGES.items(), key=lambda entry: "defaults" not in entry[0]):
+            taken.setdefault(name, []).append(run(CODE[kind], *pair, out, configs.get(method, ""), *options))
             if number == 0 and "defaults" in name:
                 out.replace(kept)
-            elif number == 0 and kind == "ours":
-                against[name] = compare(out, kept)
+            elif number == 0 and name == OURS:
+                against = compare(out, kept)
             files.remove(out)
         files.remove(kept)
         for name in ("read", "similarity"):
-            taken.setdefault(name, []).append(run(CODE[name], *pair, folder / "out"))
+            taken.setdefault(name, []).append(run(CODE[name], *pair, out))
             if name == "similarity":
-                sigma = files.read_json(folder / "out" / "similarity.json")["sigma"]
-            files.remove(folder / "out")
+                sigma = files.read_json(out / "similarity.json")["sigma"]
+            files.remove(out)
     figures = {
         name: {key: round(statistics.median(r[key] for r in runs), 2) for key in runs[0]}
         | {"all_seconds": [round(r["seconds"], 1) for r in runs]}
         for name, runs in taken.items()
     }
-    return {"layers": layers, "rounds": rounds, "sigma": round(sigma, 4), "candidates": figures, "against": against}
+    fastest = min((n for n in MERGES if n.startswith("mergekit-yaml")), key=lambda name: figures[name]["seconds"])
+    return {
+        "layers": layers,
+        "rounds": rounds,
+        "sigma": round(sigma, 4),
+        "candidates": figures,
+        "against": against,
+        "seconds": figures[OURS]["seconds"],
+        "gigabytes": figures[OURS]["gigabytes"],
+        "fastest_mergekit": {"call": fastest, **figures[fastest]},
+        "ratio": round(figures[OURS]["seconds"] / max(figures[fastest]["seconds"], 0.01), 3),
+    }
 
 
 def show(result: dict[str, Any]) -> None:
@@ -271,10 +286,8 @@ def show(result: dict[str, Any]) -> None:
     )
     print(f"until the output is on disk; medians of {result['rounds']} rounds:")
     print(f"  {'':42} {'seconds':>8} {'× floor':>8} {'anonymous':>10}  {'imports':>8}  all rounds")
-    floor = figures[next(iter(MERGES))]["seconds"]
-    groups = (MERGES, {"read": 0, "similarity": 0})
-    for group in groups:
-        base = floor if group is MERGES else figures["read"]["seconds"]
+    for group in (tuple(MERGES), ("read", "similarity")):
+        base = figures[group[0]]["seconds"]
         for name in group:
             f = figures[name]
             title = {"read": "reading both once", "similarity": "thinkswitch similarity"}.get(name, name)
@@ -282,11 +295,15 @@ def show(result: dict[str, Any]) -> None:
                 f"  {title:42} {f['seconds']:6.1f} s {f['seconds'] / base:8.2f} {f['gigabytes']:7.2f} GB "
                 f"{f['imports']:7.1f} s  {f['all_seconds']}"
             )
-    for name, found in result["against"].items():
-        print(
-            f"{name} beside mergekit's own: {found['unequal']} of {found['elements']} elements differ, "
-            f"by at most {found['largest']:.2g}; {found['beyond_one_unit']} by more than one rounding unit of bfloat16"
-        )
+    found, fastest = result["against"], result["fastest_mergekit"]
+    print(
+        f"The recipes' rebuild takes {result['ratio']:.2f} of the time of the fastest mergekit-yaml call ({fastest['call']}), "
+        f"at {result['gigabytes']:.2f} GB instead of {fastest['gigabytes']:.2f} GB."
+    )
+    print(
+        f"Beside mergekit's own slerp, {found['unequal']} of {found['elements']} elements differ, by at most "
+        f"{found['largest']:.2g}; {found['beyond_one_unit']} by more than one rounding unit of bfloat16."
+    )
     print(json.dumps(result))
 
 

@@ -78,7 +78,7 @@ def test_unknown_conditions_are_refused_and_the_table_keeps_what_it_needs() -> N
     chosen = experiment.choose_plans(PerceptionKeys(), "static_prompt")
     assert list(chosen) == ["pre_only", "post_only", "adaptive", "static_prompt"]
     assert len(experiment.choose_plans(PerceptionKeys(), "")) == 8
-    with pytest.raises(ThinkSwitchError, match=r"CONDITIONS=.*'statik' is none; there are pre_only"):
+    with pytest.raises(ThinkSwitchError, match=r"CONDITIONS=.*'statik' is not a condition; there are pre_only"):
         experiment.choose_plans(PerceptionKeys(), "statik")
 
 
@@ -139,7 +139,7 @@ def test_claims_hold_by_their_rule(tokens: int, better: int, holds: bool) -> Non
 
 def test_conditions_of_other_questions_are_refused() -> None:
     one, two = condition([1, 0], [3, 3], [0, 0]), condition([1], [3], [0])
-    with pytest.raises(ThinkSwitchError, match="judged on different questions"):
+    with pytest.raises(ThinkSwitchError, match="evaluated on different questions"):
         adaptive_results.summary({"pre_only": one, "post_only": two}, ["easy", "hard"])
 
 

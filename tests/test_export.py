@@ -19,8 +19,9 @@ from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.engines.servers import adapter_rank, lora_arguments
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.export.extract import CONFIG, WEIGHTS, cut, extract, losses, require_extractable
-from thinkswitch_plugin.export.job import Base, export, keeps, parse_ranks
+from thinkswitch_plugin.export.job import Base, export, parse_ranks
 from thinkswitch_plugin.export.serve import both_modes
+from thinkswitch_plugin.export.table import keeps
 from thinkswitch_plugin.export.template import PROBES, SWITCH, combine, combined_template
 from thinkswitch_plugin.judging.samples import graded
 from thinkswitch_plugin.recipe import load_recipe
@@ -380,7 +381,7 @@ def test_refusals_are_one_sentence_and_write_nothing(own_run: Path, forked: Any,
     for extra, says in (
         (["--instruct", start], "Give both checkpoints"),
         (["--rank", "1000"], "from 1 to 512"),
-        (["--base", tmp_path / "none"], "is no checkpoint folder"),
+        (["--base", tmp_path / "none"], "is not a checkpoint folder"),
         (["--base", other], "no compatible pair"),
         (["--iteration", "2"], "no instruct checkpoint of iteration 2"),
         (["--overlay", "24gb"], "was begun with OVERLAY=''"),

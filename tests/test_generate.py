@@ -19,7 +19,8 @@ from tests.faulty_server import FaultyServer
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
-from thinkswitch_plugin.engines import embedded, servers
+from thinkswitch_plugin.engines import client, embedded, replies, servers
+from thinkswitch_plugin.engines.ask import ask_in_order
 from thinkswitch_plugin.engines.generate import PROMPT_ROOM, generate, prompt_room, repair
 from thinkswitch_plugin.errors import ThinkSwitchError
 
@@ -187,6 +188,18 @@ def test_a_batch_that_the_memory_does_not_hold_is_answered_in_halves(monkeypatch
     monkeypatch.setattr(engine, "answer", lambda bodies: (_ for _ in ()).throw(torch.OutOfMemoryError))
     with pytest.raises(torch.OutOfMemoryError):
         list(engine.stream(rows, 7))
+
+
+def test_replies_are_in_the_order_of_the_requests_with_the_reason_in_place_of_a_refused_one(server: Answering) -> None:
+    bodies = [row["body"] for row in requests_for(["slow first", "422", "last"])]
+    asker = client.ServedModel(servers.Server(url(server)), "m", KEYS, {"seed": 7})
+    answered: list[None] = []
+    first, refused, last = ask_in_order(asker, bodies, lambda: answered.append(None))
+    assert isinstance(first, dict) and isinstance(last, dict) and len(answered) == 3
+    texts = [reply["choices"][0]["message"]["content"] for reply in (first, last)]
+    assert texts == ["echo: slow first", "echo: last"]
+    assert isinstance(refused, replies.Unanswered) and "422" in str(refused)
+    assert {body["seed"] for body in server.seen} == {7}
 
 
 def test_a_server_that_is_not_there_or_serves_another_model(

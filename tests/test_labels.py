@@ -288,7 +288,7 @@ def test_requests_with_other_stop_strings_are_not_answered_together(tiny: Any) -
 def test_words_that_are_no_setting_are_refused() -> None:
     assert parse_baselines("") == parse_baselines("post") == (POST,)
     assert parse_baselines("pre, post") == parse_baselines("pre") == (POST, PRE)
-    with pytest.raises(ThinkSwitchError, match="'before' is none; use post, or post and pre"):
+    with pytest.raises(ThinkSwitchError, match="'before' is not a baseline; use post, or post and pre"):
         parse_baselines("post before")
     assert answering.choose_engine("embedded") == "embedded"
     with pytest.raises(ThinkSwitchError, match="does not have the adapters that are trained here"):
@@ -310,7 +310,7 @@ ANSWERS = [answer(f"p{i}-s0", f"t\n</think>\n\n{i + 1}") for i in range(3)]
         ({}, GOOD, [answer("p0-s0", "t", finish="length")], "holds no complete answer"),
         ({}, GOOD, [answer("p0-s0", "</think>5")], "holds no complete answer .*1 no_trace"),
         ({}, GOOD, [{"no": "id"}], r"generations\.jsonl, line 1: `custom_id` is missing"),
-        ({"baselines": "both"}, GOOD, ANSWERS, "'both' is none; use post"),
+        ({"baselines": "both"}, GOOD, ANSWERS, "'both' is not a baseline; use post"),
         ({"engine": "http://127.0.0.1:1/v1"}, GOOD, ANSWERS, "does not have the adapters"),
         ({"generations": "none.jsonl"}, GOOD, ANSWERS, r"none\.jsonl does not exist"),
         ({"generations": ""}, GOOD, ANSWERS, "is not a run folder, so there are no generations .* `make iterate"),

@@ -37,7 +37,7 @@ def test_only_model_names_are_replaced_by_folders() -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"lambda": 0.9, "lamda_ffn": 1}, "`lamda_ffn` is no parameter"),
+        ({"lambda": 0.9, "lamda_ffn": 1}, "`lamda_ffn` is not a parameter"),
         ({"lambda": "high"}, "`lambda` is 'high'; use a finite number"),
         ({"lambda": float("nan")}, "use a finite number"),
         ({"lambda": 0.9, "path": "curved"}, "`path` is 'curved'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -292,7 +293,9 @@ def test_the_bench_runs_at_a_small_shape_and_leaves_nothing(tmp_path: Path) -> N
     words += ["--folder", str(tmp_path)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert '"candidates"' in done.stdout.splitlines()[-1]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["ratio"] > 0 and result["fastest_mergekit"]["call"].startswith("mergekit-yaml")
+    assert result["against"]["elements"] > 0 and result["gigabytes"] > 0
     assert list(tmp_path.iterdir()) == []
 
 

@@ -65,17 +65,17 @@ def test_what_counts_is_what_finished_and_the_first_line_of_an_id(write_jsonl: W
     assert found == Traces(2, 2, 3) and found.cut == 1
 
 
-def test_a_candidates_answers_are_counted_by_request_and_not_by_line(
-    write_jsonl: WriteJsonl, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    requests = write_jsonl("requests.jsonl", [request(f"p{i}", text="1+1") for i in range(4)])
+def test_a_candidates_answers_are_counted_by_request_and_not_by_line(write_jsonl: WriteJsonl, tmp_path: Path) -> None:
+    rows = [request(f"p{i}", text="1+1") for i in range(4)]
+    for row in rows:
+        row["body"]["max_tokens"] = 64
+    requests = write_jsonl("requests.jsonl", rows)
     check = Check(requests, requests, tmp_path / "g.jsonl", "embedded", EngineKeys.model_validate({}), tmp_path)
     failed = {"custom_id": "p0-s0", "response": None, "error": {"message": "no"}}
     thought = [answer(f"p{i}-s0", "1+1=2\n</think>\n\n2") for i in range(2)]
     stored = write_jsonl("check-lambda-0.9.jsonl", [failed, *thought, thought[0]])
     with stored.open("a") as handle:
-        handle.write('{"custom_id": "p1')  # a killed attempt
-    monkeypatch.setattr("thinkswitch_plugin.loop.rebuild.generate", lambda *_, **__: None)
+        handle.write('{"custom_id": "p1')  # a killed attempt; all answers are there, so no engine starts
     assert check.candidate(tmp_path / "candidate", 0.9, limit=2) == Traces(2, 2, 2)
 
 

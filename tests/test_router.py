@@ -168,7 +168,7 @@ def test_a_router_file_with_anything_else_in_it_is_not_loaded(trained: classifie
         Router.load(path)
     for value in ({"format": "thinkswitch router 0"}, [1], pipeline):
         path.write_bytes(skops.io.dumps(value))
-        with pytest.raises(ThinkSwitchError, match="no router of this version; train one by `make switch`"):
+        with pytest.raises(ThinkSwitchError, match="not a router of this version; train one by `make switch`"):
             Router.load(path)
     path.write_bytes(
         skops.io.dumps({"format": classifier.FORMAT, "name": "x", "sklearn": "0.9.1", "pipeline": pipeline})
@@ -188,7 +188,7 @@ def test_a_damaged_router_file_is_a_sentence(trained: classifier.Trained, tmp_pa
         archive.writestr("schema.json", "{}")
     for data in (b"", b"\x80\x04N.", whole[: len(whole) // 2], empty.getvalue()):
         path.write_bytes(data)
-        with pytest.raises(ThinkSwitchError, match="is no router file"):
+        with pytest.raises(ThinkSwitchError, match="is not a router file"):
             Router.load(path)
 
 

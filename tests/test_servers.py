@@ -281,6 +281,11 @@ def test_a_stream_that_was_not_asked_for_names_the_key_and_a_whole_answer_to_the
     assert replies.completion(b'{"choices": []}', streamed=True) == {"choices": [], "usage": None}
 
 
+def test_a_completion_without_chat_is_brought_into_the_one_form() -> None:
+    found = replies.completion(b'{"choices": [{"text": "a", "finish_reason": "eos"}]}', streamed=False)
+    assert found["choices"] == [{"message": {"role": "assistant", "content": "a"}, "finish_reason": "stop"}]
+
+
 @pytest.mark.parametrize(
     ("events", "reason"),
     [

@@ -247,7 +247,7 @@ def test_a_threshold_of_the_users_own(judged_run: Path, server: FaultyServer, th
     url: dict[str, Any] = {f"{mode}_url": server.url}  # the other mode has no weights, and is not asked
     switch = Switch.open(judged_run, threshold=threshold, **url)
     assert {f.mode for f in switch.answer_all(["answer 1*2*3", "answer 1+2+3"])} == {mode}
-    with pytest.raises(ThinkSwitchError, match="threshold 2 is no probability"):
+    with pytest.raises(ThinkSwitchError, match="threshold 2 is not a probability"):
         Switch.open(judged_run, threshold=2.0)
 
 

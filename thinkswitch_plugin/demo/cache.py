@@ -24,10 +24,17 @@ PROMPTS = 2048  # enough for four iterations of 512 fresh ones
 
 def ensure_pair(seed: int, instruct: Path, thinking: Path) -> None:
     """Train the pair into the folder that holds both, unless it is there with these settings."""
-    from thinkswitch_plugin.demo.pair import PairSettings
+    from thinkswitch_plugin.demo.pair import PairSettings, train_pair
+
+    def make(building: Path) -> None:
+        prompts = task.training_prompts(seed, PROMPTS)
+        train_pair(building, seed, exclude={*task.held_out(), *prompts})
+        with files.atomic_file(building / "prompts.jsonl") as handle:
+            for number, question in enumerate(prompts):
+                handle.write(files.dumps_line({"id": f"p{number:05d}", "prompt": question}))
 
     wanted = {"seed": seed, "prompts": PROMPTS, "held_out": task.HELD_OUT_SIZE, **asdict(PairSettings())}
-    _ensure(instruct.parent, wanted, thinking, "tiny pair", _train_pair, ", a few minutes on two cores")
+    _ensure(instruct.parent, wanted, thinking, "tiny pair", make)
 
 
 def ensure(keys: ThinkSwitchKeys, seed: int) -> None:
@@ -41,19 +48,16 @@ def ensure(keys: ThinkSwitchKeys, seed: int) -> None:
 
 
 def ensure_mixed(seed: int, folder: Path) -> None:
-    """Write the mixed domain's training files, unless they are there with these settings."""
+    """Write the mixed domain's training files into a folder, unless they are there with these settings."""
     wanted = {"seed": seed, **mixed.settings()}
-    _ensure(folder, wanted, folder / "generations.jsonl", "training files", _write_mixed)
+
+    def make(building: Path) -> None:
+        mixed.write_training_files(building, seed, count=wanted["questions"], noise=wanted["noise"])
+
+    _ensure(folder, wanted, folder / "generations.jsonl", "training files", make)
 
 
-def _ensure(
-    folder: Path,
-    wanted: dict[str, Any],
-    witness: Path,
-    what: str,
-    make: Callable[[Path, dict[str, Any]], None],
-    duration: str = "",
-) -> None:
+def _ensure(folder: Path, wanted: dict[str, Any], witness: Path, what: str, make: Callable[[Path], None]) -> None:
     """Have `make` fill the folder, unless it was filled with these settings and `witness` is there."""
     with locked(folder.with_name(f".{folder.name}"), patience=3600):  # runs in other folders share it
         if stored(folder / SETTINGS, wanted, (witness,)) is not None:
@@ -64,19 +68,5 @@ def _ensure(
                 f"{folder} holds something that the embedded domain did not make; move it away, or give the {what} "
                 "a folder of its own in the recipe (without `embedded: true` the checkpoints that lie there are used)."
             )
-        console.say(f"  making the {what} in {folder}{duration}; kept for later runs")
-        folder_once(folder, SETTINGS, wanted, lambda building: make(building, wanted), (witness,))
-
-
-def _train_pair(building: Path, wanted: dict[str, Any]) -> None:
-    from thinkswitch_plugin.demo.pair import train_pair
-
-    prompts = task.training_prompts(wanted["seed"], PROMPTS)
-    train_pair(building, wanted["seed"], exclude={*task.held_out(), *prompts})
-    with files.atomic_file(building / "prompts.jsonl") as handle:
-        for number, question in enumerate(prompts):
-            handle.write(files.dumps_line({"id": f"p{number:05d}", "prompt": question}))
-
-
-def _write_mixed(building: Path, wanted: dict[str, Any]) -> None:
-    mixed.write_training_files(building, wanted["seed"], count=wanted["questions"], noise=wanted["noise"])
+        console.say(f"  making the {what} in {folder}, up to a few minutes on two cores; kept for later runs")
+        folder_once(folder, SETTINGS, wanted, make, (witness,))

@@ -9,19 +9,19 @@ to four operands may have been among them; chains of five and six operands never
 not among the training questions of this domain.
 
 The synthetic teacher slips: each step of a training rationale comes out wrong with probability `NOISE`, drawn
-once a question, and the next step goes on from there; the final answer is right all the same.
+once a question, and the next step continues from there; the final answer is still right.
 """
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import files
-from thinkswitch_plugin.data import formats
+from thinkswitch_plugin.data import batch, formats
 from thinkswitch_plugin.demo import task
 
 STRATA = ("short", "easy", "hard")
@@ -61,16 +61,10 @@ def distinct(rng: random.Random, count: int, exclude: Collection[str] = ()) -> l
 
     None of them is in `exclude`, or holds one of it that is four operands long or longer.
     """
-    excluded, seen, found = set(exclude), set(exclude), []
-    kinds = itertools.cycle([(length, easy) for easy in (False, True) for length in OPERANDS])
-    for length, easy in itertools.islice(kinds, count):
-        question = draw(rng, length, easy=easy and length >= 4)
-        while question in seen or not _parts(question).isdisjoint(excluded):
-            question = draw(rng, length, easy=easy and length >= 4)
-        seen.add(question)
-        found.append(question)
-    rng.shuffle(found)
-    return found
+    excluded = set(exclude)
+    kinds = [(length, easy and length >= 4) for easy in (False, True) for length in OPERANDS]
+    draws = [partial(draw, count=length, easy=easy) for length, easy in kinds]
+    return task.distinct(rng, count, exclude, draws, lambda question: _parts(question).isdisjoint(excluded))
 
 
 def _parts(question: str) -> set[str]:
@@ -91,14 +85,11 @@ def training_questions(seed: int, count: int = TRAINING_SIZE) -> list[str]:
 
 def noisy_trace(rng: random.Random, question: str, noise: float = NOISE) -> str:
     """The worked steps of a chain, each one's result wrong with probability `noise` and carried on."""
-    value, lines = int(question[0]), []
-    for operator, digit in zip(question[1::2], question[2::2], strict=True):
-        result = task.apply(value, operator, int(digit))
-        if rng.random() < noise:
-            result = rng.choice([other for other in range(10) if other != result])
-        lines.append(f"{value}{operator}{digit}={result}")
-        value = result
-    return "\n".join(lines)
+
+    def slip(result: int) -> int:
+        return rng.choice([other for other in range(10) if other != result]) if rng.random() < noise else result
+
+    return "\n".join(task.steps(question, slip))
 
 
 def rows() -> list[dict[str, Any]]:
@@ -124,26 +115,11 @@ def write_training_files(folder: Path, seed: int, *, count: int = TRAINING_SIZE,
         for number, question in enumerate(training_questions(seed, count)):
             prompt_id = f"p{number:05d}"
             text = formats.render(formats.PRE, noisy_trace(rng, question, noise), task.answer(question))
+            turns, metadata = [{"role": "user", "content": question}], {"prompt_id": prompt_id, "trace": "inline"}
+            asked = {"model": TEACHER, "messages": turns, "max_tokens": 64, "metadata": metadata}
+            choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+            body = {"object": "chat.completion", "model": TEACHER, "choices": [choice]}
+            response = {"status_code": 200, "body": body}
             prompts.write(files.dumps_line({"id": prompt_id, "prompt": question}))
-            requests.write(files.dumps_line(_request(prompt_id, question)))
-            generations.write(files.dumps_line(_completion(prompt_id, text)))
-
-
-def _request(prompt_id: str, question: str) -> dict[str, Any]:
-    return {
-        "custom_id": f"{prompt_id}-s0",
-        "method": "POST",
-        "url": "/v1/chat/completions",
-        "body": {
-            "model": TEACHER,
-            "messages": [{"role": "user", "content": question}],
-            "max_tokens": 64,
-            "metadata": {"prompt_id": prompt_id, "trace": "inline"},
-        },
-    }
-
-
-def _completion(prompt_id: str, text: str) -> dict[str, Any]:
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    body = {"object": "chat.completion", "model": TEACHER, "choices": [choice]}
-    return {"custom_id": f"{prompt_id}-s0", "response": {"status_code": 200, "body": body}, "error": None}
+            requests.write(files.dumps_line(batch.request(f"{prompt_id}-s0", asked)))
+            generations.write(files.dumps_line({"custom_id": f"{prompt_id}-s0", "response": response, "error": None}))

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from thinkswitch_plugin.demo import task
-from thinkswitch_plugin.demo.tokenizer import build_tokenizer
+from thinkswitch_plugin.demo.tokenizer import MODES, Mode, build_tokenizer
 from thinkswitch_plugin.run.progress import Bar
 
 Example = tuple[str, str]  # (question, completion)
@@ -67,26 +66,21 @@ def new_model(settings: PairSettings, tokenizer: PreTrainedTokenizerFast) -> Qwe
     return Qwen3ForCausalLM(config)
 
 
-def collate(tokenizer: PreTrainedTokenizerFast, examples: list[Example]) -> dict[str, torch.Tensor]:
+def collate(tokenizer: PreTrainedTokenizerFast, examples: Iterable[Example]) -> dict[str, torch.Tensor]:
     """Right-padded `input_ids`, `attention_mask`, `labels`, each (examples, longest);
     only the completion and its end token carry a loss."""
-    rows = []
+    columns: dict[str, list[torch.Tensor]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for question, completion in examples:
         prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
-        target_ids = tokenizer.encode(completion + "<|im_end|>", add_special_tokens=False)
-        rows.append((prompt_ids, target_ids))
-    width = max(len(p) + len(t) for p, t in rows)
-    pad = tokenizer.pad_token_id
-    ids = torch.full((len(rows), width), pad)
-    labels = torch.full((len(rows), width), -100)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, (prompt_ids, target_ids) in enumerate(rows):
-        n = len(prompt_ids) + len(target_ids)
-        ids[i, :n] = torch.tensor(prompt_ids + target_ids)
-        labels[i, len(prompt_ids) : n] = torch.tensor(target_ids)
-        mask[i, :n] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        prompt_ids, target_ids = (
+            tokenizer.encode(text, add_special_tokens=False) for text in (prompt, completion + "<|im_end|>")
+        )
+        columns["input_ids"].append(torch.tensor(prompt_ids + target_ids))
+        columns["attention_mask"].append(torch.ones(len(prompt_ids + target_ids), dtype=torch.long))
+        columns["labels"].append(torch.tensor([-100] * len(prompt_ids) + target_ids))
+    fill = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {name: pad(rows, batch_first=True, padding_value=fill[name]) for name, rows in columns.items()}
 
 
 def fit(
@@ -97,31 +91,31 @@ def fit(
     warmup: int,
     name: str,
 ) -> None:
-    """Train for `steps`; the losses of a step's sub-batches are averaged.
+    """Train for `steps`; the losses of a step's batches are averaged.
 
     Learning rate: linear warm-up, then cosine down to a tenth; gradients clipped at 1.
     """
-    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    model.train()
-    bar = Bar(steps, name, unit="step")
-    for step, sub_batches in enumerate(itertools.islice(batches, steps)):
+
+    def scale(step: int) -> float:
         cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
-        scale = min(1.0, (step + 1) / max(1, warmup)) * (0.1 + 0.9 * cosine)
-        for optimizer, rates in zip(optimizers, peaks, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * scale
-            optimizer.zero_grad()
-        total = 0.0
-        for batch in sub_batches:
-            loss = model(**batch).loss / len(sub_batches)
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        bar.note(f"loss {total:.3f}")
-        bar.update(1)
-    bar.close()
+        return min(1.0, (step + 1) / max(1, warmup)) * (0.1 + 0.9 * cosine)
+
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, scale) for optimizer in optimizers]
+    model.train()
+    with Bar(steps, name, unit="step") as bar:
+        for step in itertools.islice(batches, steps):
+            model.zero_grad()
+            total = 0.0
+            for batch in step:
+                loss = model(**batch).loss / len(step)
+                loss.backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
+            bar.note(f"loss {total:.3f}")
+            bar.update(1)
 
 
 def base_optimizers(model: Qwen3ForCausalLM, settings: PairSettings) -> list[torch.optim.Optimizer]:
@@ -136,63 +130,41 @@ def base_optimizers(model: Qwen3ForCausalLM, settings: PairSettings) -> list[tor
 
 def save_checkpoint(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """A complete Hugging Face checkpoint; greedy decoding is its documented default."""
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model.generation_config = GenerationConfig(do_sample=False, **ids)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def train_pair(out: Path, seed: int, exclude: set[str], settings: PairSettings | None = None) -> dict[str, Any]:
-    """Write `out/base`, `out/instruct`, `out/thinking`; return the settings used.
+def train_pair(out: Path, seed: int, exclude: set[str]) -> None:
+    """Write `out/base`, `out/instruct`, `out/thinking`.
 
     `exclude` holds every question of evaluation and distillation: none of them is seen here.
     """
-    settings = settings or PairSettings()
+    settings = PairSettings()
     torch.manual_seed(seed)
     rng = random.Random(f"pair-{seed}")
-    direct_tokenizer, thinking_tokenizer = build_tokenizer("instruct"), build_tokenizer("thinking")
+    tokenizers = {mode: build_tokenizer(mode) for mode in MODES}
 
-    def examples(operand_choices: tuple[int, ...], complete: Callable[[str], str]) -> Iterator[Example]:
-        for question in task.stream(rng, operand_choices, exclude):
-            yield question, complete(question)
+    def examples(operands: tuple[int, ...], complete: Callable[[str], str]) -> Iterator[Example]:
+        return ((question, complete(question)) for question in task.stream(rng, operands, exclude))
 
-    def batch(source: Iterator[Example], size: int) -> dict[str, torch.Tensor]:
-        return collate(direct_tokenizer, list(itertools.islice(source, size)))
+    def batches(*sources: tuple[Iterator[Example], int]) -> Iterator[list[dict[str, torch.Tensor]]]:
+        while True:
+            yield [collate(tokenizers["instruct"], itertools.islice(source, size)) for source, size in sources]
 
-    model = new_model(settings, direct_tokenizer)
+    model = new_model(settings, tokenizers["instruct"])
     traces, direct = examples((2, 3, 4), task.trace), examples((2, 3, 4), task.answer)
-    fit(
-        model,
-        ([batch(traces, settings.base_traces), batch(direct, settings.base_direct)] for _ in itertools.count()),
-        base_optimizers(model, settings),
-        settings.base_steps,
-        settings.base_warmup,
-        "common base",
-    )
-    save_checkpoint(model, direct_tokenizer, out / "base")
+    both = batches((traces, settings.base_traces), (direct, settings.base_direct))
+    fit(model, both, base_optimizers(model, settings), settings.base_steps, settings.base_warmup, "common base")
+    save_checkpoint(model, tokenizers["instruct"], out / "base")
 
-    stages = (
-        ("instruct", direct_tokenizer, examples((2,), task.answer), settings.instruct_lr, settings.instruct_steps),
-        (
-            "thinking",
-            thinking_tokenizer,
-            examples((2, 3) * 6 + (4,), task.trace),
-            settings.thinking_lr,
-            settings.thinking_steps,
-        ),
+    tunings: tuple[tuple[Mode, Iterator[Example], float, int], ...] = (
+        ("instruct", examples((2,), task.answer), settings.instruct_lr, settings.instruct_steps),
+        ("thinking", examples((2, 3) * 6 + (4,), task.trace), settings.thinking_lr, settings.thinking_steps),
     )
-    for name, tokenizer, source, rate, step_count in stages:
+    for mode, source, rate, steps in tunings:
         tuned = Qwen3ForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
-        fit(
-            tuned,
-            ([batch(source, settings.batch)] for _ in itertools.count()),
-            [torch.optim.AdamW(tuned.parameters(), lr=rate, weight_decay=0.0)],
-            step_count,
-            0,
-            name,
-        )
-        save_checkpoint(tuned, tokenizer, out / name)
-    return asdict(settings)
+        optimizer = torch.optim.AdamW(tuned.parameters(), lr=rate, weight_decay=0.0)
+        fit(tuned, batches((source, settings.batch)), [optimizer], steps, 0, mode)
+        save_checkpoint(tuned, tokenizers[mode], out / mode)

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 
+Draw = Callable[[random.Random], str]
 OPERATORS = "+-*"
 HELD_OUT_SEED = 20_260_600  # one fixed evaluation set for every run, whatever its SEED
 HELD_OUT_SIZE = 400
@@ -28,11 +30,11 @@ def apply(left: int, operator: str, right: int) -> int:
     return value % 10
 
 
-def steps(question: str) -> list[str]:
-    """The worked steps of `7*3+4*2`: ``["7*3=1", "1+4=5", "5*2=0"]``."""
+def steps(question: str, slip: Callable[[int], int] = int) -> list[str]:
+    """The worked steps of `7*3+4*2`: ``["7*3=1", "1+4=5", "5*2=0"]``; `slip` may change each result."""
     value, lines = int(question[0]), []
     for operator, digit in zip(question[1::2], question[2::2], strict=True):
-        result = apply(value, operator, int(digit))
+        result = slip(apply(value, operator, int(digit)))
         lines.append(f"{value}{operator}{digit}={result}")
         value = result
     return lines
@@ -56,13 +58,19 @@ def draw(rng: random.Random, operands: int) -> str:
     return "".join(parts)
 
 
-def distinct(rng: random.Random, count: int, exclude: Collection[str] = ()) -> list[str]:
-    """`count` different chains, half with three operands and half with four, shuffled."""
+def distinct(
+    rng: random.Random,
+    count: int,
+    exclude: Collection[str] = (),
+    draws: Sequence[Draw] = (partial(draw, operands=3), partial(draw, operands=4)),
+    allowed: Callable[[str], bool] = bool,
+) -> list[str]:
+    """`count` different chains, none of them in `exclude`, by each of `draws` in turn; shuffled."""
     seen, found = set(exclude), []
-    for operands in itertools.islice(itertools.cycle((3, 4)), count):
-        question = draw(rng, operands)
-        while question in seen:
-            question = draw(rng, operands)
+    for draw_one in itertools.islice(itertools.cycle(draws), count):
+        question = draw_one(rng)
+        while question in seen or not allowed(question):
+            question = draw_one(rng)
         seen.add(question)
         found.append(question)
     rng.shuffle(found)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import string
-from typing import Literal
+from typing import Literal, get_args
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.decoders import Fuse
 from transformers import PreTrainedTokenizerFast
 
+Mode = Literal["instruct", "thinking"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 THINK_TAGS = ["<think>", "</think>"]  # ordinary added tokens, so that decoding keeps them
 WORDS = ["[UNK]", "\n\n", "\n", "user", "assistant", "system", " "]
@@ -21,13 +23,11 @@ _TURNS = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' + opening }}{%- endif %}"
 )
 # As with Qwen3-Thinking-2507, the thinking template itself opens the trace.
-CHAT_TEMPLATES = {
-    "instruct": "{%- set opening = '' %}" + _TURNS,
-    "thinking": "{%- set opening = '<think>\\n' %}" + _TURNS,
-}
+OPENINGS: dict[Mode, str] = {"instruct": "", "thinking": "<think>\\n"}
+CHAT_TEMPLATES = {mode: f"{{%- set opening = '{opening}' %}}{_TURNS}" for mode, opening in OPENINGS.items()}
 
 
-def build_tokenizer(mode: Literal["instruct", "thinking"]) -> PreTrainedTokenizerFast:
+def build_tokenizer(mode: Mode) -> PreTrainedTokenizerFast:
     """The shared vocabulary with the chat template of one mode."""
     vocabulary = {token: i for i, token in enumerate(SPECIAL + THINK_TAGS + WORDS + SYMBOLS)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))

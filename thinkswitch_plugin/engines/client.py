@@ -85,7 +85,7 @@ class Client:
         )
 
     async def close(self) -> None:
-        """Let go of all connections."""
+        """Close all connections."""
         await self.openai.close()
 
     async def ask(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class Client:
                 left = self.keys.outage - (time.monotonic() - started)
                 pause = min(refusal.retry_after, max(0, left))
                 if refusal.status == 429 and left > 0:
-                    rounds = max(0, rounds - 1)  # says nothing about the prompt
+                    rounds = max(0, rounds - 1)  # not the prompt's fault
                 elif 400 <= refusal.status < 500 and refusal.status not in (408, 409, 429):
                     raise Unanswered(problem) from None
             except openai.APIConnectionError as error:
@@ -123,11 +123,11 @@ class Client:
                     raise fault from None
                 problem = f"connection lost ({str(error.__cause__ or '') or type(error.__cause__ or error).__name__})"
             except (ValueError, RecursionError, openai.OpenAIError) as error:
-                problem = f"the server's answer is no chat completion: {str(error)[:200]}"
+                problem = f"the server's answer is not a chat completion: {str(error)[:200]}"
         raise Unanswered(f"{problem}; asked {rounds} times")
 
     def request(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The body as this server is sent it: whoever is served answers, also a candidate that the file does not name."""
+        """The body as it is sent to this server, for the model that it serves, whatever the file names."""
         sent = {k: v for k, v in body.items() if k != "metadata"} | {"model": self.model}
         if self.server.keeps_special:
             sent["skip_special_tokens"] = False  # where a model's trace tags are special, the trace would lose them
@@ -156,9 +156,13 @@ class Client:
         except replies.Streamed as error:
             raise ThinkSwitchError(self._wants_stream(str(error))) from None
         except replies.Unreadable as error:
-            raise Unanswered(f"the server's answer is no chat completion: {error}") from None
-        if fault := batch.fault_of_completion(reply) or _fault_of_text(reply):
+            raise Unanswered(f"the server's answer is not a chat completion: {error}") from None
+        if fault := batch.fault_of_completion(reply):
             raise ValueError(fault)
+        try:
+            files.dumps_line(reply)
+        except TypeError as error:  # half a surrogate pair, a number beyond 64 bit
+            raise ValueError(f"it cannot be stored ({error})") from None
         message = reply["choices"][0]["message"]
         if message.get("refusal") and not message.get("content"):
             raise Unanswered(f"the model refused: {message['refusal'][:500]}")
@@ -180,10 +184,8 @@ class Client:
                 "it knows, or correct the address in ENGINE=."
             )
         if refusal.status in (401, 402, 403) or refusal.code == "insufficient_quota":
-            advice = (
-                "set OPENAI_API_KEY" if refusal.status == 401 else "see to the account of the key in OPENAI_API_KEY"
-            )
-            raise ThinkSwitchError(f"{at} refuses the key ({words}); answers so far are kept: {advice}.")
+            advice = "set" if refusal.status == 401 else "see to the account of the key in"
+            raise ThinkSwitchError(f"{at} refuses the key ({words}); answers so far are kept: {advice} OPENAI_API_KEY.")
 
     def _wants_stream(self, words: str) -> str:
         return (
@@ -223,13 +225,11 @@ class Client:
     async def _answers(self) -> bool:
         once = self.openai.with_options(max_retries=0, timeout=connection.CONNECT_SECONDS)
         try:
-            await once.get("/models", cast_to=object)
+            await once.get("/models", cast_to=bytes)
         except openai.APIStatusError as error:
             return error.status_code < 500
         except openai.APIConnectionError:
             return False
-        except ValueError:  # whatever it says, it answers
-            return True
         return True
 
 
@@ -283,11 +283,3 @@ class ServedModel:
                 task.cancel()
             await asyncio.gather(*under_way, return_exceptions=True)
             await client.close()
-
-
-def _fault_of_text(reply: Any) -> str | None:
-    try:
-        files.dumps_line(reply)
-    except TypeError as error:  # half a surrogate pair, a number beyond 64 bit
-        return f"it cannot be stored ({error})"
-    return None

@@ -1,9 +1,7 @@
 """The engine for machines without vLLM: transformers' own `generate`, in process, in batches.
 
-Chosen by measurement (docs/how-it-works.md): `make bench-engines` sets it beside
-`transformers serve` and lm-eval's hf backend. It answers whole batches, so answers reach
-the disk a batch at a time, and sampled answers depend on how the batch was made up:
-greedy decoding repeats exactly, seeds are vLLM's promise alone.
+`make bench-engines` compares it with `transformers serve` and lm-eval's hf backend (docs/how-it-works.md). Sampled
+answers depend on how a batch was made up: greedy decoding repeats exactly, seeds are vLLM's promise alone.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ class EmbeddedEngine:
         """Load a checkpoint.
 
         Args:
-            model: what answers, where it is more than the folder's weights, such as a checkpoint with an adapter.
+            model: what answers, if it is more than the folder's weights, such as a checkpoint with an adapter.
             batch: requests that `ask` answers together.
         """
         self.name, self.batch = str(checkpoint), batch
@@ -99,21 +97,19 @@ class EmbeddedEngine:
         ]
 
     def _generation_config(self, body: dict[str, Any], stop: tuple[str, ...]) -> GenerationConfig:
-        common = {
+        values: dict[str, Any] = {
             "max_new_tokens": body["max_tokens"],
             "eos_token_id": sorted(self.ends),
             "pad_token_id": self.pad,
             "stop_strings": list(stop) or None,
         }
-        if not body.get("temperature"):
-            return GenerationConfig(do_sample=False, **common)
-        return GenerationConfig(
-            do_sample=True,
-            temperature=body["temperature"],
-            top_p=body.get("top_p", 1.0),
-            top_k=max(0, body.get("top_k", 0)),
-            **common,
-        )
+        if temperature := body.get("temperature"):
+            values |= {
+                "temperature": temperature,
+                "top_p": body.get("top_p", 1.0),
+                "top_k": max(0, body.get("top_k", 0)),
+            }
+        return GenerationConfig(do_sample=bool(temperature), **values)
 
     def _body(self, ids: list[int], prompt_tokens: int, stop: tuple[str, ...]) -> dict[str, Any]:
         end = next((i for i, token in enumerate(ids) if token in self.ends), None)
@@ -125,22 +121,14 @@ class EmbeddedEngine:
             # The others of the batch went on; what follows a row's stop string is padding.
             text, end = text[: min(found)], next((i for i, token in enumerate(ids) if token == self.pad), len(ids))
             used = end
+        message, finish = {"role": "assistant", "content": text}, "length" if end is None else "stop"
+        usage = {"prompt_tokens": prompt_tokens, "completion_tokens": used, "total_tokens": prompt_tokens + used}
         return {
             "id": f"chatcmpl-{time.time_ns():x}",
             "object": "chat.completion",
             "model": self.name,
-            "choices": [
-                {
-                    "index": 0,
-                    "message": {"role": "assistant", "content": text},
-                    "finish_reason": "length" if end is None else "stop",
-                }
-            ],
-            "usage": {
-                "prompt_tokens": prompt_tokens,
-                "completion_tokens": used,
-                "total_tokens": prompt_tokens + used,
-            },
+            "choices": [{"index": 0, "message": message, "finish_reason": finish}],
+            "usage": usage,
         }
 
 

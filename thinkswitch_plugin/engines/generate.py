@@ -1,12 +1,12 @@
-"""Answer `requests.jsonl` through any OpenAI-compatible server; keep each answer as it arrives.
+"""Answer `requests.jsonl` by any engine; keep each answer as it arrives.
 
-vLLM's own batch runner writes its output when the whole batch has ended, so a killed
-run loses every answer. Here each answer is appended to `generations.jsonl` and flushed
-at once, in vLLM's batch output format, and a second start asks only what is missing.
+vLLM's own batch runner writes its output when the whole batch has ended, so a killed run loses every answer. Here
+each one is appended to `generations.jsonl` at once, in the same format, and a second start asks only what is missing.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,22 +62,20 @@ def repair(path: Path) -> set[str]:
     done: set[str] = set()
     if not path.exists():
         return done
-    keep, drop_failures = 0, False
+    whole, failures = 0, False
     with path.open("rb") as handle:
         for number, line in enumerate(handle, 1):
             if not line.endswith(b"\n"):
                 break
-            keep += len(line)
+            whole += len(line)
             if line.strip():
                 row = files.parse_line(line.removeprefix(files.BYTE_ORDER_MARK), path, number)
-                if row.get("error"):
-                    drop_failures = True
-                else:
+                failures = failures or bool(row.get("error"))
+                if not row.get("error"):
                     done.add(batch.stored_id(row, path, number))
-    if keep < path.stat().st_size:
-        with path.open("r+b") as handle:
-            handle.truncate(keep)
-    if drop_failures:
+    if whole < path.stat().st_size:
+        os.truncate(path, whole)
+    if failures:
         with files.atomic_file(path) as out:
             for _, row in files.read_jsonl(path):
                 if not row.get("error"):
@@ -199,7 +197,7 @@ def prompt_room(longest: str, checkpoint: str) -> int:
 
 
 def context_length(checkpoint: str) -> int:
-    """The longest sequence a local checkpoint's config allows; unbounded where it does not say."""
+    """The longest sequence a local checkpoint's config allows; unbounded if it does not say."""
     config = Path(checkpoint) / "config.json"
     found = files.read_json(config).get("max_position_embeddings") if config.is_file() else None
     return int(found or 2**31)

@@ -65,11 +65,7 @@ def completion(data: bytes, *, streamed: bool) -> Any:
     Args:
         streamed: whether a stream was asked for; a server may send a whole completion all the same.
 
-    Raises:
-        Refusal: the reply holds an error.
-        Streamed: it is a stream, and none was asked for.
-        Unreadable: its message is not text.
-        ValueError: it is not JSON, or a stream that broke off.
+    Raises `Refusal` for an error, `Streamed`, `Unreadable`, and `ValueError` for broken JSON or a stream that broke off.
     """
     if _SERVER_SENT_EVENTS.match(data):
         if not streamed:
@@ -159,11 +155,10 @@ def _assembled(text: str) -> dict[str, Any]:
         _require_no_error(event)
         usage = event.get("usage") or usage
         reply = {**{name: event[name] for name in ("id", "model") if name in event}, **reply}
-        for choice in event.get("choices") or []:
-            if choice.get("index", 0) == 0:
-                finish = choice.get("finish_reason") or finish
-                for name, value in texts(choice.get("delta") or choice.get("message") or {}).items():
-                    pieces[name] = pieces.get(name, "") + value
+        for choice in (choice for choice in event.get("choices") or [] if choice.get("index", 0) == 0):
+            finish = choice.get("finish_reason") or finish
+            for name, value in texts(choice.get("delta") or choice.get("message") or {}).items():
+                pieces[name] = pieces.get(name, "") + value
     if finish is None:
         raise ValueError("the stream broke off before its end")
     message = {"role": "assistant", "content": None, **pieces}
@@ -173,23 +168,24 @@ def _assembled(text: str) -> dict[str, Any]:
 def _normalize(reply: dict[str, Any]) -> None:
     """Bring a chat completion into the one form, in place; what it lacks is left to the check of the whole."""
     usage = reply.get("usage")
-    if isinstance(usage, dict):
-        usage = {name: _whole_number(n) if name.endswith("_tokens") else n for name, n in usage.items()}
-    reply["usage"] = usage if isinstance(usage, dict) else None
+    counts = usage.items() if isinstance(usage, dict) else ()
+    reply["usage"] = {name: _whole_number(n) if name.endswith("_tokens") else n for name, n in counts} or None
     choices = reply.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
-    if isinstance(choice, dict) and isinstance(choice.get("text"), str):  # a completion without chat
-        choice["message"] = {"role": "assistant", "content": choice.pop("text")}
-    if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
+    if not isinstance(choice, dict):
         return
-    message = choice["message"]
+    if isinstance(choice.get("text"), str):  # a completion without chat
+        choice["message"] = {"role": "assistant", "content": choice.pop("text")}
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        return
     try:
         found = texts(message)
     except ValueError as error:
         raise Unreadable(str(error)) from None
     choice["message"] = {k: v for k, v in message.items() if k not in REASONING} | found
     finish = choice.get("finish_reason")
-    if isinstance(finish, str) and (finish.lower() in END_OF_TURN or finish.lower() == "stop"):
+    if isinstance(finish, str) and finish.lower() in ("stop", *END_OF_TURN):
         choice["finish_reason"] = "stop"
 
 

@@ -1,8 +1,4 @@
-"""Servers: choose the engine, start vLLM around a piece of work, wait for it, stop it.
-
-`vllm` is used where it is installed, a base URL is a server of the user's own, and
-`embedded` (see `embedded.py`) needs no server.
-"""
+"""Choose the engine; start vLLM around a piece of work, wait for it, stop it; or connect to a running server."""
 
 from __future__ import annotations
 
@@ -41,7 +37,7 @@ NO_VLLM = (
 class Server:
     """A server that answers at `base_url` (…/v1); `process` and `log` if it was started here.
 
-    `keeps_special` says whether it takes vLLM's field that keeps special tokens in the text.
+    `keeps_special` says whether it accepts vLLM's field that keeps special tokens in the text.
     """
 
     base_url: str
@@ -76,7 +72,7 @@ def vllm_python() -> Path | None:
 def choose(engine: str) -> str:
     """What `ENGINE=` means on this machine: `vllm`, `embedded` or a base URL.
 
-    Raises `ThinkSwitchError` for an unknown name, vLLM where there is none, or a URL that holds a secret.
+    Raises `ThinkSwitchError` for an unknown name, vLLM if it is not installed, or a URL that holds a secret.
     """
     if engine.startswith(("http://", "https://")):
         try:
@@ -91,15 +87,13 @@ def choose(engine: str) -> str:
                 "give the plain address, and the key as OPENAI_API_KEY in the environment."
             )
         if not usable:
-            raise ThinkSwitchError(f"ENGINE={engine} is no address; use one such as http://127.0.0.1:8000/v1.")
+            raise ThinkSwitchError(f"ENGINE={engine} is not an address; use one such as http://127.0.0.1:8000/v1.")
         return engine.rstrip("/").removesuffix("/chat/completions").rstrip("/")
-    if engine == "auto":
-        return "vllm" if vllm_python() else "embedded"
+    if engine not in ("auto", "vllm", "embedded"):
+        raise ThinkSwitchError(f"ENGINE={engine} is unknown; use auto, vllm, embedded or a base URL.")
     if engine == "vllm" and vllm_python() is None:
         raise ThinkSwitchError(f"ENGINE=vllm: {NO_VLLM}")
-    if engine not in ("vllm", "embedded"):
-        raise ThinkSwitchError(f"ENGINE={engine} is unknown; use auto, vllm, embedded or a base URL.")
-    return engine
+    return engine if engine != "auto" else "vllm" if vllm_python() else "embedded"
 
 
 def free_port(wanted: int) -> int:
@@ -135,7 +129,7 @@ def vllm_command(model: str, port: int, keys: EngineKeys, max_len: int | None) -
 
 
 def adapter_rank(adapter: Path) -> int:
-    """The largest rank in a PEFT adapter folder. Raises `ThinkSwitchError` if it is none."""
+    """The largest rank in a PEFT adapter folder. Raises `ThinkSwitchError` if it is not one."""
     path = adapter / "adapter_config.json"
     config = files.read_json(path)
     try:
@@ -147,7 +141,7 @@ def adapter_rank(adapter: Path) -> int:
 def lora_arguments(adapters: Mapping[str, Path]) -> list[str]:
     """vLLM's options that serve PEFT adapters by name, all of them in one batch if need be.
 
-    Raises `ThinkSwitchError` for a folder that is no adapter, or a rank that vLLM does not serve.
+    Raises `ThinkSwitchError` for a folder that is not an adapter, or a rank that vLLM does not serve.
     """
     largest = max(map(adapter_rank, adapters.values()))
     room = next((rank for rank in MAX_LORA_RANKS if rank >= largest), None)
@@ -167,9 +161,7 @@ def serving(engine: str, model: str, keys: EngineKeys, log: Path, *, max_len: in
         log: the engine's output goes here.
         max_len: longest prompt plus completion, in tokens (vLLM).
 
-    Raises:
-        ThinkSwitchError: no free port, the engine ended or did not start in time, or a
-            server of the user's own refuses the key or does not serve the model.
+    Raises `ThinkSwitchError` if there is no free port or the engine does not start, and as `connect`.
     """
     if engine.startswith(("http://", "https://")):
         yield connect(engine, model, unlisted=model == keys.server.model)
@@ -181,9 +173,8 @@ def serving(engine: str, model: str, keys: EngineKeys, log: Path, *, max_len: in
     with log.open("ab") as handle:
         process = processes.spawn(command, handle, VLLM_ENVIRONMENT)
         try:
-            base_url = f"http://{LOOPBACK}:{port}/v1"
             _wait_until_ready(process, f"http://{LOOPBACK}:{port}/health", keys.start_timeout, engine, log)
-            yield Server(base_url, process, log, keeps_special=True)
+            yield Server(f"http://{LOOPBACK}:{port}/v1", process, log, keeps_special=True)
         finally:
             processes.stop_group(process)
 
@@ -191,25 +182,21 @@ def serving(engine: str, model: str, keys: EngineKeys, log: Path, *, max_len: in
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float, engine: str, log: Path) -> None:
     started, direct = time.monotonic(), urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with Bar(0, f"starting {engine}") as bar:
-        while True:
+        while time.monotonic() - started <= timeout:
             if process.poll() is not None:
                 raise ThinkSwitchError(
                     f"The {engine} engine ended while starting (exit code {process.returncode}); "
                     f"its log, {log}, says:\n{processes.cause(log)}"
                 )
-            try:
-                with direct.open(url, timeout=2) as reply:
-                    if reply.status == 200:
-                        return
-            except OSError:
-                pass
-            if time.monotonic() - started > timeout:
-                raise ThinkSwitchError(
-                    f"The {engine} engine did not answer within {timeout:g} s; raise "
-                    f"`thinkswitch.engine.start_timeout`, or see {log}:\n{processes.tail(log)}"
-                )
+            with suppress(OSError), direct.open(url, timeout=2) as reply:
+                if reply.status == 200:
+                    return
             time.sleep(0.5)
             bar.update(0)
+    raise ThinkSwitchError(
+        f"The {engine} engine did not answer within {timeout:g} s; raise "
+        f"`thinkswitch.engine.start_timeout`, or see {log}:\n{processes.tail(log)}"
+    )
 
 
 def connect(base_url: str, model: str, *, unlisted: bool = False) -> Server:
@@ -218,20 +205,20 @@ def connect(base_url: str, model: str, *, unlisted: bool = False) -> Server:
     Args:
         unlisted: the server may know the name without listing it, as hosted ones do with variants of a model.
 
-    Raises `ThinkSwitchError` if no server answers there, or it lists other models. One that lists none is asked all
-    the same: what it says to the first prompt decides.
+    Raises `ThinkSwitchError` if no server answers there, or it lists other models. One that lists none is asked anyway:
+    its reply to the first prompt decides.
     """
     served = listed_models(base_url)
     if served is not None and model not in served and not unlisted:
         raise ThinkSwitchError(
-            f"The server at {base_url} serves {_shown(served)}, not {model}; start it with "
+            f"The server at {base_url} serves {_first_names(served)}, not {model}; start it with "
             f"that checkpoint (for vLLM: --served-model-name {model}), or set `thinkswitch.engine.server.model` to the "
             "name of the model that answers, and run the same command again."
         )
     return Server(base_url, keeps_special=(served or {}).get(model) in ("vllm", "sglang"))
 
 
-def _shown(names: Collection[str]) -> str:
+def _first_names(names: Collection[str]) -> str:
     """Names in a sentence; a hosted server lists hundreds."""
     shown = ", ".join(itertools.islice(names, 10)) or "nothing"
     return f"{shown} and {len(names) - 10} more" if len(names) > 10 else shown

@@ -10,7 +10,7 @@ iter-1/export/export.json .md                the base, every rank, the scores, t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from thinkswitch_plugin.data.task_files import task_files
 from thinkswitch_plugin.engines.servers import MAX_LORA_RANKS, adapter_rank
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.export.extract import WEIGHTS, cut, extract, losses, require_extractable, require_plain_name
+from thinkswitch_plugin.export.table import figures_row, keeps, markdown
 from thinkswitch_plugin.export.template import chat_template, combined_template
 from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint, uses_server
 from thinkswitch_plugin.judging.figures import summarize
@@ -32,9 +33,6 @@ from thinkswitch_plugin.run.hashes import CARD, Hashes
 from thinkswitch_plugin.run.stamp import once, record, stored
 from thinkswitch_plugin.search import pair as search
 from thinkswitch_plugin.search.pair import Pair, PairOptions, few_questions, write_results
-
-LEAST_KEPT = 0.98  # of the full checkpoint's think ratio, as where thinking is rebuilt
-HEADER = ["rank", "mode", "MB", "error", "accuracy", "95 %", "tokens", "think ratio", "keeps its mode and score"]
 
 
 @dataclass(frozen=True)
@@ -96,10 +94,10 @@ def find_base(subject: Pair, given: str) -> Base:
 
 
 def export(subject: Pair, base: Base, ranks: Sequence[int]) -> dict[str, Any]:
-    """Write and judge the adapters of every rank; return what `export.json` holds.
+    """Write and evaluate the adapters of every rank; return what `export.json` holds.
 
-    What is there already and made of the same checkpoints is kept. Where a mode's checkpoint is the base itself,
-    it needs no adapter.
+    What is there already and made of the same checkpoints is kept. A mode whose checkpoint is the base itself
+    needs no adapter.
 
     Raises:
         ThinkSwitchError: the three checkpoints do not match, mergekit cannot extract adapters from them, an engine
@@ -124,22 +122,7 @@ def export(subject: Pair, base: Base, ranks: Sequence[int]) -> dict[str, Any]:
         inputs = (base.folder, *modes.values(), *task_files(subject.keys.evaluation.task))
         job = Job(subject, base, out, {str(path): str(hashes.of(path)) for path in inputs})
         hashes.save()
-        full = {mode: job.full_figures(mode) for mode in MODES}
-        rows = {mode: job.adapters(mode, ranks) for mode in adapted}
-        every: list[dict[str, Any]] = []
-        for rank, *made in zip(ranks, *rows.values(), strict=True):
-            kept = {mode: keeps(full[mode], row["figures"], mode) for mode, row in zip(rows, made, strict=True)}
-            every.append({"rank": rank, "kept": kept, **dict(zip(rows, made, strict=True))})
-        enough = [row["rank"] for row in every if all(row["kept"].values())]
-        result = {
-            **subject.described(),
-            "base": {"name": base.name, "path": str(base.folder), "revision": base.revision},
-            "full": full,
-            "full_bytes": {mode: sum(p.stat().st_size for p in modes[mode].glob("*.safetensors")) for mode in MODES},
-            "ranks": every,
-            "rank": enough[0] if enough else ranks[-1],
-            "kept": bool(enough),
-        }
+        result = subject.described() | job.result(adapted, ranks)
         write_results(out / "export.json", result)
         lines = markdown(result)
         with files.atomic_file(out / "export.md") as handle:
@@ -211,6 +194,26 @@ class Job:
             list(read_samples(judged, keys.evaluation.task, str(self.subject.roles[mode]), keys.labels.answer))
         )
 
+    def result(self, adapted: Sequence[str], ranks: Sequence[int]) -> dict[str, Any]:
+        """The full checkpoints and the adapters of these modes at every rank, and the smallest rank that does as they do."""
+        full = {mode: self.full_figures(mode) for mode in MODES}
+        rows = {mode: self.adapters(mode, ranks) for mode in adapted}
+        every: list[dict[str, Any]] = []
+        for rank, *made in zip(ranks, *rows.values(), strict=True):
+            one = dict(zip(rows, made, strict=True))
+            kept = {mode: keeps(full[mode], row["figures"], mode) for mode, row in one.items()}
+            every.append({"rank": rank, "kept": kept, **one})
+        enough = [row["rank"] for row in every if all(row["kept"].values())]
+        weights = {mode: self.subject.roles[mode].glob("*.safetensors") for mode in MODES}
+        return {
+            "base": {"name": self.base.name, "path": str(self.base.folder), "revision": self.base.revision},
+            "full": full,
+            "full_bytes": {mode: sum(map(files.size, shards)) for mode, shards in weights.items()},
+            "ranks": every,
+            "rank": enough[0] if enough else ranks[-1],
+            "kept": bool(enough),
+        }
+
     def adapters(self, mode: str, ranks: Sequence[int]) -> list[dict[str, Any]]:
         """What is known of a mode's adapter at every rank, making and evaluating what is not there yet."""
         rows = []
@@ -267,7 +270,7 @@ class Job:
         from huggingface_hub import ModelCardData
 
         source, keys, base = self.subject.roles[mode], self.subject.keys, self.base
-        accuracy, interval, _, ratio = _figures(figures)
+        accuracy, interval, _, ratio = figures_row(figures)
         on_hub = not is_local(base.name)
         data = ModelCardData(
             base_model=base.name if on_hub else None,
@@ -290,64 +293,3 @@ class Job:
         }
         about = f"The {mode} mode of a pair made by [ThinkSwitch](https://arxiv.org/abs/2606.01080), for its base."
         cards.save(cards.compose(data, f"{keys.domain}: {mode} mode as a LoRA", about, facts), adapter / CARD)
-
-
-def keeps(full: dict[str, Any], lora: dict[str, Any], mode: str) -> bool:
-    """Whether an adapter does as its full checkpoint does, as far as so many questions can tell.
-
-    Thinking: its think ratio is at least .98 of the full one's, one completion of tolerance; instruct: it thinks
-    no more often, within the same 2 %. The full checkpoint's score is not above the 95 % interval of the adapter's.
-    """
-    slack = max(1 - LEAST_KEPT, 1 / (full["n"] * full["k"]))
-    more = lora["think_ratio"] - full["think_ratio"]
-    return bool((more >= -slack if mode == "thinking" else more <= slack) and full["mean@k"] <= lora["ci95"][1])
-
-
-def markdown(result: dict[str, Any]) -> list[str]:
-    """The table of ranks beside the full checkpoints, and what it says."""
-    base = result["base"]
-    n, k = result["full"]["instruct"]["n"], result["full"]["instruct"]["k"]
-    lines = [
-        f"Base: {base['name']}" + (f" at {base['revision']}" if base["revision"] else ""),
-        f"{n} questions, {k} sample{'s' if k > 1 else ''} a question",
-        "",
-        *console.table(HEADER, table_rows(result)),
-        "",
-    ]
-    first = result["ranks"][-1]
-    for mode in MODES:
-        if mode in first:
-            lines.append(
-                f"{mode}: {100 * first[mode]['left_out']:.2f} % of the squared difference lies in norms and embeddings "
-                f"({first[mode]['tensors_left_out']} tensors differ), which no rank carries."
-            )
-        else:
-            lines.append(f"{mode}: the base itself, no adapter.")
-    lines.append(
-        f"Rank {result['rank']} is the smallest of these that keeps both modes and both scores."
-        if result["kept"]
-        else f"No rank of these keeps both modes and both scores; rank {result['rank']} is the largest. Give a larger "
-        "RANK=, another BASE=, or serve the full checkpoints one by one."
-    )
-    return lines
-
-
-def table_rows(result: dict[str, Any]) -> Iterator[list[str]]:
-    """The full checkpoints, then both modes of every rank."""
-    for mode in MODES:
-        yield ["full", mode, _megabytes(result["full_bytes"][mode]), "", *_figures(result["full"][mode]), ""]
-    for row in result["ranks"]:
-        for mode in (mode for mode in MODES if mode in row):
-            one, kept = row[mode], "yes" if row["kept"][mode] else "no"
-            measured = [_megabytes(one["bytes"]), f"{one['error']:.4f}", *_figures(one["figures"])]
-            yield [str(row["rank"]), mode, *measured, kept]
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.2f}"
-
-
-def _figures(figures: dict[str, Any]) -> list[str]:
-    low, high = (100 * value for value in figures["ci95"])
-    ratio = f"{figures['think_ratio']:.3f}"
-    return [f"{100 * figures['mean@k']:.1f} %", f"{low:.1f}–{high:.1f}", f"{figures['tokens']:.1f}", ratio]

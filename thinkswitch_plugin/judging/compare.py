@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import ThinkSwitchKeys
@@ -37,7 +37,7 @@ NO_ANSWER = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What one checkpoint said; the fields of `OUT=`'s JSON.
+    """What one checkpoint answered; the fields of `OUT=`'s JSON.
 
     Attributes:
         tokens, trace_tokens: generated in all, and those of the trace.
@@ -56,30 +56,37 @@ class Answer:
     cut: bool
 
 
+class Others(TypedDict, total=False):
+    """Other checkpoints (folders or hub ids) in place of the iteration's."""
+
+    instruct: str
+    thinking: str
+
+
 def compare(
     folder: Path,
     question: str,
     *,
     iteration: int | None = None,
-    instruct: str = "",
-    thinking: str = "",
     engine: str = "auto",
     overlays: Sequence[str] = (),
     out: Path | None = None,
+    **others: Unpack[Others],
 ) -> list[Answer]:
     """Ask the checkpoints of a run, print their answers side by side, and return them.
 
     Args:
         folder: the run, RUNS/DOMAIN; there need not be one where both checkpoints are given.
         iteration: whose checkpoints; None is the last one that has both.
-        instruct, thinking: other checkpoints (folders or hub ids) in place of the iteration's.
-        engine: `embedded` is transformers in process; `vllm`, or the URL of a server; `auto` is in process,
-            but for recipes that need a GPU vLLM with the recipe's options, where it is installed.
+        engine: `embedded` (transformers in process), `vllm`, or the URL of a server; `auto` is in process, or vLLM
+            with the recipe's options if the recipe needs a GPU and vLLM is installed.
         out: write the answers there too, as JSON.
+        others: see `Others`.
 
     Raises:
         ThinkSwitchError: no run, no such iteration, weights that were pruned, a question that cannot be asked.
     """
+    instruct, thinking = others.get("instruct", ""), others.get("thinking", "")
     run = open_run(folder) if settings_file(folder).is_file() else None
     if run is None and not (instruct and thinking):
         raise ThinkSwitchError(
@@ -176,7 +183,7 @@ def ask(title: str, name: str, text: str, keys: ThinkSwitchKeys, engine: str, se
 def read_reply(
     title: str, name: str, reply: dict[str, Any], seconds: float, tokenizer: Any, convention: Convention | None = None
 ) -> Answer:
-    """What a chat completion of the checkpoint `name` says, split by its tokenizer and the recipe's convention."""
+    """A chat completion of the checkpoint `name`, split by its tokenizer and the recipe's convention."""
     choice = reply["choices"][0]
     cut = choice.get("finish_reason") == "length"
     how = asked_of(tokenizer, None if convention is NONE else convention)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from thinkswitch_plugin.merging.layout import Aligned, Stored
 
 HEAD = "lm_head.weight"
+ONE_BASE = "both must come from one base"
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,17 @@ def list_weights(checkpoint: Path) -> dict[str, TensorInfo]:
 
 def tensor_difference(
     left: Mapping[str, Stored | TensorInfo], right: Mapping[str, Stored | TensorInfo], allowed: Allowances
-) -> tuple[str, str] | None:
-    """The first tensor, and how it differs, that keeps two lists of tensors from being interpolated."""
+) -> str | None:
+    """The first tensor that keeps two lists of tensors from being interpolated, and how it differs."""
     for name, info in left.items():
         other = right.get(name)
         if other is None:
             continue
         other_vocabulary = allowed.vocabulary and not split_name(name)[1] and info.shape[1:] == other.shape[1:]
         if info.shape != other.shape and not other_vocabulary:
-            return name, f"has shape {list(info.shape)} and {list(other.shape)}"
+            return f"{name} has shape {list(info.shape)} and {list(other.shape)}"
         if info.dtype != other.dtype and not allowed.dtype:
-            return name, f"is stored as {info.dtype} and {other.dtype}"
+            return f"{name} is stored as {info.dtype} and {other.dtype}"
     return None
 
 
@@ -89,28 +90,24 @@ def align_compatible(checkpoints: Sequence[Path], allowed: Allowances | None = N
         try:
             aligned = align(held)
         except ThinkSwitchError as error:
-            raise ThinkSwitchError(f"{_refusal(first, others)}: {error}; both must come from one base.") from None
+            raise _refusal(checkpoints, f"{error}; {ONE_BASE}") from None
     tensors: Mapping[Path, Mapping[str, Stored | TensorInfo]] = aligned.checkpoints if aligned else held
     for other in others:
         if found := tensor_difference(tensors[first], tensors[other], allowed):
-            raise ThinkSwitchError(f"{_refusal(first, [other])}: {found[0]} {found[1]}; both must come from one base.")
+            raise _refusal([first, other], f"{found}; {ONE_BASE}")
         if not allowed.vocabulary:
             vocabularies = [_vocabulary(first), _vocabulary(other)]
             if None not in vocabularies and vocabularies[0] != vocabularies[1]:
-                raise ThinkSwitchError(
-                    f"{_refusal(first, [other])}: their tokenizers' vocabularies differ; both must share one."
-                )
+                raise _refusal([first, other], "their tokenizers' vocabularies differ; both must share one")
     return aligned
 
 
 def _require_same_settings(first: Path, other: Path, allowed: Allowances) -> None:
     a, b = files.read_json(first / "config.json"), files.read_json(other / "config.json")
     if allowed.architecture:
-        if not allowed.vocabulary and a.get("vocab_size") != b.get("vocab_size"):
-            raise ThinkSwitchError(
-                f"{_refusal(first, [other])}: `vocab_size` is {a.get('vocab_size')} and {b.get('vocab_size')}; "
-                "both must come from one base."
-            )
+        sizes = a.get("vocab_size"), b.get("vocab_size")
+        if not allowed.vocabulary and sizes[0] != sizes[1]:
+            raise _refusal([first, other], f"`vocab_size` is {sizes[0]} and {sizes[1]}; {ONE_BASE}")
         return
     if resolve(a) is None:
         console.say(
@@ -118,16 +115,14 @@ def _require_same_settings(first: Path, other: Path, allowed: Allowances) -> Non
         )
     difference = config_difference(a, b, vocabulary=allowed.vocabulary, may_differ=allowed.may_differ)
     if difference:
-        setting = difference.split("`")[1]
         # A merge of other sizes or of other classes is none, whatever the user lets differ.
-        way_out = (
-            "" if setting in SIZES else ", or `may_differ` name the setting and whose value counts (docs/models.md)"
-        )
-        raise ThinkSwitchError(f"{_refusal(first, [other])}: {difference}; both must come from one base{way_out}.")
+        fixed = difference.split("`")[1] in SIZES
+        way_out = "" if fixed else ", or `may_differ` name the setting and whose value counts (docs/models.md)"
+        raise _refusal([first, other], f"{difference}; {ONE_BASE}{way_out}")
 
 
-def _refusal(first: Path, others: Iterable[Path]) -> str:
-    return f"{' and '.join(map(str, (first, *others)))} are no compatible pair"
+def _refusal(checkpoints: Iterable[Path], why: str) -> ThinkSwitchError:
+    return ThinkSwitchError(f"{' and '.join(map(str, checkpoints))} are no compatible pair: {why}.")
 
 
 def _vocabulary(checkpoint: Path) -> Any:

@@ -26,28 +26,27 @@ PARAMETERS = ("lambda", "lambda_attention", "lambda_ffn", "lambda_rest", "path")
 
 def place_models(config: Any, roles: Mapping[str, str]) -> Any:
     """A merge config with names such as `./instruct` replaced by the folders of `roles`."""
-    if isinstance(config, dict):
-        return {
-            key: roles.get(role(value), value)
-            if key in MODEL_KEYS and isinstance(value, str)
-            else {setting: roles.get(role(model), model) for setting, model in value.items()}
-            if key == MAY_DIFFER
-            else place_models(value, roles)
-            for key, value in config.items()
-        }
     if isinstance(config, list):
         return [place_models(item, roles) for item in config]
-    return config
+    if not isinstance(config, dict):
+        return config
+    placed: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in MODEL_KEYS and isinstance(value, str):
+            placed[key] = roles.get(role(value), value)
+        elif key == MAY_DIFFER:
+            placed[key] = {setting: roles.get(role(model), model) for setting, model in value.items()}
+        else:
+            placed[key] = place_models(value, roles)
+    return placed
 
 
 def named_models(config: Any) -> set[str]:
     """Every model that a merge config names, `./` left off."""
     if isinstance(config, dict):
         own = {role(value) for key, value in config.items() if key in MODEL_KEYS and isinstance(value, str)}
-        return own.union(*(named_models(value) for value in config.values()))
-    if isinstance(config, list):
-        return set().union(*(named_models(item) for item in config))
-    return set()
+        return own.union(*map(named_models, config.values()))
+    return set().union(*map(named_models, config)) if isinstance(config, list) else set()
 
 
 def allow(config: dict[str, Any], may_differ: Mapping[str, str]) -> dict[str, Any]:
@@ -100,31 +99,27 @@ def set_lambda(config: dict[str, Any], weight: float, where: Path) -> dict[str, 
     """
     method = config.get("merge_method")
     parameters = dict(config.get("parameters") or {})
-    if method == "slerp":
-        if role(config.get("base_model")) != "thinking":
-            raise ThinkSwitchError(f"{where}: `base_model` must be `./thinking`, so that t is 1 − λ.")
-        if not isinstance(parameters.get("t", 0.0), int | float) or "slices" in config:
-            raise ThinkSwitchError(f"{where}: `t` must be one number for the loop to set λ; see docs/how-it-works.md.")
-        parameters["t"] = round(1.0 - weight, 12)
-    elif method == NAME:
-        if role(config.get("base_model")) != "thinking":
-            raise ThinkSwitchError(f"{where}: `base_model` must be `./thinking`, whose weight λ is.")
-        parameters["lambda"] = weight
-    elif method == "linear":
+    if method == "linear":
         named = [role(entry.get("model")) for entry in config.get("models") or [] if isinstance(entry, dict)]
         if sorted(named) != ["instruct", "thinking"]:
             raise ThinkSwitchError(f"{where}: `models` must be ./instruct and ./thinking, found {named}.")
-        shares = {"thinking": weight, "instruct": round(1.0 - weight, 12)}
+        weights = {"thinking": weight, "instruct": round(1.0 - weight, 12)}
         models = [
-            {**entry, "parameters": {**(entry.get("parameters") or {}), "weight": shares[role(entry["model"])]}}
+            {**entry, "parameters": {**(entry.get("parameters") or {}), "weight": weights[role(entry["model"])]}}
             for entry in config["models"]
         ]
         return {**config, "models": models}
-    else:
+    if method not in ("slerp", NAME):
         raise ThinkSwitchError(
             f"{where}: λ cannot be set for merge_method {method!r}; use slerp, thinkswitch or linear."
         )
-    return {**config, "parameters": parameters}
+    if role(config.get("base_model")) != "thinking":
+        raise ThinkSwitchError(f"{where}: `base_model` must be `./thinking`, whose weight λ is.")
+    if method == "slerp":
+        if not isinstance(parameters.get("t", 0.0), int | float) or "slices" in config:
+            raise ThinkSwitchError(f"{where}: `t` must be one number for the loop to set λ; see docs/how-it-works.md.")
+        return {**config, "parameters": {**parameters, "t": round(1.0 - weight, 12)}}
+    return {**config, "parameters": {**parameters, "lambda": weight}}
 
 
 def check_config(path: Path) -> None:
@@ -141,7 +136,9 @@ def check_config(path: Path) -> None:
     for block in blocks:
         for key, value in (block.get("parameters") or {}).items():
             if key not in PARAMETERS:
-                raise ThinkSwitchError(f"{path}: `{key}` is no parameter of {NAME}; known are {', '.join(PARAMETERS)}.")
+                raise ThinkSwitchError(
+                    f"{path}: `{key}` is not a parameter of {NAME}; known are {', '.join(PARAMETERS)}."
+                )
             _check_value(path, key, value)
     if not any("lambda" in (block.get("parameters") or {}) for block in blocks):
         raise ThinkSwitchError(f"{path}: `parameters.lambda` is missing (the weight of the thinking checkpoint).")
@@ -168,18 +165,16 @@ def _fault(config: dict[str, Any]) -> str | None:
         return f"`{MAY_DIFFER}` must map settings of config.json to models, such as `rope_parameters: ./thinking`"
     if unknown := sorted(model for model in allowed.values() if role(model) not in named_models(config)):
         return f"`{MAY_DIFFER}` names {unknown[0]}, which is not a model of this config"
+    blocks: list[tuple[str, Any]] = [("", config)]
     for name in ("models", "slices"):
         if not isinstance(config.get(name), list | None):
             return f"`{name}` must be a list, found {type(config[name]).__name__}"
-    blocks: list[tuple[str, Any]] = [("", config)]
-    for name in ("models", "slices"):
         blocks += [(f"{name}[{place}].", block) for place, block in enumerate(config.get(name) or [])]
     for where, block in blocks:
         if not isinstance(block, dict):
             return f"`{where.rstrip('.')}` must be a mapping, found {type(block).__name__}"
         if not isinstance(block.get("parameters"), dict | None):
             return f"`{where}parameters` must be a mapping, found {type(block['parameters']).__name__}"
-    for place, block in enumerate(config.get("models") or []):
-        if not block.get("model"):
-            return f"`models[{place}].model` is missing"
+        if where.startswith("models") and not block.get("model"):
+            return f"`{where}model` is missing"
     return None

@@ -32,14 +32,13 @@ from thinkswitch_plugin.merging.tensors import require_unquantised
 
 
 class ModelWriter:
-    """Takes merged tensors by the names that checkpoints store them under and puts each into its place in a model."""
+    """Takes merged tensors by the names that checkpoints store them under and puts each into its place in a model.
+
+    Args:
+        names: everything that will be written.
+    """
 
     def __init__(self, model: PreTrainedModel, names: Iterable[str]) -> None:
-        """A writer into a model.
-
-        Args:
-            names: everything that will be written.
-        """
         self.layout = Layout(model, names)
         self._waiting: dict[str, dict[str, torch.Tensor]] = {}
         self._group = {name: key for key, stored in self.layout.groups.items() for name in stored}
@@ -59,27 +58,24 @@ class ModelWriter:
             return  # a multi-token prediction head and the like: the model does not compute with it
         waiting = self._waiting.setdefault(key, {})
         waiting[name] = tensor
-        if len(waiting) == len(self.layout.groups[key]):
-            for target, value in self.layout.convert(key, self._waiting.pop(key)).items():
-                self._put(target, value)
-
-    def _put(self, target: str, value: torch.Tensor) -> None:
-        place = self.layout.state.get(target)
-        if place is None or place.shape != value.shape:
-            raise ThinkSwitchError(
-                f"The merged tensor {target} {list(value.shape)} has no place in the loaded model; "
-                "have the candidates written to disk instead: `thinkswitch.evaluation.backend: server` in an overlay."
-            )
-        with torch.no_grad():
-            place.copy_(value)
-        self._written.add(place.data_ptr())
+        if len(waiting) < len(self.layout.groups[key]):
+            return
+        for target, value in self.layout.convert(key, self._waiting.pop(key)).items():
+            place = self.layout.state.get(target)
+            if place is None or place.shape != value.shape:
+                raise ThinkSwitchError(
+                    f"The merged tensor {target} {list(value.shape)} has no place in the loaded model; "
+                    "have the candidates written to disk instead: `thinkswitch.evaluation.backend: server` in an overlay."
+                )
+            with torch.no_grad():
+                place.copy_(value)
+            self._written.add(place.data_ptr())
 
     def finalize(self) -> None:
         """Called by mergekit at the end. Raises `ThinkSwitchError` if a tensor of the model was left as it was."""
         # A tied head has the place of the embedding.
-        missing = sorted(
-            name for name, place in self.layout.state.items() if place.numel() and place.data_ptr() not in self._written
-        )
+        places = self.layout.state.items()
+        missing = sorted(n for n, place in places if place.numel() and place.data_ptr() not in self._written)
         if missing:
             raise ThinkSwitchError(
                 f"The merge config gives no value for {len(missing)} tensors of the model ({shortened(missing)}); "

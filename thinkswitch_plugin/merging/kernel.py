@@ -7,13 +7,11 @@ result. Chunks stay in a core's cache and no full-size float32 copy is ever made
 from __future__ import annotations
 
 import math
-import operator
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
 from functools import lru_cache
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -29,13 +27,14 @@ ALONE = 2**15  # so few elements torch itself works on in one thread
 SMALLEST_SQUARES = 1e-30  # a smaller float32 sum of squares may have lost terms to underflow
 WORKERS = min(4, os.cpu_count() or 1)
 
+Side = Literal["first", "second"]
 T = TypeVar("T")
 
 
 class NonFiniteError(ValueError):
-    """One of the two tensors holds NaN or infinity; `side` says which: first or second."""
+    """One of the two tensors holds NaN or infinity; `side` says which."""
 
-    def __init__(self, side: Literal["first", "second"]) -> None:
+    def __init__(self, side: Side) -> None:
         super().__init__(f"the {side} tensor holds NaN or infinity")
         self.side = side
 
@@ -45,8 +44,7 @@ def non_finite(checkpoint: object, name: str) -> str:
     return f"{checkpoint}: the tensor {name} holds NaN or infinity; copy, download or train it again."
 
 
-@dataclass(frozen=True)
-class Sums:
+class Sums(NamedTuple):
     """Sums over two tensors x and y of one shape and d = y − x; all else about the pair follows.
 
     ``xx`` is Σx², ``x1`` is Σ|x|, and so on; the absolute sums are 0 unless asked for.
@@ -59,13 +57,10 @@ class Sums:
     y1: float = 0.0
     d1: float = 0.0
 
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(*map(operator.add, astuple(self), astuple(other)))
-
     @property
     def trusted(self) -> bool:
         """Whether no square over- or underflowed, and no input was NaN or infinite."""
-        return all(map(math.isfinite, astuple(self))) and min(self.xx, self.yy) > SMALLEST_SQUARES
+        return all(map(math.isfinite, self)) and min(self.xx, self.yy) > SMALLEST_SQUARES
 
     @property
     def angle(self) -> float:
@@ -91,8 +86,8 @@ class Sums:
     @property
     def sigma(self) -> float:
         """σ = Σ|x − y| / (Σ|x| + Σ|y|) (arXiv 2510.10977, §3); 0 if both are zero."""
-        total = self.x1 + self.y1
-        return self.d1 / total if total else 0.0
+        whole = self.x1 + self.y1
+        return self.d1 / whole if whole else 0.0
 
     @property
     def sphere_gap(self) -> float:
@@ -103,27 +98,23 @@ class Sums:
         return 2 * math.sin(theta / 4) ** 2 / math.cos(theta / 2)
 
 
+def total(parts: Iterable[Sums]) -> Sums:
+    """The sums over all parts of two tensors."""
+    return Sums(*map(sum, zip(Sums(), *parts, strict=True)))
+
+
 class Scratch:
-    """Working copies of one chunk of each tensor; one for each thread."""
+    """Working copies of one chunk of each tensor, and room for a third; one for each thread."""
 
     def __init__(self, length: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.buffers = [torch.empty(length, dtype=dtype, device=device) for _ in range(3)]
+        self._buffers = [torch.empty(length, dtype=dtype, device=device) for _ in range(3)]
 
     def load(self, *chunks: torch.Tensor) -> list[torch.Tensor]:
         """The chunks in the working dtype, and room for a third of their length."""
-        length = chunks[0].numel()
-        views = [buffer[:length] for buffer in self.buffers]
+        views = [buffer[: chunks[0].numel()] for buffer in self._buffers]
         for view, chunk in zip(views, chunks, strict=False):
             view.copy_(chunk)
         return views
-
-
-def chunk_sums(a: torch.Tensor, b: torch.Tensor, scratch: Scratch, *, absolute: bool = False) -> Sums:
-    """The sums over one chunk of two flat tensors, at most as long as the scratch."""
-    x, y, d = scratch.load(a, b)
-    torch.sub(y, x, out=d)
-    squares = [torch.dot(v, v).item() for v in (x, y, d)]
-    return Sums(*squares, *((v.abs_().sum().item() for v in (x, y, d)) if absolute else ()))
 
 
 @lru_cache(maxsize=1)
@@ -136,7 +127,6 @@ def workers() -> ThreadPoolExecutor:
 def _by_chunks(work: Callable[[Scratch, slice], T], count: int, dtype: torch.dtype, device: torch.device) -> list[T]:
     """Run `work` on every chunk of `count` elements, long tensors on several cores."""
     length = CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK
-
     parts = [slice(start, min(start + length, count)) for start in range(0, count, length)]
 
     def each(mine: list[slice]) -> list[T]:
@@ -146,8 +136,8 @@ def _by_chunks(work: Callable[[Scratch, slice], T], count: int, dtype: torch.dty
     if device.type != "cpu" or count <= ALONE:
         return each(parts)
     # Every thread takes each n-th chunk, so that all follow the disk from front to back.
-    shares = [parts[start::WORKERS] for start in range(min(WORKERS, len(parts)))]
-    return [found for mine in workers().map(each, shares) for found in mine]
+    dealt = [parts[start::WORKERS] for start in range(min(WORKERS, len(parts)))]
+    return [found for mine in workers().map(each, dealt) for found in mine]
 
 
 def _working_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -166,35 +156,32 @@ def all_finite(tensor: torch.Tensor) -> bool:
 def measure(first: torch.Tensor, second: torch.Tensor, *, absolute: bool = False) -> Sums:
     """The sums over two tensors of one shape, in float32 chunks (float64 for float64 tensors).
 
+    If float32 squares over- or underflow, it is done again in float64.
+    Raises `NonFiniteError` if a tensor holds NaN or infinity.
+
     Args:
         absolute: whether to sum absolute values beside the squares.
-
-    Where float32 squares over- or underflow, it is done again in float64.
-    Raises `NonFiniteError` if a tensor holds NaN or infinity.
     """
     a, b = first.flatten(), second.flatten()
 
-    def total(dtype: torch.dtype) -> Sums:
-        def each(scratch: Scratch, part: slice) -> Sums:
-            return chunk_sums(a[part], b[part], scratch, absolute=absolute)
+    def each(scratch: Scratch, part: slice) -> Sums:
+        x, y, d = scratch.load(a[part], b[part])
+        torch.sub(y, x, out=d)
+        squares = [torch.dot(v, v).item() for v in (x, y, d)]
+        return Sums(*squares, *((v.abs_().sum().item() for v in (x, y, d)) if absolute else ()))
 
-        return sum(_by_chunks(each, a.numel(), dtype, a.device), Sums())
-
-    found = total(_working_dtype(a, b))
+    found = total(_by_chunks(each, a.numel(), _working_dtype(a, b), a.device))
     if not found.trusted:
-        sides: tuple[tuple[Literal["first", "second"], torch.Tensor], ...] = (("first", a), ("second", b))
+        sides: tuple[tuple[Side, torch.Tensor], ...] = (("first", a), ("second", b))
         for side, tensor in sides:
             if not all_finite(tensor):
                 raise NonFiniteError(side)
-        found = total(torch.float64)
+        found = total(_by_chunks(each, a.numel(), torch.float64, a.device))
     return found
 
 
 def angle(instruct: torch.Tensor, thinking: torch.Tensor) -> float:
-    """The angle in radians between two tensors of one shape, each taken as one vector; 0 if one is zero.
-
-    Raises `NonFiniteError` if a tensor holds NaN or infinity.
-    """
+    """The angle in radians between two tensors of one shape, each taken as one vector; see `measure`."""
     return measure(instruct, thinking).angle
 
 

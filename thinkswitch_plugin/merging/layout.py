@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +97,11 @@ class Layout:
         found = made.convert(key, model=self.model, config=self.model.config)
         return {target: value[0] if isinstance(value, list) else value for target, value in found.items()}
 
+    def stored(self, target: str, held: Mapping[str, TensorInfo]) -> Stored:
+        """A parameter as what it is made of in a checkpoint's files."""
+        key = self.targets[target]
+        return Stored(target, tuple(self.state[target].shape), tuple(held[n] for n in self.groups[key]), self, key)
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -165,44 +170,29 @@ def align(held: Mapping[Path, Mapping[str, TensorInfo]]) -> Aligned:
     }
     if all(found == alike for found in names):
         return Aligned(plain, {})
-    layouts = [_layout(folder, held[folder]) for folder in folders]
-    if None in layouts:
-        name = min(set.union(*names) - alike)
-        raise ThinkSwitchError(_only(folders, held, name))
+    models = [skeleton(folder) for folder in folders]
+    if None in models:
+        raise ThinkSwitchError(_only(held, min(set.union(*names) - alike)))
+    layouts = {
+        folder: Layout(model, held[folder]) for folder, model in zip(folders, models, strict=True) if model is not None
+    }
     carried: dict[str, Stored] = {}
-    places: list[dict[str, tuple[str, ...]]] = []
-    for folder, layout in zip(folders, layouts, strict=True):
-        assert layout is not None
-        places.append({target: tuple(layout.groups[key]) for target, key in layout.targets.items()})
+    for folder, layout in layouts.items():
         carried |= {n: _stored(held[folder][n]) for n in layout.ignored if n not in alike and n not in carried}
-    for target in sorted(set().union(*places)):
-        found = [place.get(target) for place in places]
-        if None in found:
-            owner = next(place for place in found if place is not None)
-            raise ThinkSwitchError(_only(folders, held, owner[0]))
-        if len(set(found)) > 1:
-            for folder, layout in zip(folders, layouts, strict=True):
-                assert layout is not None
-                plain[folder][target] = _converted(target, layout, held[folder])
-    stored = {part.name for tensors in plain.values() for s in tensors.values() if s.layout for part in s.parts}
-    return Aligned({f: {n: s for n, s in t.items() if s.layout or n not in stored} for f, t in plain.items()}, carried)
-
-
-def _layout(folder: Path, names: Iterable[str]) -> Layout | None:
-    model = skeleton(folder)
-    return None if model is None else Layout(model, names)
+    for target in sorted(set().union(*(layout.targets for layout in layouts.values()))):
+        found = [layout.groups[layout.targets[target]] for layout in layouts.values() if target in layout.targets]
+        if len(found) < len(layouts):
+            raise ThinkSwitchError(_only(held, found[0][0]))
+        if any(parts != found[0] for parts in found):
+            for folder, layout in layouts.items():
+                plain[folder][target] = layout.stored(target, held[folder])
+    parts = {part.name for tensors in plain.values() for s in tensors.values() if s.layout for part in s.parts}
+    return Aligned({f: {n: s for n, s in t.items() if s.layout or n not in parts} for f, t in plain.items()}, carried)
 
 
 def _stored(info: TensorInfo) -> Stored:
     return Stored(info.name, info.shape, (info,))
 
 
-def _converted(target: str, layout: Layout, held: Mapping[str, TensorInfo]) -> Stored:
-    key = layout.targets[target]
-    parts = tuple(held[name] for name in layout.groups[key])
-    return Stored(target, tuple(layout.state[target].shape), parts, layout, key)
-
-
-def _only(folders: Sequence[Path], held: Mapping[Path, Mapping[str, TensorInfo]], name: str) -> str:
-    owners = [folder for folder in folders if name in held[folder]]
-    return f"only {owners[0]} holds the tensor {name}"
+def _only(held: Mapping[Path, Mapping[str, TensorInfo]], name: str) -> str:
+    return f"only {next(folder for folder in held if name in held[folder])} holds the tensor {name}"

@@ -14,11 +14,7 @@ from thinkswitch_plugin.merging.tensors import list_file, list_tensors, reading
 from thinkswitch_plugin.run.checkpoint import ADAPTER_WEIGHTS, MODULE
 
 # How axolotl's `legacy` merge is told the dtype to write, by the name that safetensors has for it.
-DTYPE_KEYS: dict[str, dict[str, bool]] = {
-    "BF16": {"bfloat16": True},
-    "F16": {"float16": True},
-    "F32": {},
-}
+DTYPE_KEYS: dict[str, dict[str, bool]] = {"BF16": {"bfloat16": True}, "F16": {"float16": True}, "F32": {}}
 
 
 def merge_config(config: dict[str, Any], adapter: Path, parent: Path) -> dict[str, Any]:
@@ -74,11 +70,8 @@ def restore_vectors(parent: Path, merged: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     before, after = list_weights(parent), list_weights(merged)
-    cast = {
-        name
-        for name, info in after.items()
-        if name in before and len(info.shape) == 1 and info.dtype != before[name].dtype
-    }
+    vectors = [name for name, info in after.items() if name in before and len(info.shape) == 1]
+    cast = {name for name in vectors if after[name].dtype != before[name].dtype}
     for shard in sorted({after[name].file for name in cast}):
         tensors = load_file(str(shard))
         with reading() as read:

@@ -19,16 +19,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import torch
-from mergekit.merge_methods import registry
-from mergekit.merge_methods.base import (
-    BasePolicy,
-    FunctionalGroupMergeMethod,
-    InputContract,
-    MergeMethodSpec,
-    ParameterScope,
-    ParameterSpec,
-    TensorGroup,
-)
+from mergekit.merge_methods import base, registry
 from pydantic import Field
 
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -36,6 +27,10 @@ from thinkswitch_plugin.merging.config import NAME
 from thinkswitch_plugin.merging.kernel import NonFiniteError, interpolate, non_finite
 
 Weight = Annotated[float, Field(allow_inf_nan=False, strict=False)]
+KINDS: dict[Literal["attention", "ffn"], set[str]] = {
+    "attention": {"self_attn", "attention", "attn", "linear_attn"},
+    "ffn": {"mlp", "ffn", "feed_forward", "block_sparse_moe"},
+}
 
 
 def module_kind(name: str) -> Literal["attention", "ffn", "rest"]:
@@ -44,15 +39,11 @@ def module_kind(name: str) -> Literal["attention", "ffn", "rest"]:
     `model.layers.3.self_attn.q_proj.weight` -> attention, `…mlp.down_proj.weight` -> ffn,
     embeddings and norms outside both -> rest.
     """
-    parts = name.split(".")
-    if any(p in ("self_attn", "attention", "attn", "linear_attn") for p in parts):
-        return "attention"
-    if any(p in ("mlp", "ffn", "feed_forward", "block_sparse_moe") for p in parts):
-        return "ffn"
-    return "rest"
+    parts = set(name.split("."))
+    return next((kind for kind, modules in KINDS.items() if parts & modules), "rest")
 
 
-def merge_group(group: TensorGroup, **parameters: Any) -> torch.Tensor:
+def merge_group(group: base.TensorGroup, **parameters: Any) -> torch.Tensor:
     """One output tensor from its (instruct, thinking) inputs; the base is the thinking one."""
     assert group.base is not None
     name, instruct, thinking = group.metadata.name or "", group.non_base[0], group.base
@@ -68,21 +59,20 @@ def merge_group(group: TensorGroup, **parameters: Any) -> torch.Tensor:
         raise ThinkSwitchError(non_finite(str(instruct.id if error.side == "first" else thinking.id), name)) from None
 
 
-def _parameter(name: str, kind: Any, **default: Any) -> ParameterSpec:
-    return ParameterSpec(name=name, value_type=kind, scope=ParameterScope.SHARED, **default)
+def _parameter(name: str, kind: Any, **default: Any) -> base.ParameterSpec:
+    return base.ParameterSpec(name=name, value_type=kind, scope=base.ParameterScope.SHARED, **default)
 
 
-METHOD = FunctionalGroupMergeMethod(
-    MergeMethodSpec(
+# Not by mergekit's decorator: that takes parameters from a function's arguments, and `lambda` cannot be one.
+METHOD = base.FunctionalGroupMergeMethod(
+    base.MergeMethodSpec(
         name=NAME,
         pretty_name="ThinkSwitch",
         reference_url="https://arxiv.org/abs/2606.01080",
-        contract=InputContract(base=BasePolicy.REQUIRED, min_inputs=2, max_inputs=2),
+        contract=base.InputContract(base=base.BasePolicy.REQUIRED, min_inputs=2, max_inputs=2),
         parameters=(
             _parameter("lambda", Weight),
-            _parameter("lambda_attention", Weight | None, default=None),
-            _parameter("lambda_ffn", Weight | None, default=None),
-            _parameter("lambda_rest", Weight | None, default=None),
+            *(_parameter(f"lambda_{kind}", Weight | None, default=None) for kind in (*KINDS, "rest")),
             _parameter("path", Literal["spherical", "linear"], default="spherical"),
         ),
     ),
@@ -92,5 +82,5 @@ METHOD = FunctionalGroupMergeMethod(
 
 def register() -> None:
     """Make `merge_method: thinkswitch` known to mergekit in this process."""
-    if NAME not in {method.spec.name for method in registry.registered_methods()}:
+    if METHOD not in registry.registered_methods():
         registry.register(METHOD)

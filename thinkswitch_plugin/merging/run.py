@@ -1,4 +1,4 @@
-"""`thinkswitch merge CONFIG OUT`: mergekit-yaml with our method and writer; OUT appears whole or not at all.
+"""`thinkswitch merge CONFIG OUT`: mergekit-yaml with our method and more checks; OUT appears whole or not at all.
 
 Every local checkpoint of the config is checked first, from its headers. The merge goes to
 a folder beside OUT that takes the name at the end. NaN or infinity in an input is found
@@ -36,7 +36,7 @@ from thinkswitch_plugin.run.checkpoint import require_plain
 @click.argument("out_path", type=click.Path(path_type=Path))
 @add_merge_options  # type: ignore[untyped-decorator]
 def command(merge_options: MergeOptions, config_file: Path, out_path: Path) -> None:
-    """Merge as mergekit-yaml does, with the method `thinkswitch`, checks first and less memory."""
+    """Merge as mergekit-yaml does, with the method `thinkswitch` and with checks before and after."""
     merge_options.apply_global_options()
     merge(config_file, out_path, merge_options)
 
@@ -45,7 +45,7 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
     """Run a mergekit config.
 
     Args:
-        config_file: any mergekit YAML, and `may_differ` in it; model folders are relative to the current folder.
+        config_file: any mergekit YAML, which may have `may_differ`; model folders are relative to the current folder.
         out: the checkpoint folder to make; it may exist only if it is empty.
         options: mergekit-yaml's own.
 
@@ -105,7 +105,7 @@ def _read_config(path: Path) -> tuple[MergeConfiguration, dict[str, Path]]:
         return MergeConfiguration.model_validate(own), chosen
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(map(str, first["loc"]))
         raise ThinkSwitchError(f"{path}: {f'`{where}`: ' if where else ''}{first['msg']}.") from None
     except RuntimeError as error:
         raise ThinkSwitchError(f"{path}: {sentence(error)}") from None

@@ -69,16 +69,17 @@ def require_known(checkpoint: Path) -> None:
         )
 
 
-def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a config that describes the language model: `text_config` of a vision-language model."""
-    nested = config.get("text_config")
-    return dict(nested) if isinstance(nested, dict) else dict(config)
+def settings_of(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A checkpoint's config (resolved if transformers knows it), and the part of it that describes the language model."""
+    config = files.read_json(checkpoint / "config.json")
+    whole = resolve(config) or config
+    nested = whole.get("text_config")
+    return whole, nested if isinstance(nested, dict) else whole
 
 
 def layers_of(checkpoint: Path) -> int:
     """How many layers a checkpoint's language model has. Raises `ThinkSwitchError` if its config does not say."""
-    config = files.read_json(checkpoint / "config.json")
-    count = text_config(resolve(config) or config).get("num_hidden_layers")
+    count = settings_of(checkpoint)[1].get("num_hidden_layers")
     if not isinstance(count, int):
         raise ThinkSwitchError(
             f"{checkpoint / 'config.json'}: `num_hidden_layers` is missing; copy or download the file again."
@@ -88,9 +89,8 @@ def layers_of(checkpoint: Path) -> int:
 
 def is_tied(checkpoint: Path) -> bool:
     """Whether the output head of a checkpoint is its embedding, spelled out or by its class's default."""
-    config = files.read_json(checkpoint / "config.json")
-    found = resolve(config) or config
-    return bool(found.get("tie_word_embeddings", text_config(found).get("tie_word_embeddings")))
+    whole, text = settings_of(checkpoint)
+    return bool(whole.get("tie_word_embeddings", text.get("tie_word_embeddings")))
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -124,7 +124,8 @@ def config_difference(
     a, b = resolved if None not in resolved else (first, second)
     assert a is not None and b is not None
     for setting, one, other in differences(a, b):
-        if not ((vocabulary and setting.endswith("vocab_size")) or _covered(setting, may_differ)):
+        allowed = any(setting == name or setting.startswith(f"{name}.") for name in may_differ)
+        if not (allowed or (vocabulary and setting.endswith("vocab_size"))):
             return f"`{setting}` is {_shown(one, other)} and {_shown(other, one)}"
     return None
 
@@ -159,10 +160,6 @@ def with_values(config: Any, chosen: Mapping[str, Path]) -> Any:
             )
         setattr(into, name, getattr(other, name))
     return config
-
-
-def _covered(setting: str, may_differ: Iterable[str]) -> bool:
-    return any(setting == allowed or setting.startswith(f"{allowed}.") for allowed in may_differ)
 
 
 def _is_free(key: str, first: Mapping[str, Any], second: Mapping[str, Any], *, nested: bool) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import list_weights
-from thinkswitch_plugin.merging.kernel import MERGEKIT_LINEAR, NonFiniteError, Sums, measure, non_finite
+from thinkswitch_plugin.merging.kernel import MERGEKIT_LINEAR, NonFiniteError, Sums, measure, non_finite, total
 from thinkswitch_plugin.merging.layout import align
 from thinkswitch_plugin.merging.tensors import FLOATS, reading, split_name
 from thinkswitch_plugin.run.progress import Bar
@@ -38,25 +38,24 @@ def similarity(first: Path, second: Path) -> dict[str, Any]:
 
 def summarise(sums: dict[str, Sums]) -> dict[str, Any]:
     """All figures about a pair from the sums of its tensors: overall, by layer, by tensor."""
-    total = sum(sums.values(), Sums())
     tensors = {
         name: {"angle": s.angle, "distance": s.distance, "sigma": s.sigma, "sphere_gap": s.sphere_gap}
         for name, s in sums.items()
     }
-    layers: dict[int, Sums] = {}
+    layers: dict[int, list[Sums]] = {}
     for name, s in sums.items():
         if (layer := layer_of(name)) is not None:
-            layers[layer] = layers.get(layer, Sums()) + s
+            layers.setdefault(layer, []).append(s)
     straight = sum(abs(math.cos(s.angle)) > MERGEKIT_LINEAR for s in sums.values())
     worst = max(tensors, key=lambda name: tensors[name]["sphere_gap"])
     return {
-        "sigma": total.sigma,
+        "sigma": total(sums.values()).sigma,
         **{key: _spread([t[key] for t in tensors.values()]) for key in ("angle", "distance")},
         "sphere_gap": {**_spread([t["sphere_gap"] for t in tensors.values()]), "where": worst},
         "linear_in_mergekit": straight / len(sums),
         "layers": [
             {"layer": layer, "angle": s.angle, "distance": s.distance, "sigma": s.sigma}
-            for layer, s in sorted(layers.items())
+            for layer, s in sorted((layer, total(parts)) for layer, parts in layers.items())
         ],
         "tensors": tensors,
     }

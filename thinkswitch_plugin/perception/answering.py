@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def choose_engine(engine: str) -> str:
     """What `ENGINE=` means for a student with an adapter: `vllm` or `embedded`.
 
-    `auto` is vLLM where it is installed and there is a GPU: elsewhere its start, once an adapter, costs more
+    `auto` is vLLM if it is installed and there is a GPU: on a CPU its start, once an adapter, costs more
     than it saves. Raises `ThinkSwitchError` for a server of the user's own, which does not have the adapter.
     """
     if engine == "auto":

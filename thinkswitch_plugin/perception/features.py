@@ -27,7 +27,7 @@ def words(text: str) -> float:
 def readability(text: str) -> float:
     """Automated Readability Index (about a US school grade; of a short text also below 0).
 
-    Raises `ThinkSwitchError` where textstat is not installed.
+    Raises `ThinkSwitchError` if textstat is not installed.
     """
     return float(_textstat().automated_readability_index(text)) if text.strip() else 0.0
 
@@ -35,7 +35,7 @@ def readability(text: str) -> float:
 def dependency_distance(text: str) -> float:
     """Mean distance, in tokens, between a word and its syntactic head; 0 for a text of single words.
 
-    Raises `ThinkSwitchError` where spaCy or its model is not installed.
+    Raises `ThinkSwitchError` if spaCy or its model is not installed.
     """
     return mean_distance(_spacy()(text))
 
@@ -47,9 +47,7 @@ def mean_distance(parsed: Any) -> float:
 
 
 FEATURES: dict[str, Callable[[str], float]] = {
-    "words": words,
-    "readability": readability,
-    "dependency_distance": dependency_distance,
+    found.__name__: found for found in (words, readability, dependency_distance)
 }
 
 
@@ -58,15 +56,18 @@ def read(text: str, names: Sequence[str]) -> list[float]:
     return [math.copysign(math.log1p(abs(value)), value) for value in (FEATURES[name](text) for name in names)]
 
 
+def _missing(feature: str, needs: str) -> ThinkSwitchError:
+    return ThinkSwitchError(
+        f"The feature `{feature}` needs {needs}, or take it out of `thinkswitch.perception.features`."
+    )
+
+
 @cache
 def _textstat() -> Any:
     try:
         import textstat
     except ImportError:
-        raise ThinkSwitchError(
-            "The feature `readability` needs textstat: `pip install textstat`, or take it out of "
-            "`thinkswitch.perception.features`."
-        ) from None
+        raise _missing("readability", "textstat: `pip install textstat`") from None
     return textstat
 
 
@@ -77,7 +78,5 @@ def _spacy() -> Any:
 
         return spacy.load(SPACY_MODEL)
     except (ImportError, OSError):
-        raise ThinkSwitchError(
-            f"The feature `dependency_distance` needs spaCy and its model: `pip install spacy` and `python -m spacy "
-            f"download {SPACY_MODEL}`, or take it out of `thinkswitch.perception.features`."
-        ) from None
+        needs = f"spaCy and its model: `pip install spacy` and `python -m spacy download {SPACY_MODEL}`"
+        raise _missing("dependency_distance", needs) from None

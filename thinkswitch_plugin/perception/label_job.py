@@ -48,7 +48,7 @@ def parse_baselines(text: str) -> tuple[Format, ...]:
     """`BASELINES="post pre"` as formats, post first. Raises `ThinkSwitchError` for any other word."""
     words = text.replace(",", " ").split() or [POST]
     if unknown := [word for word in words if word not in TYPES]:
-        raise ThinkSwitchError(f'BASELINES="{text}": {unknown[0]!r} is none; use post, or post and pre.')
+        raise ThinkSwitchError(f'BASELINES="{text}": {unknown[0]!r} is not a baseline; use post, or post and pre.')
     return (POST, PRE) if PRE in words else (POST,)
 
 

@@ -39,7 +39,7 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """What the last user turn says."""
+        """The text of the last user turn."""
         return next((str(turn["content"]) for turn in reversed(self.turns) if turn["role"] == "user"), "")
 
 
@@ -55,7 +55,7 @@ class Material:
 
 
 def read_material(job: LabelJob) -> Material:
-    """Read the generations: what each question's reference is, and which rationales may be learnt from.
+    """Read the generations: what each question's reference is, and which rationales to train on.
 
     Raises:
         ThinkSwitchError: a file is broken, or there is no complete answer, no rationale, no reference, or
@@ -93,7 +93,7 @@ def read_material(job: LabelJob) -> Material:
 
 
 def majority_references(job: LabelJob) -> dict[str, str]:
-    """The majority of all complete answers to each question (the earliest of equals); none where none can be read."""
+    """The majority of all complete answers to each question (the earliest of equals); none if none can be read."""
     labels, convention = job.recipe.keys.labels, job.recipe.keys.convention
     read: dict[str, list[str | None]] = {}
     report = pairs.PairReport()

@@ -48,7 +48,7 @@ from thinkswitch_plugin.run.stamp import once
 def make_labels(job: LabelJob) -> dict[str, Any]:
     """Label every question; write `labels.jsonl` and `labels.json`, and return what the latter holds.
 
-    Folds that are done and made of the same files are kept, so the same command goes on after a kill.
+    Folds that are done and made of the same files are kept, so the same command continues after a kill.
 
     Raises:
         ThinkSwitchError: what the generations or the gold answers lack, too few questions, or an engine failed.

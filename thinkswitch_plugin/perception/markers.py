@@ -24,7 +24,7 @@ def find_markers(tokenizer: Any, tokens: int) -> Markers:
     """The markers of a tokenizer whose chat template renders `tokens` placeholders before a question.
 
     Raises `ThinkSwitchError` if there is no placeholder token, or the chat template renders
-    another number of them, or ends a user turn by no token of its own.
+    another number of them, or does not end a user turn by a token of its own.
     """
     placeholder = tokenizer.get_added_vocab().get(PLACEHOLDER)
     if placeholder is None:

@@ -47,7 +47,7 @@ class SoftPrompt:
     def put(self, *_: Any) -> None:
         """Hook the input embeddings as they are now.
 
-        Where they are trained, peft puts a layer in their place that may not call them at all. Both may be hooked:
+        If they are trained, peft replaces them by a layer that may not call them at all. Both may be hooked:
         the second time gives the same prompts, which depend on the question alone.
         """
         embeddings: Any = self.model.get_input_embeddings()
@@ -56,7 +56,7 @@ class SoftPrompt:
             self._hooked.add(embeddings)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SoftPrompt:
-        """With its model, or not at all: peft copies the embeddings, and the hook on them, where they are trained."""
+        """With its model, or not at all: peft copies the embeddings, and the hook on them, if they are trained."""
         model = memo.get(id(self.model))
         return self if model is None else SoftPrompt(model, self.keys, self.markers, self.tokenizer)
 
@@ -84,7 +84,7 @@ class SoftPrompt:
         if self.keys.features and not self.keys.static:
             held, tokens = ids.tolist(), self.keys.tokens
             values = [self._features(tuple(held[r][s + tokens : e])) for r, s, e in spans.tolist()]
-        # At call time: peft puts a wrapper with the trained copy in the module's place.
+        # At call time: peft replaces the module by a wrapper with the trained copy.
         module = getattr(self.model, MODULE)
         prompts: Tensor = module(questions, mask, torch.tensor(values, device=embeddings.device))
         return prompts
@@ -118,7 +118,7 @@ class PerceptionModel(KeepsModuleInFloat32, PreTrainedModel):  # type: ignore[mi
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: Any, *arguments: Any, **options: Any) -> None:
-        """As transformers', with the file that says what code the checkpoint needs."""
+        """As transformers', with the file that names the code that the checkpoint needs."""
         super().save_pretrained(save_directory, *arguments, **options)
         names = ", ".join(sorted((type(self).__name__, type(self.config).__name__)))
         with files.atomic_file(Path(save_directory) / CODE_FILE) as handle:
@@ -211,7 +211,7 @@ def load(folder: str | Path, adapter: str | Path | None = None) -> PreTrainedMod
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise ThinkSwitchError(f"{folder} is no checkpoint folder: it has no config.json; name one that has.")
+        raise ThinkSwitchError(f"{folder} is not a checkpoint folder: it has no config.json; name one that has.")
     require_weights(folder)
     if adapter is None and perception_of(folder) is None:
         raise ThinkSwitchError(f"{folder} has no perception module: {DROPPED}.")

@@ -41,7 +41,7 @@ def make_student(base: Path, out: Path, *, soft_tokens: int) -> None:
     user turn; with none of them the chat template stays as it is.
 
     Raises:
-        ThinkSwitchError: `base` is no checkpoint with a chat template, its template opens the trace, or
+        ThinkSwitchError: `base` is not a checkpoint with a chat template, its template opens the trace, or
             its embedding table has no room for the tokens that are missing.
     """
     from transformers import AutoTokenizer
@@ -69,23 +69,21 @@ def make_student(base: Path, out: Path, *, soft_tokens: int) -> None:
 
 
 def _write_with_new_rows(shard: Path, target: Path, ids: list[int]) -> bool:
-    """Write a shard with the rows of new tokens drawn as if trained; False, and nothing written, where it has no table.
+    """Write a shard with random rows for new tokens; False, and nothing written, if it holds no embedding table.
 
-    A row that no training has touched is short, and then its token can hardly win: a low-rank adapter has to
-    shout to write it, and drawn answers miss it. New rows get the mean and the spread of the trained ones, which
-    is how transformers enlarges a table.
+    New rows get the mean and the spread of the trained ones, which is how transformers enlarges a table. A row that
+    no training has touched is too small for a low-rank adapter to make its token likely.
     """
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
 
     with safe_open(str(shard), framework="pt") as handle:
-        tables = [name for name in handle.keys() if name.endswith(TABLES)]  # noqa: SIM118
-        if not tables:
+        names, metadata = list(handle.keys()), handle.metadata()
+        if not any(name.endswith(TABLES) for name in names):
             return False
-        tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        metadata = handle.metadata()
-    for name in tables:
+        tensors = {name: handle.get_tensor(name) for name in names}
+    for name in filter(lambda name: name.endswith(TABLES), names):
         old = tensors[name]
         trained = old[: min(ids)].float()
         drawn = torch.randn((len(ids), old.shape[1]), generator=torch.Generator().manual_seed(0))

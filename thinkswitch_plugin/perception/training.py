@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin.args import PerceptionKeys, ThinkSwitchKeys
+from thinkswitch_plugin.args import PerceptionKeys
 from thinkswitch_plugin.data.formats import POST, PRE, Format
 from thinkswitch_plugin.recipe import Recipe, overlay, training_config
 from thinkswitch_plugin.run.checkpoint import MODULE
@@ -55,7 +55,7 @@ class Trained:
 def train_condition(recipe: Recipe, condition: Condition, here: Path, hashes: Hashes) -> Trained:
     """Train a condition into `here/adapter`, unless that was made of the same recipe, student and rows.
 
-    A training that was killed goes on from the trainer's last checkpoint, where the recipe saves any.
+    A training that was killed continues from the trainer's last checkpoint, if the recipe saves any.
 
     Raises:
         ThinkSwitchError: axolotl fails, or the adapter did not move.
@@ -79,15 +79,13 @@ def train_condition(recipe: Recipe, condition: Condition, here: Path, hashes: Ha
 
 
 def condition_config(recipe: Recipe, condition: Condition, here: Path, *, on_cpu: bool) -> dict[str, Any]:
-    """The complete axolotl config of a condition, which plain `axolotl train` runs as it is.
+    """The complete axolotl config of a condition.
 
     Everything but student, rows, seed and the condition's own keys is the recipe's. A perception module
     that the recipe names is left out unless the condition has one.
     """
-    values = dict(recipe.axolotl)
-    if condition.perception is None:
-        values = without_perception(values)
-    options = dict((values.get("datasets") or [{}])[0])
+    values = recipe.axolotl if condition.perception else without_perception(recipe.axolotl)
+    options = (values.get("datasets") or [{}])[0]
     config = training_config(
         values,
         base_model=str(condition.student),
@@ -97,24 +95,19 @@ def condition_config(recipe: Recipe, condition: Condition, here: Path, *, on_cpu
         seed=condition.seed,
         on_cpu=on_cpu,
     )
-    config["chat_template"] = "tokenizer_default"  # the student's own, whatever the recipe says of the pair
-    config = overlay(config, condition.axolotl)
-    return {**config, "thinkswitch": plugin_keys(recipe.keys, condition.perception)}
-
-
-def plugin_keys(keys: ThinkSwitchKeys, perception: PerceptionKeys | None) -> dict[str, Any]:
-    """What the plugin itself reads, as a plain axolotl recipe has it."""
-    found: dict[str, Any] = {
-        "labels": keys.labels.model_dump(exclude_defaults=True),
-        "min_adapter_change": keys.min_adapter_change,
+    config["chat_template"] = "tokenizer_default"  # the student's own, whatever the recipe sets for the pair
+    # What the plugin itself reads, as in any axolotl recipe.
+    keys: dict[str, Any] = {
+        "labels": recipe.keys.labels.model_dump(exclude_defaults=True),
+        "min_adapter_change": recipe.keys.min_adapter_change,
     }
-    if perception is not None:
-        found["perception"] = perception.model_dump(exclude_defaults=True)
-    return found
+    if condition.perception is not None:
+        keys["perception"] = condition.perception.model_dump(exclude_defaults=True)
+    return {**overlay(config, condition.axolotl), "thinkswitch": keys}
 
 
 def without_perception(values: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's axolotl keys without what names the perception module, which then is not there."""
+    """A recipe's axolotl keys without what names the perception module."""
     kept = dict(values)
     for name, named in (("lora_modules_to_save", str), ("lr_groups", lambda group: " ".join(group["modules"]))):
         if name in kept:

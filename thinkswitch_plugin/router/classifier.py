@@ -60,7 +60,7 @@ class Router:
 
     @classmethod
     def load(cls, path: Path) -> Router:
-        """Read a router. Raises `ThinkSwitchError` for a file that is none, or holds anything else."""
+        """Read a router. Raises `ThinkSwitchError` for any other file, or one that holds anything else."""
         try:
             import sklearn
             from skops.io import get_untrusted_types, loads
@@ -75,15 +75,15 @@ class Router:
             content = {} if unknown else loads(data, trusted=list(ALLOWED))
         except Exception as error:  # a damaged archive fails in as many ways as there are parts in it
             raise ThinkSwitchError(
-                f"{path} is no router file ({type(error).__name__}); train one by `make switch` or restore the file."
+                f"{path} is not a router file ({type(error).__name__}); train one by `make switch` or restore the file."
             ) from None
         if unknown:
             raise ThinkSwitchError(
-                f"{path} holds {', '.join(unknown)[:200]}, which a router does not; it is not loaded: take only files "
+                f"{path} holds {', '.join(unknown)[:200]}, which a router does not; it is not loaded: use only files "
                 "that `make switch` has written."
             )
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ThinkSwitchError(f"{path} is no router of this version; train one by `make switch`.")
+            raise ThinkSwitchError(f"{path} is not a router of this version; train one by `make switch`.")
         if str(content["sklearn"]).split(".")[:2] != sklearn.__version__.split(".")[:2]:
             raise ThinkSwitchError(
                 f"{path} was made with scikit-learn {content['sklearn']}, and {sklearn.__version__} is installed; "

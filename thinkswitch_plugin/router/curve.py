@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SHOWN = 41  # points of a curve with intervals, at most
-FEWEST = 20  # questions on either side from which on a difference is judged; an interval of a handful says nothing
+FEWEST = 20  # questions on either side from which on a difference is tested; an interval of a handful tells nothing
 By = Literal["share", "tokens"]
 BY: tuple[By, ...] = ("share", "tokens")
 BAND_DRAWS = 4_000

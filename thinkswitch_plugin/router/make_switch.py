@@ -62,7 +62,7 @@ def make_switch(run: Run, k: int, *, labels_file: Path | None = None, limit: int
         if both := set(map(str.strip, labels.prompts)) & set(map(str.strip, prompts)):
             raise ThinkSwitchError(
                 f"{len(both)} label prompt(s) are questions of the evaluation ({sorted(both)[0]!r:.80}); take them out: "
-                "a router is judged on questions that it has not seen."
+                "a router is evaluated on questions that it has not seen."
             )
         console.say(f"  learning from {len(labels.prompts)} label prompts, {sum(labels.needs_thinking)} need thinking")
         trained = train(labels.prompts, labels.needs_thinking, run.seed)

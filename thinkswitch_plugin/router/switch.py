@@ -132,7 +132,7 @@ class Switch:
         if url and (instruct_url or thinking_url):
             raise ThinkSwitchError("Give either one address for both modes, or one of each mode.")
         if threshold is not None and not 0 <= threshold <= 1:
-            raise ThinkSwitchError(f"The threshold {threshold:g} is no probability; use a number from 0 to 1.")
+            raise ThinkSwitchError(f"The threshold {threshold:g} is not a probability; use a number from 0 to 1.")
         opened = open_run(Path(run))
         k = last_with_router(opened) if iteration is None else iteration
         router, default = stored_switch(opened, k)
