@@ -105,7 +105,7 @@ def letters_of(row: dict[str, Any]) -> dict[str, str] | None:
 
 
 def verdict(kind: str, done: Completion, gold: str | None, letters: dict[str, str] | None = None) -> dict[str, Any]:
-    """One completion judged, in the form that `--rows` writes."""
+    """One completion graded, in the form that `--rows` writes."""
     read = verdict_on(kind, done, gold, letters)
     # Two tags that end a trace, or a tag around a part of the answer, keep it from training, not from being read.
     whole = not done.cut and done.outcome in (Outcome.COMPLETE, Outcome.AMBIGUOUS, Outcome.TAGGED)
@@ -198,7 +198,7 @@ def score_file(kind: str, path: Path, rows: Path | None, *, opened: bool, conven
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
 
-    def judged() -> Iterator[bytes]:
+    def graded_lines() -> Iterator[bytes]:
         for group in verdicts(kind, path, opened=opened, convention=convention):
             for one in group:
                 counts["completions"] += 1
@@ -213,11 +213,11 @@ def score_file(kind: str, path: Path, rows: Path | None, *, opened: bool, conven
 
     if rows is not None:
         with files.atomic_file(rows) as out:
-            for line in judged():
+            for line in graded_lines():
                 out.write(line)
             _require_rows(counts, path)
     else:
-        for _ in judged():
+        for _ in graded_lines():
             pass
     _require_rows(counts, path)
     graded = counts["with a gold answer"]

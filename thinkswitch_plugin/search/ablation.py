@@ -26,7 +26,7 @@ from thinkswitch_plugin.merging.config import (
     set_lambda,
 )
 from thinkswitch_plugin.merging.settings import layers_of
-from thinkswitch_plugin.search.candidates import Candidate, judge_all
+from thinkswitch_plugin.search.candidates import Candidate, evaluate_all
 from thinkswitch_plugin.search.pair import Pair, Template, few_questions, of_template, write_results
 
 SETTABLE = (NAME, "slerp", "linear")  # methods that have a λ
@@ -89,7 +89,7 @@ def judge_configs(pair: Pair, paths: Sequence[Path], job: Job) -> None:
     ]
     work = pair.out / "merges" / (job.name + of_template(job.template))
     with pair.bench(work, job.template, used) as bench:
-        stored = judge_all(bench, candidates, f"{job.name}: {len(candidates)} merges")
+        stored = evaluate_all(bench, candidates, f"{job.name}: {len(candidates)} merges")
     rows = [
         {
             "name": path.stem,

@@ -1,4 +1,4 @@
-"""Judge merge configs one after the other with lm-eval: what a sweep and an ablation share.
+"""Evaluate merge configs one after the other with lm-eval: what a sweep and an ablation share.
 
 A candidate is a merge config that is never published. Where transformers answers, it lives
 only in memory: one model is loaded once and every candidate is merged into it in place.
@@ -79,7 +79,7 @@ class Bench:
     seed: int = 0
 
     def settings(self, candidate: Candidate) -> dict[str, Any]:
-        """Everything a candidate's figures depend on; a change of one judges it anew."""
+        """Everything a candidate's figures depend on; if one changes, it is evaluated again."""
         return {
             "config": candidate.identity,
             "inputs": self.inputs,
@@ -95,24 +95,23 @@ class Bench:
 
 
 def finished(bench: Bench, candidate: Candidate) -> dict[str, Any] | None:
-    """What is stored of a candidate, if it was judged with these very settings."""
+    """What is stored of a candidate, if it was evaluated with the same settings."""
     return stored(bench.work / candidate.name / STAMP, {"settings": bench.settings(candidate)})
 
 
-def judge_all(bench: Bench, candidates: Sequence[Candidate], title: str) -> list[dict[str, Any]]:
-    """Judge every candidate that is not judged yet; return what is stored of each, in order.
+def evaluate_all(bench: Bench, candidates: Sequence[Candidate], title: str) -> list[dict[str, Any]]:
+    """Evaluate every candidate that is not evaluated yet; return what is stored of each, in order.
 
     Raises `ThinkSwitchError` if a merge or an evaluation fails; what is done stays done.
     """
     waiting = [candidate for candidate in candidates if finished(bench, candidate) is None]
     if waiting:
-        judge: InMemoryJudge | CheckpointJudge
-        judge = CheckpointJudge(bench) if uses_server(bench.evaluation, bench.engine) else InMemoryJudge(bench)
+        how = Served(bench) if uses_server(bench.evaluation, bench.engine) else InMemory(bench)
         bar = Bar(len(candidates), title, initial=len(candidates) - len(waiting), unit="candidate")
         for candidate in waiting:
 
             def build(building: Path, candidate: Candidate = candidate) -> dict[str, Any]:
-                judge.judge(candidate, building)
+                how.evaluate(candidate, building)
                 task, template = bench.evaluation.task, str(bench.template)
                 samples = list(read_samples(building, task, template, bench.answer, bench.convention))
                 return {"figures": figures(samples), "questions": by_question(samples)}
@@ -155,7 +154,7 @@ def by_question(samples: Sequence[Sample]) -> dict[str, list[float]]:
     }
 
 
-class InMemoryJudge:
+class InMemory:
     """One model in this process, merged into in place, that answers there."""
 
     def __init__(self, bench: Bench) -> None:
@@ -176,7 +175,7 @@ class InMemoryJudge:
             self.engine, self.settings = EmbeddedEngine(self.bench.template, model, together), settings
         return self.engine
 
-    def judge(self, candidate: Candidate, out: Path) -> None:
+    def evaluate(self, candidate: Candidate, out: Path) -> None:
         """Merge, answer and grade one candidate; lm-eval's files and the answers go to `out`."""
         from thinkswitch_plugin.merging.config import without_ours
         from thinkswitch_plugin.merging.in_memory import merge_into
@@ -187,14 +186,14 @@ class InMemoryJudge:
             answer(self.bench, candidate, out, engine, self.log)
 
 
-class CheckpointJudge:
+class Served:
     """One candidate checkpoint on disk at a time, served by vLLM."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
         self.log = bench.work / "logs" / "vllm.log"
 
-    def judge(self, candidate: Candidate, out: Path) -> None:
+    def evaluate(self, candidate: Candidate, out: Path) -> None:
         """Write the candidate, serve it, grade its answers, delete it."""
         from thinkswitch_plugin.loop.rebuild import merge
 

@@ -39,7 +39,7 @@ class Curve:
 
     @classmethod
     def of(cls, points: list[dict[str, Any]]) -> Curve:
-        """From stored candidates (`candidates.judge_all`), each with its λ under ``lambda``."""
+        """From stored candidates (`candidates.evaluate_all`), each with its λ under ``lambda``."""
         ordered = sorted(points, key=lambda p: p["lambda"])
         rows = {key: np.array([p["questions"][key] for p in ordered], dtype=np.float64) for key in PER_QUESTION}
         return cls(np.array([p["lambda"] for p in ordered], dtype=np.float64), **rows)

@@ -24,7 +24,7 @@ from thinkswitch_plugin.judging.evaluation import Sampling
 from thinkswitch_plugin.merging.config import allow, check_config, place_models, set_lambda
 from thinkswitch_plugin.report import sweeps
 from thinkswitch_plugin.search import stages
-from thinkswitch_plugin.search.candidates import Bench, Candidate, finished, judge_all
+from thinkswitch_plugin.search.candidates import Bench, Candidate, evaluate_all, finished
 from thinkswitch_plugin.search.pair import Pair, Template, few_questions, of_template, write_results
 
 ELLIPSIS = ("…", "...")
@@ -97,7 +97,7 @@ def sweep(pair: Pair, weights: Sequence[float], sampling: Sequence[Sampling], te
     with pair.bench(folder, template, ENDS) as bench:
         asked = [(w, s, point(w, s)) for s, w in itertools.product(sampling, weights)]
         title = f"sweep of {len(asked)} points"
-        judge_all(bench, [c for _, _, c in asked], title)
+        evaluate_all(bench, [c for _, _, c in asked], title)
         every = {c.name: (w, s, c) for w, s, c in asked}
         for weight, drawn in earlier(folder):
             candidate = point(weight, drawn)
