@@ -92,8 +92,8 @@ class EmbeddedEngine:
         stop = _stop_strings(bodies[0])
         output = self.model.generate(
             **inputs,
-            generation_config=self._generation_config(bodies[0]),
-            **({"stop_strings": list(stop), "tokenizer": self.tokenizer} if stop else {}),
+            generation_config=self._generation_config(bodies[0], stop),
+            tokenizer=self.tokenizer if stop else None,
         )
         width = inputs["input_ids"].shape[1]
         return [
@@ -101,7 +101,7 @@ class EmbeddedEngine:
             for ids, mask in zip(output[:, width:], inputs["attention_mask"], strict=True)
         ]
 
-    def _generation_config(self, body: dict[str, Any]) -> GenerationConfig:
+    def _generation_config(self, body: dict[str, Any], stop: tuple[str, ...]) -> GenerationConfig:
         values = {"max_new_tokens": body["max_tokens"], "eos_token_id": sorted(self.ends), "pad_token_id": self.pad}
         if temperature := body.get("temperature"):
             values |= {
@@ -109,7 +109,7 @@ class EmbeddedEngine:
                 "top_p": body.get("top_p", 1.0),
                 "top_k": max(0, body.get("top_k", 0)),
             }
-        return GenerationConfig(do_sample=bool(temperature), **values)
+        return GenerationConfig(do_sample=bool(temperature), stop_strings=list(stop) or None, **values)
 
     def _body(self, ids: list[int], prompt_tokens: int, stop: tuple[str, ...]) -> dict[str, Any]:
         end = next((i for i, token in enumerate(ids) if token in self.ends), None)
