@@ -163,6 +163,10 @@ def test_a_server_of_the_users_own_is_asked(tmp_path: Path, monkeypatch: pytest.
         assert (first.answer, first.tokens, first.cut) == ("echo: answer 17", 3, False)
         with pytest.raises(ThinkSwitchError, match="leave ENGINE= out to ask it in process"):
             compare.compare(RUN, "status-400:* 17", instruct="m", thinking="m", engine=server.url)
+        teacher = tmp_path / "teacher.overlay.yaml"
+        files.write_yaml(teacher, {"thinkswitch": {"engine": {"server": {"model": "house/teacher"}}}})
+        compare.compare(RUN, "answer 18", instruct="m", thinking="m", engine=server.url, overlays=[str(teacher)])
+        assert {body["model"] for body in server.seen} == {"m"}  # the columns' checkpoints, whoever teaches
     assert second.title == "thinking (m)"
     stored = files.read_json(Path("out.json"))
     assert [a["outcome"] for a in stored["answers"]] == ["complete", "complete"]

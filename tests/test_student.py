@@ -102,7 +102,7 @@ def test_what_cannot_be_a_student_is_refused(tmp_path: Path) -> None:
     silent = base(tmp_path / "silent")
     (silent / "chat_template.jinja").unlink()
     refused(silent, "has no chat template")
-    refused(tmp_path / "nothing", "is no checkpoint folder")
+    refused(tmp_path / "nothing", "is not a checkpoint folder")
 
 
 def test_tokens_that_are_there_are_taken_as_they_are(tmp_path: Path) -> None:

@@ -55,8 +55,9 @@ def asking(
     """Have a checkpoint ready to answer for the length of the block.
 
     Args:
-        engine: `vllm`, `embedded`, or the base URL of a running server, which may know the checkpoint by the name
-            `keys.server.model`; or a checkpoint that is ready already, and stays so.
+        engine: `vllm`, `embedded`, or the base URL of a running server; or a checkpoint that is ready already, and
+            stays so.
+        checkpoint: folder or hub id; the name under which a server is asked.
         log, max_len: of a vLLM that is started here; see `serving`.
         adapter: put on the checkpoint (not with a running server).
 
@@ -77,8 +78,6 @@ def asking(
         return
     from thinkswitch_plugin.engines.client import ServedModel
 
-    if engine != "vllm":
-        checkpoint = keys.server.model or checkpoint
     if adapter:
         options = [*keys.vllm_args, *lora_arguments({ADAPTER: adapter.folder})]
         keys = keys.model_copy(update={"vllm_args": options})

@@ -245,12 +245,14 @@ class ServedModel:
     def ask(self, requests: Iterable[Request], arrived: Arrived) -> None:
         """As `Asker.ask`, many at once; raises as `Client.ask`."""
         try:
-            asyncio.get_running_loop()
+            beside = asyncio.get_running_loop() is not None  # a notebook's own loop runs in this thread
         except RuntimeError:
+            beside = False
+        if beside:
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(run_async, self._ask(requests, arrived)).result()
+        else:
             run_async(self._ask(requests, arrived))
-            return
-        with ThreadPoolExecutor(1) as thread:  # a notebook's own loop runs in this thread
-            thread.submit(run_async, self._ask(requests, arrived)).result()
 
     def close(self) -> None:
         """Nothing: a server holds no memory of ours."""

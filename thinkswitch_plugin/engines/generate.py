@@ -103,7 +103,8 @@ def generate(
     Args:
         requests: OpenAI batch file.
         out: batch output file, appended to as answers arrive (not in order).
-        checkpoint: who answers, whatever `body.model` of a request says.
+        checkpoint: who answers, whatever `body.model` of a request says; a running server may know it by the name
+            `keys.server.model`.
         engine, log: as `asking`.
         options: see `Options`.
 
@@ -125,9 +126,11 @@ def generate(
         longest = max(longest, "\n".join(str(m.get("content")) for m in row["body"]["messages"]), key=len)
     if report.already_stored == report.requests:
         return report
-    room = None  # known to a server of the user's own
+    room = None
     if engine == "vllm":
         room = min(budget + prompt_room(longest, checkpoint), context_length(checkpoint))
+    elif engine != "embedded":
+        checkpoint = keys.server.model or checkpoint
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
         out.open("ab") as handle,

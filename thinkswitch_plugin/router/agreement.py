@@ -30,12 +30,12 @@ from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.stamp import once
 
 FEWEST = 50  # unseen prompts; with fewer the trained ones are taken too
-FLATTERS = (
+CAUTION = (
     "The pair was trained on {trained}, so instruct does better on them than on new ones: the labels flatter instruct, "
     "and the router thinks too rarely. Add prompts to the recipe's source to have unseen ones."
 )
 Prompts = list[tuple[str, str]]  # (id, text)
-Found = dict[str, list[tuple[str | None, int]]]  # by prompt id: final answer and tokens of every sample
+Answers = dict[str, list[tuple[str | None, int]]]  # by prompt id: final answer and tokens of every sample
 
 
 @dataclass(frozen=True)
@@ -150,12 +150,12 @@ def label_by_agreement(run: Run, k: int, hashes: Hashes, limit: int | None) -> L
     seen = sum(row["prompt"] in trained for row in rows)
     facts = {"source": "the recipe's prompts", "trained_on": seen, "left_out": len(asked) - len(rows)}
     if seen:
-        facts["caution"] = FLATTERS.format(trained=f"{seen} of the {len(rows)} label prompts")
+        facts["caution"] = CAUTION.format(trained=f"{seen} of the {len(rows)} label prompts")
         console.say(f"  {facts['caution']}")
     return Labels.of([row["prompt"] for row in rows], [row["label"] for row in rows], facts)
 
 
-def _answers(run: Run, k: int, mode: str, prompts: Prompts, count: int, hashes: Hashes) -> Found:
+def _answers(run: Run, k: int, mode: str, prompts: Prompts, count: int, hashes: Hashes) -> Answers:
     """What one checkpoint answered to the first `count` prompts; instruct is asked once, thinking for every sample."""
     from transformers import AutoTokenizer
 
@@ -199,11 +199,11 @@ def _answers(run: Run, k: int, mode: str, prompts: Prompts, count: int, hashes: 
     return _read_answers(requests, answered, keys.labels.answer)
 
 
-def _read_answers(requests: Path, answered: Path, kind: str) -> Found:
+def _read_answers(requests: Path, answered: Path, kind: str) -> Answers:
     stored: dict[str, dict[str, Any]] = {}
     for number, row in files.read_jsonl(answered, torn_end=True):
         stored.setdefault(batch.stored_id(row, answered, number), row)
-    found: Found = {}
+    found: Answers = {}
     for _, request in batch.read_requests(requests):
         row = stored.get(request["custom_id"], {})
         body = batch.completion_body(row)
