@@ -7,8 +7,7 @@ lm-eval passes the model arguments of the run to each `NAME_dataset`. A `grade_K
 rules for that kind in docs/grading.md.
 """
 
-from __future__ import annotations
-
+# No postponed annotations: lm-eval loads this file under a name that pydantic could not look them up by.
 import hashlib
 import logging
 import math
@@ -74,8 +73,8 @@ def pubmedqa_full_dataset(**arguments: Any) -> dict[str, Any]:
     return _test(pubmedqa_half("test"), arguments)
 
 
-def _test(rows: Dataset, arguments: dict[str, Any]) -> dict[str, Dataset]:
-    """The questions as a test split, with a mark if a model argument of the run removes the traces."""
+def _test(rows: "Dataset", arguments: dict[str, Any]) -> dict[str, "Dataset"]:
+    """The questions as a test split; they note if a model argument of the run removes the traces."""
     if arguments.get("think_end_token") is not None:
         log.warning(
             "`think_end_token` in the model arguments removes the traces before they are graded, so no think ratio "
@@ -209,12 +208,7 @@ class PubMedQARow(BaseModel):
     final_decision: Literal["yes", "no", "maybe"]
 
 
-# lm-eval keeps this file out of `sys.modules`, which is where pydantic looks for the names of annotations.
-for _row in (AimeRow, PubMedQAContext, PubMedQARow):
-    _row.model_rebuild(_types_namespace=globals())
-
-
-def evaluation_rows(file_name: str, hub: str, config: str | None, shape: type[BaseModel], name: str) -> Dataset:
+def evaluation_rows(file_name: str, hub: str, config: str | None, shape: type[BaseModel], name: str) -> "Dataset":
     """An evaluation set from THINKSWITCH_DATA where that is set, else from the hub.
 
     Args:
@@ -266,17 +260,17 @@ def check_rows(rows: Iterable[tuple[str, dict[str, Any]]], source: str, shape: t
         raise ThinkSwitchError(f"{source} holds no rows.")
 
 
-def aime_rows() -> Dataset:
+def aime_rows() -> "Dataset":
     """AIME 2026: 30 problems."""
     return evaluation_rows("aime_2026", "MathArena/aime_2026", None, AimeRow, "problem")
 
 
-def pubmedqa_rows() -> Dataset:
+def pubmedqa_rows() -> "Dataset":
     """All labelled rows of PubMedQA."""
     return evaluation_rows("pubmedqa", "qiaojin/PubMedQA", "pqa_labeled", PubMedQARow, "pubid")
 
 
-def pubmedqa_half(half: str) -> Dataset:
+def pubmedqa_half(half: str) -> "Dataset":
     """The rows of PubMedQA's official `test` half, or of the other one (`train`), in the set's order.
 
     A set of another size than the official 1,000 rows has no halves: all of it is the
@@ -316,7 +310,7 @@ def pubmedqa_test_ids(labelled: Iterable[tuple[str, str]]) -> set[str]:
     return test
 
 
-def pubmedqa_subset() -> Dataset:
+def pubmedqa_subset() -> "Dataset":
     """The fixed 30 questions: those of the test half whose ids have the smallest sha256."""
     rows = pubmedqa_half("test")
     order = sorted(range(len(rows)), key=lambda n: hashlib.sha256(str(rows[n]["pubid"]).encode()).hexdigest())

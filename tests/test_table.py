@@ -80,6 +80,8 @@ def test_what_the_environment_says_reaches_the_run(opened: Run, monkeypatch: pyt
     monkeypatch.setattr(cli.run, "execute", lambda *_, **__: None)
     assert CliRunner().invoke(cli.main, ["report", "runs/arithmetic"]).exit_code == 0
     assert told == [Given(keep="last", price="0.35", data="mine")]
+    assert CliRunner().invoke(cli.main, ["report", "runs/arithmetic", "--data", "other"]).exit_code == 0
+    assert told[1].data == os.environ["THINKSWITCH_DATA"] == "other"  # where lm-eval's tasks look
 
 
 def test_a_command_without_its_iteration_is_wrong_usage() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,13 @@ def together(*every: Decorator) -> Decorator:
     return lambda function: functools.reduce(lambda made, option: option(made), reversed(every), function)
 
 
+def hand_on(_ctx: click.Context, _param: click.Parameter, folder: str) -> str:
+    """Tell lm-eval's tasks, in this process and in those it starts, where the evaluation sets lie."""
+    if folder:
+        os.environ["THINKSWITCH_DATA"] = folder
+    return folder
+
+
 DOMAIN = click.option("--domain", required=True, help="Name of a recipe in recipes/.")
 RUNS = click.option("--runs", default="runs", show_default=True, type=FOLDER, help="Folder that holds the runs.")
 ENGINE = click.option(
@@ -57,7 +65,7 @@ ENGINE = click.option(
 OVERLAY = click.option(
     "--overlay", default="", type=WORDS, help="Overlays put on the recipe: names or paths, by spaces."
 )
-DATA = click.option("--data", default="", help="Folder with evaluation sets, in place of the hub.")
+DATA = click.option("--data", default="", callback=hand_on, help="Folder with evaluation sets, in place of the hub.")
 INSTRUCT = click.option("--instruct", default="", help="Another instruct checkpoint (folder or hub id).")
 THINKING = click.option("--thinking", default="", help="Another thinking checkpoint (folder or hub id).")
 
