@@ -112,7 +112,7 @@ def store_answers(folder: Path, mode: str) -> None:
 def complete(
     draw: random.Random, chain: str, gold: str, k: int, mode: str, padding: str, characters: int
 ) -> str:  # fmt: skip
-    """One completion, right with the probability in `RIGHT`; one thinking trace in forty is cut, and a few texts are hostile."""
+    """One completion, right with probability `RIGHT`; one thinking trace in forty is cut, and a few texts are hostile."""
     right = draw.random() < RIGHT[mode][min(k, 2)]
     answer = gold if right else str((int(gold) + draw.randrange(1, 10)) % 10)
     hostile = HOSTILE[draw.randrange(len(HOSTILE))] if draw.random() < 0.02 else ""

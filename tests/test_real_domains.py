@@ -155,7 +155,7 @@ def test_an_evaluation_question_among_the_prompts_stops_the_run(
     overlay.write_text(yaml.safe_dump({"thinkswitch": {"prompts": {"path": str(planted)}}}))
     words = ["--domain", "aime", "--overlay", f"{tiny} {overlay}", "--runs", tmp_path, "--engine", "embedded"]
     assert command(BIN / "thinkswitch", "begin", *words, THINKSWITCH_DATA=str(data)).returncode == 0
-    # Reported by the first stage of `make iterate`, and again by the stage that writes the requests, in case prompts have changed.
+    # Reported by the first stage of `make iterate`, and by the one that writes the requests, in case prompts changed.
     aime = tmp_path / "aime"
     for stage, made in ((["pair", aime], "iter-0/pair.json"), (["requests", aime, "1"], "iter-1/requests.jsonl")):
         done = command(BIN / "thinkswitch", *stage, THINKSWITCH_DATA=str(data))

@@ -1,4 +1,4 @@
-"""`make status` on runs that have not started, are idle, are running, have failed or were killed. The stages here are instant."""
+"""`make status` on runs that are new, idle, running, failed or killed. The stages here are instant."""
 
 from __future__ import annotations
 
