@@ -16,10 +16,12 @@ from typing import Any
 from thinkswitch_plugin import console, files, places
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint
+from thinkswitch_plugin.judging.figures import summarize
+from thinkswitch_plugin.judging.samples import read_samples
 from thinkswitch_plugin.loop import work
 from thinkswitch_plugin.loop.rebuild import merge
 from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
-from thinkswitch_plugin.report import header, rows, score
+from thinkswitch_plugin.report import header, rows
 from thinkswitch_plugin.run import MODES, Run, locked, open_run
 
 NAMES = {
@@ -68,7 +70,8 @@ def run_control(run: Run, name: str) -> None:
             merge(here / "merge.yaml", out, here / "logs" / "merge.log")
         keys = run.recipe.keys
         evaluate_checkpoint(str(out), here / "eval" / mode, keys, run.engine, log=here / "logs" / f"{name}.log")
-        figures = score(run, here / "eval" / mode, str(out))
+        judged = read_samples(here / "eval" / mode, keys.evaluation.task, str(out), keys.labels.answer, keys.convention)
+        figures = summarize(list(judged))
         files.write_json(here / "result.json", {"control": name, "mode": mode, "title": title, **figures})
         low, high = figures["ci95"]
         console.say(f"  {title}: {100 * figures['mean@k']:.1f} % ({100 * low:.1f}–{100 * high:.1f})")

@@ -161,13 +161,15 @@ def forms() -> Iterator[Form]:
     yield prompts(
         "CSV with byte-order mark and CRLF", b"\xef\xbb\xbfprompt,id\r\na,x\r\nb,y\r\n", suffix="csv", works=True
     )
-    yield prompts("CSV, empty", b"", "is no CSV file", suffix="csv")
-    yield prompts("CSV, a row too long", b"prompt\na\nb,c\n", "is no CSV file: .*Expected 1 columns", suffix="csv")
+    yield prompts("CSV, empty", b"", "is not a CSV file", suffix="csv")
+    yield prompts("CSV, a row too long", b"prompt\na\nb,c\n", "is not a CSV file: .*Expected 1 columns", suffix="csv")
     yield prompts("CSV, Latin-1", b"prompt,n\n\xe9,1\nb,2\n", "`prompt` holds bytes that are not UTF-8", suffix="csv")
     yield prompts("CSV, column missing", b"promt\na\nb\n", "row 1: .*'prompt' is undefined", suffix="csv")
     yield prompts("Parquet as it should be", table("parquet", {"prompt": ["a", "b"]}), suffix="parquet", works=True)
-    yield prompts("Parquet, empty", b"", "is no PARQUET file", suffix="parquet")
-    yield prompts("Parquet, cut", table("parquet", {"prompt": ["a", "b"]})[:-9], "is no PARQUET file", suffix="parquet")
+    yield prompts("Parquet, empty", b"", "is not a PARQUET file", suffix="parquet")
+    yield prompts(
+        "Parquet, cut", table("parquet", {"prompt": ["a", "b"]})[:-9], "is not a PARQUET file", suffix="parquet"
+    )
     yield prompts("Parquet, numbers", table("parquet", {"prompt": [1, 2]}), "`prompt` must be text", suffix="parquet")
     yield prompts(
         "Parquet, null", table("parquet", {"prompt": ["a", None]}), "row 2: `prompt` must be", suffix="parquet"
@@ -333,7 +335,7 @@ def forms() -> Iterator[Form]:
     yield task_data("question twice", lines(aime[0], aime[1], aime[0]), "line 3: the same `problem` as in line 1")
     yield task_data("lone surrogate", b'{"problem": "\\ud83d", "answer": 1}\n', "line 1: not valid JSON .*surrogate")
     yield task_data("CSV, column missing", b"problem,anwser\nx,1\n", "row 1: `answer` is missing", name="aime_2026.csv")
-    yield task_data("Parquet, cut", table("parquet", {"problem": ["x"], "answer": [1]})[:-9], "is no PARQUET file",
+    yield task_data("Parquet, cut", table("parquet", {"problem": ["x"], "answer": [1]})[:-9], "is not a PARQUET file",
         name="aime_2026.parquet")  # fmt: skip
     yield task_data("unknown decision", lines(abstract, {**abstract, "pubid": 2, "final_decision": "perhaps"}),
         "line 2: `final_decision` cannot be used", name="pubmedqa.jsonl")  # fmt: skip

@@ -381,7 +381,7 @@ def test_refusals_are_one_sentence_and_write_nothing(own_run: Path, forked: Any,
     for extra, says in (
         (["--instruct", start], "Give both checkpoints"),
         (["--rank", "1000"], "from 1 to 512"),
-        (["--base", tmp_path / "none"], "is no checkpoint folder"),
+        (["--base", tmp_path / "none"], "is not a checkpoint folder"),
         (["--base", other], "no compatible pair"),
         (["--iteration", "2"], "no instruct checkpoint of iteration 2"),
         (["--overlay", "24gb"], "was begun with OVERLAY=''"),

@@ -307,7 +307,7 @@ def test_a_price_gives_money(made: Path) -> None:
 
 @pytest.mark.parametrize("text", ["cheap", "nan", "inf", "-1"])
 def test_what_is_no_price_is_refused(text: str) -> None:
-    with pytest.raises(ThinkSwitchError, match=f"PRICE_PER_HOUR={text} is no price"):
+    with pytest.raises(ThinkSwitchError, match=f"PRICE_PER_HOUR={text} is not a price"):
         price_per_hour(text)
 
 

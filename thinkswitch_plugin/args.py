@@ -123,7 +123,7 @@ class RebuildKeys(Keys):
 
 
 class EvaluationKeys(Keys):
-    """How both checkpoints are judged."""
+    """How both checkpoints are evaluated."""
 
     task: str = Field(description="lm-eval task name.")
     limit: int | None = Field(None, gt=0, description="Only the first so many questions.")

@@ -22,9 +22,19 @@ def with_next_command(sentence: str) -> str:
     return f"{sentence}{gap}Put that right, then {AGAIN}."
 
 
+def not_fetched(what: str, error: BaseException) -> ThinkSwitchError:
+    """The sentence for a checkpoint or a dataset that the hub does not give."""
+    text = f"{what} cannot be fetched from the hub: {first_line(error)}"
+    return ThinkSwitchError(f"{text}; check its name, the network and your access to it.")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return ((str(error).strip().splitlines() or [""])[0] or type(error).__name__)[:200].rstrip(".")
+
+
 def reason(error: BaseException) -> str:
     """The first line of the error that started it all."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__ or error
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200].rstrip(".")
+    return first_line(error)

@@ -7,7 +7,7 @@ In a recipe:
         ds_type: json
         type: thinkswitch_plugin.pre_thinking
 
-`adaptive/formats.py` says how a completion is written. An adaptive model trains on two such entries, one of
+`data/formats.py` says how a completion is written. An adaptive model trains on two such entries, one of
 each format.
 """
 

@@ -27,7 +27,7 @@ class Recipe:
 
 
 def recipe_path(domain: str) -> Path:
-    """Where the recipe of a domain lies. Raises `ThinkSwitchError` for a name that is none."""
+    """Where the recipe of a domain lies. Raises `ThinkSwitchError` if there is none."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", domain):
         raise ThinkSwitchError(f"DOMAIN={domain!r} is not a domain name; use letters, digits, `-` and `_`.")
     path = places.find(f"{places.RECIPES}/{domain}.yaml")
@@ -148,36 +148,16 @@ def check_axolotl_keys(recipe: Recipe) -> None:
             raise ThinkSwitchError(f"{recipe.path}: `{key}` is missing; recipes/template.yaml has one.")
 
 
-def iteration_config(
-    recipe: Recipe,
-    *,
-    base_model: str,
-    pairs: Path,
-    adapter: Path,
-    prepared: Path,
-    seed: int,
-    on_cpu: bool,
-) -> dict[str, Any]:
+def iteration_config(recipe: Recipe, *, pairs: Path, **places: Any) -> dict[str, Any]:
     """The complete axolotl config of one iteration, which plain `axolotl train` runs as it is.
 
     Args:
-        base_model: the instruct checkpoint that learns.
-        prepared: where axolotl keeps tokenized data. It must differ between iterations:
-            axolotl's cache key holds neither the file's content nor plugin keys.
-        on_cpu: put the published CPU overlay on top.
+        places: the other arguments of `training_config`.
     """
     datasets = [dict(entry) for entry in recipe.axolotl.get("datasets") or [{}]]
     datasets[0] |= {"path": str(pairs), "ds_type": "json", "type": "thinkswitch_plugin.answer_only"}
     keys = recipe.keys.model_dump(by_alias=True, exclude_defaults=True)
-    return training_config(
-        recipe.axolotl,
-        base_model=base_model,
-        datasets=datasets,
-        adapter=adapter,
-        prepared=prepared,
-        seed=seed,
-        on_cpu=on_cpu,
-    ) | {"thinkswitch": keys}
+    return training_config(recipe.axolotl, datasets=datasets, **places) | {"thinkswitch": keys}
 
 
 def training_config(
@@ -190,7 +170,14 @@ def training_config(
     seed: int,
     on_cpu: bool,
 ) -> dict[str, Any]:
-    """A recipe's axolotl keys for one training, without those under `thinkswitch:`; see `iteration_config`."""
+    """A recipe's axolotl keys for one training, without those under `thinkswitch:`.
+
+    Args:
+        base_model: the checkpoint that learns.
+        prepared: where axolotl keeps tokenized data. It must differ between iterations:
+            axolotl's cache key holds neither the file's content nor plugin keys.
+        on_cpu: put the published CPU overlay on top.
+    """
     if on_cpu:
         values = overlay(values, files.read_yaml(places.find(places.CPU_OVERLAY)))
     return {

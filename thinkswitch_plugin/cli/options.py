@@ -92,7 +92,7 @@ def of_pair(function: Callable[..., Any]) -> Callable[..., Any]:
         ENGINE,
         OVERLAY,
         click.option("--out", type=FOLDER, help="Where the results go, instead of the run's iteration."),
-        click.option("--limit", type=WHOLE, help="Judge by the first so many questions only."),
+        click.option("--limit", type=WHOLE, help="Evaluate on the first so many questions only."),
         DATA,
     )
     @functools.wraps(function)

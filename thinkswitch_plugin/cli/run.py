@@ -10,17 +10,7 @@ from typing import Any
 import click
 
 from thinkswitch_plugin.cli.group import main
-from thinkswitch_plugin.cli.options import (
-    DOMAIN,
-    ENGINE,
-    FOLDER,
-    INSTRUCT,
-    OVERLAY,
-    RUNS,
-    SEED,
-    THINKING,
-    told,
-)
+from thinkswitch_plugin.cli.options import DOMAIN, ENGINE, FOLDER, INSTRUCT, OVERLAY, RUNS, SEED, THINKING, told
 from thinkswitch_plugin.run import MODES, TABLE, Given, execute, open_run
 from thinkswitch_plugin.run.table import Row
 
@@ -133,7 +123,7 @@ def compare(run: Path, question: str, overlay: tuple[str, ...], **options: Any) 
 @click.option("--out", type=FOLDER, default="eval", show_default=True, help="Where lm-eval's files go.")
 @OVERLAY
 def eval_model(overlay: tuple[str, ...], **options: Any) -> None:
-    """Judge any checkpoint with a domain's lm-eval task."""
+    """Evaluate any checkpoint with a domain's lm-eval task."""
     from thinkswitch_plugin.loop.begin import evaluate_model
 
     evaluate_model(overlays=overlay, **options)

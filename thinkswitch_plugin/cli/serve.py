@@ -9,17 +9,7 @@ from typing import Any
 import click
 
 from thinkswitch_plugin.cli.group import main
-from thinkswitch_plugin.cli.options import (
-    DOMAIN,
-    ENGINE,
-    FOLDER,
-    ITERATION,
-    OVERLAY,
-    RUNS,
-    SEED,
-    WHOLE,
-    of_pair,
-)
+from thinkswitch_plugin.cli.options import DOMAIN, ENGINE, FOLDER, ITERATION, OVERLAY, RUNS, SEED, WHOLE, of_pair
 from thinkswitch_plugin.run import open_run
 
 EXPORT_RANK = 64
@@ -33,7 +23,7 @@ EXPORT_RANK = 64
 )
 @click.option("--limit", type=WHOLE, help="At most so many label prompts.")
 def switch(run: Path, iteration: int, labels: Path | None, limit: int | None) -> None:
-    """Train a router that sends each question to instruct or thinking, and judge it -> switch/."""
+    """Train a router that sends each question to instruct or thinking, and evaluate it -> switch/."""
     from thinkswitch_plugin.router.make_switch import make_switch
 
     make_switch(open_run(run), iteration, labels_file=labels, limit=limit)
@@ -78,7 +68,7 @@ def answer(pair: Path, source: str, out: Path | None, question: str, **options: 
     "(default: the starting instruct checkpoint).",
 )
 def export_loras(pair: Any, rank: str, base: str) -> None:
-    """Instruct and thinking as two LoRAs of one base (mergekit), judged beside the full checkpoints -> export/."""
+    """Instruct and thinking as two LoRAs of one base (mergekit), evaluated beside the full checkpoints -> export/."""
     from thinkswitch_plugin.export.job import export, find_base, find_pair, parse_ranks
 
     ranks = parse_ranks(rank)

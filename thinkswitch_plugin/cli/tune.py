@@ -1,4 +1,4 @@
-"""Commands on merges and on saved outputs: sweep, judge, merge, compare tensors, grade."""
+"""Commands on merges and on saved outputs: sweep, evaluate, merge, compare tensors, grade."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 @of_candidates
 @click.option("--lambdas", default="0 0.1 … 1", show_default=True, help="Weights of the thinking checkpoint.")
 def sweep(pair: Any, template: Any, sampling: str, samples: int | None, lambdas: str) -> None:
-    """Interpolate a pair at many λ, judge each point, find the stages and the sweet spot -> sweep/."""
+    """Interpolate a pair at many λ, evaluate each point, find the stages and the sweet spot -> sweep/."""
     from thinkswitch_plugin.search.pair import find_pair
     from thinkswitch_plugin.search.sweep import parse_sampling, parse_weights
     from thinkswitch_plugin.search.sweep import sweep as run_sweep
@@ -37,7 +37,7 @@ def sweep(pair: Any, template: Any, sampling: str, samples: int | None, lambdas:
 def judge_merges(
     pair: Any, template: Any, sampling: str, samples: int | None, name: str, weight: str, configs: tuple[Path, ...]
 ) -> None:
-    """Judge merge configs (YAML files, or folders of them) on one pair -> merges/NAME/."""
+    """Evaluate merge configs (YAML files, or folders of them) on one pair -> merges/NAME/."""
     from thinkswitch_plugin.search.ablation import Job, judge_configs
     from thinkswitch_plugin.search.pair import find_pair
     from thinkswitch_plugin.search.sweep import parse_sampling, parse_weights

@@ -103,12 +103,12 @@ def _fault_of_request(row: dict[str, Any]) -> str | None:
         return "`custom_id` is missing or not text"
     body = row.get("body")
     if not isinstance(body, dict):
-        return "`body` is missing or no object"
+        return "`body` is missing or not an object"
     if not isinstance(body.get("messages"), list) or not body["messages"]:
         return "`body.messages` is missing or empty"
     for place, message in enumerate(body["messages"]):
         if not isinstance(message, dict):
-            return f"`body.messages[{place}]` is no object"
+            return f"`body.messages[{place}]` is not an object"
         for name in ("role", "content"):
             if not isinstance(message.get(name), str):
                 return f"`body.messages[{place}].{name}` is missing or not text"
@@ -117,7 +117,7 @@ def _fault_of_request(row: dict[str, Any]) -> str | None:
         return f"`body.max_tokens` is {budget!r}; use a whole number above 0"
     metadata = body.get("metadata", {})
     if not isinstance(metadata, dict):
-        return "`body.metadata` is no object"
+        return "`body.metadata` is not an object"
     if not isinstance(metadata.get("prompt_id", ""), str):
         return "`body.metadata.prompt_id` is not text"
     if metadata.get("trace", "inline") not in TRACES:
@@ -159,7 +159,7 @@ def stored_id(row: dict[str, Any], path: Path, number: int) -> str:
 def fault_of_completion(body: object) -> str | None:
     """What keeps a value from being a chat completion with text, None if it is one."""
     if not isinstance(body, dict):
-        return "it is no JSON object"
+        return "it is not a JSON object"
     choices = body.get("choices")
     if not isinstance(choices, list) or not choices:
         return "it has no `choices`"
@@ -173,10 +173,10 @@ def fault_of_completion(body: object) -> str | None:
         return "`finish_reason` is not text"
     usage = body.get("usage")
     if not isinstance(usage, dict | None):
-        return "`usage` is no object"
+        return "`usage` is not an object"
     tokens = (usage or {}).get("completion_tokens")
     if not isinstance(tokens, int | None) and not (isinstance(tokens, float) and tokens.is_integer()):
-        return "`usage.completion_tokens` is no whole number"
+        return "`usage.completion_tokens` is not a whole number"
     return None
 
 

@@ -54,27 +54,18 @@ class PairReport:
     def summary(self) -> str:
         """One line for people: `510 of 512 samples kept; dropped: 2 unclosed_trace`."""
         reasons = ", ".join(f"{n} {reason}" for reason, n in self.dropped.most_common())
-        text = f"{self.kept} of {self.samples} samples kept" + (f"; dropped: {reasons}" if reasons else "")
-        if self.unwrapped:
-            text += f"; {self.unwrapped} answers taken out of their wrapper"
-        if self.duplicates:
-            text += f"; {self.duplicates} lines left out whose id is stored twice"
-        if self.unknown_ids:
-            text += f"; {self.unknown_ids} lines left out whose id nobody asked"
-        return text
+        parts = (
+            (f"{self.kept} of {self.samples} samples kept", True),
+            (f"dropped: {reasons}", reasons),
+            (f"{self.unwrapped} answers taken out of their wrapper", self.unwrapped),
+            (f"{self.duplicates} lines left out whose id is stored twice", self.duplicates),
+            (f"{self.unknown_ids} lines left out whose id nobody asked", self.unknown_ids),
+        )
+        return "; ".join(text for text, there in parts if there)
 
     def as_json(self) -> dict[str, Any]:
         """The counts as plain values."""
-        return {
-            "prompts": self.prompts,
-            "samples": self.samples,
-            "kept": self.kept,
-            "dropped": dict(sorted(self.dropped.items())),
-            "prompts_without_pair": self.prompts_without_pair,
-            "unwrapped": self.unwrapped,
-            "duplicates": self.duplicates,
-            "unknown_ids": self.unknown_ids,
-        }
+        return {**vars(self), "dropped": dict(sorted(self.dropped.items()))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +90,7 @@ def build_pairs(
     convention: Convention | None = None,
     report: PairReport,
 ) -> Iterator[dict[str, Any]]:
-    """Yield the pairs in the order of `requests`, counting into `report` on the way.
-
-    Each file is read from front to back, the generations once: answers, and traces only where they are kept,
-    wait in an unnamed temporary file, so memory grows with ids only.
+    """Yield the pairs in the order of `requests`, counting into `report`; memory grows with ids only.
 
     Args:
         requests: OpenAI batch file; consecutive lines with one `body.metadata.prompt_id`
@@ -113,7 +101,7 @@ def build_pairs(
         selection: `first` complete sample, `all`, or `vote` (the first complete sample
             that gives the majority answer).
         answer_kind: how `vote` reads a final answer, a key of `answers.EXTRACTORS`.
-        keep_trace: give each pair its `trace`, and drop those that `adaptive.formats` cannot write.
+        keep_trace: give each pair its `trace`, and drop those that `formats` cannot write.
         convention: how the recipe says that traces are written; None leaves it to each request.
 
     Raises:
@@ -127,8 +115,7 @@ def build_pairs(
         raise ThinkSwitchError(f"{requests} holds no requests; delete it and run the stage `requests` again.")
     with tempfile.TemporaryFile(dir=_spill_folder(generations)) as spill:
         stored = _read_generations(generations, asked, spill, report, keep_trace=keep_trace)
-        rows = (request for _, request in files.read_jsonl(requests))
-        for _, group in itertools.groupby(rows, key=batch.prompt_id):
+        for _, group in itertools.groupby((row for _, row in files.read_jsonl(requests)), key=batch.prompt_id):
             members = list(group)
             report.prompts += 1
             report.samples += len(members)
@@ -146,17 +133,13 @@ def build_pairs(
             report.kept += len(chosen)
             report.prompts_without_pair += not chosen
             for request, answer in chosen:
-                report.unwrapped += stored[request["custom_id"]].wrapped
-                row = {
-                    "messages": [*request["body"]["messages"], {"role": "assistant", "content": answer}],
-                    "custom_id": request["custom_id"],
-                    "prompt_id": batch.prompt_id(request),
-                }
-                if keep_trace:
-                    found = stored[request["custom_id"]]
-                    spill.seek(found.start + found.length)
-                    row["trace"] = spill.read(found.trace).decode()
-                yield row
+                found = stored[request["custom_id"]]
+                report.unwrapped += found.wrapped
+                spill.seek(found.start + found.length)
+                trace = {"trace": spill.read(found.trace).decode()} if keep_trace else {}
+                turns = [*request["body"]["messages"], {"role": "assistant", "content": answer}]
+                ids = {"custom_id": request["custom_id"], "prompt_id": batch.prompt_id(request)}
+                yield {"messages": turns, **ids, **trace}
 
 
 def _spill_folder(generations: Path) -> Path | None:

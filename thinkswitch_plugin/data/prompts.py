@@ -20,7 +20,7 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.args import PromptKeys, SamplingKeys, resolve_seed
 from thinkswitch_plugin.data import batch, contamination, sources
 from thinkswitch_plugin.data.traces import control_token
-from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.errors import ThinkSwitchError, first_line
 
 QUESTION_FIELDS = ("prompt", "problem", "question")  # what a row's question is called
 
@@ -42,7 +42,7 @@ def read_prompts(keys: PromptKeys, seed: int) -> tuple[list[tuple[str, str]], st
             text = template.render(row)
         except Exception as error:  # a template may compute anything with a row
             raise ThinkSwitchError(
-                f"{where}: `thinkswitch.prompts.template` does not fit the row: {_first_line(error)}."
+                f"{where}: `thinkswitch.prompts.template` does not fit the row: {first_line(error)}."
             ) from None
         if not text.strip():
             raise ThinkSwitchError(f"{where}: the prompt is empty; fill it or delete the row.")
@@ -87,7 +87,9 @@ def _template(keys: PromptKeys, undefined: type[Undefined]) -> Template:
     try:
         return SandboxedEnvironment(undefined=undefined).from_string(keys.template)
     except (TemplateSyntaxError, RecursionError) as error:
-        raise ThinkSwitchError(f"`thinkswitch.prompts.template` is no Jinja template: {_first_line(error)}.") from None
+        raise ThinkSwitchError(
+            f"`thinkswitch.prompts.template` is not a Jinja template: {first_line(error)}."
+        ) from None
 
 
 def messages(keys: PromptKeys, text: str) -> list[dict[str, str]]:
@@ -136,7 +138,7 @@ def as_asked(keys: PromptKeys, question: str, others: Mapping[str, Any] | None =
         text = template.render({**(others or {}), field: question}).strip("\n")
     except Exception as error:  # a template may compute anything with a row
         raise ThinkSwitchError(
-            f"`thinkswitch.prompts.template` cannot ask a question by itself: {_first_line(error)}; "
+            f"`thinkswitch.prompts.template` cannot ask a question by itself: {first_line(error)}; "
             "it needs the other fields of the domain's rows."
         ) from None
     return text, sorted(fields - {field} - set(others or {}))
@@ -153,10 +155,6 @@ def _fault_of_row(row: dict[str, Any], id_field: str) -> str | None:
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         return f"`{id_field}` must be text or a whole number, found {str(value)[:50]!r}; leave it out to count the rows"
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _rows(keys: PromptKeys, seed: int) -> tuple[Iterator[tuple[str, int, dict[str, Any]]], str | None]:
@@ -206,12 +204,10 @@ def write_requests(
         how: how its completions are read; each request's metadata keeps it.
         seed: run seed; sample j of every prompt is seeded with ``seed * samples + j``.
     """
-    written = 0
     with files.atomic_file(out) as handle:
         for prompt_id, text in prompts:
             for sample in range(sampling.samples):
                 body = request_body(model, messages(keys, text), sampling, seed * sampling.samples + sample)
                 body["metadata"] = {"prompt_id": prompt_id, **how.metadata()}
                 handle.write(files.dumps_line(batch.request(f"{prompt_id}-s{sample}", body)))
-                written += 1
-    return written
+    return len(prompts) * sampling.samples

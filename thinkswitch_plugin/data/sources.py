@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thinkswitch_plugin import files
-from thinkswitch_plugin.errors import ThinkSwitchError, reason
+from thinkswitch_plugin.errors import ThinkSwitchError, first_line, not_fetched
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,9 +37,7 @@ def read_file(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             else:
                 table = parquet.read_table(handle)
     except pyarrow.ArrowException as error:
-        raise ThinkSwitchError(
-            f"{path} is no {path.suffix[1:].upper()} file: {str(error).splitlines()[0][:200].rstrip('.')}."
-        ) from None
+        raise ThinkSwitchError(f"{path} is not a {path.suffix[1:].upper()} file: {first_line(error)}.") from None
     except UnicodeDecodeError:
         raise ThinkSwitchError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
     except OSError as error:
@@ -63,6 +61,4 @@ def load_hub(name: str, config: str | None, split: str, revision: str | None) ->
         commit = revision if revision and len(revision) == 40 else HfApi().dataset_info(name, revision=revision).sha
         return load_dataset(name, config, split=split, revision=commit), str(commit)
     except Exception as error:  # the hub's client raises many types; all mean that there is no data
-        raise ThinkSwitchError(
-            f"The dataset {name} cannot be fetched from the hub: {reason(error)}; check its name, the network and your access to it."
-        ) from None
+        raise not_fetched(f"The dataset {name}", error) from None

@@ -57,18 +57,14 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Completion:
-    """One split completion. `trace` is None where none was written.
+    """One split completion."""
 
-    `cut` says that generation stopped before the end of the turn, and `finish` names why where it was not the token
-    limit; `wrapped` says that the answer was enclosed in a wrapper, which is taken off.
-    """
-
-    trace: str | None
+    trace: str | None  # None where none was written
     answer: str | None
     outcome: Outcome
-    cut: bool = False
-    finish: str | None = None
-    wrapped: bool = False
+    cut: bool = False  # generation stopped before the end of the turn
+    finish: str | None = None  # why, where it was not the token limit
+    wrapped: bool = False  # the answer was enclosed in a wrapper, which is taken off
 
     @property
     def complete(self) -> bool:
@@ -106,16 +102,13 @@ def finish_name(finish_reason: str | None) -> str | None:
 def split(text: str, *, opened: bool = False, cut: bool = False, convention: Convention | None = None) -> Completion:
     """Split raw text that still holds its tags.
 
+    The last closing tag ends the trace, so no trace text can reach `answer`.
+
     Args:
-        text: the completion as the model wrote it.
-        opened: the chat template had already opened the trace, so that text
-            without a closing tag is all trace.
+        opened: the chat template had already opened the trace, so that text without a closing tag is all trace.
         cut: generation stopped before the end of the turn.
         convention: how this checkpoint writes its traces; None looks for every convention of the table,
             `conventions.NONE` for no trace at all. A mark of another convention keeps an answer from being whole.
-
-    Returns:
-        The last closing tag ends the trace, so no trace text can reach `answer`.
     """
     return replace(_split(text, opened, cut, convention), cut=cut)
 
@@ -158,10 +151,7 @@ def split_message(
     finish_reason: str | None = None,
     convention: Convention | None = None,
 ) -> Completion:
-    """Split the `message` of an OpenAI chat completion.
-
-    A server without a reasoning parser leaves the trace in `content`.
-    """
+    """Split the `message` of an OpenAI chat completion; without a reasoning parser its `content` holds the trace."""
     cut = not finished(finish_reason)
     reasoning, content = reasoning_of(message), content_of(message)
     if reasoning.strip():
@@ -221,9 +211,8 @@ def convention_of(tokenizer: Any) -> Convention | None:
 
 
 def _generation_prompt(tokenizer: Any) -> str:
-    return str(
-        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], add_generation_prompt=True, tokenize=False)
-    )
+    turns = [{"role": "user", "content": "x"}]
+    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
 
 
 def _opened_by(rendered_prompt: str, convention: Convention | None) -> str | None:

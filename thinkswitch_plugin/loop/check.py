@@ -19,7 +19,7 @@ from thinkswitch_plugin.data.contamination import require_uncontaminated
 from thinkswitch_plugin.data.task_files import repeats
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.environment import variable
-from thinkswitch_plugin.errors import ThinkSwitchError, reason
+from thinkswitch_plugin.errors import ThinkSwitchError, not_fetched
 from thinkswitch_plugin.judging.evaluation import uses_server
 from thinkswitch_plugin.merging.settings import config_difference
 from thinkswitch_plugin.merging.tensors import quantisation, quantised
@@ -188,9 +188,7 @@ def pair(keys: ThinkSwitchKeys) -> str:
         try:
             configs.append(files.read_json(Path(hf_hub_download(name, "config.json", revision=revision))))
         except Exception as error:  # the hub's client raises many types; all mean no access
-            raise ThinkSwitchError(
-                f"{name} cannot be reached on the hub: {reason(error)}; check its name, the network and your access to it."
-            ) from None
+            raise not_fetched(name, error) from None
     for name, config in zip((keys.pair.instruct, keys.pair.thinking), configs, strict=True):
         if method := quantisation(config):
             raise ThinkSwitchError(quantised(name, f"its config.json has a `quantization_config` ({method})"))
@@ -244,9 +242,9 @@ def budget(
     }
     if questions is not None and keys.evaluation.max_tokens:
         each = min(questions, keys.evaluation.limit or questions) * repeats(keys.evaluation.task)
-        judged = 2 * (iterations + 1)
-        parts[f"for judging {judged} checkpoints ({each} answers × {keys.evaluation.max_tokens})"] = (
-            judged * each * keys.evaluation.max_tokens
+        evaluated = 2 * (iterations + 1)
+        parts[f"for evaluating {evaluated} checkpoints ({each} answers × {keys.evaluation.max_tokens})"] = (
+            evaluated * each * keys.evaluation.max_tokens
         )
     total = sum(parts.values())
     rate = tokens_per_second or GUESSED_TOKENS_PER_SECOND

@@ -15,7 +15,7 @@ from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.report import cards
 from thinkswitch_plugin.run import Run, checkpoint, processes
-from thinkswitch_plugin.run.hardware import has_cuda
+from thinkswitch_plugin.run.table import training_config
 
 
 def prepare_pair(run: Run, _k: int = 0) -> dict[str, Any]:
@@ -133,19 +133,9 @@ def train(run: Run, k: int) -> dict[str, Any]:
 
 def train_adapter(run: Run, *, pairs: Path, base_model: str, here: Path, resume: bool = False) -> dict[str, Any]:
     """Train one adapter on pairs into `here/adapter`; see `distil.train`."""
-    from thinkswitch_plugin.recipe import iteration_config
     from thinkswitch_plugin.training import distil
 
-    config = iteration_config(
-        run.recipe,
-        base_model=base_model,
-        pairs=pairs,
-        adapter=here / "adapter",
-        prepared=here / distil.PREPARED,
-        seed=run.seed,
-        on_cpu=not has_cuda(),
-    )
-    keys = run.recipe.keys
+    config, keys = training_config(run, base_model, pairs, here), run.recipe.keys
     return distil.train(config, here, resume=resume, options=keys.axolotl_args, minimum=keys.min_adapter_change)
 
 

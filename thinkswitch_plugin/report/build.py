@@ -13,7 +13,7 @@ from thinkswitch_plugin.data.batch import Asked
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.figures import Sample, summarize
 from thinkswitch_plugin.judging.paired import compare
-from thinkswitch_plugin.judging.samples import graded, read_samples, samples_file
+from thinkswitch_plugin.judging.samples import graded, samples_file
 from thinkswitch_plugin.run import MODES, TABLE, Run, stages, stamp_path, versions
 from thinkswitch_plugin.run.hardware import hardware
 
@@ -99,14 +99,8 @@ def price_per_hour(text: str) -> float:
     except ValueError:
         price = math.nan
     if not (math.isfinite(price) and price >= 0):
-        raise ThinkSwitchError(f"PRICE_PER_HOUR={text} is no price; write it as 0.35.")
+        raise ThinkSwitchError(f"PRICE_PER_HOUR={text} is not a price; write it as 0.35.")
     return price
-
-
-def score(run: Run, folder: Path, checkpoint: str) -> dict[str, Any]:
-    """The figures of one evaluated checkpoint."""
-    keys = run.recipe.keys
-    return summarize(list(read_samples(folder, keys.evaluation.task, checkpoint, keys.labels.answer)))
 
 
 def stage_seconds(run: Run) -> dict[int, dict[str, float]]:

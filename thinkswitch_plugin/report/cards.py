@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from thinkswitch_plugin import console, files, report
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import is_local, resolve_seed
 from thinkswitch_plugin.data.task_files import evaluation_set
+from thinkswitch_plugin.errors import first_line
+from thinkswitch_plugin.report import tables
 from thinkswitch_plugin.run import MODES, Run, versions
 from thinkswitch_plugin.run.hashes import CARD, Hashes, read_stamp
 
@@ -80,7 +82,7 @@ def complete_cards(run: Run) -> None:
             try:
                 card = ModelCard.load(path)
             except (ValueError, TypeError, yaml.YAMLError) as error:
-                console.say(f"  {path} is left as it is: its metadata cannot be read ({str(error).splitlines()[0]})")
+                console.say(f"  {path} is left as it is: its metadata cannot be read ({first_line(error)})")
                 continue
             figures = found["iterations"][k][mode]
             card.data.model_name = f"thinkswitch-{run.recipe.keys.domain}-{mode}-{k}"
@@ -127,12 +129,11 @@ def eval_results(task: str, figures: dict[str, Any]) -> list[EvalResult]:
 def results(found: dict[str, Any], k: int, mode: str) -> str:
     """The results section of a card: this checkpoint in a sentence, and the loop up to its iteration."""
     s = found["iterations"][k][mode]
-    low, high = (100 * value for value in s["ci95"])
     upto = {**found, "iterations": found["iterations"][: k + 1]}
     lines = [
         "## Results",
         "",
-        f"{100 * s['mean@k']:.1f} % right (95 % interval {low:.1f}–{high:.1f}) on {s['n']} held-out questions, "
+        f"{tables.percent(s['mean@k'])} right (95 % interval {tables.interval(s['ci95'])}) on {s['n']} held-out questions, "
         f"{s['k']} sample{'s' if s['k'] > 1 else ''} a question; {s['tokens']:.1f} tokens a completion, "
         f"think ratio {s['think_ratio']:.3f}.",
         "",
@@ -140,7 +141,7 @@ def results(found: dict[str, Any], k: int, mode: str) -> str:
         "",
         "The loop so far; change is in points against iteration 0:",
         "",
-        *console.table(report.header(upto), report.rows(upto)),
+        *console.table(tables.header(upto), tables.rows(upto)),
         "",
     ]
     return "\n".join(lines)

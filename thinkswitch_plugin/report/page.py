@@ -19,6 +19,7 @@ from markupsafe import Markup
 from thinkswitch_plugin import files
 from thinkswitch_plugin.judging import paired
 from thinkswitch_plugin.report import pictures, search_pictures, tables
+from thinkswitch_plugin.report import sweeps as of_sweeps
 from thinkswitch_plugin.report.build import Evaluation
 from thinkswitch_plugin.report.charts import inline
 from thinkswitch_plugin.report.questions import BLOCK, Questions
@@ -157,27 +158,25 @@ def _series(report: dict[str, Any], mode: str, panel: str) -> str:
 
 def sweeps(run: Run) -> Iterator[dict[str, Any]]:
     """Picture, tables and words of every sweep over λ that lies in the run."""
-    from thinkswitch_plugin.report import sweeps
-
     for path in sweep_files(run):
         result = files.read_json(path)
         name = path.parent.parent.name
-        words = " ".join(f"{curve['stages_in_words']} {sweeps.sentence(curve)}" for curve in result["curves"])
+        words = " ".join(f"{curve['stages_in_words']} {of_sweeps.sentence(curve)}" for curve in result["curves"])
         yield {
             "name": name,
-            "title": sweeps.title_of(result),
+            "title": of_sweeps.title_of(result),
             "chart": inline(
                 search_pictures.sweep_picture(result, SWEEP_SIZE, titled=False),
                 f"sweep-{name}",
                 f"Score, tokens and think ratio over λ. {words}",
             ),
-            "header": sweeps.HEADER,
+            "header": of_sweeps.HEADER,
             "curves": [
                 {
                     "sampling": curve["sampling"],
-                    "rows": sweeps.table_rows(result, curve),
+                    "rows": of_sweeps.table_rows(result, curve),
                     "words": curve["stages_in_words"],
-                    "sentence": sweeps.sentence(curve),
+                    "sentence": of_sweeps.sentence(curve),
                 }
                 for curve in result["curves"]
             ],
@@ -201,20 +200,13 @@ def provenance(run: Run) -> dict[str, Any]:
         {"path": str(path), "hash": hashes.of(path), "text": path.read_text(encoding="utf-8")}
         for path in (run.recipe.path, *run.recipe.overlays)
     ]
+    empty = {"seconds": 0.0, "command": "", "inputs": {}, "outputs": {}}
     done = []
     for stage in stages(run):
         stamp = read_stamp(stamp_path(run, stage)) if stage.name != "report" else None
         if stamp is not None:
-            done.append(
-                {
-                    "name": stage.name,
-                    "iteration": stage.iteration,
-                    "seconds": stamp.get("seconds", 0.0),
-                    "command": stamp.get("command", ""),
-                    "inputs": stamp.get("inputs") or {},
-                    "outputs": stamp.get("outputs") or {},
-                }
-            )
+            said = {key: stamp.get(key) or default for key, default in empty.items()}
+            done.append({"name": stage.name, "iteration": stage.iteration, **said})
     hashes.save()
     settings = {
         "DOMAIN": run.recipe.keys.domain,

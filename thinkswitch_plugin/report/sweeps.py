@@ -5,29 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 from thinkswitch_plugin import console
+from thinkswitch_plugin.report.tables import interval, percent
 
 HEADER = ["λ", "Mean@k", "95 %", "Pass@k", "Vote@k", "tokens", "think ratio", "truncated"]
 
 
 def table_rows(result: dict[str, Any], curve: dict[str, Any]) -> list[list[str]]:
     """One row a point of one sampling setting; λ* carries a star."""
-    rows = []
-    for p in points_of(result, curve):
-        low, high = (100 * v for v in p["ci95"])
-        star = " ★" if p["lambda"] == curve["sweet_spot"]["lambda"] else ""
-        rows.append(
-            [
-                f"{p['lambda']:g}{star}",
-                f"{100 * p['mean@k']:.1f} %",
-                f"{low:.1f}–{high:.1f}",
-                f"{100 * p['pass@k']:.1f} %",
-                f"{100 * p['vote@k']:.1f} %",
-                f"{p['tokens']:.1f}",
-                f"{p['think_ratio']:.3f}",
-                f"{100 * p['truncated']:.1f} %",
-            ]
-        )
-    return rows
+    best = curve["sweet_spot"]["lambda"]
+    return [
+        [
+            f"{p['lambda']:g}{' ★' if p['lambda'] == best else ''}",
+            percent(p["mean@k"]),
+            interval(p["ci95"]),
+            percent(p["pass@k"]),
+            percent(p["vote@k"]),
+            f"{p['tokens']:.1f}",
+            f"{p['think_ratio']:.3f}",
+            percent(p["truncated"]),
+        ]
+        for p in points_of(result, curve)
+    ]
 
 
 def points_of(result: dict[str, Any], curve: dict[str, Any]) -> list[dict[str, Any]]:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from thinkswitch_plugin import console
 from thinkswitch_plugin.run import MODES
+
+
+def percent(share: float) -> str:
+    """`87.3 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def interval(limits: Sequence[float]) -> str:
+    """A 95 % interval in per cent: `84.6–90.2`."""
+    return "–".join(f"{100 * limit:.1f}" for limit in limits)
 
 
 def headline(report: dict[str, Any]) -> str:
@@ -33,19 +43,18 @@ def rows(report: dict[str, Any]) -> Iterator[list[str]]:
     for entry in report["iterations"]:
         for mode in MODES:
             s = entry[mode]
-            low, high = (100 * v for v in s["ci95"])
             change = 100 * (s["mean@k"] - first[mode]["mean@k"])
             yield [
                 str(entry["iteration"]),
                 mode,
-                f"{100 * s['mean@k']:.1f} %",
-                f"{low:.1f}–{high:.1f}",
+                percent(s["mean@k"]),
+                interval(s["ci95"]),
                 "" if entry is first else f"{change:+z.1f}",
-                *([f"{100 * s[name]:.1f} %" for name in ("pass@k", "vote@k")] if s["k"] > 1 else []),
+                *([percent(s[name]) for name in ("pass@k", "vote@k")] if s["k"] > 1 else []),
                 f"{s['tokens']:.1f}",
                 f"{s['think_ratio']:.3f}",
-                f"{100 * s['answered']:.1f} %",
-                f"{100 * s['truncated']:.1f} %",
+                percent(s["answered"]),
+                percent(s["truncated"]),
             ]
 
 
@@ -66,9 +75,16 @@ def header(report: dict[str, Any]) -> list[str]:
     ]
 
 
+MADE = ["iteration", "prompts", "pairs kept", "dropped", "selection", "λ", "think ratio at λ", "σ", "median angle"]
+
+
 def markdown(report: dict[str, Any]) -> str:
     """`report.md`: what changed, what was trained on, how it was rebuilt, how long it took."""
-    n, k = report["iterations"][0]["instruct"]["n"], report["iterations"][0]["instruct"]["k"]
+    iterations = report["iterations"]
+    n, k = iterations[0]["instruct"]["n"], iterations[0]["instruct"]["k"]
+    seconds = (
+        [str(e["iteration"]), ", ".join(f"{name} {s:.0f}" for name, s in e["seconds"].items())] for e in iterations
+    )
     lines = [
         f"# {report['domain']}, seed {report['seed']}",
         "",
@@ -79,30 +95,11 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         *console.table(header(report), rows(report)),
         "",
-        *console.table(
-            [
-                "iteration",
-                "prompts",
-                "pairs kept",
-                "dropped",
-                "selection",
-                "λ",
-                "think ratio at λ",
-                "σ",
-                "median angle",
-            ],
-            (_made(entry) for entry in report["iterations"][1:]),
-        ),
+        *console.table(MADE, (_made(entry) for entry in iterations[1:])),
         "",
         *comparisons(report),
         "",
-        *console.table(
-            ["iteration", "seconds by stage"],
-            (
-                [str(e["iteration"]), ", ".join(f"{name} {s:.0f}" for name, s in e["seconds"].items())]
-                for e in report["iterations"]
-            ),
-        ),
+        *console.table(["iteration", "seconds by stage"], seconds),
         "",
         f"In all {3600 * report['cost']['hours']:.0f} s of stages. "
         + ", ".join(f"{name} {version}" for name, version in report["versions"].items())

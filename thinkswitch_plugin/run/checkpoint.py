@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import files
-from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.errors import ThinkSwitchError, not_fetched
 
 # What differs between an instruct and a thinking checkpoint beside the weights.
 MODE_FILES = (
@@ -121,7 +121,7 @@ def resolve(name: str, revision: str | None, what: str) -> tuple[Path, str | Non
         folder = Path(name).expanduser()
         if not (folder / "config.json").is_file():
             raise ThinkSwitchError(
-                f"The {what} checkpoint {name} is no checkpoint folder: it has no config.json; name a folder that has one, or a hub id."
+                f"The {what} checkpoint {name} is not a checkpoint folder: it has no config.json; name a folder that has one, or a hub id."
             )
         if not any(folder.glob("*.safetensors")):
             raise ThinkSwitchError(
@@ -138,9 +138,6 @@ def resolve(name: str, revision: str | None, what: str) -> tuple[Path, str | Non
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(FETCHED)))
     except (HfHubHTTPError, httpx.HTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ThinkSwitchError(
-            f"The {what} checkpoint {name} cannot be fetched from the hub: {reason.rstrip('.')}; check its name, the network and your access to it."
-        ) from None
+        raise not_fetched(f"The {what} checkpoint {name}", error) from None
     require_plain(folder)
     return folder, folder.name

@@ -34,11 +34,7 @@ def is_done(run: Run, stage: Stage, hashes: Hashes) -> bool:
 
 
 def execute(
-    run: Run,
-    name: str,
-    iteration: int,
-    work: Work,
-    after: Callable[[Run, Hashes], object] | None = None,
+    run: Run, name: str, iteration: int, work: Work, after: Callable[[Run, Hashes], object] | None = None
 ) -> None:
     """Do a stage unless its stamp shows that nothing it depends on has changed.
 

@@ -38,11 +38,8 @@ def prune(run: Run, hashes: Hashes) -> list[Path]:
         return []
     every = list(stages(run))
     done = {(stage.name, stage.iteration): is_done(run, stage, hashes) for stage in every}
-    finished = [
-        k
-        for k in range(1, run.iterations + 1)
-        if all(found for (name, iteration), found in done.items() if iteration == k and name != "report")
-    ]
+    unfinished = {k for (name, k), found in done.items() if not found and name != "report"}
+    finished = [k for k in range(1, run.iterations + 1) if k not in unfinished]
     pruned = []
     for k in finished[:-kept]:
         for mode in MODES:

@@ -124,10 +124,11 @@ def _pairs(run: Run, k: int) -> Stage:
 
 
 def _train(run: Run, k: int) -> Stage:
-    here, keys = run.iteration(k), run.recipe.keys
-    inputs = (here / "pairs.jsonl", Path(run.checkpoint("instruct", k - 1)))
+    here, keys, learner = run.iteration(k), run.recipe.keys, run.checkpoint("instruct", k - 1)
+    inputs = (here / "pairs.jsonl", Path(learner))
+    config = training_config(run, learner, inputs[0], here)
     values = {
-        "axolotl": {key: v for key, v in training_config(run, k).items() if key != "thinkswitch"},
+        "axolotl": {key: v for key, v in config.items() if key != "thinkswitch"},
         "axolotl_args": keys.axolotl_args,
         "min_change": keys.min_adapter_change,
     }
@@ -222,20 +223,14 @@ def sweep_files(run: Run) -> list[Path]:
     return [path for path in every if path.is_file()]
 
 
-def training_config(run: Run, k: int) -> dict[str, Any]:
-    """axolotl's config of iteration k."""
+def training_config(run: Run, base_model: str, pairs: Path, here: Path) -> dict[str, Any]:
+    """axolotl's config for one training of a run, which writes into `here`."""
     from thinkswitch_plugin.recipe import iteration_config
     from thinkswitch_plugin.run.hardware import has_cuda
 
-    here = run.iteration(k)
+    made = {"adapter": here / "adapter", "prepared": here / "prepared"}
     return iteration_config(
-        run.recipe,
-        base_model=run.checkpoint("instruct", k - 1),
-        pairs=here / "pairs.jsonl",
-        adapter=here / "adapter",
-        prepared=here / "prepared",
-        seed=run.seed,
-        on_cpu=not has_cuda(),
+        run.recipe, base_model=base_model, pairs=pairs, seed=run.seed, on_cpu=not has_cuda(), **made
     )
 
 

@@ -73,6 +73,5 @@ def expectation(stage: Stage, seconds: Seconds) -> float | None:
     """What the same stage took in the last iteration before that has done it; None if none has."""
     if stage.name == "report":
         return 0.0
-    return next(
-        (seconds[stage.name, k] for k in range(stage.iteration - 1, -1, -1) if (stage.name, k) in seconds), None
-    )
+    before = range(stage.iteration - 1, -1, -1)
+    return next((seconds[stage.name, k] for k in before if (stage.name, k) in seconds), None)

@@ -1,4 +1,4 @@
-"""Judge a set of merge configs on one pair: layer ranges, modules, baselines, or a user's own.
+"""Evaluate a set of merge configs on one pair: layer ranges, modules, baselines, or a user's own.
 
 A row of the table is an ordinary mergekit YAML of `merge_configs/`; a new file is a new row.
 
@@ -39,7 +39,7 @@ def collect(paths: Sequence[Path]) -> list[Path]:
         inside = sorted((*path.glob("*.yaml"), *path.glob("*.yml"))) if path.is_dir() else [path]
         if not inside or not inside[0].is_file():
             raise ThinkSwitchError(
-                f"{path} is no merge config and no folder of merge configs (*.yaml); merge_configs/ has some."
+                f"{path} is neither a merge config nor a folder of merge configs (*.yaml); merge_configs/ has some."
             )
         found += inside
     return found
@@ -47,7 +47,7 @@ def collect(paths: Sequence[Path]) -> list[Path]:
 
 @dataclass(frozen=True)
 class Job:
-    """What a set of merge configs is judged by.
+    """What a set of merge configs is evaluated with.
 
     Args:
         name: the folder under `merges/` that the results go to.
@@ -67,9 +67,9 @@ class Job:
 
 
 def judge_configs(pair: Pair, paths: Sequence[Path], job: Job) -> None:
-    """Judge every config, with instruct and thinking alone beside them, and write the table.
+    """Evaluate every config, with instruct and thinking alone beside them, and write the table.
 
-    A config that names a checkpoint this pair does not have is left out, which is said.
+    A config that names a checkpoint this pair does not have is left out, with a line that says why.
 
     Raises:
         ThinkSwitchError: no config can be made of the checkpoints there are, or one fails.

@@ -18,6 +18,7 @@ Array = NDArray[np.float64]
 
 LOW, HALF, HIGH = 0.05, 0.5, 0.95
 DRAWS = 2000
+PER_QUESTION = ("score", "tokens", "closed", "whole")
 
 
 @dataclass(frozen=True)
@@ -40,27 +41,17 @@ class Curve:
     def of(cls, points: list[dict[str, Any]]) -> Curve:
         """From stored candidates (`candidates.judge_all`), each with its λ under ``lambda``."""
         ordered = sorted(points, key=lambda p: p["lambda"])
-
-        def rows(key: str) -> Array:
-            return np.array([p["questions"][key] for p in ordered], dtype=np.float64)
-
-        return cls(
-            np.array([p["lambda"] for p in ordered], dtype=np.float64),
-            rows("score"),
-            rows("tokens"),
-            rows("closed"),
-            rows("whole"),
-        )
+        rows = {key: np.array([p["questions"][key] for p in ordered], dtype=np.float64) for key in PER_QUESTION}
+        return cls(np.array([p["lambda"] for p in ordered], dtype=np.float64), **rows)
 
     def take(self, questions: NDArray[np.int64]) -> Curve:
         """The same curve over a draw of questions."""
-        return Curve(
-            self.weights,
-            self.score[:, questions],
-            self.tokens[:, questions],
-            self.closed[:, questions],
-            self.whole[:, questions],
-        )
+        return Curve(self.weights, *(getattr(self, key)[:, questions] for key in PER_QUESTION))
+
+    def resampled(self, draws: int) -> NDArray[np.int64]:
+        """Questions drawn with replacement, (draws, questions); the same ones each time."""
+        n = self.score.shape[1]
+        return np.random.default_rng(0).integers(0, n, (draws, n))
 
     @property
     def think_ratio(self) -> Array:
@@ -114,7 +105,7 @@ def pick(curve: Curve) -> int:
     return int(min(as_good, key=lambda p: (tokens[p], -score[p])))
 
 
-def sweet_spot(curve: Curve, *, draws: int = DRAWS, seed: int = 0) -> dict[str, Any]:
+def sweet_spot(curve: Curve, *, draws: int = DRAWS) -> dict[str, Any]:
     """λ*: of the points that cost no more tokens than the thinking checkpoint (λ = 1, where it
     was swept), and whose Mean@k is within one paired standard error of the best of these, the
     one with the fewest tokens (the one-standard-error rule of Breiman et al. 1984, §3.4.3).
@@ -125,9 +116,7 @@ def sweet_spot(curve: Curve, *, draws: int = DRAWS, seed: int = 0) -> dict[str, 
         97.5 % of λ* over the draws; ``share``: how often each λ was picked.
     """
     index = pick(curve)
-    rng = np.random.default_rng(seed)
-    n = curve.score.shape[1]
-    questions = rng.integers(0, n, (draws, n))
+    questions = curve.resampled(draws)
     picked = curve.weights[[pick(curve.take(q)) for q in questions]]
     values, counts = np.unique(picked, return_counts=True)
     found: dict[str, Any] = {
@@ -151,19 +140,14 @@ def sweet_spot(curve: Curve, *, draws: int = DRAWS, seed: int = 0) -> dict[str, 
     return found
 
 
-def stages(curve: Curve, *, draws: int = DRAWS, seed: int = 0) -> dict[str, Any]:
+def stages(curve: Curve, *, draws: int = DRAWS) -> dict[str, Any]:
     """`borders`, each with its 95 % bootstrap interval over questions (of the draws that had one)."""
-    found = borders(curve)
-    rng = np.random.default_rng(seed)
-    n = curve.score.shape[1]
-    drawn = [borders(curve.take(questions)) for questions in rng.integers(0, n, (draws, n))]
+    drawn = [borders(curve.take(questions)) for questions in curve.resampled(draws)]
     result: dict[str, Any] = {}
-    for name, value in found.items():
-        values = [d[name] for d in drawn if d[name] is not None]
-        result[name] = value
-        result[f"{name}_ci95"] = (
-            [float(v) for v in np.quantile(np.array(values, dtype=np.float64), [0.025, 0.975])] if values else None
-        )
+    for name, value in borders(curve).items():
+        values = [found for d in drawn if (found := d[name]) is not None]
+        interval = [float(v) for v in np.quantile(values, [0.025, 0.975])] if values else None
+        result |= {name: value, f"{name}_ci95": interval}
     return result
 
 

@@ -14,6 +14,7 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ ENDS = ("instruct", "thinking")
 def parse_weights(text: str) -> list[float]:
     """λ values of `LAMBDAS="0 0.1 … 1"`, ascending, each once; `…` or `...` goes on in equal steps.
 
-    Raises `ThinkSwitchError` naming the word that is no number, or a series that does not end.
+    Raises `ThinkSwitchError` naming the word that is not a number, or a series that does not end.
     """
     words = text.replace(",", " ").split()
     found: list[float] = []
@@ -59,7 +60,7 @@ def _number(word: str, text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ThinkSwitchError(f'LAMBDAS="{text}": {word!r} is no number.')
+        raise ThinkSwitchError(f'LAMBDAS="{text}": {word!r} is not a number.')
     return value
 
 
@@ -78,7 +79,7 @@ def parse_sampling(text: str, samples: int | None) -> list[Sampling]:
 
 
 def sweep(pair: Pair, weights: Sequence[float], sampling: Sequence[Sampling], template: Template) -> None:
-    """Judge every point, then write `sweep.json`, `sweep.md` and the picture, and print the table.
+    """Evaluate every point, then write `sweep.json`, `sweep.md` and the picture, and print the table.
 
     Raises `ThinkSwitchError` if λ cannot be set in the recipe's merge config or a point fails.
     """
@@ -114,15 +115,12 @@ def sweep(pair: Pair, weights: Sequence[float], sampling: Sequence[Sampling], te
 def earlier(folder: Path) -> list[tuple[float, Sampling]]:
     """λ and sampling of the points that lie in a sweep's folder, by their names."""
     pattern = re.compile(r"lambda-(-?[\d.e-]+?)(?:-t([\d.]+))?(?:-p([\d.]+))?(?:-k(\d+))?(?:-n\d+)?")
-    found = []
-    for path in sorted((folder / "points").glob("lambda-*/candidate.json")):
-        if match := pattern.fullmatch(path.parent.name):
-            weight, temperature, top_p, k = match.groups()
-            drawn = Sampling(
-                float(temperature) if temperature else None, float(top_p) if top_p else None, int(k) if k else None
-            )
-            found.append((float(weight), drawn))
-    return found
+    names = sorted(path.parent.name for path in (folder / "points").glob("lambda-*/candidate.json"))
+    found = [match.groups() for name in names if (match := pattern.fullmatch(name))]
+    return [
+        (float(w), Sampling(float(t) if t else None, float(p) if p else None, int(k) if k else None))
+        for w, t, p, k in found
+    ]
 
 
 def build(bench: Bench, pair: Pair, points: Sequence[tuple[float, Sampling, Candidate]], method: str) -> dict[str, Any]:
@@ -130,28 +128,17 @@ def build(bench: Bench, pair: Pair, points: Sequence[tuple[float, Sampling, Cand
     rows: list[dict[str, Any]] = []
     curves: list[dict[str, Any]] = []
     for drawn, group in itertools.groupby(points, key=lambda e: e[1]):
-        stored = []
+        stored, setting = [], asdict(drawn)
         for weight, _, candidate in group:
             one = files.read_json(bench.work / candidate.name / "candidate.json")
             stored.append({**one, "lambda": weight})
-            rows.append(
-                {
-                    "lambda": weight,
-                    "temperature": drawn.temperature,
-                    "top_p": drawn.top_p,
-                    "samples": drawn.samples,
-                    **one["figures"],
-                    "seconds": one["seconds"],
-                }
-            )
+            rows.append({"lambda": weight, **setting, **one["figures"], "seconds": one["seconds"]})
         curve = stages.Curve.of(stored)
         found = stages.stages(curve)
         curves.append(
             {
                 "sampling": str(drawn),
-                "temperature": drawn.temperature,
-                "top_p": drawn.top_p,
-                "samples": drawn.samples,
+                **setting,
                 "stages": found,
                 "stages_in_words": stages.describe(found, curve),
                 "sweet_spot": stages.sweet_spot(curve),
