@@ -1,7 +1,7 @@
-"""`make bad-input`: every file that a user hands us, broken in the ways files break.
+"""`make bad-input`: damage every file that a user provides, in the ways files get damaged.
 
-Each form is made in a temporary folder and given to the real command; the table says what it
-answers. Forms that are harmless must work. With `--list` nothing is run.
+Each form is created in a temporary folder and passed to the real command; the table shows the
+response. Harmless forms must work. `--list` runs nothing.
 """
 
 from __future__ import annotations
@@ -392,7 +392,7 @@ def place(form: Form, folder: Path) -> None:
         data = form.data if isinstance(form.data, bytes) else form.data.encode()
         target.write_bytes(data.replace(b"PROMPTS", b"prompts.jsonl"))
     used = folder / "recipes/mine.yaml"
-    if form.works and used.is_file():  # axolotl's schema, which takes seconds, is no matter of these forms
+    if form.works and used.is_file():  # these forms do not concern axolotl's schema, which takes seconds
         found = {"inputs": {"recipes/mine.yaml": hashlib.sha256(used.read_bytes()).hexdigest()}}
         (folder / "runs/mine/.stamps").mkdir()
         (folder / "runs/mine/.stamps/recipe-checked.json").write_bytes(orjson.dumps(found))

@@ -1,4 +1,4 @@
-"""The machine's own Chromium, driven by playwright: for the tests of the page, its bench and its screenshots."""
+"""The Chromium of the machine, controlled by playwright: for the tests of the page, its benchmark and its screenshots."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MISSING = "no Chromium here, so the page was not opened; `apt-get install chromi
 
 @contextmanager
 def started() -> Iterator[Any]:
-    """A headless browser of playwright's; no build of playwright's own is fetched."""
+    """A headless browser in playwright; playwright downloads no build of its own."""
     from playwright.sync_api import sync_playwright
 
     options = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium refuses its sandbox to root

@@ -1,4 +1,4 @@
-"""Checkpoint folders for tests: a few tensors, or a whole Qwen3 of three narrow layers."""
+"""Checkpoint folders for tests: a few tensors, or a complete Qwen3 with three narrow layers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONFIG = {
 
 
 def qwen3(seed: int, layers: int = 3) -> dict[str, torch.Tensor]:
-    """The tensors of a Qwen3; every seed's lie near those of seed 0, as a pair's do."""
+    """The tensors of a Qwen3; those of every seed are close to those of seed 0, like the two checkpoints of a pair."""
     shapes = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
@@ -73,5 +73,5 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Whether two checkpoints hold the same tensors, bit for bit."""
+    """Whether two checkpoints contain the same tensors, bit for bit."""
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

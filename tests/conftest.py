@@ -1,4 +1,4 @@
-"""Shared fixtures: one real run of the embedded domain, made once for all slow tests."""
+"""Shared fixtures: one real run of the embedded domain, which all slow tests use."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Real commands without the seconds of their imports: each runs in a fork of one process that has the engines loaded.
+"""Run real commands without waiting for their imports: each runs in a fork of a process that has loaded the engines.
 
-For tests of what a command answers or writes. Where the start of a process, its imports or its
-search path are the point, use the `command` fixture.
+For tests of what a command prints or writes. To test the start of a process, its imports or its
+search path, use the `command` fixture.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# Modules that take long to import; where one is missing the command imports what it needs by itself.
+# Modules that take long to import; if one is missing, the command imports what it needs itself.
 ENGINES = ["torch", "transformers", "peft", "datasets", "lm_eval.tasks", "mergekit.merge", "axolotl.train"]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(ENGINES)

@@ -1,7 +1,7 @@
-"""What must hold for every input, however broken: checked by hypothesis in the tests and by `make fuzz`.
+"""Invariants for every input, however damaged: checked by hypothesis in the tests and by `make fuzz`.
 
-Each check takes one input, lets our code work on it, and raises `AssertionError` where an invariant
-does not hold; of exceptions only `ThinkSwitchError`, in one line, is allowed.
+Each check processes one input and raises `AssertionError` if an invariant is violated. The only
+exception that is allowed is a `ThinkSwitchError` of one line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from thinkswitch_plugin.data import answers, prompts, traces
 from thinkswitch_plugin.data.pairs import PairReport, build_pairs
 from thinkswitch_plugin.errors import ThinkSwitchError
 
-SECRET = "SECRET"  # stands only where a trace is
+SECRET = "SECRET"  # occurs only inside traces
 CLOSINGS = ("</think>", "</ Think >", "<|end_of_thought|>", "[/THINK]", "</reasoning>", "<channel|>", "＜/think＞")
 OPENINGS = ("<think>", "<THINKING>", "<|begin_of_thought|>", "[think]", "<seed:think>", "&lt;think&gt;")
 CONTROL = ("<|im_end|>", "<|im_start|>assistant\n", "[INST]", "<｜end▁of▁sentence｜>", "<end_of_turn>")

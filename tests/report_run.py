@@ -1,4 +1,4 @@
-"""The files of a finished run with drawn answers, for the tests of the report and `make bench-report`.
+"""The files of a finished run with random answers, for the tests of the report and `make bench-report`.
 
 The questions are chains of digits and the tokenizers those of the embedded domain; which answers are
 right is drawn, and a few texts are hostile on purpose.
@@ -112,7 +112,7 @@ def store_answers(folder: Path, mode: str) -> None:
 def complete(
     draw: random.Random, chain: str, gold: str, k: int, mode: str, padding: str, characters: int
 ) -> str:  # fmt: skip
-    """One completion: right as often as `RIGHT` says; one thinking trace in forty is cut, a few texts are hostile."""
+    """One completion, right with probability `RIGHT`; one thinking trace in forty is cut, and a few texts are hostile."""
     right = draw.random() < RIGHT[mode][min(k, 2)]
     answer = gold if right else str((int(gold) + draw.randrange(1, 10)) % 10)
     hostile = HOSTILE[draw.randrange(len(HOSTILE))] if draw.random() < 0.02 else ""

@@ -1,4 +1,4 @@
-"""The adaptive experiment: what each condition learns from, what the table says, and one small run of all of it."""
+"""The adaptive experiment: the training data of each condition, the table, and one small complete run."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_rows_of_another_shape_are_one_sentence(write_jsonl: Any) -> None:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory, command: Command) -> tuple[Path, list[str | Path]]:
-    """The folder of a small experiment, and the command that made it."""
+    """The folder of a small experiment, and the command that created it."""
     from thinkswitch_plugin.demo import cache, mixed
 
     cache.ensure_pair(0, *(Path(f".cache/arithmetic/seed-0/{mode}") for mode in ("instruct", "thinking")))

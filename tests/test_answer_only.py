@@ -1,4 +1,4 @@
-"""The dataset type through real axolotl: what carries a loss, and what is refused."""
+"""The dataset type in real axolotl: which tokens have a loss, and what is refused."""
 
 from __future__ import annotations
 

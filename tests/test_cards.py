@@ -1,4 +1,4 @@
-"""Model cards: what the hub reads of them, when the scores come in, and that they make no stage run again."""
+"""Model cards: what the hub reads from them, when scores are added, and that no stage runs again because of them."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_the_hub_reads_parents_relation_data_licence_and_tags(hub_run: run.Run) 
         assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
         assert "thinkswitch" in card.data.tags and card.data.eval_results is None
         assert "Not evaluated yet." in card.text and "| Seed | 0 |" in card.text
-    # Somebody else's machine has no folder of ours: where a parent is of the hub, its id stands.
+    # Other machines do not have our folders: a parent from the hub is named by its id.
     assert "```yaml\nmerge_method: slerp\nbase_model: Qwen/Qwen3-4B-Thinking-2507\n" in thinking.text
     first = ModelCard.load(hub_run.iteration(1) / "instruct" / "README.md")
     assert "| Parents | `Qwen/Qwen3-4B-Instruct-2507 at c0ffee` (sha256 " in first.text

@@ -1,4 +1,4 @@
-"""Which stages run again after a change, what KEEP= prunes, and what `verify` finds; stages here write at once."""
+"""Which stages run again after a change, what KEEP= prunes, and what `verify` finds; the stages here are instant."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ AFTER_REQUESTS = {"generate", *AFTER_GENERATE}
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with copies of all that a user edits, and a starting pair that is none."""
+    """A folder with copies of everything that a user edits, and a placeholder for the starting pair."""
     for name in ("recipes", "merge_configs", "lm_eval_tasks"):
         shutil.copytree(ROOT / name, tmp_path / name)
     cache = tmp_path / ".cache" / "arithmetic" / "seed-0"
@@ -49,7 +49,7 @@ def fake_checkpoint(folder: Path, text: str) -> None:
 
 
 def iterate(iterations: int = 1, *, until: str = "", keep: str = "") -> list[tuple[str, int]]:
-    """What `make iterate` does, with stages that write something made of what they read; the stages done."""
+    """Do what `make iterate` does, with stages that copy from their inputs; return the stages that ran."""
     opened = begin.begin_run("arithmetic", Path("runs"), 0, "embedded", iterations, given=run.Given(keep=keep))
     done: list[tuple[str, int]] = []
     for stage in list(run.stages(opened)):

@@ -1,4 +1,4 @@
-"""`make compare`: how a question gets through Make, how it is asked, and what is shown of the answers."""
+"""`make compare`: how a question passes through Make, how it is asked, and how the answers are shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is shown while work goes on: on a terminal, on one that cannot redraw, and in a log."""
+"""What is shown during work: on a terminal, on a terminal that cannot redraw, and in a log."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_terminal_shows_bars_speed_time_left_and_where_the_run_is(tmp_path: Pa
     for text in ("40/40", "tokens/s", "stage 7 of 20 · iteration 1 of 2", "Executing graph", "said after it"):
         assert text in shown, text
     assert "\x1b[" in shown
-    # The engine's last words stand beside its bar until it draws one of its own, and nowhere else.
+    # The last line of the engine is shown next to the bar until the engine draws its own bar, and nowhere else.
     chatter = [row.strip() for row in unstyle(shown).splitlines() if "engine chatter" in row]
     assert all(row.startswith("axolotl train ") for row in chatter), chatter
     assert "\x1b[?25l" not in shown  # the cursor is never hidden: who kills us would be left without

@@ -1,4 +1,4 @@
-"""What chat templates of different families train, through real axolotl: the prompt that is asked, and the turn's end."""
+"""Which tokens the chat templates of different families train, in real axolotl: the prompt and the end of the turn."""
 
 from __future__ import annotations
 

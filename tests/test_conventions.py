@@ -1,4 +1,4 @@
-"""Every convention of the table, in every shape: no part of a trace reaches a pair."""
+"""Every convention in the table, in every shape: no part of a trace gets into a pair."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from thinkswitch_plugin.data.traces import Outcome, finish_name, finished, split
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
 
-MARK = "\ue000"  # stands only in traces
+MARK = "\ue000"  # occurs only in traces
 ENDING = [each for each in CONVENTIONS if each.closes]
 
 

@@ -257,7 +257,7 @@ def test_templates_that_do_not_fit_into_one_are_refused(tmp_path: Path) -> None:
     refusing = tokenizer_folder(
         tmp_path / "refusing", "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}x"
     )
-    assert combined_template(plain, refusing)  # a conversation that a template refuses is no reason
+    assert combined_template(plain, refusing)  # a conversation that a template refuses does not count
     blocks = [tokenizer_folder(tmp_path / n, "{% block body %}" + n + "{% endblock %}") for n in "ab"]
     with pytest.raises(ThinkSwitchError, match="cannot stand in one"):
         combined_template(*blocks)
@@ -339,7 +339,7 @@ def test_an_adapter_in_peft_is_the_checkpoint_but_for_what_it_leaves_out(exporte
         with torch.no_grad():
             expected = reference(ids).logits
             before = (model(ids).logits - expected).norm() / expected.norm()
-            # What the adapter leaves out is put in by hand; then nothing may be left.
+            # Add by hand what the adapter leaves out; then there must be no difference.
             left_out = {n: t for n, t in reference.state_dict().items() if "_proj" not in n}
             loaded = model.merge_and_unload()
             loaded.load_state_dict(left_out, strict=False)

@@ -1,4 +1,4 @@
-"""The two formats of an adaptive model: what is written is read back, and nothing else is taken for an answer."""
+"""The two formats of an adaptive model: parsing returns what was written, and nothing else counts as an answer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from thinkswitch_plugin.data.formats import POST, PRE, STOP, Format, Parsed, fau
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 FORMS = st.sampled_from([PRE, POST])
-# Pieces of tags beside ordinary text: what is no whole tag must pass through unharmed.
+# Parts of tags next to ordinary text: incomplete tags must pass through unchanged.
 TEXTS = st.lists(
     st.one_of(
         st.sampled_from(["<", ">", "/", "think", "answer", "<think>", "</think>", "<answer>", "</ANSWER>", "[", "\n"]),

@@ -1,4 +1,4 @@
-"""The client over real HTTP, against a small OpenAI-compatible server with chosen behaviour."""
+"""The client over real HTTP, with a small OpenAI-compatible server whose behaviour the test selects."""
 
 from __future__ import annotations
 

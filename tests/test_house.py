@@ -1,4 +1,4 @@
-"""What holds for the whole package: where settings come from, and that a domain is made of files alone."""
+"""Rules for the whole package: where settings come from, its limits of length, and that a domain consists of files only."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from thinkswitch_plugin.data import batch, prompts, task_files
 from thinkswitch_plugin.loop import check
 
 PACKAGE = ROOT / "thinkswitch_plugin"
-# CUDA's devices, certificates and a key belong to other programs, and a key must not travel in values that are stored.
+# CUDA devices, certificates and keys belong to other programs, and a key must not be part of values that are stored.
 MAY_READ = {PACKAGE / "environment.py"}
 
 MODULE, FUNCTION = 300, 60  # lines
-# Still over a limit, with their lines at most; the list may only get shorter.
+# Still over a limit, with their maximum lines; the list may only get shorter.
 TOO_LONG = {
     "engines/generate.py:generate": 70,
     "export/job.py": 368,
@@ -33,7 +33,7 @@ TOO_LONG = {
 
 
 def reads_of_the_environment(path: Path) -> list[str]:
-    """Where a module reads a variable. Setting one is no reading, nor is handing all of them to a child process."""
+    """Where a module reads a variable. Setting one does not count, nor does passing all of them to a child process."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     above = {child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
     found = []
@@ -82,7 +82,7 @@ def test_the_checkouts_files_are_found_from_any_folder_and_the_users_own_come_fi
 
 @pytest.fixture
 def domain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a domain of three files: a recipe, prompts, a task with its questions."""
+    """A folder with a domain of three files: a recipe, prompts, and a task with its questions."""
     text = (ROOT / "recipes" / "template.yaml").read_text(encoding="utf-8")
     task = (ROOT / "lm_eval_tasks" / "thinkswitch_template.yaml").read_text(encoding="utf-8")
     for place in ("recipes", "lm_eval_tasks"):

@@ -1,4 +1,4 @@
-"""The invariants of `make fuzz`, searched by hypothesis, which shrinks what breaks one."""
+"""The invariants of `make fuzz`, tested with hypothesis, which minimises counterexamples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that are killed, signals, full disks: what is left, what is said, what runs on."""
+"""Killed processes, signals and full disks: what is left behind, what is printed, and what keeps running."""
 
 from __future__ import annotations
 

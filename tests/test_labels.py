@@ -381,7 +381,7 @@ def words(material: Path, runs: Path, *more: str) -> list[str | Path]:
 
 @pytest.fixture(scope="module")
 def labelled(material: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[int, bytes]]]:
-    """The folder of labels that were killed in the second fold and gone on with; what the first fold was then."""
+    """The folder of a labelling that was killed in the second fold and resumed; the state of the first fold at that time."""
     runs = tmp_path_factory.mktemp("runs")
     work = runs / "arithmetic-mixed" / "adaptive" / "seed-0" / "labels"
     first = subprocess.Popen(words(material, runs), cwd=ROOT, stdout=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""Real lm-eval on a real tiny checkpoint that writes one fixed text: what becomes of tags, golds and metrics."""
+"""Real lm-eval on a real tiny checkpoint that writes one fixed text: how tags, gold answers and metrics are handled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The adapter's merge by real axolotl: full precision, the parent's dtype and layout, a shard at a time."""
+"""The merge of an adapter by real axolotl: in full precision, with the parent's dtype and layout, one shard at a time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def legacy(config: dict[str, Any], here: Path, adapter: Path) -> dict[str, torch
 
 
 def bfloat16_checkpoint(folder: Path) -> Path:
-    """A bfloat16 Qwen3 for the embedded domain, its head apart from its embedding, in several shards."""
+    """A bfloat16 Qwen3 for the embedded domain, with separate head and embedding, in several shards."""
     tokenizer = build_tokenizer("instruct")
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}

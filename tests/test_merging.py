@@ -193,7 +193,7 @@ def test_a_refusal_names_what_is_wrong_and_leaves_nothing(
 
 
 def assert_refused(folder: Path, done: Result, message: str) -> None:
-    """Exit code 1 with one sentence that holds `message`, and nothing left where the merge would have gone."""
+    """Exit code 1 with one sentence that contains `message`, and no output at the destination of the merge."""
     assert done.exit_code == 1, done.output
     assert message in done.output and len(done.output.strip().splitlines()) == 1
     assert not (folder / "out").exists() and not (folder / ".out.partial").exists()

@@ -1,4 +1,4 @@
-"""A handful of the table's architectures, by the functions that print it (`make models` tries them all)."""
+"""A few architectures of the table, with the functions that print it (`make models` tests all of them)."""
 
 from __future__ import annotations
 

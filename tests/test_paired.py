@@ -1,4 +1,4 @@
-"""Comparisons of two checkpoints, held against scipy and statsmodels on the same data."""
+"""Comparisons of two checkpoints, checked against scipy and statsmodels on the same data."""
 
 from __future__ import annotations
 

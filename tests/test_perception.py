@@ -1,4 +1,4 @@
-"""The perception module: what it reads, where its prompts go, and that nothing loses it on the way."""
+"""The perception module: what it reads, where its prompts go, and that no step loses it."""
 
 from __future__ import annotations
 

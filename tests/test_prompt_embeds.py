@@ -32,7 +32,7 @@ pytestmark = [
 
 
 def example(rng: random.Random, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Ids of a prompt and of its completion: a trace first where the question is hard."""
+    """Token ids of a prompt and of its completion, with a trace first if the question is hard."""
     count = rng.choice(mixed.OPERANDS)
     question = mixed.draw(rng, count, easy=count >= 4 and rng.random() < 0.5)
     form = PRE if mixed.stratum(question) == "hard" else POST

@@ -1,4 +1,4 @@
-"""The dataset types that keep the trace, through real axolotl: what is written, what carries a loss, what is refused."""
+"""The dataset types that keep the trace, in real axolotl: what is written, which tokens have a loss, what is refused."""
 
 from __future__ import annotations
 

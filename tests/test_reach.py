@@ -1,4 +1,4 @@
-"""Mixtures of experts: what a LoRA reaches, before training; and that experts which are trained are merged."""
+"""Mixtures of experts: which parameters a LoRA reaches, checked before training; and that trained experts are merged."""
 
 from __future__ import annotations
 

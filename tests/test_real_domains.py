@@ -1,4 +1,4 @@
-"""AIME and PubMedQA at tiny scale: their recipes and tasks, with the model and the data replaced."""
+"""AIME and PubMedQA at tiny scale: their recipes and tasks, with another model and other data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SAMPLED = "temperature=1.5,max_gen_toks=40"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Local evaluation sets in the columns of the hub's, made here."""
+    """Local evaluation sets with the columns of the hub's datasets."""
     folder = tmp_path_factory.mktemp("data")
     questions = task.held_out(30)
     with files.atomic_file(folder / "aime_2026.jsonl") as out:
@@ -155,7 +155,7 @@ def test_an_evaluation_question_among_the_prompts_stops_the_run(
     overlay.write_text(yaml.safe_dump({"thinkswitch": {"prompts": {"path": str(planted)}}}))
     words = ["--domain", "aime", "--overlay", f"{tiny} {overlay}", "--runs", tmp_path, "--engine", "embedded"]
     assert command(BIN / "thinkswitch", "begin", *words, THINKSWITCH_DATA=str(data)).returncode == 0
-    # The first stage of `make iterate` says so, and the one that writes the requests, should prompts change meanwhile.
+    # Reported by the first stage of `make iterate`, and by the one that writes the requests, in case prompts changed.
     aime = tmp_path / "aime"
     for stage, made in ((["pair", aime], "iter-0/pair.json"), (["requests", aime, "1"], "iter-1/requests.jsonl")):
         done = command(BIN / "thinkswitch", *stage, THINKSWITCH_DATA=str(data))

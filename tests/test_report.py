@@ -1,4 +1,4 @@
-"""The report's data: grading once, comparisons in `report.json`, and what the page is made of."""
+"""The data of the report: grading only once, comparisons in `report.json`, and the contents of the page."""
 
 from __future__ import annotations
 

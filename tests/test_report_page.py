@@ -1,4 +1,4 @@
-"""`report.html` in a real Chromium, from disk: what it shows, what it asks the network for, what axe finds."""
+"""`report.html` in real Chromium, from disk: what it shows, its network requests, and what axe finds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def chromium() -> Iterator[Any]:
 
 
 class Opened:
-    """A page with everything it complained about and asked for."""
+    """A page with all its errors and network requests."""
 
     def __init__(self, context: Any, path: Path) -> None:
         self.page = context.new_page()
@@ -57,7 +57,7 @@ class Opened:
         self.page.wait_for_selector("#list li")
 
     def count(self) -> int:
-        """How many questions the page says that it shows, once it is through with what was asked last."""
+        """The number of questions that the page reports, after it has finished the last request."""
         self.page.locator("#list[aria-busy=false]").wait_for(state="attached")
         return int(self.page.inner_text("#count").split(" of ")[0].replace(",", ""))
 

@@ -1,4 +1,4 @@
-"""Real kills of real engines: training that goes on, and the whole loop."""
+"""Real kills of real engines: training that resumes, and the whole loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels of a pair's agreement, and the router: what it learns, what it writes, and what it refuses to read."""
+"""Labels from the agreement of a pair, and the router: what it learns, what it writes, and what it refuses to read."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_nothing_is_learnt_where_there_is_nothing_to_learn() -> None:
 
 @pytest.mark.usefixtures("few")
 def test_a_prompt_that_occurs_twice_is_not_known_beforehand() -> None:
-    # Every prompt stands there three times with one drawn label: in folds by row it would be known by heart.
+    # Every prompt occurs three times with the same random label: with folds by row, the router could memorise it.
     draw = random.Random(3)
     texts = ["".join(draw.choices("abcdefgh", k=6)) for _ in range(200)]
     needs = [draw.random() < 0.5 for _ in texts]

@@ -1,4 +1,4 @@
-"""Hostile settings, names and files: nothing runs, nothing leaves the run folder, no secret is repeated."""
+"""Hostile settings, names and files: they run nothing, write nothing outside the run folder, and no secret is repeated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Servers of the user's own, each with its ways: how they are asked, what they answer, what their refusals become."""
+"""The user's own servers and their differences: requests, answers, and what happens when they refuse."""
 
 from __future__ import annotations
 
@@ -271,7 +271,7 @@ def test_a_server_that_answers_only_by_a_stream_is_asked_for_one_by_its_key(ask:
             "reasoning_content": "why",
         }
         assert choice(row)["finish_reason"] == "stop" and row["response"]["body"]["usage"]["completion_tokens"] == 3
-    assert server.asked["broken:1 2"] == 2  # half a stream is no answer
+    assert server.asked["broken:1 2"] == 2  # half a stream is not an answer
     assert server.seen[-1]["stream_options"] == {"include_usage": True}
 
 
@@ -325,7 +325,7 @@ def test_an_unlisted_model_is_named_in_a_list_of_bearable_length() -> None:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A self-signed certificate for 127.0.0.1, its key beside it."""
+    """A self-signed certificate for 127.0.0.1, with its key in the same folder."""
     here = tmp_path_factory.mktemp("certificate")
     words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=localhost"
     options = [*words.split(), "-addext", "subjectAltName=IP:127.0.0.1"]
@@ -355,7 +355,7 @@ def test_certificates_of_the_environment_are_trusted_and_one_that_is_not_is_fina
                 set_once.setenv(name, str(certificate))
                 (row,) = ask(server)
                 assert row["error"] is None
-        # One that stops being trusted in the middle is no outage either.
+        # A certificate that stops being trusted during the run is not an outage either.
         monkeypatch.setattr(servers, "listed_models", lambda url: None)
         with pytest.raises(ThinkSwitchError, match="not trusted"):
             ask(server)

@@ -1,4 +1,4 @@
-"""Work that is done once: what makes it run again, what it continues from, what a kill leaves."""
+"""Work that is done once: what makes it run again, where it resumes, and what a kill leaves behind."""
 
 from __future__ import annotations
 

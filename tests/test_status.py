@@ -1,4 +1,4 @@
-"""`make status` on runs that have not begun, stand still, work, failed and were killed. Stages here write at once."""
+"""`make status` on runs that are new, idle, running, failed or killed. The stages here are instant."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_a_large_file_is_not_read_anew(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.fixture
 def working() -> Any:
-    """A process that holds the run's lock in the middle of generating."""
+    """A process that holds the lock of a run during generation."""
     iterate(2, until="generate-1")
     process = subprocess.Popen(
         [sys.executable, "-c", AT_WORK],

@@ -1,4 +1,4 @@
-"""The student: the same weights, the format tokens, and placeholders that only the template writes."""
+"""The student: the same weights, the format tokens, and placeholders that only the template inserts."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_the_placeholders_begin_the_last_user_turn_and_no_other(tmp_path: Path, 
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "2+3"}], return_dict=False)
     assert ids.count(tokenizer.convert_tokens_to_ids(SOFT)) == soft
     assert not traces.opens_trace(tokenizer)
-    assert traces.control_token(f"what is {SOFT}?") == SOFT  # so no prompt can hold one
+    assert traces.control_token(f"what is {SOFT}?") == SOFT  # so no prompt can contain one
 
 
 def test_what_cannot_be_a_student_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A real sweep of the tiny pair, resumed; the words that ask for one; selective merges and baselines."""
+"""A real sweep of the tiny pair, resumed; its options; selective merges and baselines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The switch of a pair: what the curve computes, the job on the files of a run, and who answers which question."""
+"""The switch of a pair: the curve, the command on the files of a run, and which checkpoint answers which question."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SMALL = Judged(
 
 
 def drawn(count: int, seed: int = 0, know: float = 1.0) -> Judged:
-    """Questions of which the hard ones have a higher p where the router `know`s something."""
+    """Questions; hard ones have a higher p if the router `know`s something."""
     draw = np.random.default_rng(seed)
     hard = draw.random(count) < 0.3
     score = {"instruct": (~hard).astype(float), "thinking": (draw.random(count) < 0.97).astype(float)}
@@ -146,7 +146,7 @@ def test_the_verdict_follows_its_rule() -> None:
 
 
 def test_the_band_holds_for_all_shares_at_once() -> None:
-    """A blind router is outside of it at some share in one trial of twenty, where intervals one by one miss far oftener."""
+    """A random router is outside the band at some share in one trial of twenty; separate intervals miss far more often."""
     outside = {"band": 0, "ci95": 0}
     draw = np.random.default_rng(0)
     for _ in range(200):
@@ -244,7 +244,7 @@ def test_each_question_goes_to_the_mode_that_the_router_says(judged_run: Path, s
 
 @pytest.mark.parametrize(("threshold", "mode"), [(0.0, "thinking"), (1.0, "instruct")])
 def test_a_threshold_of_the_users_own(judged_run: Path, server: FaultyServer, threshold: float, mode: str) -> None:
-    url: dict[str, Any] = {f"{mode}_url": server.url}  # the other mode has no weights, and is not asked
+    url: dict[str, Any] = {f"{mode}_url": server.url}  # the other mode has no weights and must not be asked
     switch = Switch.open(judged_run, threshold=threshold, **url)
     assert {f.mode for f in switch.answer_all(["answer 1*2*3", "answer 1+2+3"])} == {mode}
     with pytest.raises(ThinkSwitchError, match="threshold 2 is not a probability"):
@@ -342,7 +342,7 @@ def test_labels_router_and_curve_of_real_checkpoints(switched: Path, forked: Any
     assert evaluation["n"] == 400 and evaluation["verdict"]["share"]["worse"] == []
     assert evaluation["area"]["ci95"][0] > 0, evaluation["verdict"]["share"]["sentence"]
 
-    # A killed job goes on: what is answered is not asked again, and more prompts are asked for themselves alone.
+    # A killed command resumes: answered prompts are not asked again, and of more prompts only the new ones are.
     generations = here / "thinking" / "generations.jsonl"
     whole = generations.read_bytes()
     generations.write_bytes(whole[: len(whole) * 2 // 3])
@@ -361,7 +361,7 @@ def test_one_question_and_many_in_process(switched: Path, command: Any, forked: 
     switch = Switch.open(switched)
     found = switch.answer_all(questions)
     _, samples = held_out(run.open_run(switched), 1)
-    for i, one in enumerate(found):  # the checkpoints say what they said when they were judged
+    for i, one in enumerate(found):  # the checkpoints answer as in their evaluation
         assert one.answer == samples[one.mode][i].found[0] and one.tokens == samples[one.mode][i].tokens[0]
     assert {one.mode for one in found} == {"instruct", "thinking"}
     done = forked(TS, "answer", "--pair", switched, questions[0])

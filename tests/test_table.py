@@ -1,4 +1,4 @@
-"""The table of stages, and that the Makefile, the commands and the report's pictures follow it."""
+"""The table of stages, and that the Makefile, the commands and the pictures of the report match it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real vLLM on the CPU, from its own environment: one iteration's requests, a sweep, both modes from one base."""
+"""Real vLLM on the CPU, in its own environment: the requests of one iteration, a sweep, both modes from one base."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_pairs_from_vllm_equal_those_of_the_embedded_engine(finished_run: Path, 
 
 @pytest.fixture
 def special_tags(finished_run: Path, tmp_path: Path) -> Path:
-    """The tiny thinking checkpoint with special tokens as its tags; a request says whether the template opens the trace."""
+    """The tiny thinking checkpoint with special tokens as tags; each request selects whether the template opens the trace."""
     here = tmp_path / "special-tags"
     shutil.copytree(files.read_json(finished_run / "iter-0" / "pair.json")["thinking"]["path"], here)
     tokenizer = files.read_json(here / "tokenizer.json")
@@ -97,7 +97,7 @@ def special_tags(finished_run: Path, tmp_path: Path) -> Path:
 
 
 def both_ways(requests: Path, out: Path, switch: str, count: int) -> Path:
-    """The first requests of a file, asked with a template that opens the trace and with one that leaves it to the model."""
+    """The first requests of a file, with a template that opens the trace and with one that does not."""
     rows = []
     for _, row in itertools.islice(files.read_jsonl(requests), count):
         for opens in (True, False):
