@@ -334,14 +334,13 @@ def test_bad_input_is_one_sentence(
 
 
 def test_the_command_takes_the_settings_of_make(command: Any, tmp_path: Path) -> None:
-    for words in (
-        ("make", "-o", "setup", "labels", "DOMAIN=arithmetic", "FOLDS=1", f"RUNS={tmp_path}"),
-        (BIN / "thinkswitch", "labels", "--domain", "arithmetic", "--runs", tmp_path, "--folds", "1"),
-    ):
-        done = command(*words)
-        assert done.returncode != 0 and done.stderr.startswith("thinkswitch: FOLDS=1: give 2 or more")
-        said = [line for line in done.stderr.splitlines() if not line.startswith("make: ")]
-        assert len(said) == 1 and list(tmp_path.iterdir()) == []
+    settings = ("FOLDS=1", "BASELINES=post pre", "GENERATIONS=mine.jsonl")
+    shown = command("make", "--eval", "show: ; @env", "show", "DOMAIN=arithmetic", *settings).stdout.splitlines()
+    assert {f"THINKSWITCH_{setting}" for setting in settings} <= set(shown)
+    words = (BIN / "thinkswitch", "labels", "--domain", "arithmetic", "--runs", tmp_path)
+    done = command(*words, THINKSWITCH_FOLDS="1", THINKSWITCH_GENERATIONS="")
+    assert done.returncode == 1 and done.stderr.startswith("thinkswitch: FOLDS=1: give 2 or more")
+    assert len(done.stderr.splitlines()) == 1 and list(tmp_path.iterdir()) == []
 
 
 def test_a_run_without_generations_or_with_another_seed_says_what_to_do(tmp_path: Path) -> None:
