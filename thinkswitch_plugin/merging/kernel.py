@@ -145,12 +145,16 @@ def _working_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity, looked at a chunk at a time."""
+    """Whether a tensor holds neither NaN nor infinity, looked at a chunk at a time, long tensors on several cores."""
     if not tensor.is_floating_point():
         return True
+    alone = tensor.device.type != "cpu" or tensor.numel() <= ALONE
+    return all((map if alone else workers().map)(_is_finite, tensor.flatten().split(CHUNK)))
+
+
+def _is_finite(chunk: torch.Tensor) -> bool:
     # A sum is quick, and not finite if any term is not; it may also overflow, so then every element is looked at.
-    chunks = tensor.flatten().split(CHUNK)
-    return all(bool(torch.isfinite(chunk.sum())) or bool(torch.isfinite(chunk).all()) for chunk in chunks)
+    return bool(torch.isfinite(chunk.sum())) or bool(torch.isfinite(chunk).all())
 
 
 def measure(first: torch.Tensor, second: torch.Tensor, *, absolute: bool = False) -> Sums:
