@@ -114,9 +114,11 @@ report_similarity(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
 ASYNC = ("--async-write", "--out-shard-size")
 # Title -> what runs, the merge config, options.
 OURS = "the recipes' rebuild: thinkswitch merge"
+KERNEL = "thinkswitch merge, method thinkswitch"
 MERGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "floor: read both, write one, no more": ("floor", "", ()),
-    OURS: ("ours", "thinkswitch", MERGE_OPTIONS),
+    OURS: ("ours", "slerp", MERGE_OPTIONS),
+    KERNEL: ("ours", "thinkswitch", MERGE_OPTIONS),
     "mergekit-yaml, its defaults": ("mergekit", "slerp", ()),
     "mergekit-yaml --async-write": ("mergekit", "slerp", ASYNC[:1]),
     "mergekit-yaml --async-write, 1B shards": ("mergekit", "slerp", (*ASYNC, "1B")),
@@ -250,7 +252,7 @@ def measure(folder: Path, layers: int, rounds: int, vocabulary: int = VOCABULARY
             taken.setdefault(name, []).append(run(CODE[kind], *pair, out, configs.get(method, ""), *options))
             if number == 0 and "defaults" in name:
                 out.replace(kept)
-            elif number == 0 and name == OURS:
+            elif number == 0 and name == KERNEL:
                 against = compare(out, kept)
             files.remove(out)
         files.remove(kept)
@@ -301,7 +303,7 @@ def show(result: dict[str, Any]) -> None:
         f"at {result['gigabytes']:.2f} GB instead of {fastest['gigabytes']:.2f} GB."
     )
     print(
-        f"Beside mergekit's own slerp, {found['unequal']} of {found['elements']} elements differ, by at most "
+        f"The method thinkswitch and mergekit's slerp: {found['unequal']} of {found['elements']} elements differ, by at most "
         f"{found['largest']:.2g}; {found['beyond_one_unit']} by more than one rounding unit of bfloat16."
     )
     print(json.dumps(result))

@@ -193,7 +193,7 @@ def test_the_cards_of_a_real_run_hold_its_scores(finished_run: Path, command: An
         accuracy = next(r for r in card.data.eval_results if r.metric_type == "accuracy")
         assert accuracy.metric_value == pytest.approx(report["iterations"][1][mode]["mean@k"], abs=1e-6)
         assert "| 1 | instruct |" in card.text and "Not evaluated yet." not in card.text
-    assert "merge_method: thinkswitch" in ModelCard.load(finished_run / "iter-1/thinking/README.md").text
+    assert "merge_method: slerp" in ModelCard.load(finished_run / "iter-1/thinking/README.md").text
     copy = tmp_path / "thinking"
     shutil.copytree(finished_run / "iter-1/thinking", copy)
     (copy / "README.md").unlink()

@@ -104,7 +104,7 @@ RECIPE = "recipes/arithmetic.yaml"
         (replace("recipes/cpu.overlay.yaml", "val_set_size: 0", "val_set_size: 0\nlora_alpha: 32"), AFTER_PAIRS),
         (replace(RECIPE, "lambda: 0.9", "lambda: 0.92"), {"rebuild", "eval-thinking", "report"}),
         (
-            replace("merge_configs/thinkswitch.yaml", "  lambda: 0.8", "  lambda: 0.7"),
+            replace("merge_configs/slerp.yaml", "  t: 0.2", "  t: 0.3"),
             {"rebuild", "eval-thinking", "report"},
         ),
         (

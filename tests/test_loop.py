@@ -31,7 +31,7 @@ def test_report_shows_instruct_better_and_thinking_kept(finished_run: Path) -> N
     assert min(zero["thinking"]["think_ratio"], one["thinking"]["think_ratio"]) >= 0.95
     assert one["instruct"]["think_ratio"] == 0.0
     assert {"generate", "pairs", "train", "merge_lora", "merge", "eval"} <= set(one["seconds"])
-    assert one["merge"]["method"] == "thinkswitch" and one["merge"]["lambda"] >= 0.9
+    assert one["merge"]["method"] == "slerp" and one["merge"]["lambda"] >= 0.9
     assert report["versions"]["axolotl"] and report["seed"] == 0
 
 

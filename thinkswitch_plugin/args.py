@@ -96,7 +96,7 @@ class RebuildKeys(Keys):
     """How the new thinking checkpoint is interpolated."""
 
     config: str = Field(
-        "merge_configs/thinkswitch.yaml", description="mergekit YAML with models named `./instruct` and `./thinking`."
+        "merge_configs/slerp.yaml", description="mergekit YAML with models named `./instruct` and `./thinking`."
     )
     lambda_: float = Field(0.8, alias="lambda", description="Weight of the thinking checkpoint.")
     lambda_steps: list[float] = Field(

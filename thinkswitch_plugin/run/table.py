@@ -4,7 +4,7 @@
 follow from it, and a test checks that the Makefile has the same stages in the same order. A row makes the `Stage`
 of one iteration, which says what is read and written there and which settings count:
 
-    rebuild of iteration 1: iter-1/instruct, the anchor, merge_configs/thinkswitch.yaml, … -> iter-1/thinking, rebuild.json
+    rebuild of iteration 1: iter-1/instruct, the anchor, merge_configs/slerp.yaml, … -> iter-1/thinking, rebuild.json
 """
 
 from __future__ import annotations
