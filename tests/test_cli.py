@@ -83,14 +83,14 @@ def test_help_of_make_groups_all_targets_by_what_one_wants_to_do(command: Any) -
     [
         (
             "ENGINE=x is unknown; use auto.",
-            "ENGINE=x is unknown; use auto. Put that right, then run the same command again.",
+            "ENGINE=x is unknown; use auto. Fix this, then run the same command again.",
         ),
         ("There is no run; begin one with `make iterate`.", "There is no run; begin one with `make iterate`."),
         ("Make room and run the same command again.", "Make room and run the same command again."),
         (
             "axolotl train failed; the end of train.log:\n    run the same command again",
             "axolotl train failed; the end of train.log:\n    run the same command again\n"
-            "Put that right, then run the same command again.",
+            "Fix this, then run the same command again.",
         ),
     ],
 )
@@ -105,7 +105,7 @@ def test_every_error_ends_with_the_next_command(sentence: str, printed: str) -> 
             "ModuleNotFoundError(name='mergekit.merge')",
             "mergekit is not installed here; `pip install 'thinkswitch[loop]'`",
         ),
-        ("torch.OutOfMemoryError('CUDA out of memory')", "the GPU's memory does not hold the model"),
+        ("torch.OutOfMemoryError('CUDA out of memory')", "the model and its working memory do not fit on the GPU"),
     ],
 )
 def test_what_an_engine_lacks_is_one_sentence(error: str, sentence: str) -> None:

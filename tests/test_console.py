@@ -290,7 +290,7 @@ def test_a_server_that_dies_while_it_is_asked_is_one_sentence_and_the_lines_that
     with pytest.raises(ThinkSwitchError) as caught:
         servers.Server("", dying(4), log).require_alive(wait=10)
     first, *lines = str(caught.value).splitlines()
-    assert first.startswith("The engine ended in the middle of its work (exit code 4);") and str(log) in first
+    assert first.startswith("The engine stopped during its work (exit code 4);") and str(log) in first
     assert [line.split("] ")[1] for line in lines] == [
         "torch.OutOfMemoryError: tried to allocate 2 GiB",
         "vllm.v1.engine.exceptions.EngineDeadError: EngineCore died",

@@ -182,7 +182,7 @@ def test_every_answer_of_a_conversation_is_trained(write_jsonl: Write) -> None:
         ),
         ("opens the trace", r"use the template of an instruct checkpoint, which opens no trace"),
         ("no end", "nothing ends the assistant's turn"),
-        ("signed", r"'\(end\)' stands between the answer and the end of the turn"),
+        ("signed", r"'\(end\)' is between the answer and the end of the turn"),
     ],
 )
 def test_a_template_that_would_train_something_else_is_refused(case: str, message: str, pair: Path) -> None:

@@ -204,7 +204,7 @@ def test_nan_in_a_checkpoint_is_found(tmp_path: Path) -> None:
 
 def test_a_base_that_does_not_fit_and_names_that_engines_take_apart(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a", qwen3(0)), write(tmp_path / "b", qwen3(1, layers=2), num_hidden_layers=2)
-    with pytest.raises(ThinkSwitchError, match="no compatible pair: `num_hidden_layers` is 3 and 2"):
+    with pytest.raises(ThinkSwitchError, match="not a compatible pair: `num_hidden_layers` is 3 and 2"):
         extract(a, b, tmp_path / "out", 4, tmp_path / "log")
     for name in ("a+b", "a@b", "a,b"):
         with pytest.raises(ThinkSwitchError, match="in its name; rename it"):
@@ -382,7 +382,7 @@ def test_refusals_are_one_sentence_and_write_nothing(own_run: Path, forked: Any,
         (["--instruct", start], "Give both checkpoints"),
         (["--rank", "1000"], "from 1 to 512"),
         (["--base", tmp_path / "none"], "is not a checkpoint folder"),
-        (["--base", other], "no compatible pair"),
+        (["--base", other], "not a compatible pair"),
         (["--iteration", "2"], "no instruct checkpoint of iteration 2"),
         (["--overlay", "24gb"], "was begun with OVERLAY=''"),
         (["--instruct", start, "--thinking", start, "--out", tmp_path / "out"], "nothing to export"),

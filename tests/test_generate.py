@@ -291,7 +291,7 @@ def test_an_engine_of_ours_that_ends_is_not_waited_for(tmp_path: Path) -> None:
     (tmp_path / "log").write_text("out of memory\n")
     ended = subprocess.Popen(["false"])
     ended.wait()
-    with pytest.raises(ThinkSwitchError, match=r"engine ended .*exit code 1(.|\n)*out of memory"):
+    with pytest.raises(ThinkSwitchError, match=r"engine stopped .*exit code 1(.|\n)*out of memory"):
         servers.Server("http://127.0.0.1:1/v1", ended, tmp_path / "log").require_alive()
 
 

@@ -141,7 +141,7 @@ def test_a_signal_is_one_sentence_and_leaves_no_half_file(tmp_path: Path, sign: 
     process.send_signal(sign)
     _, errors = process.communicate()
     assert process.returncode == code
-    assert errors.strip() == "thinkswitch: stopped; the same command goes on from what is there."
+    assert errors.strip() == "thinkswitch: stopped; run the same command again to continue."
     assert list(tmp_path.iterdir()) == []
 
 
@@ -262,7 +262,7 @@ def test_a_signal_while_answers_are_awaited_is_one_sentence(
     _, errors = process.communicate(timeout=25)
     server.shutdown()
     assert process.returncode == code and "Traceback" not in errors
-    assert "thinkswitch: stopped; the same command goes on from what is there." in errors
+    assert "thinkswitch: stopped; run the same command again to continue." in errors
 
 
 def test_a_hub_that_cannot_be_reached_is_one_sentence_and_its_cache_counts(

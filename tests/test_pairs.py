@@ -152,7 +152,7 @@ def test_a_completion_without_a_trace_is_no_pair_where_one_is_expected(write_jso
     texts = ["<think>t</think>1", "2", "<think>t</think><answer>3</answer>"]
     rows, report = built(requests, write_jsonl("g.jsonl", [answer(f"p{i}-s0", t) for i, t in enumerate(texts)]))
     assert rows == ["p0-s0=1", "p2-s0=3"] and report.dropped == {"no_trace": 1} and report.unwrapped == 1
-    assert "1 answers taken out of their wrapper" in report.summary()
+    assert "1 answers unwrapped" in report.summary()
 
 
 def test_a_file_in_which_nearly_nothing_has_a_trace_is_refused_by_its_first_completion(write_jsonl: Write) -> None:

@@ -210,5 +210,5 @@ def test_a_common_ancestor_of_another_shape_is_refused_before_any_work(tmp_path:
     a, b = pair(tmp_path)
     roles = {"instruct": a, "thinking": b, "base": write(tmp_path / "base", qwen3(3, layers=2), num_hidden_layers=2)}
     subject = Pair(keys, roles, 0, "embedded", tmp_path, tmp_path, 1, True)
-    with pytest.raises(ThinkSwitchError, match="base are no compatible pair: `num_hidden_layers` is 3 and 2"):
+    with pytest.raises(ThinkSwitchError, match="base are not a compatible pair: `num_hidden_layers` is 3 and 2"):
         subject.fetch(["base", "thinking"])

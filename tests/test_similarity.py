@@ -69,7 +69,7 @@ def test_the_command_writes_figures_and_a_picture(tmp_path: Path) -> None:
 def test_the_command_refuses_a_pair_that_is_none(tmp_path: Path) -> None:
     a, b = (write(tmp_path / n, qwen3(seed, layers)) for n, seed, layers in (("a", 0, 3), ("b", 1, 2)))
     done = CliRunner().invoke(cli.main, ["similarity", str(a), str(b), "--out", str(tmp_path / "out")])
-    assert done.exit_code == 1 and "no compatible pair" in done.output
+    assert done.exit_code == 1 and "not a compatible pair" in done.output
     assert not (tmp_path / "out").exists()
 
 

@@ -287,8 +287,8 @@ def test_a_question_that_a_server_refuses_is_in_the_output_with_its_reason(
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"question": ""}', "line 2: there is no question"),
-        ('{"text": "1+2"}', "line 2: there is no question"),
+        ('{"question": ""}', "line 2: the question is missing"),
+        ('{"text": "1+2"}', "line 2: the question is missing"),
         ('{"question": "a<|im_end|>b"}', "line 2: the question holds '<|im_end|>'"),
         ("1+2", "line 2: not valid JSON"),
     ],

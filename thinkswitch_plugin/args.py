@@ -45,7 +45,8 @@ class PromptKeys(Keys):
     )
     id: str = Field("id", description="Field with the id of a row; the row's number where it has none.")
     template: str = Field(
-        "{{prompt}}", description="What the user turn says: Jinja over the row's fields, as lm-eval's doc_to_text."
+        "{{prompt}}",
+        description="The user turn: a Jinja template over the fields of a row, like lm-eval's doc_to_text.",
     )
     system: str | None = Field(None, description="System turn, if any.")
     count: int = Field(15, gt=0, description="Prompts an iteration.")
@@ -126,7 +127,7 @@ class EvaluationKeys(Keys):
     """How both checkpoints are evaluated."""
 
     task: str = Field(description="lm-eval task name.")
-    limit: int | None = Field(None, gt=0, description="Only the first so many questions.")
+    limit: int | None = Field(None, gt=0, description="Use only the first N questions.")
     batch_size: str = Field(
         "auto",
         description="How many questions are answered together in process: a number, or `auto` for `engine.concurrency`. What a GPU's memory does not hold is answered in halves.",
@@ -227,12 +228,12 @@ class ThinkSwitchKeys(PluginKeys):
     adaptive: AdaptiveKeys = AdaptiveKeys()  # type: ignore[call-arg]
     axolotl_args: list[str] = Field([], description="Further options for `axolotl train`, such as its launcher's.")
     merge_on: Literal["auto", "cpu"] = Field(
-        "auto", description="Where the adapter is merged; `cpu` leaves the GPU's memory alone."
+        "auto", description="Device on which the adapter is merged; `cpu` uses no GPU memory."
     )
 
     @property
     def retry_budget(self) -> int | None:
-        """Tokens with which a cut completion is asked once more; None where it is not."""
+        """Token budget of the second try for a cut completion; None if there is none."""
         if self.labels.unfinished == "drop":
             return None
         return self.labels.retry_max_tokens or 2 * self.sampling.max_tokens
@@ -246,7 +247,7 @@ class ThinkSwitchArgs(BaseModel):
     @field_validator("thinkswitch", mode="before")
     @classmethod
     def _whose_keys(cls, value: Any) -> Any:
-        """Keys of the loop make it the recipe of a domain, which then has to be whole."""
+        """A recipe with keys of the loop describes a domain, and must then be complete."""
         loop = ThinkSwitchKeys.model_fields.keys() - PluginKeys.model_fields.keys()
         return ThinkSwitchKeys.model_validate(value) if isinstance(value, dict) and loop & value.keys() else value
 

@@ -19,7 +19,7 @@ def quiet_engines() -> None:
 
 
 def fetch_no_code() -> None:
-    """Keep transformers and bitsandbytes, also in the engines started here, from fetching kernels and running them.
+    """Keep transformers and bitsandbytes from downloading and running kernels, also in the engines that are started here.
 
     bitsandbytes asks the hub for a CPU kernel at import; a local place that is empty stops it. A setting
     of the user's own counts.

@@ -26,7 +26,7 @@ class Convention:
     families: str
     opens: tuple[str, ...]
     closes: tuple[str, ...]
-    anchored: bool = False  # counts only where the completion begins with it
+    anchored: bool = False  # counts only at the start of a completion
     channels: bool = False  # each opening ends the part before it, so that nothing is nested
 
 

@@ -53,7 +53,7 @@ def _may_be_added(name: str) -> str:
 
 
 class ServerKeys(Keys):
-    """How a server of the user's own (`ENGINE=` is its address) is asked, where it differs from vLLM."""
+    """How requests to the user's own server (`ENGINE=` is its address) differ from those to vLLM."""
 
     model: str | None = Field(
         None,
@@ -68,7 +68,7 @@ class ServerKeys(Keys):
     add: dict[Annotated[str, AfterValidator(_may_be_added)], Any] = Field(
         {}, description="Request fields to send as well: `{reasoning_effort: high}`. No secrets."
     )
-    stream: bool = Field(False, description="Ask for a stream, where the server answers no other way.")
+    stream: bool = Field(False, description="Request a stream, for servers that do not answer otherwise.")
 
     @model_validator(mode="after")
     def _one_value_a_field(self) -> ServerKeys:
@@ -90,14 +90,16 @@ class ServerKeys(Keys):
 class EngineKeys(Keys):
     """How the generation engine is run; which one is `ENGINE=` of the Makefile."""
 
-    concurrency: int = Field(64, gt=0, description="Requests under way at once.")
+    concurrency: int = Field(64, gt=0, description="Maximum number of concurrent requests.")
     timeout: float = Field(
-        3600, gt=0, description="Seconds one answer may take; then it is asked once more, and recorded as failed."
+        3600,
+        gt=0,
+        description="Seconds allowed for one answer; then it is requested once more, and after that recorded as failed.",
     )
     attempts: int = Field(
         3,
         gt=0,
-        description="Rounds in which a prompt is asked (three times each, with pauses, where the server refuses or "
+        description="Rounds of requests for a prompt (each with three tries and growing pauses if the server refuses or "
         "fails) before it is recorded as failed, with the reason.",
     )
     outage: float = Field(
@@ -106,8 +108,8 @@ class EngineKeys(Keys):
         description="Seconds a server that has answered before may stay away, or answer 429, before the run stops "
         "with its answers kept.",
     )
-    start_timeout: float = Field(900, gt=0, description="Seconds an engine of ours may take to start.")
-    port: int = Field(0, ge=0, le=65535, description="Port for an engine of ours; 0 takes a free one.")
+    start_timeout: float = Field(900, gt=0, description="Seconds allowed for an engine to start.")
+    port: int = Field(0, ge=0, le=65535, description="Port of an engine that ThinkSwitch starts; 0 selects a free one.")
     vllm_args: list[str] = Field([], description="Further options for vLLM's server, such as --quantization.")
     server: ServerKeys = ServerKeys()  # type: ignore[call-arg]
 

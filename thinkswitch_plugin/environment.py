@@ -1,6 +1,6 @@
-"""What other programs' environment variables say: the only place beside the command line that reads any.
+"""Environment variables of other programs: the only module besides the command line that reads any.
 
-They are not settings of ours: CUDA defines which devices a program may see, OpenSSL and requests name the trusted
+They are not settings of ThinkSwitch: CUDA defines which devices a program may see, OpenSSL and requests name the trusted
 certificates, and a key must not travel in values that are printed or stored, so it is read where it is sent.
 """
 

@@ -6,7 +6,7 @@ AGAIN = "run the same command again"
 
 
 class ThinkSwitchError(Exception):
-    """Something the user can act on, said in one sentence: what, where, what to do.
+    """An error that the user can act on, as one sentence: what is wrong, where, and what to do.
 
     The command line prints the sentence and exits 1; a traceback only with
     ``THINKSWITCH_DEBUG=1``.
@@ -18,13 +18,13 @@ def with_next_command(sentence: str) -> str:
     first = sentence.partition("\n")[0]
     if "`make " in first or AGAIN in first:
         return sentence
-    gap = "\n" if "\n" in sentence else " "  # the end of a log stands by itself
-    return f"{sentence}{gap}Put that right, then {AGAIN}."
+    gap = "\n" if "\n" in sentence else " "  # the end of a log is a block of its own
+    return f"{sentence}{gap}Fix this, then {AGAIN}."
 
 
 def not_fetched(what: str, error: BaseException) -> ThinkSwitchError:
     """The sentence for a checkpoint or a dataset that the hub does not give."""
-    text = f"{what} cannot be fetched from the hub: {first_line(error)}"
+    text = f"{what} cannot be downloaded from the hub: {first_line(error)}"
     return ThinkSwitchError(f"{text}; check its name, the network and your access to it.")
 
 

@@ -1,4 +1,4 @@
-"""Reading and writing the files of a run: whole or not at all, one row at a time."""
+"""Read and write the files of a run: completely or not at all, one row at a time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Build a folder beside `path`; it takes the name (replacing an old one) when the block ends well."""
+    """Build a folder next to `path`; it is renamed to `path` (replacing an old one) if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = temporary_sibling(path)
     remove(partial)
@@ -78,7 +78,7 @@ def _share_as_folder(built: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step, where the kernel and the file system can."""
+    """Swap two names in one step, if the kernel and the file system support it."""
     try:
         swap = ctypes.CDLL(None).renameat2
     except AttributeError:
@@ -235,7 +235,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except ValueError as error:  # a date such as 2024-13-01, a number such as 0b2
         raise ThinkSwitchError(f"{path}: a value cannot be read: {error}.") from None
     except RecursionError:
-        raise ThinkSwitchError(f"{path}: nested too deeply, or a mapping that holds itself.") from None
+        raise ThinkSwitchError(f"{path}: it is nested too deeply, or contains itself.") from None
     if not isinstance(value, dict):
         raise ThinkSwitchError(f"{path}: expected a YAML mapping of keys to values.")
     return value

@@ -1,6 +1,6 @@
-"""Where the files lie that users name and this package does not hold: recipes, merge configs, lm-eval tasks.
+"""Find the files that users name and that are not part of the package: recipes, merge configs, lm-eval tasks.
 
-A file of the current folder comes first, so that users' own count; then the one of the checkout this package lies in.
+A file in the current folder takes precedence, so that users can replace one; otherwise the file of the checkout is used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ VLLM_PYTHON = ".venv-vllm/bin/python"  # made by `make setup-vllm`; vLLM cannot 
 
 
 def find(path: str | Path) -> Path:
-    """A file or folder as it is named; the checkout's where only that one exists."""
+    """A file or folder by its name; the one of the checkout if only that exists."""
     here, there = Path(path), CHECKOUT / path
     return there if there.exists() and not here.exists() else here
 

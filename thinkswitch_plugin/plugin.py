@@ -1,4 +1,4 @@
-"""The axolotl plugin: the `thinkswitch:` keys, the perception module, the adapter's seed, and guards against silence.
+"""The axolotl plugin: the `thinkswitch:` keys, the perception module, the adapter's seed, and guards against silent failures.
 
 `thinkswitch.perception` trains a perception module beside the adapter:
 

@@ -58,7 +58,7 @@ def recipe_of(domain: str, overlays: Sequence[str] = ()) -> Recipe:
 
 
 def load_recipe(path: Path, overlays: tuple[Path, ...] = ()) -> Recipe:
-    """Read and check a recipe with overlays put on top. Raises `ThinkSwitchError` naming file and field."""
+    """Read and check a recipe with its overlays applied. Raises `ThinkSwitchError` naming file and field."""
     values = files.read_yaml(path)
     for extra in overlays:
         values = overlay(values, files.read_yaml(extra))
@@ -67,8 +67,8 @@ def load_recipe(path: Path, overlays: tuple[Path, ...] = ()) -> Recipe:
             raise ThinkSwitchError(f"{path}: the key {str(key)[:50]!r} is not text; put it in quotes.")
         if trusts := trusted_code(value, key):
             raise ThinkSwitchError(
-                f"{path}: `{escaped(trusts)}` would run code that comes with a model, which no stage of ours does; "
-                "take it out, and use a model that transformers knows by itself."
+                f"{path}: `{escaped(trusts)}` would run code that comes with a model, which ThinkSwitch never does; "
+                "remove it, and use a model that transformers supports without extra code."
             )
     if "thinkswitch" not in values:
         raise ThinkSwitchError(f"{path} has no `thinkswitch:` section; see docs/adding-a-domain.md.")
@@ -108,13 +108,13 @@ def explain(error: ValidationError) -> str:
 
 
 def escaped(name: object) -> str:
-    """A key as it may stand in a sentence: as it is, or escaped where it would break the line."""
+    """A key for use in a sentence, escaped if it would break the line."""
     text = str(name)
     return text if text.isprintable() else repr(text)
 
 
 def shown(value: object) -> str:
-    """A value as it may stand in a sentence: on one line, its end cut off where it is long."""
+    """A value for use in a sentence: on one line, truncated if it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}…"
 
@@ -193,7 +193,7 @@ def training_config(
 
 
 def overlay(values: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """`values` with the keys of `extra` on top, mappings merged; a key set to null is taken away."""
+    """`values` with the keys of `extra` on top, with mappings merged; a key that is set to null is removed."""
     merged = dict(values)
     for key, value in extra.items():
         if value is None:

@@ -12,8 +12,8 @@ from thinkswitch_plugin.errors import AGAIN, ThinkSwitchError, with_next_command
 from thinkswitch_plugin.run import processes, progress
 
 NO_GPU_MEMORY = (
-    "the GPU's memory does not hold the model and what it works on; end what else uses it (`nvidia-smi` shows it), lower "
-    "`thinkswitch.engine.concurrency` or `evaluation.batch_size`, or have vLLM answer with the recipe's quantization (ENGINE=vllm, or `make serve` and --url), "
+    "the model and its working memory do not fit on the GPU; stop other programs that use it (see `nvidia-smi`), lower "
+    "`thinkswitch.engine.concurrency` or `evaluation.batch_size`, or use vLLM with the recipe's quantization (ENGINE=vllm, or `make serve` and --url), "
     f"and {AGAIN}."
 )
 PREFIX = "THINKSWITCH"  # of the environment variables that stand for options
@@ -24,14 +24,14 @@ def disk_problem(error: OSError) -> str:
     where = f" ({error.filename})" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return (
-            f"the disk has no room left{where}: {error.strerror}; nothing half-written is kept. "
-            "Make room and run the same command again: it goes on from here."
+            f"the disk has no room left{where}: {error.strerror}; no partial output is kept. "
+            "Free some space and run the same command again: it continues from here."
         )
-    return f"{error.strerror or error}{where}; put that right and run the same command again."
+    return f"{error.strerror or error}{where}; fix this and run the same command again."
 
 
 def sentence_of(error: Exception) -> str | None:
-    """What an error says to the user; None for one that is a defect of ours, or click's own."""
+    """The message of an error for the user; None for a bug, or for an error of click."""
     if isinstance(error, ThinkSwitchError):
         return with_next_command(str(error))
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("thinkswitch_plugin"):
@@ -73,7 +73,7 @@ class Group(click.Group):
             finally:
                 progress.take_down()
         except processes.Interrupted as signal:
-            click.echo("\nthinkswitch: stopped; the same command goes on from what is there.", err=True)
+            click.echo("\nthinkswitch: stopped; run the same command again to continue.", err=True)
             ctx.exit(128 + signal.number)
         except Exception as error:
             sentence = sentence_of(error)
@@ -94,6 +94,6 @@ def main() -> None:
 
 
 def prepare() -> None:
-    """Keep engines that are imported later from writing of their own and from fetching code."""
+    """Keep engines that are imported later from printing and from downloading code."""
     console.quiet_engines()
     console.fetch_no_code()

@@ -30,7 +30,7 @@ class WholeNumber(click.ParamType):  # type: ignore[type-arg]
 
 
 class Words(click.ParamType):  # type: ignore[type-arg]
-    """Several words in one text, by spaces."""
+    """Several words in one text, separated by spaces."""
 
     name = "words"
 
@@ -40,7 +40,7 @@ class Words(click.ParamType):  # type: ignore[type-arg]
 
 
 WHOLE, WORDS = WholeNumber(), Words()
-FOLDER = click.Path(path_type=Path, readable=False)  # whether it can be read is said in our own words
+FOLDER = click.Path(path_type=Path, readable=False)  # the commands report unreadable paths themselves
 SEED = click.IntRange(min=0)
 ITERATION = click.IntRange(min=0, max=20)
 
@@ -58,12 +58,12 @@ def hand_on(_ctx: click.Context, _param: click.Parameter, folder: str) -> str:
 
 
 DOMAIN = click.option("--domain", required=True, help="Name of a recipe in recipes/.")
-RUNS = click.option("--runs", default="runs", show_default=True, type=FOLDER, help="Folder that holds the runs.")
+RUNS = click.option("--runs", default="runs", show_default=True, type=FOLDER, help="Folder that contains the runs.")
 ENGINE = click.option(
     "--engine", default="auto", show_default=True, envvar="ENGINE", help="auto, vllm, embedded or a base URL."
 )
 OVERLAY = click.option(
-    "--overlay", default="", type=WORDS, help="Overlays put on the recipe: names or paths, by spaces."
+    "--overlay", default="", type=WORDS, help="Overlays to apply to the recipe: names or paths, separated by spaces."
 )
 DATA = click.option("--data", default="", callback=hand_on, help="Folder with evaluation sets, in place of the hub.")
 INSTRUCT = click.option("--instruct", default="", help="Another instruct checkpoint (folder or hub id).")
@@ -96,10 +96,10 @@ def of_pair(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--iteration", default=1, show_default=True, type=ITERATION),
         INSTRUCT,
         THINKING,
-        click.option("--seed", default=0, show_default=True, type=SEED, help="Where there is no run."),
+        click.option("--seed", default=0, show_default=True, type=SEED, help="Used if there is no run."),
         ENGINE,
         OVERLAY,
-        click.option("--out", type=FOLDER, help="Where the results go, instead of the run's iteration."),
+        click.option("--out", type=FOLDER, help="Folder for the results, instead of the iteration of the run."),
         click.option("--limit", type=WHOLE, help="Evaluate on the first so many questions only."),
         DATA,
     )

@@ -52,7 +52,7 @@ for name, group in groupby(TABLE, lambda row: row.command):
 @OVERLAY
 @told
 def begin(overlay: tuple[str, ...], **options: Any) -> None:
-    """Check the recipe, settle what the run depends on, and say what is left to do."""
+    """Check the recipe, record what the run depends on, and print what is left to do."""
     from thinkswitch_plugin.loop.begin import begin_run
 
     begin_run(overlays=overlay, **options)

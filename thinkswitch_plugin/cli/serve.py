@@ -39,7 +39,7 @@ def switch(run: Path, iteration: int, labels: Path | None, limit: int | None) ->
 @click.option("--instruct-url", default="", help="A running server for instruct; without one: in process.")
 @click.option("--thinking-url", default="", help="A running server for thinking; without one: in process.")
 @click.option("--file", "source", default="", help="Many questions: JSONL with `question`, a row each.")
-@click.option("--out", type=FOLDER, help="Where the answers to --file go (default: the standard output).")
+@click.option("--out", type=FOLDER, help="File for the answers to --file (default: standard output).")
 @click.argument("question", default="")
 def answer(pair: Path, source: str, out: Path | None, question: str, **options: Any) -> None:
     """Answer QUESTION by instruct or by thinking, as the run's router decides; `-` reads JSONL from standard input.
@@ -60,15 +60,15 @@ def answer(pair: Path, source: str, out: Path | None, question: str, **options: 
 
 @main.command("export-loras")
 @of_pair
-@click.option("--rank", default=str(EXPORT_RANK), show_default=True, help="Ranks of the adapters, by spaces.")
+@click.option("--rank", default=str(EXPORT_RANK), show_default=True, help="Ranks of the adapters, separated by spaces.")
 @click.option(
     "--base",
     default="",
-    help="What the adapters are put on: instruct, thinking, instruct-0, a folder or a hub id "
+    help="Base of the adapters: instruct, thinking, instruct-0, a folder or a hub id "
     "(default: the starting instruct checkpoint).",
 )
 def export_loras(pair: Any, rank: str, base: str) -> None:
-    """Instruct and thinking as two LoRAs of one base (mergekit), evaluated beside the full checkpoints -> export/."""
+    """Export instruct and thinking as two LoRAs of one base (mergekit), and compare them with the full checkpoints -> export/."""
     from thinkswitch_plugin.export.job import export, find_base, find_pair, parse_ranks
 
     ranks = parse_ranks(rank)
@@ -80,7 +80,7 @@ def export_loras(pair: Any, rank: str, base: str) -> None:
 @DOMAIN
 @RUNS
 @click.option("--iteration", default=1, show_default=True, type=ITERATION)
-@click.option("--out", type=FOLDER, help="Where the export went, instead of the run's iteration.")
+@click.option("--out", type=FOLDER, help="Folder of the export, instead of the iteration of the run.")
 @click.option("--model", default="", help="One checkpoint (folder or hub id) instead of an export.")
 @click.option("--rank", type=WHOLE, help="One of the exported ranks (default: the one found to be enough).")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(min=0, max=65535), help="0: any free one.")
@@ -107,7 +107,9 @@ def serve(domain: str, overlay: tuple[str, ...], **options: Any) -> None:
 @OVERLAY
 @click.option("--folds", type=int, help="K of the cross-validation (default: the recipe's).")
 @click.option("--baselines", default="post", show_default=True, help='What is trained: "post", or "post pre".')
-@click.option("--generations", default="", help="Another generations.jsonl, requests.jsonl beside it.")
+@click.option(
+    "--generations", default="", help="Another generations.jsonl, with its requests.jsonl in the same folder."
+)
 def labels(domain: str, overlay: tuple[str, ...], baselines: str, **options: Any) -> None:
     """Complexity labels by K-fold cross-validation: which questions need thinking? -> adaptive/seed-N/labels/."""
     from thinkswitch_plugin.perception.label_job import find_job, parse_baselines

@@ -1,7 +1,7 @@
 """Extract and compare final answers: one rule for pair selection, the lm-eval tasks and `thinkswitch score`.
 
 Each kind turns the text *after* the trace into one normal form, or None where no final
-answer can be read. docs/grading.md says in words what counts.
+answer can be read. docs/grading.md describes the rules.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WHOLE_TEXT = ("exact", "digit")  # kinds whose answer is all of the text
 
 
 def extract(kind: str, text: str | None, letters: Mapping[str, str] | None = None) -> str | None:
-    """The final answer in `text` in its normal form, or None where there is none."""
+    """The final answer in `text` in its normal form, or None if there is none."""
     if text is None:
         return None
     if kind == "decision" and letters:
@@ -50,7 +50,7 @@ def extract_unfinished(kind: str, text: str | None, letters: Mapping[str, str] |
 
 
 def gold(kind: str, text: str) -> str | None:
-    """The normal form of a published right answer, None if the kind cannot read it (`8/21` is no integer).
+    """The normal form of a published right answer, None if the kind cannot read it (`8/21` is not an integer).
 
     It is the answer itself (`016`, `45.0`, `70^\\circ`, `yes`) or states it (`\\boxed{7}`, `… #### 80`);
     nothing is looked for in prose.
@@ -59,7 +59,7 @@ def gold(kind: str, text: str) -> str | None:
 
 
 def unread(kind: str, text: str) -> str:
-    """What is wrong with a gold answer that `gold` cannot read, to stand inside a sentence."""
+    """Why `gold` cannot read a gold answer, as part of a sentence."""
     return f"the gold answer {text[:80]!r} cannot be read as `{kind}`"
 
 

@@ -73,7 +73,7 @@ def asked_of(tokenizer: Any, key: Convention | None = None) -> Asked:
     if opened and key is NONE:
         raise ThinkSwitchError(
             f"`thinkswitch.trace` is none, but the chat template of {getattr(tokenizer, 'name_or_path', '') or 'the checkpoint'} "
-            "opens a trace; leave the key out, or name the convention."
+            "opens a trace; remove the key, or name the convention."
         )
     known = (getattr(tokenizer, "eos_token", None), getattr(tokenizer, "eot_token", None))
     ends = tuple(dict.fromkeys(end for end in known if isinstance(end, str) and traces.without_end(end)))

@@ -101,7 +101,7 @@ def evaluation_questions(task: str) -> list[str]:
     from lm_eval.tasks import TaskManager, get_task_dict
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # what it cannot read, we say
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # its errors are reported by us
     disable_progress_bar()
     folder = str(places.find(places.TASKS))
     ours = TaskManager(include_path=folder, include_defaults=False)

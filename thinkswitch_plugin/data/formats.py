@@ -34,7 +34,7 @@ _ANSWER_TAG = re.compile(r"<\s*/?\s*answer\s*>", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a completion says. `form` is None where it begins with neither format's token.
+    """A parsed completion. `form` is None if it starts with the token of neither format.
 
     `answer` is None unless it is there, whole, and free of tags. `closed` says that the
     answer's end was written: neither was it cut by the token limit nor its trace left open.
@@ -92,9 +92,9 @@ def fault(trace: str | None, answer: str) -> str | None:
         return "it has no answer"
     for name, text, found in (("trace", trace, traces.has_tag(trace)), ("answer", answer, traces.trace_mark(answer))):
         if found:
-            return f"a trace tag stands inside the {name}"
+            return f"the {name} contains a trace tag"
         if has_answer_tag(text) or (name == "answer" and traces.wrapper_mark(text)):
-            return f"an answer tag stands inside the {name}"
+            return f"the {name} contains an answer tag"
     return None
 
 

@@ -38,7 +38,7 @@ def integer(text: str) -> str | None:
     if announced:
         return _number(announced[-1])
     lines = [line for line in text.splitlines() if re.search(r"\w", line)]
-    if lines and _BULLET.match(lines[-1]):  # a closing list checks or explains; the answer stands before it
+    if lines and _BULLET.match(lines[-1]):  # a list at the end checks or explains; the answer is before it
         said = [m.group(1) for line in lines if not _BULLET.match(line) and (m := _STATED.search(line))]
         if said:
             return _number(said[-1])
@@ -91,7 +91,7 @@ def _of_line(line: str) -> str | None:
     return _number(numbers.pop()) if len(numbers) == 1 else None
 
 
-# A number that is no part of a word or an expression; a letter of another script beside it is a word's end.
+# A number that is not part of a word or an expression; a letter of another script next to it ends a word.
 _ALONE = re.compile(
     rf"(?<![\w^.{{\\])({_NUMBER})(?:st|nd|rd|th)?(?!\w|\^|\\[a-zA-Z]| ?\\(?:sqrt|pi|cdot|times))", re.ASCII
 )

@@ -40,7 +40,7 @@ class Mark(NamedTuple):
 _INVISIBLE = "\u00ad\u180e\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
 _PLAIN: dict[int, int | str | None] = {0xFF01 + n: 0x21 + n for n in range(94)}
 _PLAIN |= {ord(c): None for c in _INVISIBLE + "\\"} | {ord("▁"): "_"}
-# After its bracket and white space no tag goes on with what follows `<` in mathematics and code.
+# After `<` and white space, mathematics and code continue in ways that no tag does.
 _TAG = re.compile(r"<\s{0,4}[^\s\d<>=.,;:()+*~-][^<>]{0,63}>?")
 _BRACKET = re.compile(r"\[[^\[\]\d]{3,40}\]")
 _ESCAPED = (

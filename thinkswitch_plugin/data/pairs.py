@@ -40,7 +40,7 @@ REPEATS = "answer_repeats_trace"
 
 @dataclass
 class PairReport:
-    """What became of every prompt and sample; `pairs.json` holds it."""
+    """What happened to every prompt and sample; stored in `pairs.json`."""
 
     prompts: int = 0
     samples: int = 0
@@ -57,7 +57,7 @@ class PairReport:
         parts = (
             (f"{self.kept} of {self.samples} samples kept", True),
             (f"dropped: {reasons}", reasons),
-            (f"{self.unwrapped} answers taken out of their wrapper", self.unwrapped),
+            (f"{self.unwrapped} answers unwrapped", self.unwrapped),
             (f"{self.duplicates} lines left out whose id is stored twice", self.duplicates),
             (f"{self.unknown_ids} lines left out whose id nobody asked", self.unknown_ids),
         )
@@ -143,7 +143,7 @@ def build_pairs(
 
 
 def _spill_folder(generations: Path) -> Path | None:
-    # Beside the generations there is room for their answers; /tmp may lie in memory.
+    # The folder of the generations has room for their answers; /tmp may be in memory.
     return generations.parent if os.access(generations.parent, os.W_OK) else None
 
 
@@ -270,7 +270,7 @@ def write_pairs(
         if report.kept == 0:
             raise ThinkSwitchError(
                 f"{generations} holds no complete answer ({report.summary()}); "
-                "raise `sampling.max_tokens` in the recipe, or look at the file."
+                "increase `sampling.max_tokens` in the recipe, or check the file."
             )
     files.write_json(out.with_suffix(".json"), {**report.as_json(), "selection": selection})
     return report

@@ -47,7 +47,7 @@ def read_prompts(keys: PromptKeys, seed: int) -> tuple[list[tuple[str, str]], st
         if not text.strip():
             raise ThinkSwitchError(f"{where}: the prompt is empty; fill it or delete the row.")
         if token := control_token(text):
-            raise ThinkSwitchError(f"{where}: the prompt holds {token!r}, which would end the turn there; take it out.")
+            raise ThinkSwitchError(f"{where}: the prompt holds {token!r}, which would end the turn there; remove it.")
         prompt_id = _prompt_id(keys, row, number)
         if prompt_id in seen:
             raise ThinkSwitchError(f"{where}: the id {prompt_id!r} occurs twice; give each row its own.")
@@ -123,7 +123,7 @@ def as_asked(keys: PromptKeys, question: str, others: Mapping[str, Any] | None =
     if any("\ud800" <= c <= "\udfff" for c in question):
         raise ThinkSwitchError("the question holds bytes that are not UTF-8 text; write it in UTF-8.")
     if token := control_token(question):
-        raise ThinkSwitchError(f"the question holds {token!r}, which would end the turn there; take it out.")
+        raise ThinkSwitchError(f"the question holds {token!r}, which would end the turn there; remove it.")
     template = _template(keys, ChainableUndefined)
     fields = meta.find_undeclared_variables(SandboxedEnvironment().parse(keys.template))
     field = next((name for name in QUESTION_FIELDS if name in fields), None)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 
 STRETCH = (
-    200  # characters in a row from its trace with which an answer is none of its own; of a short trace three fifths
+    200  # consecutive characters of the trace after which an answer counts as copied; three fifths of a short trace
 )
-SHORT = 60  # an answer below this length is no stretch
+SHORT = 60  # a shorter answer does not count as a passage
 
 
 def repeats(trace: str | None, answer: str) -> bool:
@@ -36,7 +36,7 @@ _MARKDOWN = dict.fromkeys(map(ord, ">*_#`"))
 
 
 def _in_common(text: str, at: int, other: str, piece: int) -> int:
-    """How long the stretch around a piece of a text is that stands in the other text too, 0 if the piece does not."""
+    """The length of the passage around a piece of text that also occurs in the other text; 0 if the piece does not."""
     there = other.find(text[at : at + piece])
     if there < 0:
         return 0

@@ -1,4 +1,4 @@
-"""The files that an lm-eval task of ours is made of, for the stamps of the stages that use it."""
+"""The files that one of our lm-eval tasks consists of, for the stamps of the stages that use it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def answer_kind(name: str) -> str | None:
 
 
 def kind_of_task(name: str, folder: Path | None = None) -> str | None:
-    """A key of `answers.EXTRACTORS` if a task of ours grades by one, None for any other task."""
+    """A key of `answers.EXTRACTORS` if it is one of our tasks and grades with one, otherwise None."""
     functions = (values.get("process_results") for values in _every(name, folder))
     function = next((str(value["function"]) for value in functions if isinstance(value, dict)), "")
     kind = function.rpartition(".")[2].removeprefix("grade_")
@@ -92,12 +92,12 @@ def task_files(name: str, folder: Path | None = None, data: str = "") -> tuple[P
 
 
 def repeats(name: str) -> int:
-    """How many answers to each question a task of ours asks for."""
+    """The number of answers per question in one of our tasks."""
     return next((int(values["repeats"]) for values in _every(name) if "repeats" in values), 1)
 
 
 def budget(name: str) -> int | None:
-    """The tokens that a task of ours gives to an answer; None where it does not say, or is not ours."""
+    """The token budget of an answer in one of our tasks; None if it sets none, or is another task."""
     settings = (values.get("generation_kwargs") or {} for values in _every(name))
     return next((int(found["max_gen_toks"]) for found in settings if "max_gen_toks" in found), None)
 

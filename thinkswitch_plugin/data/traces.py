@@ -78,7 +78,7 @@ class Completion:
 
     @property
     def reason(self) -> str:
-        """What this completion is counted under: the finish reason where that is out of the ordinary, else the outcome."""
+        """The reason this completion is counted under: an unusual finish reason, otherwise the outcome."""
         return self.finish or self.outcome.value
 
 

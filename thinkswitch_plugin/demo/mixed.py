@@ -79,7 +79,7 @@ def held_out() -> list[str]:
 
 
 def training_questions(seed: int, count: int = TRAINING_SIZE) -> list[str]:
-    """The training questions of a seed, none of them held out."""
+    """The training questions of a seed, without held-out ones."""
     return distinct(random.Random(f"mixed-{seed}"), count, exclude=held_out())
 
 

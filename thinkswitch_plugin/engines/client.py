@@ -1,4 +1,4 @@
-"""Ask an OpenAI-compatible server, and tell its troubles from those of a prompt.
+"""Ask an OpenAI-compatible server, and distinguish its failures from those of a prompt.
 
 The openai client retries dropped connections, 429 and 5xx by itself, with growing pauses. The rest is done here: a
 prompt is asked in a bounded number of such rounds, before each further one the server must answer at all, time-outs
@@ -255,7 +255,7 @@ class ServedModel:
             run_async(self._ask(requests, arrived))
 
     def close(self) -> None:
-        """Nothing: a server holds no memory of ours."""
+        """Nothing to release: a server uses no memory of this process."""
 
     async def _ask(self, requests: Iterable[Request], arrived: Arrived) -> None:
         client = Client(self.server, self.model, self.keys)

@@ -24,7 +24,7 @@ def on_loopback(url: str) -> bool:
 
 
 def api_key() -> str | None:
-    """The key for a server of the user's own. Raises `ThinkSwitchError`, without the key, if no header can carry it."""
+    """The key for the user's own server. Raises `ThinkSwitchError`, without the key, if it cannot be sent in a header."""
     key = (variable("OPENAI_API_KEY") or "").strip()
     if not re.fullmatch(r"[!-~]*", key):
         raise ThinkSwitchError("OPENAI_API_KEY holds a character that a key cannot have; copy the key again.")
@@ -32,9 +32,9 @@ def api_key() -> str | None:
 
 
 def without_key(text: str) -> str:
-    """A server's words, which may repeat the key that it was sent, as they may stand in a file or a log."""
+    """A message from a server, with the key removed, so that it can be written to a file or a log."""
     key = api_key()
-    return text.replace(key, "…") if key and len(key) > 7 else text  # a placeholder such as `none` is no secret
+    return text.replace(key, "…") if key and len(key) > 7 else text  # a placeholder such as `none` is not a secret
 
 
 def transport(base_url: str) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def generate(
     for number, row in batch.read_requests(requests, limit):
         if "max_tokens" not in row["body"]:
             raise ThinkSwitchError(
-                f"{requests}, line {number}: `body.max_tokens` is missing; delete the file to have it written anew."
+                f"{requests}, line {number}: `body.max_tokens` is missing; delete the file so that it is written again."
             )
         report.requests += 1
         report.already_stored += row["custom_id"] in done

@@ -95,7 +95,7 @@ def words_of(body: object) -> str:
 
 
 def wants_stream(words: str) -> bool:
-    """Whether a server says that it answers only by a stream."""
+    """Whether a server reports that it only supports streaming."""
     return _WANTS_STREAM.search(words) is not None
 
 

@@ -46,7 +46,7 @@ class Server:
     keeps_special: bool = False
 
     def require_alive(self, wait: float = 0) -> None:
-        """Raise `ThinkSwitchError` if an engine of ours has ended, or does within `wait` seconds.
+        """Raise `ThinkSwitchError` if an engine that was started here has ended, or ends within `wait` seconds.
 
         Nobody would start it again.
         """
@@ -55,8 +55,8 @@ class Server:
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(wait)
             raise ThinkSwitchError(
-                f"The engine ended in the middle of its work (exit code {self.process.returncode}); what was finished "
-                f"is kept: run the same command again. Its log, {self.log}, says:\n{processes.cause(self.log)}"
+                f"The engine stopped during its work (exit code {self.process.returncode}); what was finished "
+                f"is kept: run the same command again. Its log, {self.log}, ends with:\n{processes.cause(self.log)}"
             )
 
 
@@ -83,7 +83,7 @@ def choose(engine: str) -> str:
             secret, usable = None, False
         if secret:
             raise ThinkSwitchError(
-                "ENGINE= holds a name and password, or a `?` or `#` part, which would be written into files and logs; "
+                "ENGINE= contains a user name and password, or a `?` or `#` part, which would be written to files and logs; "
                 "give the plain address, and the key as OPENAI_API_KEY in the environment."
             )
         if not usable:
@@ -135,7 +135,7 @@ def adapter_rank(adapter: Path) -> int:
     try:
         return max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
     except (KeyError, TypeError, ValueError):
-        raise ThinkSwitchError(f"{path} names no rank `r`; export the adapter again.") from None
+        raise ThinkSwitchError(f"{path} has no rank `r`; export the adapter again.") from None
 
 
 def lora_arguments(adapters: Mapping[str, Path]) -> list[str]:

@@ -1,4 +1,4 @@
-"""A checkpoint as a LoRA of another: mergekit extracts it, and what it cannot carry is measured.
+"""A checkpoint as a LoRA of another: mergekit extracts it, and the part that it cannot represent is measured.
 
 mergekit's `mergekit-extract-lora` takes the difference of every matrix inside the layers and keeps its largest
 singular values. Norms are not matrices, and vLLM serves no full-rank module (`modules_to_save`) beside a LoRA,

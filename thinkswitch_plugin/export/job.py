@@ -1,4 +1,4 @@
-"""Export both modes as LoRAs of one base, evaluate them beside the full checkpoints, and show what it costs.
+"""Export both modes as LoRAs of one base, compare them with the full checkpoints, and show what is lost.
 
 iter-1/export/rank-64/{instruct,thinking}/   PEFT adapters with tokenizer, chat template and card
 iter-1/export/rank-64/{instruct,thinking}.json   what they were made of and what is lost
@@ -37,7 +37,7 @@ from thinkswitch_plugin.search.pair import Pair, PairOptions, few_questions, wri
 
 @dataclass(frozen=True)
 class Base:
-    """The checkpoint that both adapters are made for: by what name users find it, and where it lies here."""
+    """The checkpoint that both adapters belong to: its public name, and its local folder."""
 
     name: str
     folder: Path
@@ -158,7 +158,7 @@ class Job:
         }
 
     def full_figures(self, mode: str) -> dict[str, Any]:
-        """The full checkpoint's figures: the run's own where it was judged the same way, else judged here."""
+        """The full checkpoint's figures: those of the run if it was evaluated in the same way, otherwise evaluated here."""
         subject = self.subject
         if subject.of_run:
             run = open_run(subject.home)

@@ -47,7 +47,7 @@ def both_modes(export: Path, rank: int | None) -> tuple[str, list[str]]:
     path = export / "export.json"
     if not path.is_file():
         raise ThinkSwitchError(
-            f"{export} holds no export; run `make export-loras` first, or name a checkpoint: MODEL=."
+            f"{export} contains no export; run `make export-loras` first, or select a checkpoint with MODEL=."
         )
     found = files.read_json(path)
     chosen = next((row for row in found["ranks"] if row["rank"] == (rank or found["rank"])), None)

@@ -1,4 +1,4 @@
-"""The table of an export: every rank beside the full checkpoints, and whether it does as they do."""
+"""The table of an export: every rank next to the full checkpoints, and whether it behaves like them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEADER = ["rank", "mode", "MB", "error", "accuracy", "95 %", "tokens", "think ra
 
 
 def keeps(full: dict[str, Any], lora: dict[str, Any], mode: str) -> bool:
-    """Whether an adapter does as its full checkpoint does, as far as so many questions can tell.
+    """Whether an adapter behaves like its full checkpoint, within the precision of this number of questions.
 
     Thinking: its think ratio is at least .98 of the full one's, one completion of tolerance; instruct: it thinks
     no more often, within the same 2 %. The full checkpoint's score is not above the 95 % interval of the adapter's.
@@ -24,7 +24,7 @@ def keeps(full: dict[str, Any], lora: dict[str, Any], mode: str) -> bool:
 
 
 def markdown(result: dict[str, Any]) -> list[str]:
-    """The table of ranks beside the full checkpoints, and what it says."""
+    """The table of ranks with the full checkpoints, and its conclusion."""
     base = result["base"]
     n, k = result["full"]["instruct"]["n"], result["full"]["instruct"]["k"]
     lines = [
@@ -38,8 +38,8 @@ def markdown(result: dict[str, Any]) -> list[str]:
     for mode in MODES:
         if mode in first:
             lines.append(
-                f"{mode}: {100 * first[mode]['left_out']:.2f} % of the squared difference lies in norms and embeddings "
-                f"({first[mode]['tensors_left_out']} tensors differ), which no rank carries."
+                f"{mode}: {100 * first[mode]['left_out']:.2f} % of the squared difference is in norms and embeddings "
+                f"({first[mode]['tensors_left_out']} tensors differ), which no rank contains."
             )
         else:
             lines.append(f"{mode}: the base itself, no adapter.")

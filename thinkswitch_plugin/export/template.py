@@ -49,7 +49,7 @@ def combined_template(instruct: Path, thinking: Path) -> str:
                 own = _render(tokenizers[folder], probe, texts[folder], switch)
                 if own is not None and _render(tokenizers[folder], probe, both, switch) != own:
                     raise ThinkSwitchError(
-                        f"The chat templates of {instruct} and {thinking} cannot stand in one: the combined one renders "
+                        f"The chat templates of {instruct} and {thinking} cannot be combined: the combined template renders "
                         "otherwise. Serve the two checkpoints one by one."
                     )
     return both

@@ -1,1 +1,1 @@
-"""lm-eval in its one set-up, how answers are graded, and paired statistics."""
+"""Evaluation with lm-eval, grading of answers, and paired statistics."""

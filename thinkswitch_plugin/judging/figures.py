@@ -91,7 +91,7 @@ def summarize(samples: Sequence[Sample]) -> dict[str, Any]:
     Raises `ThinkSwitchError` if there is no sample.
     """
     if not samples:
-        raise ThinkSwitchError("the samples file holds no question.")
+        raise ThinkSwitchError("the samples file contains no questions.")
     k = len(samples[0].correct)
     n = len(samples)
     completions = n * k

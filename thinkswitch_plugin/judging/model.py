@@ -132,7 +132,7 @@ class ThinkSwitchLM(LM):  # type: ignore[misc]
         unknown = sorted(known.keys() - set(SETTINGS))
         if unknown and (self.engine == "embedded" or not isinstance(self.engine, str)):
             raise ThinkSwitchError(
-                f"The task generates with `{unknown[0]}`, which is not known in process; take it out of the task's "
+                f"The task generates with `{unknown[0]}`, which is not supported in process; remove it from the task's "
                 "`generation_kwargs`, or set `thinkswitch.evaluation.backend: server`."
             )
         chat = prompt.chat if isinstance(prompt, Prompt) else [{"role": "user", "content": prompt}]

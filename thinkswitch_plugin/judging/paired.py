@@ -1,4 +1,4 @@
-"""One checkpoint against another on the same questions: what was won and lost, and whether that is noise.
+"""Compare two checkpoints on the same questions: questions won and lost, and if the difference is more than noise.
 
 The test is McNemar's, exact, on the questions whose verdict changed: is the share of wins among them
 one half? A verdict is right or wrong; of k > 1 samples it is their vote. What is more than noise is said of
@@ -113,7 +113,7 @@ def sentence(found: dict[str, Any]) -> str:
 
 
 def direction(found: dict[str, Any]) -> str:
-    """Where a comparison went: `better` or `worse`; empty where that is within noise."""
+    """The direction of a comparison: `better` or `worse`; empty if it is within noise."""
     if found["verdict"] == NOISE:
         return ""
     return "better" if found["difference"] > 0 else "worse"

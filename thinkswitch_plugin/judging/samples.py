@@ -93,7 +93,7 @@ def newest(folder: Path, pattern: str) -> Path:
 
 
 def samples_file(folder: Path, task: str) -> Path:
-    """lm-eval's newest samples of a task, and of no other whose name only begins alike (`TASK_k8`).
+    """lm-eval's newest samples file of a task, ignoring tasks whose name only starts the same (`TASK_k8`).
 
     Raises `ThinkSwitchError` if there is none.
     """
@@ -160,7 +160,7 @@ def question_id(doc_id: int, sample: int) -> str:
 
 
 def _as_stored(path: Path, generations: Path) -> Iterator[tuple[Row, list[Ended]]]:
-    """The questions of a samples file with how each completion ended, as the engine said."""
+    """The questions of a samples file with the end of each completion, as reported by the engine."""
     ended: dict[str, Ended] = {}
     for number, line in files.read_jsonl(generations, torn_end=True):
         if body := batch.completion_body(line):
@@ -178,7 +178,7 @@ def _as_stored(path: Path, generations: Path) -> Iterator[tuple[Row, list[Ended]
 
 
 def _estimated(path: Path, tokenizer: Any) -> Iterator[tuple[Row, list[Ended]]]:
-    """The questions of a samples file with how each completion ended, as far as its text shows."""
+    """The questions of a samples file with the end of each completion, estimated from its text."""
     for rows in _batches(path):
         texts = [text for row in rows for text in row.texts]
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)

@@ -150,7 +150,7 @@ def trace_removed(path: Path) -> bool:
 
 def _require_rows(counts: Counter[str], path: Path) -> None:
     if not counts["completions"]:
-        raise ThinkSwitchError(f"{path} holds no rows; name a file of saved outputs.")
+        raise ThinkSwitchError(f"{path} has no rows; give a file of saved outputs.")
 
 
 def kind_of(task: str | None, answer: str | None) -> str:

@@ -1,6 +1,6 @@
-"""What became of one completion: the one place that decides cut, closed trace, final answer, correct and think ratio.
+"""The verdict on one completion: the only definition of cut, closed trace, final answer, correct and think ratio.
 
-lm-eval's metrics, the report, sweeps, the switch and `thinkswitch score` all ask here.
+lm-eval's metrics, the report, sweeps, the switch and `thinkswitch score` all use it.
 """
 
 from __future__ import annotations

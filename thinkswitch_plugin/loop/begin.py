@@ -1,4 +1,4 @@
-"""Before the first stage: everything that can be found wrong without doing any work."""
+"""Before the first stage: find every problem that can be found without doing any work."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def begin_run(
     overlays: Sequence[str] = (),
     given: Given = NOTHING_MORE,
 ) -> Run:
-    """Check the settings, write `run.json`, drop stale stamps, and say what is left to do.
+    """Check the settings, write `run.json`, delete stale stamps, and print what is left to do.
 
     Raises `ThinkSwitchError`: no such recipe, a wrong key, a file that is missing, or a
     run folder that was begun with another seed or engine. Nothing is written then.
@@ -45,7 +45,7 @@ def begin_run(
     if before and (before["seed"], before["engine"]) != (seed, chosen):
         raise ThinkSwitchError(
             f"{folder} was begun with SEED={before['seed']} ENGINE={before['engine']}; "
-            f"give this run a folder of its own, such as RUNS={runs}-seed{seed}."
+            f"use another folder for this run, such as RUNS={runs}-seed{seed}."
         )
     run = Run(folder, recipe, seed, chosen, iterations, given)
     require_gpu(recipe)
@@ -82,7 +82,7 @@ def _recipe_of_run(path: Path, folder: Path, before: dict[str, Any] | None, over
     extra = overlays or (before["overlays"] if before else [])
     if before and before["overlays"] != extra:
         raise ThinkSwitchError(
-            f"{folder} was begun with OVERLAY='{' '.join(before['overlays'])}'; give this run a folder of its own by RUNS=."
+            f"{folder} was begun with OVERLAY='{' '.join(before['overlays'])}'; use another folder for this run: RUNS=."
         )
     recipe = load_recipe(path, tuple(Path(name) for name in extra))
     if recipe.keys.domain != folder.name:
@@ -92,7 +92,7 @@ def _recipe_of_run(path: Path, folder: Path, before: dict[str, Any] | None, over
     if recipe.keys.perception:
         raise ThinkSwitchError(
             f"{path}: `thinkswitch.perception` belongs to `make adaptive`; the loop's checkpoints have no such module: "
-            "take it out, or put it into an overlay that only `make adaptive` gets."
+            "remove it, or move it to an overlay that only `make adaptive` uses."
         )
     return recipe
 

@@ -29,7 +29,7 @@ from thinkswitch_plugin.run import versions
 from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.training import distil
 
-# What one card generated in a batch, where nobody measured: a cautious guess, said as such.
+# Throughput of one card for a batch if it was not measured: a cautious guess, and labelled as one.
 GUESSED_TOKENS_PER_SECOND = 300.0
 MIB_OF_A_GB = 950  # a card sold as 24 GB shows 23,028 MiB and more, one of 8 GB a little less than 8,192
 
@@ -75,7 +75,7 @@ def check_domain(
             console.say(f"  STOP  {title}: {problem}")
     if failed:
         raise ThinkSwitchError(
-            f"{failed} of {len(checks)} checks would stop `make iterate DOMAIN={domain}`; put right what stands beside STOP, "
+            f"{failed} of {len(checks)} checks would stop `make iterate DOMAIN={domain}`; fix the lines marked STOP, "
             f"then run `make check DOMAIN={domain}` again."
         )
     console.say(f"Ready: make iterate DOMAIN={domain}" + (f" OVERLAY='{' '.join(overlays)}'" if overlays else ""))
@@ -99,7 +99,7 @@ def gpu(keys: ThinkSwitchKeys) -> str:
         ).stdout.strip()
         largest = max(float(line.rsplit(",", 1)[1]) for line in listed.splitlines())
     except (OSError, subprocess.CalledProcessError, ValueError, IndexError) as error:
-        raise ThinkSwitchError(f"a driver is there, but nvidia-smi does not say what the GPU is ({error})") from None
+        raise ThinkSwitchError(f"there is a driver, but nvidia-smi does not report the GPU ({error})") from None
     if largest < keys.needs.gpu_gb * MIB_OF_A_GB:
         raise ThinkSwitchError(f"{listed} MiB; the recipe needs {keys.needs.gpu_gb:g} GB")
     return listed.replace("\n", "; ") + " MiB"

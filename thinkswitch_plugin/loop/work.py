@@ -19,7 +19,7 @@ from thinkswitch_plugin.run.table import training_config
 
 
 def prepare_pair(run: Run, _k: int = 0) -> dict[str, Any]:
-    """Fetch (or, for the embedded domain, train) the starting pair and check that it is one.
+    """Download (or, for the embedded domain, train) the starting pair and check that the two belong together.
 
     Writes `iter-0/pair.json`: name, folder and hub commit of both checkpoints.
     """

@@ -115,14 +115,14 @@ def _require_same_settings(first: Path, other: Path, allowed: Allowances) -> Non
         )
     difference = config_difference(a, b, vocabulary=allowed.vocabulary, may_differ=allowed.may_differ)
     if difference:
-        # A merge of other sizes or of other classes is none, whatever the user lets differ.
+        # Checkpoints of different sizes or classes cannot be merged, whatever the user allows to differ.
         fixed = difference.split("`")[1] in SIZES
         way_out = "" if fixed else ", or `may_differ` name the setting and whose value counts (docs/models.md)"
         raise _refusal([first, other], f"{difference}; {ONE_BASE}{way_out}")
 
 
 def _refusal(checkpoints: Iterable[Path], why: str) -> ThinkSwitchError:
-    return ThinkSwitchError(f"{' and '.join(map(str, checkpoints))} are no compatible pair: {why}.")
+    return ThinkSwitchError(f"{' and '.join(map(str, checkpoints))} are not a compatible pair: {why}.")
 
 
 def _vocabulary(checkpoint: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Merge configs: put a pair and λ into one, and refuse what mergekit would ignore.
+"""Merge configs: insert a pair and λ, and refuse what mergekit would ignore.
 
 A config of `merge_configs/` is an ordinary mergekit YAML whose models are called
 `./instruct` and `./thinking` (so it runs as it stands in a folder that holds both). The loop
@@ -52,7 +52,7 @@ def named_models(config: Any) -> set[str]:
 def allow(config: dict[str, Any], may_differ: Mapping[str, str]) -> dict[str, Any]:
     """A merge config with settings that may differ put in: setting -> `instruct` or `thinking`, whose value counts.
 
-    What the config itself says of a setting counts more.
+    An entry in the config itself takes precedence.
     """
     allowed = {setting: f"./{mode}" for setting, mode in may_differ.items()} | (config.get(MAY_DIFFER) or {})
     return {**config, MAY_DIFFER: allowed} if allowed else config

@@ -120,7 +120,7 @@ class Scratch:
 @lru_cache(maxsize=1)
 def workers() -> ThreadPoolExecutor:
     """Threads that share the work on long tensors, each with a single torch thread."""
-    # torch's own threads wait for each other at every small chunk, and starve beside a writing thread.
+    # torch's own threads wait for each other at every small chunk, and slow down next to a writing thread.
     return ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
 
 

@@ -183,6 +183,6 @@ def blame(name: str, checkpoints: list[Path], config_file: Path | str) -> str:
 
 
 def sentence(error: Exception) -> str:
-    """What an engine's exception says, as the end of a sentence of ours."""
+    """The message of an engine's exception, as the end of a sentence."""
     text = " ".join(str(error).split()) or type(error).__name__
     return f"{text[:300].rstrip('.')}. (THINKSWITCH_DEBUG=1 shows where.)"

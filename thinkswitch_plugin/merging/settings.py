@@ -1,7 +1,7 @@
 """Two `config.json` compared as transformers resolves them: defaults filled in, nested configs entered.
 
 Everything counts except what is listed here as free to differ, so a setting that nobody thought of is a
-difference, not a silent merge. Code that comes with a checkpoint is never run: where transformers does not know the
+difference, not a silent merge. Code that comes with a checkpoint is never run: if transformers does not know the
 `model_type`, the files are compared as they are written.
 """
 

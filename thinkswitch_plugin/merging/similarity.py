@@ -1,4 +1,4 @@
-"""How near two checkpoints are: σ, angle and distance of every tensor, read once, in constant memory.
+"""How similar two checkpoints are: σ, angle and distance of every tensor, read once, in constant memory.
 
 `thinkswitch similarity A B` writes `similarity.json` and a picture:
 
@@ -80,7 +80,7 @@ def tensor_sums(first: Path, second: Path) -> dict[str, Sums]:
     left, right = aligned.checkpoints[first], aligned.checkpoints[second]
     names = [name for name in left if left[name].dtype in FLOATS and right[name].dtype in FLOATS]
     if not names:
-        raise ThinkSwitchError(f"{first} holds no floating-point tensor; name a checkpoint of unquantized weights.")
+        raise ThinkSwitchError(f"{first} has no floating-point tensors; use a checkpoint with unquantised weights.")
     sums: dict[str, Sums] = {}
     with reading() as read, Bar(sum(left[name].elements for name in names), "similarity", unit="") as bar:
         for name in names:

@@ -92,7 +92,9 @@ def list_tensors(checkpoint: Path) -> dict[str, TensorInfo]:
         single = checkpoint / "model.safetensors"
         shards = [single] if single.is_file() else sorted(checkpoint.glob("*.safetensors"))
         if not shards:
-            raise ThinkSwitchError(f"{checkpoint} holds no safetensors file; ThinkSwitch reads no other weights.")
+            raise ThinkSwitchError(
+                f"{checkpoint} contains no safetensors file; ThinkSwitch does not read other formats."
+            )
         return {name: info for shard in shards for name, info in list_file(shard).items()}
     places = files.read_json(index).get("weight_map")
     if not isinstance(places, dict) or not places:
@@ -101,7 +103,7 @@ def list_tensors(checkpoint: Path) -> dict[str, TensorInfo]:
     for name, shard in places.items():
         if name not in held[shard]:
             raise ThinkSwitchError(
-                f"{index} places the tensor {name} in {shard}, which does not hold it; copy or download both again."
+                f"{index} places the tensor {name} in {shard}, which does not contain it; copy or download both files again."
             )
     return {name: held[shard][name] for name, shard in places.items()}
 

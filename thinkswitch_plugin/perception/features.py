@@ -58,7 +58,7 @@ def read(text: str, names: Sequence[str]) -> list[float]:
 
 def _missing(feature: str, needs: str) -> ThinkSwitchError:
     return ThinkSwitchError(
-        f"The feature `{feature}` needs {needs}, or take it out of `thinkswitch.perception.features`."
+        f"The feature `{feature}` needs {needs}, or remove it from `thinkswitch.perception.features`."
     )
 
 

@@ -92,7 +92,7 @@ def find_job(
     for path in (job.generations, job.requests):
         if not path.is_file():
             raise ThinkSwitchError(
-                f"{path} does not exist; the labels need a generations.jsonl and the requests.jsonl it answers beside it."
+                f"{path} does not exist; labels need a generations.jsonl with its requests.jsonl in the same folder."
             )
     return job
 

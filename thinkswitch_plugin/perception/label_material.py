@@ -51,7 +51,7 @@ class Material:
     rationales: Path  # of every question, in a file, since traces are long
     report: pairs.PairReport
     without_reference: int
-    repeated: int  # questions whose text stands under another id too
+    repeated: int  # questions whose text also occurs under another id
 
 
 def read_material(job: LabelJob) -> Material:

@@ -114,7 +114,7 @@ def _normal(std: float, *shape: int) -> nn.Parameter:
 def _positions(mask: Tensor, hidden: int) -> Tensor:
     """Sinusoidal positions (arXiv 1706.03762, 3.5), (questions, longest, hidden), counted from the question's end.
 
-    What is asked stands at the end of a prompt, whatever its length.
+    The question is at the end of a prompt, whatever its length.
     """
     place = mask.sum(1, keepdim=True) - mask.cumsum(1)
     half = (hidden + 1) // 2

@@ -13,7 +13,7 @@ from thinkswitch_plugin.run import checkpoint
 
 SOFT = checkpoint.PLACEHOLDER  # a perception module overwrites it; `traces.control_token` keeps it out of prompts
 TABLES = ("embed_tokens.weight", "lm_head.weight")
-NEW_ROWS = "mean and spread of the trained ones"  # a change of how they are drawn makes students anew
+NEW_ROWS = "mean and spread of the trained ones"  # if the initialisation changes, students are made again
 CONFIGS = ("config.json", "generation_config.json", "*.safetensors.index.json")
 
 # Put before a chat template: it takes another list of messages, and prints the same.

@@ -69,7 +69,7 @@ def compose(data: ModelCardData, title: str, about: str, rows: Mapping[str, Any]
 def complete_cards(run: Run) -> None:
     """Put the scores of `report.json` into the cards of all checkpoints, also of those whose weights were pruned.
 
-    A card that cannot be read is said and left as it is.
+    A card that cannot be read is reported and left unchanged.
     """
     from huggingface_hub import ModelCard
 

@@ -211,14 +211,14 @@ class SampleFile:
 
 
 class Prompts:
-    """What a question said to the model, without the marks of the chat format where that can be told."""
+    """The text of a question, without the markup of the chat format if it can be removed."""
 
     def __init__(self, folder: Path) -> None:
         """Args: folder: where lm-eval's results file lies, which names the task's template."""
         configs = files.read_json(newest(folder, "results_*.json")).get("configs") or {}
         config = next((c for c in configs.values() if isinstance(c, dict)), {})
         text = config.get("doc_to_text")
-        # As lm-eval sets it up; what it renders is believed only where it stands in the text that was sent.
+        # Rendered as by lm-eval; the result is used only if it occurs in the text that was sent.
         environment = SandboxedEnvironment(keep_trailing_newline=True)
         try:
             self._template = environment.from_string(text) if isinstance(text, str) else None

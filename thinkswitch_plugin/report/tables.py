@@ -91,7 +91,7 @@ def markdown(report: dict[str, Any]) -> str:
         headline(report),
         "",
         f"{n} held-out questions, {k} sample{'s' if k > 1 else ''} a question, engine {report['engine']}. "
-        "Change is in points against iteration 0; whether it is noise is said below the tables.",
+        "Change is in percentage points against iteration 0; see below the tables if it is more than noise.",
         "",
         *console.table(header(report), rows(report)),
         "",

@@ -1,4 +1,4 @@
-"""What a router makes of a pair: accuracy against tokens over the threshold, beside a random mix at the same share.
+"""The performance of a router: accuracy against tokens over the threshold, compared with a random mix at the same share.
 
 A router thinks where p ≥ threshold. The random mix thinks about as many questions, drawn blindly: it is the straight
 line between always-instruct and always-thinking. With z = 1 where the router thinks, g the gain in score by

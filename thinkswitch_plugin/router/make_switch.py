@@ -34,7 +34,7 @@ from thinkswitch_plugin.run.hashes import Hashes
 KEEP = 0.99  # share of the label prompts that must still get what they need at the default threshold
 RULE = (
     f"the largest threshold at which at most {100 * (1 - KEEP):.0f} % of the label prompts need thinking and do not "
-    "get it, each judged by a router that had not seen it"
+    "get it, each evaluated with a router that had not seen it"
 )
 
 
@@ -61,7 +61,7 @@ def make_switch(run: Run, k: int, *, labels_file: Path | None = None, limit: int
             labels = read_labels(labels_file).first(limit)
         if both := set(map(str.strip, labels.prompts)) & set(map(str.strip, prompts)):
             raise ThinkSwitchError(
-                f"{len(both)} label prompt(s) are questions of the evaluation ({sorted(both)[0]!r:.80}); take them out: "
+                f"{len(both)} label prompt(s) are questions of the evaluation ({sorted(both)[0]!r:.80}); remove them: "
                 "a router is evaluated on questions that it has not seen."
             )
         console.say(f"  learning from {len(labels.prompts)} label prompts, {sum(labels.needs_thinking)} need thinking")

@@ -186,7 +186,7 @@ class Switch:
         name = next((name for name in ("question", *prompts.QUESTION_FIELDS) if name in row), None)
         text = row.pop(name) if name else None
         if not isinstance(text, str) or not text.strip():
-            raise ThinkSwitchError("there is no question: it is missing, empty or not text.")
+            raise ThinkSwitchError("the question is missing, empty or not text.")
         return text, prompts.as_asked(self.run.recipe.keys.prompts, text, row)[0]
 
     def _ask(self, mode: str, texts: Sequence[str], bar: Bar) -> list[compare.Answer | Unanswered]:

@@ -27,7 +27,7 @@ REPORT_FILES = (
     *("report.json", "report.md", "report.html"),
     *(f"{name}.{kind}" for name in REPORT_PICTURES for kind in ("png", "svg")),
 )
-# Options of vLLM that say how fast it answers, not what.
+# Options of vLLM that affect its speed, but not its answers.
 MACHINE_OPTIONS = (
     "--gpu-memory-utilization",
     "--kv-cache-memory-bytes",
@@ -180,7 +180,7 @@ def _report(run: Run, k: int) -> Stage:
 # fmt: off
 TABLE: tuple[Row, ...] = (
     Row("pair", "pair", "prepare_pair", "pair",
-        "Fetch (or train, for the embedded domain) the starting pair and check that it is one.", _pair),
+        "Download (or train, for the embedded domain) the starting pair and check that the two belong together.", _pair),
     Row("requests", "iteration", "write_requests", "generate", "Task prompts -> requests.jsonl.", _requests),
     Row("generate", "iteration", "answer_requests", "generate",
         "The thinking checkpoint answers -> generations.jsonl.", _generate),

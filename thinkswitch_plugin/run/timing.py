@@ -35,7 +35,7 @@ class Place:
     later: float | None
 
     def left(self, elapsed: float) -> float | None:
-        """Seconds until the run is done, `elapsed` seconds into this stage; None where it is not known."""
+        """Seconds until the run is done, `elapsed` seconds into this stage; None if unknown."""
         if self.expected is None or self.later is None:
             return None
         return max(0.0, self.expected - elapsed) + self.later

@@ -36,8 +36,8 @@ def verify(folder: Path, given: Given = NOTHING_MORE) -> None:
         console.say(f"  {problem}")
     if problems:
         raise ThinkSwitchError(
-            f"{folder}: {len(dict.fromkeys(problems))} things do not fit; `make iterate` makes anew what has another "
-            "recipe or input, and a file that was damaged once you have deleted it."
+            f"{folder}: {len(dict.fromkeys(problems))} things do not match; `make iterate` runs again what has another "
+            "recipe or input. To repair a damaged file, delete it first."
         )
     pruned = sum(not Path(file).is_file() for file in hashes.pruned)
     console.say(

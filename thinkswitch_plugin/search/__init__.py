@@ -1,1 +1,1 @@
-"""Sweeps over λ, selective merges and baselines: a pair, its candidates, lm-eval as the judge, the tables."""
+"""Sweeps over λ, selective merges and baselines: a pair, its candidates, their evaluation with lm-eval, and the tables."""

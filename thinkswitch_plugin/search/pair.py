@@ -201,8 +201,8 @@ def _run_of(options: PairOptions) -> Run:
     overlays = tuple(overlay_path(name) for name in options.overlay)
     if overlays and overlays != tuple(run.recipe.overlays):
         raise ThinkSwitchError(
-            f"{run.folder} was begun with OVERLAY='{' '.join(map(str, run.recipe.overlays))}', which counts here too; "
-            "leave OVERLAY= out, or name another run by RUNS=."
+            f"{run.folder} was begun with OVERLAY='{' '.join(map(str, run.recipe.overlays))}', which applies here as well; "
+            "remove OVERLAY=, or select another run with RUNS=."
         )
     if not (run.iteration(0) / "pair.json").is_file():
         raise ThinkSwitchError(f"{run.folder} has no starting pair yet; run `make pair DOMAIN={options.domain}` first.")

@@ -4,7 +4,7 @@
     iter-1/sweep/sweep.json            every point, the stages, λ*
     iter-1/sweep/sweep.md .png .svg    the same as a table and as a picture
 
-Killed at any time, the same command goes on with the first point that is missing. Points of
+Killed at any time, the same command continues with the first missing point. Points of
 earlier calls with the same settings are part of the result, so a coarse sweep can be refined.
 """
 

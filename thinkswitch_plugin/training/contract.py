@@ -20,7 +20,7 @@ SWITCHES: tuple[dict[str, bool], ...] = ({"enable_thinking": False}, {"thinking"
 
 
 def require_contract(chat_template: Any, tokenizer: Any, messages: list[dict[str, Any]], form: str | None) -> None:
-    """Prove on one row that a chat template trains what is asked for later.
+    """Check on one row that training with a chat template uses the same text as the prompts at inference.
 
     Args:
         chat_template: axolotl's strategy for the dataset, with its template, template arguments and `eot_tokens`.
@@ -90,7 +90,7 @@ def untrained_end(tokenizer: Any, ids: Sequence[int], labels: Sequence[int], bef
         return "nothing ends the assistant's turn; use one (`chat_template`) that ends it with a special token"
     between = [token for token, label in zip(ids[before:end], labels[before:end], strict=True) if label == -100]
     if text := tokenizer.decode(between).strip():
-        return f"{text[:40]!r} stands between the answer and the end of the turn; use a plainer one (`chat_template`)"
+        return f"{text[:40]!r} is between the answer and the end of the turn; use a simpler template (`chat_template`)"
     if labels[end] == -100:
         token = tokenizer.convert_ids_to_tokens(ids[end])
         return f"{token} ends the turn, but would not be trained; set `eot_tokens: [{token!r}]` in the recipe"

@@ -32,7 +32,7 @@ def tool(name: str) -> str:
 
 
 def require_trainable(recipe: Recipe, checkpoint: str, revision: str | None = None) -> None:
-    """Refuse a recipe that could not train this checkpoint as it says; its config and tokenizer are enough to know.
+    """Refuse a recipe that cannot train this checkpoint as described; this needs only its config and tokenizer.
 
     Raises `ThinkSwitchError` for the chat template or a mixture's experts; see `contract` and `reach`.
     """
@@ -80,7 +80,7 @@ def train(
         return {"adapter_change": moved, "resumed_from": None}
     before = whole_checkpoints(building)
     if before:
-        console.say(f"  goes on from {before[-1].name} of the training that was cut short")
+        console.say(f"  resuming from {before[-1].name} of the interrupted training")
     files.write_yaml(here / "axolotl.yaml", config, header="Runs by itself: axolotl train THIS_FILE")
     command: list[str | Path] = [tool("axolotl"), "train", here / "axolotl.yaml", "--output-dir", building]
     if not has_cuda():
@@ -125,7 +125,9 @@ def adapter_change(adapter: Path | str) -> float:
     folder = Path(adapter)
     weights = folder / checkpoint.ADAPTER_WEIGHTS
     if not weights.is_file():
-        raise ThinkSwitchError(f"{weights} does not exist; axolotl saved no adapter; see `logs/train.log` beside it.")
+        raise ThinkSwitchError(
+            f"{weights} does not exist; axolotl saved no adapter; see `logs/train.log` in the same folder."
+        )
     config = files.read_json(folder / "adapter_config.json")
     with safe_open(str(weights), framework="pt") as handle:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
@@ -153,7 +155,7 @@ def change(tensors: Mapping[str, Tensor], scale: float, where: str) -> float:
             raise ThinkSwitchError(f"{where}: {name} holds NaN or infinity; lower the learning rate.")
         changes.append(float(torch.linalg.matrix_norm(scale * b @ a) / torch.linalg.matrix_norm(a)))
     if not changes:
-        raise ThinkSwitchError(f"{where} holds no LoRA matrices; use `adapter: qlora` or `lora` in the recipe.")
+        raise ThinkSwitchError(f"{where} contains no LoRA matrices; use `adapter: qlora` or `lora` in the recipe.")
     return sorted(changes)[len(changes) // 2]
 
 

@@ -130,7 +130,9 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
             where = f"{self.path}, pair {number}"
             _check_pair(row["messages"], where)
             if not self.form and (tag := traces.wrapper_mark(row["messages"][-1]["content"])):
-                raise ThinkSwitchError(f"{where}: the answer holds {tag!r}, which encloses an answer; take it out.")
+                raise ThinkSwitchError(
+                    f"{where}: the answer holds {tag!r}, which is a tag around an answer; remove it."
+                )
             if self.form:
                 _check_trace(row["trace"], row["messages"][-1]["content"], where)
         if self.form:
@@ -194,7 +196,7 @@ def _check_pair(messages: Any, where: str) -> None:
             raise ThinkSwitchError(f"{where}: a trace tag is left in the answer, {tag!r}; build the pairs again.")
         if token := traces.control_token(message["content"]) or traces.end_mark(message["content"]):
             raise ThinkSwitchError(
-                f"{where}: `messages[{place}]` holds {token!r}, which would end its turn; take it out."
+                f"{where}: `messages[{place}]` holds {token!r}, which would end its turn; remove it."
             )
     if not messages or messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
         raise ThinkSwitchError(f"{where}: the last message must be an assistant's answer; repair or delete the line.")
@@ -206,4 +208,4 @@ def _check_trace(trace: Any, answer: str, where: str) -> None:
     if problem := formats.fault(trace, answer):
         raise ThinkSwitchError(f"{where}: {problem}; repair or delete the line.")
     if token := traces.control_token(trace or ""):
-        raise ThinkSwitchError(f"{where}: the trace holds {token!r}, which would end its turn; take it out.")
+        raise ThinkSwitchError(f"{where}: the trace holds {token!r}, which would end its turn; remove it.")
