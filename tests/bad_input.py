@@ -198,9 +198,7 @@ def forms() -> Iterator[Form]:
     yield recipe("infinity", RECIPE + "  engine: {timeout: .inf}\n", "`thinkswitch.engine.timeout`")
     yield recipe("impossible date", RECIPE + "day: 2024-13-45\n", "a value cannot be read")
     yield recipe("nested 2,000 deep", RECIPE + "x: " + "[" * 2000 + "]" * 2000 + "\n", "nested too deeply")
-    yield recipe(
-        "a mapping that holds itself", RECIPE + "x: &a {b: *a}\n", "nested too deeply, or a mapping that holds"
-    )
+    yield recipe("a mapping that holds itself", RECIPE + "x: &a {b: *a}\n", "nested too deeply, or contains itself")
     yield recipe("a key that is a number", RECIPE + "7: x\n", "the key '7' is not text")
     yield recipe(
         "code of a model switched on", RECIPE + "trust_remote_code: true\n", "`trust_remote_code` would run code"

@@ -291,7 +291,7 @@ def test_verify_names_every_file_that_does_not_fit(place: Path, capsys: pytest.C
     (here / "pairs.json").unlink()
     replace(".cache/arithmetic/seed-0/prompts.jsonl", "1+2", "3+3")()
     replace(RECIPE, "learning_rate: 0.001", "learning_rate: 0.002")()
-    with pytest.raises(ThinkSwitchError, match="things do not fit"):
+    with pytest.raises(ThinkSwitchError, match="things do not match"):
         verify(Path("runs/arithmetic"))
     found = capsys.readouterr().out
     for line in (

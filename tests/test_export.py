@@ -175,7 +175,7 @@ def test_vllm_is_given_a_rank_it_knows(tmp_path: Path) -> None:
     with pytest.raises(ThinkSwitchError, match="rank 513; vLLM serves up to 512"):
         lora_arguments({"instruct": adapter})
     files.write_json(adapter / CONFIG, {})
-    with pytest.raises(ThinkSwitchError, match="names no rank"):
+    with pytest.raises(ThinkSwitchError, match="has no rank"):
         lora_arguments({"instruct": adapter})
 
 
@@ -259,7 +259,7 @@ def test_templates_that_do_not_fit_into_one_are_refused(tmp_path: Path) -> None:
     )
     assert combined_template(plain, refusing)  # a conversation that a template refuses does not count
     blocks = [tokenizer_folder(tmp_path / n, "{% block body %}" + n + "{% endblock %}") for n in "ab"]
-    with pytest.raises(ThinkSwitchError, match="cannot stand in one"):
+    with pytest.raises(ThinkSwitchError, match="cannot be combined"):
         combined_template(*blocks)
     bare = tokenizer_folder(tmp_path / "bare", None)
     with pytest.raises(ThinkSwitchError, match="no single chat template"):
@@ -282,7 +282,7 @@ def test_what_keeps_a_mode_and_its_score(mode: str, ratio: float, interval: tupl
 
 
 def test_serving_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ThinkSwitchError, match="holds no export; run `make export-loras` first"):
+    with pytest.raises(ThinkSwitchError, match="contains no export; run `make export-loras` first"):
         both_modes(tmp_path, None)
     base = write(tmp_path / "base", qwen3(0))
     adapter = fake_adapter(tmp_path / "lora")

@@ -306,7 +306,7 @@ ANSWERS = [answer(f"p{i}-s0", f"t\n</think>\n\n{i + 1}") for i in range(3)]
         ({"folds": 4}, GOOD, ANSWERS, "FOLDS=4, but .* has only 3 questions with a reference answer"),
         ({}, GOOD, [], "holds no complete answer"),
         ({}, [], ANSWERS, "holds no requests"),
-        ({}, None, ANSWERS, r"requests\.jsonl does not exist; the labels need"),
+        ({}, None, ANSWERS, r"requests\.jsonl does not exist; labels need"),
         ({}, GOOD, [answer("p0-s0", "t", finish="length")], "holds no complete answer"),
         ({}, GOOD, [answer("p0-s0", "</think>5")], "holds no complete answer .*1 no_trace"),
         ({}, GOOD, [{"no": "id"}], r"generations\.jsonl, line 1: `custom_id` is missing"),

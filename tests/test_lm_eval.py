@@ -210,7 +210,9 @@ def test_settings_reach_the_engine_as_lm_eval_means_them(tmp_path: Path) -> None
     assert lm._body(prompt, {"do_sample": True}, 0)["temperature"] == 1.0
     forced = lm.apply_chat_template([{"role": "user", "content": "1"}, {"role": "assistant", "content": "5"}], False)
     assert forced == "1 5" and lm._body(forced, {}, 0)["continue_final_message"] is True
-    with pytest.raises(ThinkSwitchError, match="generates with `repetition_penalty`, which is not known in process"):
+    with pytest.raises(
+        ThinkSwitchError, match="generates with `repetition_penalty`, which is not supported in process"
+    ):
         lm._body(prompt, {"repetition_penalty": 1.1}, 0)
     with pytest.raises(ThinkSwitchError, match="compares likelihoods"):
         lm.loglikelihood([])

@@ -66,7 +66,7 @@ def _ensure(folder: Path, wanted: dict[str, Any], witness: Path, what: str, make
         if folder.exists() and any(folder.iterdir()) and not (folder / SETTINGS).is_file():
             raise ThinkSwitchError(
                 f"{folder} contains files that the embedded domain did not create; move them away, or set another "
-                "folder for the {what} in the recipe (without `embedded: true`, the checkpoints in that folder are used)."
+                f"folder for the {what} in the recipe (without `embedded: true`, the checkpoints in that folder are used)."
             )
         console.say(f"  making the {what} in {folder}, up to a few minutes on two cores; kept for later runs")
         folder_once(folder, SETTINGS, wanted, make, (witness,))

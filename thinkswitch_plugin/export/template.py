@@ -50,7 +50,7 @@ def combined_template(instruct: Path, thinking: Path) -> str:
                 if own is not None and _render(tokenizers[folder], probe, both, switch) != own:
                     raise ThinkSwitchError(
                         f"The chat templates of {instruct} and {thinking} cannot be combined: the combined template renders "
-                        "otherwise. Serve the two checkpoints one by one."
+                        "differently. Serve the two checkpoints one by one."
                     )
     return both
 
