@@ -233,7 +233,7 @@ def forms() -> Iterator[Form]:
     yield merge_config("binary", BINARY, "not UTF-8 text")
     yield merge_config("λ missing", MERGE, "`parameters.lambda` is missing")
     yield merge_config("λ not a number", MERGE + "parameters: {lambda: .nan}\n", "`lambda` is nan; use a finite number")
-    yield merge_config("unknown parameter", MERGE + "parameters: {lamda: 0.5}\n", "`lamda` is no parameter")
+    yield merge_config("unknown parameter", MERGE + "parameters: {lamda: 0.5}\n", "`lamda` is not a parameter")
     yield merge_config(
         "parameters of another type", MERGE + "parameters: [1]\n", "`parameters` must be a mapping, found list"
     )
@@ -345,7 +345,7 @@ def forms() -> Iterator[Form]:
     yield outputs(
         "byte-order mark and CRLF", b'\xef\xbb\xbf{"raw": "55", "gold": "055"}\r\n', r"correct \| 1", works=True
     )
-    yield outputs("empty", b"", "holds no rows")
+    yield outputs("empty", b"", "has no rows")
     yield outputs("a folder in its place", FOLDER, "outputs.jsonl is a folder")
     yield outputs("no permission", NO_PERMISSION, "no permission")
     yield outputs("binary", BINARY, "line 1: not UTF-8 text")
