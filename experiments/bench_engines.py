@@ -22,6 +22,7 @@ import openai
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import PromptKeys, SamplingKeys
 from thinkswitch_plugin.data.batch import Asked
+from thinkswitch_plugin.data.prompts import write_requests
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.engines import servers
 
@@ -110,7 +111,7 @@ def main() -> None:
     for name, run in CANDIDATES.items():
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            prompts.write_requests(
+            write_requests(
                 folder / "requests.jsonl",
                 prompts,
                 model=str(CHECKPOINT),

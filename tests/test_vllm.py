@@ -275,7 +275,7 @@ def test_the_switch_asks_the_mode_that_its_router_says_of_one_server(own_run: Pa
     here = Switch.open(folder).answer_all(questions)
     assert [f.mode for f in there] == [f.mode for f in here] and {f.mode for f in there} == {"instruct", "thinking"}
     for one in there:
-        assert one.said is not None and (one.said.trace is not None) == (one.mode == "thinking")
+        assert one.reply is not None and (one.reply.trace is not None) == (one.mode == "thinking")
     # Norms and embeddings are not in an adapter, so a mode of the export is nearly its checkpoint, not quite.
     assert sum(a.answer == b.answer for a, b in zip(there, here, strict=True)) >= 38
 

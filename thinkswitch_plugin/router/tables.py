@@ -18,8 +18,9 @@ def markdown(result: dict[str, Any]) -> str:
     """`switch.md` from `switch.json`."""
     labels, router, threshold, found = (result[n] for n in ("labels", "router", "threshold", "evaluation"))
     default, area = found["default"], found["area"]
-    source = f"labels of {labels['file']}"
-    if labels["source"] != "file":
+    if labels["source"] == "file":
+        source = f"labels of {labels['file']}"
+    else:
         seen, left_out = labels["trained_on"], labels["left_out"]
         source = f"agreement of instruct with thinking; trained on {seen} of them; {left_out} left out"
     reliability = ", ".join(f"{step['p']:.2f} → {step['share']:.2f}" for step in router["reliability"])
