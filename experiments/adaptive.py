@@ -117,8 +117,7 @@ def run_experiment(jobs: Sequence[LabelJob], conditions: str = "") -> dict[str, 
         folder = jobs[0].home / "adaptive"
         files.write_json(folder / "adaptive.json", result)
         text = adaptive_results.markdown(result)
-        with files.atomic_file(folder / "adaptive.md") as handle:
-            handle.write(text.encode())
+        files.write_text(folder / "adaptive.md", text)
         save(adaptive_picture(result), folder / "adaptive")
     console.say(text)
     console.say(f"  {folder / 'adaptive.json'}, adaptive.md, adaptive.png, adaptive.svg")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.data.batch import tokens_of
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.engines.ask import ask_in_order
 from thinkswitch_plugin.engines.client import ServedModel
@@ -117,7 +118,7 @@ def complete(
             if isinstance(reply, Unanswered):
                 raise ThinkSwitchError(str(reply))
             choice = reply["choices"][0]
-            tokens = int((reply.get("usage") or {}).get("completion_tokens") or 0)
+            tokens = tokens_of(reply)
             found.append(Completion(choice["message"]["content"], str(choice.get("finish_reason")), tokens))
     except ThinkSwitchError as error:
         raise ThinkSwitchError(

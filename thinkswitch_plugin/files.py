@@ -146,6 +146,12 @@ def link(file: Path, target: Path) -> None:
         shutil.copy2(file, target)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8 atomically."""
+    with atomic_file(path) as handle:
+        handle.write(text.encode())
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically."""
     with atomic_file(path) as handle:
@@ -254,8 +260,7 @@ def write_yaml(path: Path, value: dict[str, Any], header: str = "") -> None:
     """Write a YAML mapping atomically, keys in their given order."""
     text = "".join(f"# {line}\n" for line in header.splitlines())
     text += yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
-    with atomic_file(path) as handle:
-        handle.write(text.encode())
+    write_text(path, text)
 
 
 def dumps_line(row: dict[str, Any]) -> bytes:

@@ -187,6 +187,11 @@ def completion_body(row: dict[str, Any]) -> dict[str, Any] | None:
     return None if row.get("error") or fault_of_completion(body) else body
 
 
+def tokens_of(body: dict[str, Any]) -> int:
+    """The tokens that the engine counted in a chat completion, 0 if it does not say."""
+    return int((body.get("usage") or {}).get("completion_tokens") or 0)
+
+
 def completion_of(row: dict[str, Any], how: Asked) -> traces.Completion:
     """The split completion of one line of a batch output file."""
     body = completion_body(row)

@@ -19,6 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from thinkswitch_plugin.engines.ask import Arrived, Request
 
 
+def with_adapter(checkpoint: str | Path, adapter: Path) -> PreTrainedModel:
+    """A checkpoint with a PEFT adapter on it, in memory and in the checkpoint's own precision."""
+    from peft import PeftModel
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", use_safetensors=True)
+    return PeftModel.from_pretrained(model, str(adapter))
+
+
 class EmbeddedEngine:
     """One checkpoint in memory that answers OpenAI chat requests."""
 

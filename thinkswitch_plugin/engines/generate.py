@@ -175,7 +175,7 @@ class AnswerFile:
             self.retried[name] = reply
             return {**request, "body": {**request["body"], "max_tokens": self.retry_max_tokens}}
         self.report.answered += 1
-        self.report.tokens += (reply.get("usage") or {}).get("completion_tokens") or 0
+        self.report.tokens += batch.tokens_of(reply)
         self._write(name, {"status_code": 200, "request_id": str(reply.get("id")), "body": reply}, None)
         return None
 

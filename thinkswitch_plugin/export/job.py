@@ -116,8 +116,7 @@ def export(subject: Pair, base: Base, ranks: Sequence[int]) -> dict[str, Any]:
         require_extractable(base.folder, modes[mode])
     with locked(subject.home):
         template = combined_template(modes["instruct"], modes["thinking"])
-        with files.atomic_file(out / "chat_template.jinja") as handle:
-            handle.write(template.encode())
+        files.write_text(out / "chat_template.jinja", template)
         hashes = Hashes(subject.home)
         inputs = (base.folder, *modes.values(), *task_files(subject.keys.evaluation.task))
         job = Job(subject, base, out, {str(path): str(hashes.of(path)) for path in inputs})
@@ -125,8 +124,7 @@ def export(subject: Pair, base: Base, ranks: Sequence[int]) -> dict[str, Any]:
         result = subject.described() | job.result(adapted, ranks)
         write_results(out / "export.json", result)
         lines = markdown(result)
-        with files.atomic_file(out / "export.md") as handle:
-            handle.write("\n".join([*lines, ""]).encode())
+        files.write_text(out / "export.md", "\n".join([*lines, ""]))
     console.say("\n".join(lines))
     console.say(f"  {out / 'export.json'}, export.md; serve both: make serve, or the command in docs/serving.md")
     return result

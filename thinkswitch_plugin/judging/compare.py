@@ -18,7 +18,7 @@ from thinkswitch_plugin.args import ThinkSwitchKeys
 from thinkswitch_plugin.console import printable
 from thinkswitch_plugin.conventions import NONE, Convention
 from thinkswitch_plugin.data import prompts, traces
-from thinkswitch_plugin.data.batch import asked_of
+from thinkswitch_plugin.data.batch import asked_of, tokens_of
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.engines.ask import ask_in_order, asking
 from thinkswitch_plugin.engines.generate import PROMPT_ROOM, context_length
@@ -194,7 +194,7 @@ def read_reply(
         trace=done.trace,
         answer=done.answer,
         outcome=done.outcome,
-        tokens=int((reply.get("usage") or {}).get("completion_tokens") or 0),
+        tokens=tokens_of(reply),
         trace_tokens=len(tokenizer.encode(done.trace, add_special_tokens=False)) if done.trace else 0,
         seconds=round(seconds, 3),
         cut=cut,

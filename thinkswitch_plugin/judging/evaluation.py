@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,6 @@ from thinkswitch_plugin.data import batch
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from thinkswitch_plugin.engines.embedded import EmbeddedEngine
     from thinkswitch_plugin.judging.model import ThinkSwitchLM
 
@@ -112,9 +111,11 @@ def evaluate_checkpoint(
         with quiet(log):
             answering = _in_process(checkpoint, keys, lora)
     elif lora is not None:
+        from thinkswitch_plugin.engines.embedded import with_adapter
+
         template = ["--chat-template", str(lora / "chat_template.jinja")]
         asked = asked.model_copy(update={"vllm_args": [*asked.vllm_args, *template]})
-        adapter = Adapter(lora, lambda: _with_adapter(checkpoint, lora))
+        adapter = Adapter(lora, partial(with_adapter, checkpoint, lora))
     how = how_read(tokenizer, keys.convention)
     lm = ThinkSwitchLM(building, checkpoint, answering, asked, tokenizer, how, log, adapter)
     try:
@@ -126,18 +127,10 @@ def evaluate_checkpoint(
 
 
 def _in_process(checkpoint: str, keys: ThinkSwitchKeys, lora: Path | None) -> EmbeddedEngine:
-    from thinkswitch_plugin.engines.embedded import EmbeddedEngine
+    from thinkswitch_plugin.engines.embedded import EmbeddedEngine, with_adapter
 
-    model = None if lora is None else _with_adapter(checkpoint, lora)
+    model = None if lora is None else with_adapter(checkpoint, lora)
     return EmbeddedEngine(lora or checkpoint, model, batch_size(keys.evaluation, keys.engine))
-
-
-def _with_adapter(checkpoint: str, lora: Path) -> PreTrainedModel:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", use_safetensors=True)
-    return PeftModel.from_pretrained(model, str(lora))
 
 
 def evaluate(

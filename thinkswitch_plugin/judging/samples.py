@@ -164,7 +164,7 @@ def _as_stored(path: Path, generations: Path) -> Iterator[tuple[Row, list[Ended]
     ended: dict[str, Ended] = {}
     for number, line in files.read_jsonl(generations, torn_end=True):
         if body := batch.completion_body(line):
-            tokens = int((body.get("usage") or {}).get("completion_tokens") or 0)
+            tokens = batch.tokens_of(body)
             finish_reason = body["choices"][0].get("finish_reason")
             ended[batch.stored_id(line, generations, number)] = Ended(finish_reason, tokens)
     for row in read_rows(path):

@@ -55,11 +55,9 @@ def load_model(student: Path, adapter: Path) -> PreTrainedModel:
         from thinkswitch_plugin.perception.model import load
 
         return load(student, adapter)
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from thinkswitch_plugin.engines.embedded import with_adapter
 
-    model = AutoModelForCausalLM.from_pretrained(student, dtype="auto", use_safetensors=True)
-    merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    merged: PreTrainedModel = with_adapter(student, adapter).merge_and_unload()
     return merged
 
 

@@ -94,8 +94,7 @@ def complete_cards(run: Run) -> None:
 
 def save(card: ModelCard, path: Path) -> None:
     """Write a card whole or not at all."""
-    with files.atomic_file(path) as handle:
-        handle.write(str(card).encode())
+    files.write_text(path, str(card))
 
 
 def eval_results(task: str, figures: dict[str, Any]) -> list[EvalResult]:

@@ -15,8 +15,7 @@ def write_report(run: Run) -> dict[str, Any]:
     judged = evaluations(run)
     report = build_report(run, judged)
     files.write_json(run.folder / "report.json", report)
-    with files.atomic_file(run.folder / "report.md") as handle:
-        handle.write(tables.markdown(report).encode())
+    files.write_text(run.folder / "report.md", tables.markdown(report))
     for name, draw in pictures.OF_REPORT.items():
         pictures.save(draw(report), run.folder / name)
     page.write_page(run, report, judged, run.folder / "report.html")

@@ -209,6 +209,6 @@ def _read_answers(requests: Path, answered: Path, kind: str) -> Answers:
         body = batch.completion_body(row)
         if body is not None:
             done = batch.completion_of(row, batch.asked(request))
-            tokens = int((body.get("usage") or {}).get("completion_tokens") or 0)
+            tokens = batch.tokens_of(body)
             found.setdefault(batch.prompt_id(request), []).append((final_answer(kind, done), tokens))
     return found

@@ -85,8 +85,7 @@ def make_switch(run: Run, k: int, *, labels_file: Path | None = None, limit: int
         result |= {"seconds": round(time.monotonic() - started, 1), "versions": versions()}
         text = markdown(result)
         files.write_json(folder / "switch.json", result)
-        with files.atomic_file(folder / "switch.md") as handle:
-            handle.write(text.encode())
+        files.write_text(folder / "switch.md", text)
         save(switch_picture(result), folder / "switch")
     console.say(text)
     console.say(f"  {folder / 'switch.json'}, switch.md, switch.png, switch.svg, router.skops")

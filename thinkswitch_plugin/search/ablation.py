@@ -138,8 +138,7 @@ def prepare(
 def publish(result: dict[str, Any], work: Path) -> None:
     """Write `merges.json`, `merges.md` and, for all nine choices of modules, their picture; print the table."""
     write_results(work / "merges.json", result)
-    with files.atomic_file(work / "merges.md") as handle:
-        handle.write(markdown(result).encode())
+    files.write_text(work / "merges.md", markdown(result))
     console.print_table(title_of(result), header(result), table_rows(result), left=header(result)[:1])
     pictures = ""
     if grid := module_grid(result):

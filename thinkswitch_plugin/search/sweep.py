@@ -105,8 +105,7 @@ def sweep(pair: Pair, weights: Sequence[float], sampling: Sequence[Sampling], te
                 every[candidate.name] = (weight, drawn, candidate)
         result = build(bench, pair, sorted(every.values(), key=lambda e: (str(e[1]), e[0])), config["merge_method"])
     write_results(folder / "sweep.json", result)
-    with files.atomic_file(folder / "sweep.md") as handle:
-        handle.write(sweeps.markdown(result).encode())
+    files.write_text(folder / "sweep.md", sweeps.markdown(result))
     draw(result, folder)
     show(result, pair)
     console.say(f"  {folder / 'sweep.json'}, sweep.md, sweep.png, sweep.svg")
