@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import mergekit.merge_methods.slerp
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +12,7 @@ from mergekit.merge_methods.base import TensorGroup
 from mergekit.merge_methods.slerp import slerp as mergekit_slerp
 
 from thinkswitch_plugin.merging import kernel
-from thinkswitch_plugin.merging.kernel import NonFiniteError, angle, interpolate, measure
+from thinkswitch_plugin.merging.kernel import NonFiniteError, angle, interpolate, measure, slerp
 
 seeds = st.integers(0, 50)
 weights = st.floats(-0.5, 1.5, allow_nan=False)
@@ -36,6 +37,28 @@ def test_spherical_agrees_with_mergekits_slerp(seed: int, weight: float) -> None
     a, b = pair_of_tensors(seed)
     theirs = mergekit_slerp(torch.tensor([1 - weight]), b[None], a[None])[0]
     assert torch.allclose(interpolate(a, b, weight), theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("far", [0.0, 0.005, 0.054, 3.0])  # mergekit falls back to a straight line at the first two
+def test_slerp_equals_mergekits_in_one_thread_bit_by_bit(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, far: float
+) -> None:
+    for module in (kernel, mergekit.merge_methods.slerp):  # several chunks in a small tensor
+        monkeypatch.setattr(module, "MERGEKIT_CHUNK" if module is kernel else "_CHUNK_ELEMENTS", 10_007)
+    generator = torch.Generator().manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for count, scale in ((1, 1.0), (300, 1.0), (300, 0.0), (300, 1e-12), (45_000, 0.02)):
+            a, noise = (scale * torch.randn(count, generator=generator) for _ in range(2))
+            first, second = a.to(dtype), (a + far * noise).to(dtype)
+            for share in (0.0, 0.2, 1.0, 1.4):
+                t = torch.tensor([share], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+                theirs = mergekit_slerp(t, first[None], second[None])[0]
+                assert torch.equal(slerp(t[0], first, second), theirs), (count, scale, share)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @given(seeds, weights, st.booleans())

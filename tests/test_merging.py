@@ -16,6 +16,7 @@ import torch
 from click.testing import CliRunner, Result
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
+from mergekit.merge_methods.slerp import slerp_merge_method
 from mergekit.options import MergeOptions
 
 from tests.checkpoints import equal, qwen3, read, write
@@ -23,7 +24,7 @@ from thinkswitch_plugin import cli, files
 from thinkswitch_plugin.merging import run
 from thinkswitch_plugin.merging.in_memory import load, merge_into
 from thinkswitch_plugin.merging.layout import Stored
-from thinkswitch_plugin.merging.mergekit_private import CheckedWriter
+from thinkswitch_plugin.merging.mergekit_private import CheckedWriter, mergekits_slerp
 from thinkswitch_plugin.merging.method import module_kind
 from thinkswitch_plugin.merging.tensors import list_tensors
 
@@ -83,21 +84,26 @@ def test_sharding_of_inputs_and_output_changes_nothing(tmp_path: Path, method: s
 @pytest.mark.parametrize(
     ("method", "parameters"),
     [
-        ("slerp", {"t": 0.4}),
+        (
+            "slerp",
+            {"t": [{"filter": "self_attn", "value": [0.2, 0.9]}, {"filter": "norm", "value": 1}, {"value": 0.4}]},
+        ),
         ("task_arithmetic", {"weight": 0.5}),
         ("ties", {"weight": 0.5, "density": 0.5}),
         ("dare_ties", {"weight": 0.5, "density": 0.5}),
     ],
 )
 def test_mergekits_own_methods_write_what_mergekit_writes_on_disk_and_in_memory(
-    tmp_path: Path, method: str, parameters: dict[str, Any]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, parameters: dict[str, Any]
 ) -> None:
     folders = [write(tmp_path / str(seed), qwen3(seed), seed) for seed in (1, 2, 3)][: 2 if method == "slerp" else 3]
     config = recipe(method, *folders, **parameters)
     done = merge(tmp_path, config, "--random-seed", "7")
     assert done.exit_code == 0, done.output
     options = MergeOptions(copy_tokenizer=False, quiet=True, random_seed=7, device="cpu")
-    run_merge(MergeConfiguration.model_validate(config), str(tmp_path / "plain"), options)
+    with monkeypatch.context() as patch:
+        patch.setattr(slerp_merge_method, "implementation", mergekits_slerp)
+        run_merge(MergeConfiguration.model_validate(config), str(tmp_path / "plain"), options)
     plain = read(tmp_path / "plain")
     assert equal(read(tmp_path / "out"), plain)
     model = load(folders[-1], {}, device="cpu")
@@ -295,7 +301,9 @@ def test_the_bench_runs_at_a_small_shape_and_leaves_nothing(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["ratio"] > 0 and result["fastest_mergekit"]["call"].startswith("mergekit-yaml")
-    assert result["against"]["elements"] > 0 and result["gigabytes"] > 0
+    found = result["against"]["the recipes' rebuild: thinkswitch merge"]
+    assert found["elements"] > 0 and found["unequal"] == 0
+    assert result["gigabytes"] > 0
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,7 +1,8 @@
-"""Interpolation of one pair of tensors in two passes over small chunks. λ is the weight of the thinking checkpoint.
+"""Interpolation of one pair of tensors by passes over small chunks. λ is the weight of the thinking checkpoint.
 
-The first pass sums squares (`measure`), which give norms and angle; the second writes the
+The first pass sums squares (`measure`), which give norms and angle; the last writes the
 result. Chunks stay in a core's cache and no full-size float32 copy is ever made.
+`slerp` is mergekit's method of that name, carried out in the same way.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import torch
 SMALLEST_ANGLE = 1e-4
 # Nearer than this to π the arc is not defined by the data: its coefficients exceed 100.
 OPPOSITE = 1e-2
-# mergekit's slerp is a straight line where |cos| is above this.
+# mergekit's slerp: a straight line where |cos| is above this, norms up to this count as 1, and the elements of a sum.
 MERGEKIT_LINEAR = 0.9995
+MERGEKIT_NO_NORM = 1e-8
+MERGEKIT_CHUNK = 2**20
 CHUNK = 2**18  # elements; float32 copies of two chunks and their difference fit a core's cache
 ACCELERATOR_CHUNK = 2**24
-ALONE = 2**15  # so few elements torch itself works on in one thread
+ALONE = 2**15  # torch itself works on fewer elements in one thread
 SMALLEST_SQUARES = 1e-30  # a smaller float32 sum of squares may have lost terms to underflow
 WORKERS = min(4, os.cpu_count() or 1)
 
@@ -124,20 +127,23 @@ def workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(1,))
 
 
-def _by_chunks(work: Callable[[Scratch, slice], T], count: int, dtype: torch.dtype, device: torch.device) -> list[T]:
-    """Run `work` on every chunk of `count` elements, long tensors on several cores."""
-    length = CHUNK if device.type == "cpu" else ACCELERATOR_CHUNK
+def _by_chunks(
+    work: Callable[[Scratch, slice], T], count: int, dtype: torch.dtype, device: torch.device, length: int = CHUNK
+) -> list[T]:
+    """Run `work` on every chunk of `count` elements, long tensors on several cores; the results are in order."""
+    length = length if device.type == "cpu" else ACCELERATOR_CHUNK
     parts = [slice(start, min(start + length, count)) for start in range(0, count, length)]
 
     def each(mine: list[slice]) -> list[T]:
         scratch = Scratch(min(length, count), dtype, device)
         return [work(scratch, part) for part in mine]
 
-    if device.type != "cpu" or count <= ALONE:
+    if device.type != "cpu" or count < ALONE:
         return each(parts)
     # Every thread takes each n-th chunk, so that all follow the disk from front to back.
     dealt = [parts[start::WORKERS] for start in range(min(WORKERS, len(parts)))]
-    return [found for mine in workers().map(each, dealt) for found in mine]
+    found = list(workers().map(each, dealt))
+    return [found[place % WORKERS][place // WORKERS] for place in range(len(parts))]
 
 
 def _working_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -148,7 +154,7 @@ def all_finite(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity, looked at a chunk at a time, long tensors on several cores."""
     if not tensor.is_floating_point():
         return True
-    alone = tensor.device.type != "cpu" or tensor.numel() <= ALONE
+    alone = tensor.device.type != "cpu" or tensor.numel() < ALONE
     return all((map if alone else workers().map)(_is_finite, tensor.flatten().split(CHUNK)))
 
 
@@ -231,4 +237,38 @@ def interpolate(
         out[part].copy_(x.mul_(left).add_(y.mul_(right)))
 
     _by_chunks(mix, a.numel(), _working_dtype(a, b), a.device)
+    return mixed
+
+
+def slerp(t: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """mergekit's slerp of two tensors of one shape and dtype, bit by bit as mergekit computes it in one torch thread.
+
+    Same sums, same roundings; what differs is that no step allocates memory, and that chunks are shared between cores.
+
+    Args:
+        t: the weight of `second`, a tensor with one element.
+    """
+    a, b = first.flatten(), second.flatten()
+    dtype = _working_dtype(a)
+    t = t.to(dtype)
+
+    def over_chunks(work: Callable[[list[torch.Tensor], slice], T]) -> list[T]:
+        def each(scratch: Scratch, part: slice) -> T:
+            return work(scratch.load(a[part], b[part])[:2], part)
+
+        return _by_chunks(each, a.numel(), dtype, a.device, MERGEKIT_CHUNK)
+
+    chunks = over_chunks(lambda pair, _: torch.stack([torch.linalg.vector_norm(v) for v in pair]))
+    norms = [torch.linalg.vector_norm(torch.stack(parts)) for parts in zip(*chunks, strict=True)]
+    size_a, size_b = (torch.where(norm > MERGEKIT_NO_NORM, norm, 1) for norm in norms)
+    dots = over_chunks(lambda pair, _: pair[0].div_(size_a).mul_(pair[1].div_(size_b)).sum())
+    cosine = torch.stack(dots).sum().clamp(-1, 1)
+    straight = cosine.abs() > MERGEKIT_LINEAR
+    theta = torch.acos(torch.where(straight, 0, cosine))
+    share_a, share_b = (
+        torch.where(straight, share, torch.sin(share * theta) / torch.sin(theta)) for share in (1 - t, t)
+    )
+    mixed = torch.empty(first.shape, dtype=first.dtype)
+    out = mixed.view(-1)
+    over_chunks(lambda pair, part: out[part].copy_(pair[0].mul_(share_a).add_(pair[1].mul_(share_b))))
     return mixed

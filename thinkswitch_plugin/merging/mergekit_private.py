@@ -7,6 +7,7 @@
 | the name `get_architecture_info` in `mergekit.merge` | `run_merge` takes no architecture |
 | `LoaderCache.loaders` | it takes no reader of one's own, and a class attribute keeps the files of past merges open |
 | `MergePlanner.plan_to_disk`, `Executor`, `SaveTensor` | `plan_in_memory` fails with pydantic 2.12: a field is annotated with an abstract generic |
+| `slerp_merge_method.implementation` | a registered method cannot be replaced; ours computes the same in less time |
 | `plan_extraction` and its tasks | `mergekit-extract-lora` has no way to print what it would take apart |
 """
 
@@ -26,11 +27,29 @@ from mergekit.graph import Executor
 from mergekit.io import tasks
 from mergekit.io.lazy_tensor_loader import LazyTensorLoader, ShardedTensorIndex
 from mergekit.io.tensor_writer import TensorWriter
+from mergekit.merge_methods.base import TensorBatch
+from mergekit.merge_methods.slerp import slerp_merge_method
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
-from thinkswitch_plugin.merging.kernel import all_finite
+from thinkswitch_plugin.merging.kernel import all_finite, slerp
 from thinkswitch_plugin.merging.layout import Aligned, Stored
+
+mergekits_slerp = slerp_merge_method.implementation
+
+
+def _slerp(batch: TensorBatch, t: torch.Tensor) -> torch.Tensor:
+    """`kernel.slerp` for a tensor on the CPU, mergekit's own code for everything else that it accepts or refuses."""
+    base, other = batch.tensors
+    alone = base.device.type == "cpu" and len(base) == 1 and base.numel()
+    if not (alone and base.is_floating_point() and batch.base_index == 0):
+        return mergekits_slerp(batch, t)
+    return slerp(t[0], base[0], other[0])[None]
+
+
+def use_kernel() -> None:
+    """Have mergekit compute `merge_method: slerp` with `kernel.slerp` in this process."""
+    slerp_merge_method.implementation = _slerp
 
 
 class NonFiniteOutputError(ValueError):

@@ -25,6 +25,7 @@ from pydantic import Field
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.config import NAME
 from thinkswitch_plugin.merging.kernel import NonFiniteError, interpolate, non_finite
+from thinkswitch_plugin.merging.mergekit_private import use_kernel
 
 Weight = Annotated[float, Field(allow_inf_nan=False, strict=False)]
 KINDS: dict[Literal["attention", "ffn"], set[str]] = {
@@ -81,6 +82,7 @@ METHOD = base.FunctionalGroupMergeMethod(
 
 
 def register() -> None:
-    """Make `merge_method: thinkswitch` known to mergekit in this process."""
+    """Make `merge_method: thinkswitch` known to mergekit in this process, and have it compute `slerp` in our kernel."""
+    use_kernel()
     if METHOD not in registry.registered_methods():
         registry.register(METHOD)
