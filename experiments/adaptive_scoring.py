@@ -17,9 +17,9 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
 from thinkswitch_plugin.data import answers
 from thinkswitch_plugin.data.formats import PRE, STOP, parse
-from thinkswitch_plugin.judging.evaluation import Sampling, batch_size, evaluate, how_read, quiet
+from thinkswitch_plugin.judging.evaluation import Sampling, batch_size, evaluate, quiet
 from thinkswitch_plugin.judging.samples import read_rows, samples_file
-from thinkswitch_plugin.judging.verdict import is_cut
+from thinkswitch_plugin.judging.verdict import how_read, is_cut
 
 
 @dataclass(frozen=True)

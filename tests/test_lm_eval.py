@@ -23,8 +23,9 @@ from thinkswitch_plugin.demo import task as demo
 from thinkswitch_plugin.engines.embedded import EmbeddedEngine
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging import figures, samples, score
-from thinkswitch_plugin.judging.evaluation import batch_size, evaluate, evaluate_checkpoint, how_read
+from thinkswitch_plugin.judging.evaluation import batch_size, evaluate, evaluate_checkpoint
 from thinkswitch_plugin.judging.model import ThinkSwitchLM
+from thinkswitch_plugin.judging.verdict import how_read
 from thinkswitch_plugin.recipe import load_recipe
 from thinkswitch_plugin.search import candidates
 

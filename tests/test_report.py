@@ -15,7 +15,6 @@ import pytest
 from tests.report_run import BUDGET, HOSTILE, TASK, make_run, write_sweep
 from thinkswitch_plugin import files
 from thinkswitch_plugin.data.traces import split
-from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging import figures, paired, samples, verdict
 from thinkswitch_plugin.report import page, pictures, tables, write_report
@@ -77,14 +76,6 @@ def test_verdicts_by_stored_answers_are_those_of_grading_every_text_by_itself(se
     finally:
         hidden.rename(stored)
     assert mode == "instruct" or any(cut for s in expected for cut in s.truncated)
-
-
-def test_small_batches_change_nothing(several: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = samples.newest(folder_of(several, 1, "thinking"), "samples_*.jsonl")
-    tokenizer = build_tokenizer("thinking")
-    whole = list(samples._estimated(path, tokenizer))
-    monkeypatch.setattr(samples, "BATCH", 100)
-    assert list(samples._estimated(path, tokenizer)) == whole and len(whole) == 40
 
 
 def test_the_engine_says_how_a_completion_ended_and_the_task_how_its_answer_is_read(

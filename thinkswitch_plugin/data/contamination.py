@@ -14,10 +14,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from thinkswitch_plugin import places
 from thinkswitch_plugin.args import EvaluationKeys
+from thinkswitch_plugin.data import task_files
 from thinkswitch_plugin.data.answers import gold, unread
-from thinkswitch_plugin.data.task_files import kind_of_task
 from thinkswitch_plugin.errors import ThinkSwitchError, reason
 
 SHOWN = 5  # offending pairs in the message
@@ -98,18 +97,11 @@ def evaluation_questions(task: str) -> list[str]:
     import logging
 
     from datasets.utils.logging import disable_progress_bar
-    from lm_eval.tasks import TaskManager, get_task_dict
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     logging.getLogger("datasets").setLevel(logging.CRITICAL)  # its errors are reported by us
     disable_progress_bar()
-    folder = str(places.find(places.TASKS))
-    ours = TaskManager(include_path=folder, include_defaults=False)
-    manager = ours if task in ours.all_tasks else TaskManager(include_path=folder)
-    if task not in manager.all_tasks:
-        raise ThinkSwitchError(f"lm-eval knows no task {task!r}; put its YAML into lm_eval_tasks/.")
     try:
-        loaded = get_task_dict([task], manager).get(task)
+        loaded = task_files.load(task).get(task)
         if loaded is None:
             raise ThinkSwitchError(
                 f"{task} is a group of lm-eval tasks; name one task in `thinkswitch.evaluation.task`."
@@ -119,7 +111,7 @@ def evaluation_questions(task: str) -> list[str]:
         raise
     except Exception as error:  # whatever a task file and the libraries that load its data raise
         raise ThinkSwitchError(f"The questions of lm-eval's task {task} cannot be loaded: {reason(error)}.") from None
-    kind = kind_of_task(task)
+    kind = task_files.kind_of_task(task)
     for number, (question, target) in enumerate(questions):
         if not question.strip() or target is None or not str(target).strip():
             raise ThinkSwitchError(f"Question {number} of lm-eval's task {task} (from 0) is empty, or its answer is.")

@@ -1,7 +1,8 @@
-"""The files that one of our lm-eval tasks consists of, for the stamps of the stages that use it."""
+"""lm-eval's tasks: loaded by lm-eval, and of ours the files they consist of and what their YAML says."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,6 +90,23 @@ def task_files(name: str, folder: Path | None = None, data: str = "") -> tuple[P
     if data:
         found[Path(data)] = None
     return tuple(found)
+
+
+def load(name: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A task as lm-eval loads it, `changes` put into its YAML; tasks of a group, if the name is a group's.
+
+    Raises `ThinkSwitchError` if lm-eval knows no such task, and what lm-eval raises.
+    """
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    tasks = places.find(places.TASKS)
+    manager = TaskManager(include_path=str(tasks), include_defaults=not (tasks / f"{name}.yaml").is_file())
+    if name not in manager.all_tasks:
+        raise ThinkSwitchError(
+            f"lm-eval knows no task {name!r}; put its YAML into lm_eval_tasks/, or name one that `lm_eval ls tasks` lists."
+        )
+    return dict(get_task_dict([{"task": name, **changes} if changes else name], manager))
 
 
 def repeats(name: str) -> int:

@@ -11,19 +11,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import ThinkSwitchKeys
 from thinkswitch_plugin.console import printable
-from thinkswitch_plugin.conventions import NONE, Convention
+from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.data import prompts, traces
-from thinkswitch_plugin.data.batch import asked_of, tokens_of
+from thinkswitch_plugin.data.batch import tokens_of
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.engines.ask import ask_in_order, asking
 from thinkswitch_plugin.engines.generate import PROMPT_ROOM, context_length
 from thinkswitch_plugin.engines.replies import Unanswered
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.judging.verdict import how_read
 from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.run import MODES, Run, checkpoint, open_run, settings_file
 from thinkswitch_plugin.run.progress import Bar
@@ -56,13 +57,6 @@ class Answer:
     cut: bool
 
 
-class Others(TypedDict, total=False):
-    """Other checkpoints (folders or hub ids) in place of the iteration's."""
-
-    instruct: str
-    thinking: str
-
-
 def compare(
     folder: Path,
     question: str,
@@ -71,7 +65,7 @@ def compare(
     engine: str = "auto",
     overlays: Sequence[str] = (),
     out: Path | None = None,
-    **others: Unpack[Others],
+    **others: str,
 ) -> list[Answer]:
     """Ask the checkpoints of a run, print their answers side by side, and return them.
 
@@ -81,7 +75,7 @@ def compare(
         engine: `embedded` (transformers in process), `vllm`, or the URL of a server; `auto` is in process, or vLLM
             with the recipe's options if the recipe needs a GPU and vLLM is installed.
         out: write the answers there too, as JSON.
-        others: see `Others`.
+        others: `instruct` and `thinking`, other checkpoints (folders or hub ids) in place of the iteration's.
 
     Raises:
         ThinkSwitchError: no run, no such iteration, weights that were pruned, a question that cannot be asked.
@@ -119,24 +113,20 @@ def columns(run: Run | None, iteration: int | None, instruct: str, thinking: str
     Raises `ThinkSwitchError` if one of them is not there.
     """
     found: dict[str, str] = {}
-    if run is not None and not (instruct and thinking):
-        k = last_finished(run) if iteration is None else iteration
-        found = {"instruct before (iteration 0)": run.checkpoint("instruct", 0)}
-        if k > 0:
-            found[f"instruct after (iteration {k})"] = run.checkpoint("instruct", k)
-        found[f"thinking (iteration {k})"] = run.checkpoint("thinking", k)
-        if instruct:
-            del found[f"instruct after (iteration {k})"]
-        if thinking:
-            del found[f"thinking (iteration {k})"]
+    if run is not None:
+        found["instruct before (iteration 0)"] = run.checkpoint("instruct", 0)
+        if not (instruct and thinking):
+            k = last_finished(run) if iteration is None else iteration
+            if k > 0 and not instruct:
+                found[f"instruct after (iteration {k})"] = run.checkpoint("instruct", k)
+            if not thinking:
+                found[f"thinking (iteration {k})"] = run.checkpoint("thinking", k)
         for name in found.values():
             if not (Path(name) / "config.json").is_file():
                 raise ThinkSwitchError(
                     f"{run.folder} has no checkpoint {name}; `make status` shows what is done, `make iterate` makes it."
                 )
             checkpoint.require_weights(Path(name))
-    elif run is not None:
-        found = {"instruct before (iteration 0)": run.checkpoint("instruct", 0)}
     for title, name in (("instruct", instruct), ("thinking", thinking)):
         if name:
             found[f"{title} ({name})"] = str(checkpoint.resolve(name, None, title)[0])
@@ -185,9 +175,7 @@ def read_reply(
 ) -> Answer:
     """A chat completion of the checkpoint `name`, split by its tokenizer and the recipe's convention."""
     choice = reply["choices"][0]
-    cut = choice.get("finish_reason") == "length"
-    how = asked_of(tokenizer, None if convention is NONE else convention)
-    done = how.split(choice["message"], choice.get("finish_reason"))
+    done = how_read(tokenizer, convention).split(choice["message"], choice.get("finish_reason"))
     return Answer(
         title=title,
         checkpoint=name,
@@ -197,42 +185,32 @@ def read_reply(
         tokens=tokens_of(reply),
         trace_tokens=len(tokenizer.encode(done.trace, add_special_tokens=False)) if done.trace else 0,
         seconds=round(seconds, 3),
-        cut=cut,
+        cut=choice.get("finish_reason") == traces.LENGTH,
     )
 
 
 def show(question: str, answers: Sequence[Answer]) -> None:
     """The answers side by side on a terminal, else one below the other as plain text."""
-    if sys.stdout.isatty() and _table(question, answers):
-        return
-    console.say(f"question: {printable(question)}")
-    for found in answers:
-        console.say(f"\n{found.title}: {cost(found)}")
-        if found.trace:
-            console.say(f"  trace ({found.trace_tokens} tokens): {shortened(found.trace)}")
-        console.say(f"  answer: {answer_text(found)}")
-
-
-def _table(question: str, answers: Sequence[Answer]) -> bool:
-    """Print rich's table; False on a terminal that has no use for it."""
-    from rich.console import Console, Group
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     terminal = Console()
-    if terminal.is_dumb_terminal:
-        return False
+    if not sys.stdout.isatty() or terminal.is_dumb_terminal:
+        console.say(f"question: {printable(question)}")
+        for found in answers:
+            trace = f"\n  trace ({found.trace_tokens} tokens): {shortened(found.trace)}" if found.trace else ""
+            console.say(f"\n{found.title}: {cost(found)}{trace}\n  answer: {answer_text(found)}")
+        return
     shown = Table(title=Text(printable(question)), expand=True)
-    for found in answers:
-        shown.add_column(Text(found.title), ratio=1, overflow="fold")
     cells = []
     for found in answers:
-        trace = f"trace ({found.trace_tokens} tokens)\n{shortened(found.trace)}\n" if found.trace else ""
-        cells.append(Group(*([Text(trace, style="dim")] if trace else []), Text(answer_text(found), style="bold")))
+        shown.add_column(Text(found.title), ratio=1, overflow="fold")
+        trace = f"trace ({found.trace_tokens} tokens)\n{shortened(found.trace)}\n\n" if found.trace else ""
+        cells.append(Text.assemble((trace, "dim"), (answer_text(found), "bold")))
     shown.add_row(*cells, end_section=True)
     shown.add_row(*(Text(cost(found)) for found in answers))
     terminal.print(shown)
-    return True
 
 
 def cost(found: Answer) -> str:

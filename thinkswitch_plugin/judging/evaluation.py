@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -11,14 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinkswitch_plugin import files, places
+from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys, ThinkSwitchKeys
-from thinkswitch_plugin.conventions import NONE, Convention
-from thinkswitch_plugin.data import batch
+from thinkswitch_plugin.data import task_files
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.judging.verdict import how_read
 
 if TYPE_CHECKING:
-    from thinkswitch_plugin.engines.embedded import EmbeddedEngine
     from thinkswitch_plugin.judging.model import ThinkSwitchLM
 
 SEEDS = {"random_seed": 0, "numpy_seed": 1234, "torch_seed": 1234}  # lm_eval's own defaults
@@ -40,11 +38,6 @@ def batch_size(keys: EvaluationKeys, engine: EngineKeys) -> int:
     return int(keys.batch_size)
 
 
-def how_read(tokenizer: Any, convention: Convention | None) -> batch.Asked:
-    """How a checkpoint's completions are read; a recipe that says `none` speaks of what it trains on."""
-    return batch.asked_of(tokenizer, None if convention is NONE else convention)
-
-
 @dataclass(frozen=True)
 class Sampling:
     """How answers are drawn; None leaves a setting as the task has it."""
@@ -54,16 +47,16 @@ class Sampling:
     samples: int | None = None  # k
 
     def __str__(self) -> str:
-        parts = [f"T {self.temperature:g}" if self.temperature is not None else ""]
-        parts += [f"top-p {self.top_p:g}" if self.top_p is not None else ""]
-        parts += [f"k {self.samples}" if self.samples is not None else ""]
-        return ", ".join(p for p in parts if p) or "the task's own"
+        return ", ".join(self._named("T ", "top-p ", "k ")) or "the task's own"
 
     @property
     def slug(self) -> str:
         """For a folder's name: `-t0.6-p0.95-k8`; empty for the task's own settings."""
-        named = (("t", self.temperature), ("p", self.top_p), ("k", self.samples))
-        return "".join(f"-{letter}{value:g}" for letter, value in named if value is not None)
+        return "".join(self._named("-t", "-p", "-k"))
+
+    def _named(self, *names: str) -> list[str]:
+        values = (self.temperature, self.top_p, self.samples)
+        return [f"{name}{value:g}" for name, value in zip(names, values, strict=True) if value is not None]
 
     def applied(self, generation: dict[str, Any]) -> dict[str, Any]:
         """A task's generation settings with these in their place."""
@@ -99,23 +92,23 @@ def evaluate_checkpoint(
     from transformers import AutoTokenizer
 
     from thinkswitch_plugin.engines.ask import Adapter, Asker
+    from thinkswitch_plugin.engines.embedded import EmbeddedEngine, with_adapter
     from thinkswitch_plugin.judging.model import ThinkSwitchLM
 
     building = files.temporary_sibling(out)
     if not resume:
         files.remove(building)
     tokenizer = AutoTokenizer.from_pretrained(lora or checkpoint)
-    asked, adapter = keys.engine, None
+    adapter = Adapter(lora, partial(with_adapter, checkpoint, lora)) if lora else None
     answering: str | Asker = "vllm"
+    asked = keys.engine
     if not uses_server(keys.evaluation, engine):
         with quiet(log):
-            answering = _in_process(checkpoint, keys, lora)
-    elif lora is not None:
-        from thinkswitch_plugin.engines.embedded import with_adapter
-
+            model = adapter.load() if adapter else None
+            answering = EmbeddedEngine(lora or checkpoint, model, batch_size(keys.evaluation, keys.engine))
+    elif lora:
         template = ["--chat-template", str(lora / "chat_template.jinja")]
         asked = asked.model_copy(update={"vllm_args": [*asked.vllm_args, *template]})
-        adapter = Adapter(lora, partial(with_adapter, checkpoint, lora))
     how = how_read(tokenizer, keys.convention)
     lm = ThinkSwitchLM(building, checkpoint, answering, asked, tokenizer, how, log, adapter)
     try:
@@ -124,13 +117,6 @@ def evaluate_checkpoint(
         if not isinstance(answering, str):
             answering.close()
     files.put_in_place(building, out)
-
-
-def _in_process(checkpoint: str, keys: ThinkSwitchKeys, lora: Path | None) -> EmbeddedEngine:
-    from thinkswitch_plugin.engines.embedded import EmbeddedEngine, with_adapter
-
-    model = None if lora is None else with_adapter(checkpoint, lora)
-    return EmbeddedEngine(lora or checkpoint, model, batch_size(keys.evaluation, keys.engine))
 
 
 def evaluate(
@@ -189,17 +175,11 @@ def load_task(keys: EvaluationKeys, sampling: Sampling, prefix: str = "", stop: 
 
     Raises `ThinkSwitchError` if there is no such task, or k samples would all be the same.
     """
-    from lm_eval.tasks import TaskManager, get_task_dict
-
-    tasks = places.find(places.TASKS)
-    manager = TaskManager(include_path=str(tasks), include_defaults=not (tasks / f"{keys.task}.yaml").is_file())
-    if keys.task not in manager.all_tasks:
-        raise ThinkSwitchError(f"lm-eval knows no task {keys.task}; `lm_eval ls tasks` lists them.")
-    changes: dict[str, Any] = {"task": keys.task}
+    changes: dict[str, Any] = {}
     if sampling.samples is not None:
         keep_all = {"function": "take_first_k", "k": sampling.samples}
-        changes |= {"repeats": sampling.samples, "filter_list": [{"name": "samples", "filter": [keep_all]}]}
-    loaded = get_task_dict([changes], manager)
+        changes = {"repeats": sampling.samples, "filter_list": [{"name": "samples", "filter": [keep_all]}]}
+    loaded = task_files.load(keys.task, changes)
     task = loaded[keys.task]
     generation = sampling.applied(dict(task.config.generation_kwargs or {}))
     if keys.max_tokens is not None:
@@ -217,13 +197,12 @@ def load_task(keys: EvaluationKeys, sampling: Sampling, prefix: str = "", stop: 
     if prefix:
         task.set_config(key="gen_prefix", value=prefix)
     task.set_config(key="num_fewshot", value=task.config.num_fewshot or 0)
-    return dict(loaded)
+    return loaded
 
 
 @contextmanager
 def quiet(log: Path) -> Iterator[None]:
     """Keep lm-eval's own output in a log file."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with log.open("a", encoding="utf-8") as handle, redirect_stdout(handle), redirect_stderr(handle):
         yield

@@ -29,13 +29,29 @@ class Sample:
     tokens: list[int] = field(default_factory=list)
     truncated: list[bool] = field(default_factory=list)
 
-    def add(self, verdict: Verdict, tokens: int) -> None:
-        """Add one completion, whose gold answer can be read, and its tokens."""
+    def add(self, verdict: Verdict, tokens: int = 0) -> None:
+        """Add one completion and its tokens."""
         self.correct.append(verdict.correct is True)
         self.found.append(verdict.answer)
         self.closed_trace.append(verdict.closed_trace)
         self.tokens.append(tokens)
         self.truncated.append(verdict.cut)
+
+    @property
+    def mean(self) -> float:
+        """Mean@k of this question."""
+        return sum(self.correct) / len(self.correct)
+
+    @property
+    def vote(self) -> bool:
+        """Whether the majority answer is right."""
+        winner = answers.majority(self.found)
+        return winner is not None and self.correct[self.found.index(winner)]
+
+    @property
+    def answered(self) -> int:
+        """How many completions have an answer that can be read."""
+        return len(self.found) - self.found.count(None)
 
     @property
     def closed(self) -> int:
@@ -54,23 +70,14 @@ def question_metrics(kind: str, texts: Sequence[str], gold: str) -> dict[str, An
     ``think_ratio`` holds the completions that closed a trace, and those that were not cut. A question whose gold
     answer the kind cannot read has no scores: lm-eval takes each mean over the questions that have the metric.
     """
-    verdicts = [verdict_on(kind, split(text), gold) for text in texts]
-    k = len(verdicts)
-    found = [v.answer for v in verdicts]
-    reported: dict[str, Any] = {
-        "think_ratio": [sum(v.thinks for v in verdicts), sum(not v.cut for v in verdicts)],
-        "answered": sum(f is not None for f in found) / k,
-    }
-    if verdicts[0].correct is None:
+    sample = Sample(0)
+    for text in texts:
+        sample.add(verdict_on(kind, split(text), gold))
+    reported = {"think_ratio": [sample.closed, sample.whole], "answered": sample.answered / len(texts)}
+    if answers.gold(kind, gold) is None:
         return reported
-    right = sum(v.correct is True for v in verdicts)
-    winner = answers.majority(found)
-    return {
-        "mean@k": right / k,
-        "pass@k": pass_at_k(k, right, k),
-        "vote@k": float(winner is not None and verdicts[found.index(winner)].correct is True),
-        **reported,
-    }
+    scores = {"mean@k": sample.mean, "pass@k": float(any(sample.correct)), "vote@k": float(sample.vote)}
+    return {**scores, **reported}
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -78,8 +85,6 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
     Chen et al., arXiv 2107.03374, eq. 1.
     """
-    if n - correct < k:
-        return 1.0
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
@@ -92,29 +97,21 @@ def summarize(samples: Sequence[Sample]) -> dict[str, Any]:
     """
     if not samples:
         raise ThinkSwitchError("the samples file contains no questions.")
-    k = len(samples[0].correct)
-    n = len(samples)
-    completions = n * k
-    means = [sum(s.correct) / k for s in samples]
+    n, k = len(samples), len(samples[0].correct)
+    means = [s.mean for s in samples]
     whole = sum(s.whole for s in samples)
     return {
         "n": n,
         "k": k,
         "mean@k": sum(means) / n,
-        "pass@k": sum(pass_at_k(k, sum(s.correct), k) for s in samples) / n,
-        "vote@k": sum(vote_is_right(s) for s in samples) / n,
+        "pass@k": sum(any(s.correct) for s in samples) / n,
+        "vote@k": sum(s.vote for s in samples) / n,
         "ci95": interval(means, k),
-        "tokens": sum(sum(s.tokens) for s in samples) / completions,
+        "tokens": sum(sum(s.tokens) for s in samples) / (n * k),
         "think_ratio": think_ratio(sum(s.closed for s in samples), whole),
-        "truncated": 1 - whole / completions,
-        "answered": sum(f is not None for s in samples for f in s.found) / completions,
+        "truncated": 1 - whole / (n * k),
+        "answered": sum(s.answered for s in samples) / (n * k),
     }
-
-
-def vote_is_right(sample: Sample) -> bool:
-    """Whether the majority answer of a question's samples is right."""
-    winner = answers.majority(sample.found)
-    return winner is not None and sample.correct[sample.found.index(winner)]
 
 
 def interval(means: Sequence[float], k: int) -> list[float]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging.figures import Sample, bootstrapped, vote_is_right
+from thinkswitch_plugin.judging.figures import Sample, bootstrapped, interval
 
 LEVEL = 0.05
 FEWEST = 6  # changed questions; with five, even all won, p = 2 · .5⁵ = .0625
@@ -38,30 +38,29 @@ def compare(before: Sequence[Sample], after: Sequence[Sample]) -> dict[str, Any]
     pairs = [(old[s.doc_id], s) for s in after if s.doc_id in old]
     if not pairs:
         raise ThinkSwitchError("the two evaluations have no question in common; evaluate both with one task.")
-    verdicts = [(s.doc_id, vote_is_right(one), vote_is_right(s)) for one, s in pairs]
+    verdicts = [(new.doc_id, one.vote, new.vote) for one, new in pairs]
     won = [doc_id for doc_id, one, other in verdicts if other and not one]
     lost = [doc_id for doc_id, one, other in verdicts if one and not other]
-    changed = len(won) + len(lost)
-    k = max(len(s.correct) for pair in pairs for s in pair)
+    n, changed, k = len(pairs), len(won) + len(lost), max(len(s.correct) for pair in pairs for s in pair)
     of_vote = float(binomtest(len(won), changed).pvalue) if changed else 1.0
-    differences = [_mean(s) - _mean(one) for one, s in pairs]
     if k == 1:
         both = sum(one and other for _, one, other in verdicts)
-        limits, method = newcombe(both, len(won), len(lost), len(pairs)), "Newcombe"
+        limits, method = newcombe(both, len(won), len(lost), n), "Newcombe"
         p, test = of_vote, "exact McNemar"
     else:
+        differences = [new.mean - one.mean for one, new in pairs]
         limits, method = bootstrapped(differences), "bootstrap over questions"
         # One question has no spread, and equal differences none either: nothing is shown by them.
         p, test = float(ttest_1samp(differences, 0).pvalue) if len(set(differences)) > 1 else 1.0, "paired t-test"
     found = {
-        "n": len(pairs),
+        "n": n,
         "k": k,
         "won": won,
         "lost": lost,
         "p": p,
         "test": test,
         "p_of_vote": of_vote,
-        "difference": sum(_mean(s) for _, s in pairs) / len(pairs) - sum(_mean(one) for one, _ in pairs) / len(pairs),
+        "difference": sum(new.mean for _, new in pairs) / n - sum(one.mean for one, _ in pairs) / n,
         "ci95": limits,
         "interval": method,
         "verdict": MORE if p < LEVEL else NOISE,
@@ -78,13 +77,10 @@ def newcombe(both: int, won: int, lost: int, n: int) -> list[float]:
     Args:
         both: questions right before and after.
     """
-    from scipy.stats import binomtest
-
-    neither = n - both - won - lost
     after, before = both + won, both + lost
     p, q = after / n, before / n
-    (p_low, p_high), (q_low, q_high) = (binomtest(right, n).proportion_ci(method="wilson") for right in (after, before))
-    product = both * neither - won * lost
+    (p_low, p_high), (q_low, q_high) = (interval([1.0] * right + [0.0] * (n - right), 1) for right in (after, before))
+    product = both * (n - both - won - lost) - won * lost
     margins = math.sqrt(after * (n - after) * before * (n - before))
     shift = max(product - n / 2, 0.0) if product > 0 else product
     phi = shift / margins if margins else 0.0
@@ -126,7 +122,3 @@ def p_value(p: float) -> str:
     if p < LEVEL <= round(p, 3):
         return "p < .05"
     return "p = 1" if p > 0.9995 else f"p = {p:.3f}".replace("0.", ".")
-
-
-def _mean(sample: Sample) -> float:
-    return sum(sample.correct) / len(sample.correct)

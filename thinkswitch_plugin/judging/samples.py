@@ -7,24 +7,23 @@ own model class answered; for files of another lm-eval run they are estimated fr
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from thinkswitch_plugin import files
-from thinkswitch_plugin.conventions import NONE, Convention
+from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.data import answers, batch
 from thinkswitch_plugin.data.task_files import kind_of_task
 from thinkswitch_plugin.data.traces import LENGTH
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.figures import Sample
-from thinkswitch_plugin.judging.verdict import is_cut, verdict_on
+from thinkswitch_plugin.judging.verdict import convention_read, how_read, is_cut, verdict_on
 
 LM_EVAL_BUDGET = 256  # tokens, if a task names none
 DATE = "[0-9][0-9][0-9][0-9]-[0-9][0-9]-[0-9][0-9]T*"  # with which lm-eval ends the names of its files
 REQUESTS, GENERATIONS = "requests.jsonl", "generations.jsonl"  # what our model class asked, and the stored answers
-BATCH = 200_000  # characters that are tokenized at once; more than one batch is never in memory
 
 
 class Ended(NamedTuple):
@@ -129,16 +128,15 @@ def graded(
     """
     path = samples_file(folder, task)
     kind = kind_of_task(task) or kind
-    convention = None if convention is NONE else convention
     if (folder / REQUESTS).is_file():
         _, request = next(batch.read_requests(folder / REQUESTS, 1))
-        how, questions = batch.asked(request, convention), _as_stored(path, folder / GENERATIONS)
+        how, ends_of = batch.asked(request, convention_read(convention)), _as_stored(path, folder / GENERATIONS)
     else:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        how, questions = batch.asked_of(tokenizer, convention), _estimated(path, tokenizer)
-    return how, (grade_question(row, ended, kind, how) for row, ended in questions)
+        how, ends_of = how_read(tokenizer, convention), _estimated(tokenizer)
+    return how, (grade_question(row, ends_of(row), kind, how) for row in read_rows(path))
 
 
 def grade_question(row: Row, ended: list[Ended], kind: str, how: batch.Asked) -> Sample:
@@ -159,43 +157,31 @@ def question_id(doc_id: int, sample: int) -> str:
     return f"q{doc_id:05}-s{sample}"
 
 
-def _as_stored(path: Path, generations: Path) -> Iterator[tuple[Row, list[Ended]]]:
-    """The questions of a samples file with the end of each completion, as reported by the engine."""
+def _as_stored(path: Path, generations: Path) -> Callable[[Row], list[Ended]]:
+    """The end of each completion of a question, as reported by the engine."""
     ended: dict[str, Ended] = {}
     for number, line in files.read_jsonl(generations, torn_end=True):
         if body := batch.completion_body(line):
-            tokens = batch.tokens_of(body)
             finish_reason = body["choices"][0].get("finish_reason")
-            ended[batch.stored_id(line, generations, number)] = Ended(finish_reason, tokens)
-    for row in read_rows(path):
+            ended[batch.stored_id(line, generations, number)] = Ended(finish_reason, batch.tokens_of(body))
+
+    def ends_of(row: Row) -> list[Ended]:
         ids = [question_id(row.doc_id, j) for j in range(len(row.texts))]
         if missing := next((one for one in ids if one not in ended), None):
             raise ThinkSwitchError(
                 f"{generations} has no answer {missing}, which {path} holds; delete {generations.parent} and run "
                 "`make iterate`, or the evaluation, again."
             )
-        yield row, [ended[one] for one in ids]
+        return [ended[one] for one in ids]
+
+    return ends_of
 
 
-def _estimated(path: Path, tokenizer: Any) -> Iterator[tuple[Row, list[Ended]]]:
-    """The questions of a samples file with the end of each completion, estimated from its text."""
-    for rows in _batches(path):
-        texts = [text for row in rows for text in row.texts]
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        lengths = iter([len(ids) for ids in encoded["input_ids"]])
-        for row in rows:
-            counted = [next(lengths) for _ in row.texts]
-            yield row, [Ended.estimated(n, row.budget) for n in counted]
+def _estimated(tokenizer: Any) -> Callable[[Row], list[Ended]]:
+    """The end of each completion of a question, estimated from its text."""
 
+    def ends_of(row: Row) -> list[Ended]:
+        encoded = tokenizer(row.texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [Ended.estimated(len(ids), row.budget) for ids in encoded["input_ids"]]
 
-def _batches(path: Path) -> Iterator[list[Row]]:
-    found: list[Row] = []
-    size = 0
-    for row in read_rows(path):
-        found.append(row)
-        size += sum(map(len, row.texts))
-        if size > BATCH:
-            yield found
-            found, size = [], 0
-    if found:
-        yield found
+    return ends_of

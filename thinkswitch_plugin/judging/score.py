@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import orjson
 
 from thinkswitch_plugin import console, conventions, files
 from thinkswitch_plugin.conventions import Convention
-from thinkswitch_plugin.data import messages
+from thinkswitch_plugin.data import batch, messages
 from thinkswitch_plugin.data.task_files import answer_kind
 from thinkswitch_plugin.data.traces import Completion, Outcome, split, split_message
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -47,38 +48,26 @@ def completions_of(
     if isinstance(row.get("resps"), list):
         return [split(str(text), opened=opened, convention=convention) for text in samples.completions(row["resps"])]
     if "response" in row:
-        response = row["response"]
-        body = response.get("body") if isinstance(response, dict) else None
-        choices = body.get("choices") if isinstance(body, dict) else None
-        if row.get("error") or not isinstance(choices, list) or not all(_is_choice(c) for c in choices) or not choices:
-            return [Completion(None, None, Outcome.FAILED)]
-        return [
-            split_message(c["message"], opened=opened, finish_reason=c.get("finish_reason"), convention=convention)
-            for c in choices
-        ]
+        how = batch.Asked(opened, convention)
+        choices = (batch.completion_body(row) or {"choices": [{}]})["choices"]
+        return [batch.completion_of({"response": {"body": {"choices": [choice]}}}, how) for choice in choices]
     if not {"raw", "reasoning", "content"} & row.keys():
         raise ThinkSwitchError(
             f"{where}: the row has none of `raw`, `reasoning` and `content`, `response`, `resps`; "
             "see `docs/grading.md` for the formats."
         )
     for name in ("raw", "reasoning", "content"):
-        parts = name == "content" and isinstance(row.get(name), list)
-        if row.get(name) is not None and not isinstance(row[name], str) and not parts:
+        kinds = str | list | None if name == "content" else str | None
+        if not isinstance(row.get(name), kinds):
             raise ThinkSwitchError(f"{where}: `{name}` must be text, found {type(row[name]).__name__}.")
-    if row.get("raw") is not None:
-        message: dict[str, Any] = {"content": row["raw"]}
-    else:
-        message = {"reasoning": row.get("reasoning"), "content": row.get("content")}
-        if fault := messages.fault(message):
-            raise ThinkSwitchError(f"{where}: {fault}.")
-        opened = opened and not messages.reasoning_of(message)  # a server that parsed the trace has taken it out
+    read = {"reasoning": row.get("reasoning"), "content": row.get("content")}
+    message = read if row.get("raw") is None else {"content": row["raw"]}
+    if fault := messages.fault(message):
+        raise ThinkSwitchError(f"{where}: {fault}.")
+    # A server that parsed the trace has taken it out.
+    opened = opened and not messages.reasoning_of(message)
     finish_reason = row.get("finish_reason")
     return [split_message(message, opened=opened, finish_reason=finish_reason, convention=convention)]
-
-
-def _is_choice(choice: Any) -> bool:
-    message = choice.get("message") if isinstance(choice, dict) else None
-    return isinstance(message, dict) and messages.fault(message) is None
 
 
 def gold_of(row: dict[str, Any]) -> str | None:
@@ -148,11 +137,6 @@ def trace_removed(path: Path) -> bool:
     return "think_end_token" in ((config.get("model_args") if isinstance(config, dict) else None) or "")
 
 
-def _require_rows(counts: Counter[str], path: Path) -> None:
-    if not counts["completions"]:
-        raise ThinkSwitchError(f"{path} has no rows; give a file of saved outputs.")
-
-
 def kind_of(task: str | None, answer: str | None) -> str:
     """How answers are read: as `answer` says, or as an lm-eval task of ours reads them.
 
@@ -198,7 +182,7 @@ def score_file(kind: str, path: Path, rows: Path | None, *, opened: bool, conven
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
 
-    def graded_lines() -> Iterator[bytes]:
+    with files.atomic_file(rows) if rows else nullcontext() as out:
         for group in verdicts(kind, path, opened=opened, convention=convention):
             for one in group:
                 counts["completions"] += 1
@@ -209,17 +193,10 @@ def score_file(kind: str, path: Path, rows: Path | None, *, opened: bool, conven
                 counts["gold not read"] += "gold_not_read" in one
                 counts["correct"] += one["correct"] is True
                 reasons[one["reason"]] += 1
-            yield files.dumps_line(group[0] if len(group) == 1 else {"samples": group})
-
-    if rows is not None:
-        with files.atomic_file(rows) as out:
-            for line in graded_lines():
-                out.write(line)
-            _require_rows(counts, path)
-    else:
-        for _ in graded_lines():
-            pass
-    _require_rows(counts, path)
+            if out:
+                out.write(files.dumps_line(group[0] if len(group) == 1 else {"samples": group}))
+        if not counts["completions"]:
+            raise ThinkSwitchError(f"{path} has no rows; give a file of saved outputs.")
     graded = counts["with a gold answer"]
     body = [[name, str(n), ""] for name, n in counts.items() if name != "correct"]
     body.append(["correct", str(counts["correct"]), f"{100 * counts['correct'] / graded:.1f} %" if graded else ""])

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from thinkswitch_plugin.data import answers, traces
+from thinkswitch_plugin.conventions import NONE, Convention
+from thinkswitch_plugin.data import answers, batch, traces
 
 CUT_FROM = 0.99  # of the budget: text seldom encodes to exactly the ids it was decoded from
 
@@ -42,11 +44,6 @@ class Verdict:
     answer: str | None
     correct: bool | None
 
-    @property
-    def thinks(self) -> bool:
-        """Whether the think ratio counts it among the thinking ones: a closed trace in a completion that is whole."""
-        return self.closed_trace and not self.cut
-
 
 def verdict_on(
     kind: str, done: traces.Completion, gold: str | None, letters: Mapping[str, str] | None = None
@@ -61,6 +58,16 @@ def verdict_on(
     found = final_answer(kind, done, letters)
     right = None if gold is None else answers.gold(kind, gold)
     return Verdict(done.cut, done.closed_trace, found, None if right is None else found == right)
+
+
+def convention_read(convention: Convention | None) -> Convention | None:
+    """The recipe's convention as both checkpoints are read by it: `none` speaks only of what is trained on."""
+    return None if convention is NONE else convention
+
+
+def how_read(tokenizer: Any, convention: Convention | None) -> batch.Asked:
+    """How a checkpoint's completions are read when it is evaluated, by its tokenizer and the recipe's convention."""
+    return batch.asked_of(tokenizer, convention_read(convention))
 
 
 def final_answer(kind: str, done: traces.Completion, letters: Mapping[str, str] | None = None) -> str | None:

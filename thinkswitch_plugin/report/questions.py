@@ -29,7 +29,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from thinkswitch_plugin import files
 from thinkswitch_plugin.data.traces import LENGTH
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging.figures import Sample, vote_is_right
+from thinkswitch_plugin.judging.figures import Sample
 from thinkswitch_plugin.judging.samples import Row, newest, read_rows
 from thinkswitch_plugin.report.build import Evaluation
 
@@ -157,7 +157,7 @@ class Questions:
 
 
 def _letter(sample: Sample | None) -> str:
-    return "-" if sample is None else "1" if vote_is_right(sample) else "0"
+    return "-" if sample is None else "1" if sample.vote else "0"
 
 
 def _any(sample: Sample | None, name: str) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from thinkswitch_plugin.judging.figures import Sample, bootstrapped, vote_is_right
+from thinkswitch_plugin.judging.figures import Sample, bootstrapped
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,7 +48,7 @@ class Judged:
             p=p,
             score={mode: np.array([np.mean(s.correct) for s in found]) for mode, found in both.items()},
             tokens={mode: np.array([np.mean(s.tokens) for s in found]) for mode, found in both.items()},
-            suffices=np.array([vote_is_right(s) for s in instruct]),
+            suffices=np.array([s.vote for s in instruct]),
         )
 
     @property

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
 from thinkswitch_plugin.conventions import Convention, as_metadata
-from thinkswitch_plugin.judging.evaluation import Sampling, batch_size, evaluate, how_read, quiet, uses_server
-from thinkswitch_plugin.judging.figures import Sample, interval, pass_at_k, summarize, vote_is_right
+from thinkswitch_plugin.judging.evaluation import Sampling, batch_size, evaluate, quiet, uses_server
+from thinkswitch_plugin.judging.figures import Sample, interval, pass_at_k, summarize
 from thinkswitch_plugin.judging.samples import read_samples
+from thinkswitch_plugin.judging.verdict import how_read
 from thinkswitch_plugin.run import checkpoint
 from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.run.progress import Bar
@@ -136,7 +137,7 @@ def figures(samples: Sequence[Sample]) -> dict[str, Any]:
     return {
         **found,
         "pass_ci95": interval([float(any(s.correct)) for s in samples], 1),
-        "vote_ci95": interval([float(vote_is_right(s)) for s in samples], 1),
+        "vote_ci95": interval([float(s.vote) for s in samples], 1),
         "pass": {j: sum(values) / len(values) for j, values in passed.items()},
         "pass_at_ci95": {j: interval(values, k) for j, values in passed.items()},
     }
