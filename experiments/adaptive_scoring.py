@@ -66,7 +66,7 @@ def read_columns(out: Path, keys: EvaluationKeys, tokenizer: Any, kind: str, pre
     """What became of the questions that `judge` asked, column by column: the fields of `Question`.
 
     Args:
-        kind: how the final answer is read, a key of `answers.EXTRACTORS`.
+        kind: how the final answer is read, a key of `KINDS`.
         prefix: as `judge` was told.
     """
     rows = list(read_questions(samples_file(out, keys.task), tokenizer, kind, prefix))

@@ -22,7 +22,7 @@ import yaml
 
 from tests import invariants
 from tests.invariants import CLOSINGS, CONTROL, FILLERS, OPENINGS, SECRET
-from thinkswitch_plugin.data.answers import EXTRACTORS
+from thinkswitch_plugin import answer_kinds
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 TEMPLATE = Path(__file__).parent.parent / "recipes" / "template.yaml"
@@ -113,7 +113,7 @@ def whole(pieces: list[str]) -> list[str]:
 def answer_input(draw: random.Random, folder: Path) -> None:
     """A final answer, read."""
     text = "".join(draw.choice((*MATHS, *FILLERS[:6])) for _ in range(draw.randrange(12)))
-    invariants.check_answer(draw.choice(list(EXTRACTORS)), text)
+    invariants.check_answer(draw.choice(list(answer_kinds.KINDS)), text)
 
 
 def pairs_input(draw: random.Random, folder: Path) -> None:

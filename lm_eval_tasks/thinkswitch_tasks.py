@@ -14,11 +14,13 @@ import math
 import os
 import random
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StrictInt, StringConstraints, ValidationError
 
+from thinkswitch_plugin.answer_kinds import KINDS
 from thinkswitch_plugin.data import answers, sources
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.figures import question_metrics
@@ -103,9 +105,12 @@ def _graded(kind: str, doc: dict[str, Any], results: list[Any]) -> dict[str, Any
     return reported
 
 
-def grade_digit(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
-    """One digit."""
-    return _graded("digit", doc, results)
+def __getattr__(name: str) -> Any:
+    """`grade_KIND` for each kind of answer: the metrics of one question."""
+    kind = name.removeprefix("grade_")
+    if kind == name or kind not in KINDS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return partial(_graded, kind)
 
 
 def grade_arithmetic_mixed(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
@@ -132,16 +137,6 @@ def grade_arithmetic_mixed(doc: dict[str, Any], results: list[Any]) -> dict[str,
     }
 
 
-def grade_integer(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
-    """An integer."""
-    return _graded("integer", doc, results)
-
-
-def grade_matharena(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
-    """An integer, as MathArena reads it."""
-    return _graded("matharena", doc, results)
-
-
 def grade_decision(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
     """Yes, no or maybe. `macro_f1` is the gold decision, followed by the decision read from each completion."""
     reported, gold = _graded("decision", doc, results), _gold(doc)
@@ -149,11 +144,6 @@ def grade_decision(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
         found = [final_answer("decision", split(text)) for text in completions(results)]
         reported["macro_f1"] = [gold, *found]
     return reported
-
-
-def grade_exact(doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
-    """The whole answer, compared as text."""
-    return _graded("exact", doc, results)
 
 
 def think_ratio(questions: Sequence[Sequence[int]]) -> float:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from experiments import fuzz
 from tests import invariants
 from tests.invariants import CLOSINGS, FILLERS, OPENINGS, SECRET
-from thinkswitch_plugin.data.answers import EXTRACTORS
+from thinkswitch_plugin.answer_kinds import KINDS
 
 # The same examples every time; `make fuzz` looks further.
 HERE = settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
@@ -31,7 +31,7 @@ def test_only_what_follows_the_last_closing_tag_can_be_an_answer(pieces: list[st
 
 
 @HERE
-@given(st.sampled_from(sorted(EXTRACTORS)), _text)
+@given(st.sampled_from(sorted(KINDS)), _text)
 def test_an_extracted_answer_is_a_normal_form(kind: str, text: str) -> None:
     invariants.check_answer(kind, text)
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_va
 from pydantic.fields import FieldInfo
 
 from thinkswitch_plugin import conventions
+from thinkswitch_plugin.answer_kinds import KINDS
 from thinkswitch_plugin.engine_args import EngineKeys as EngineKeys
 from thinkswitch_plugin.engine_args import Keys
 from thinkswitch_plugin.engine_args import option_name as option_name
@@ -76,7 +77,7 @@ class LabelKeys(Keys):
     selection: Literal["first", "all", "vote"] = Field(
         "first", description="First complete sample, all of them, or one that gives the majority answer."
     )
-    answer: Literal["exact", "digit", "integer", "decision"] = Field(
+    answer: Literal[tuple(KINDS)] = Field(  # type: ignore[valid-type]
         "exact", description="How a final answer is read, for `vote` and for grading; see docs/grading.md."
     )
     unfinished: Literal["drop", "retry"] = Field(

@@ -6,7 +6,7 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -170,13 +170,10 @@ def read_json(path: Path) -> Any:
 
 def unreadable(path: Path, error: OSError) -> ThinkSwitchError:
     """The sentence for a file that cannot be opened."""
-    if isinstance(error, FileNotFoundError):
-        return ThinkSwitchError(f"{path} does not exist.")
-    if isinstance(error, IsADirectoryError):
-        return ThinkSwitchError(f"{path} is a folder; a file is expected there.")
     if isinstance(error, PermissionError):
         return ThinkSwitchError(f"{path} cannot be read: you have no permission; see `ls -l {path}`.")
-    return ThinkSwitchError(f"{path} cannot be read: {error.strerror}.")
+    known = {FileNotFoundError: "does not exist", IsADirectoryError: "is a folder; a file is expected there"}
+    return ThinkSwitchError(f"{path} {known.get(type(error), f'cannot be read: {error.strerror}')}.")
 
 
 def read_jsonl(path: Path, *, torn_end: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -190,18 +187,52 @@ def read_jsonl(path: Path, *, torn_end: bool = False) -> Iterator[tuple[int, dic
     Raises:
         ThinkSwitchError: the file cannot be read, or a line is broken; named by file and line.
     """
+    with _open_lines(path) as handle:
+        for number, _, line in _lines(handle, torn_end):
+            yield number, parse_line(line, path, number)
+
+
+@contextmanager
+def rows_by_key(
+    path: Path, key: Callable[[int, dict[str, Any]], Hashable], *, torn_end: bool = False
+) -> Iterator[Callable[[Hashable], tuple[int, dict[str, Any]] | None]]:
+    """Look up rows of a JSONL file: gives a function from a key to line number and row; memory grows with keys only.
+
+    Args:
+        key: of a line number and its row; None if the row does not count. Of equal keys the last one counts.
+        torn_end: as `read_jsonl`, which says what is raised too.
+    """
+    with _open_lines(path) as handle:
+        places = ((key(n, parse_line(line, path, n)), (start, n)) for n, start, line in _lines(handle, torn_end))
+        known = {name: place for name, place in places if name is not None}
+
+        def get(name: Hashable) -> tuple[int, dict[str, Any]] | None:
+            if name not in known:
+                return None
+            start, number = known[name]
+            handle.seek(start)
+            return number, parse_line(handle.readline(), path, number)
+
+        yield get
+
+
+def _open_lines(path: Path) -> IO[bytes]:
     try:
-        handle = path.open("rb", buffering=READ_BUFFER)
+        return path.open("rb", buffering=READ_BUFFER)
     except OSError as error:
         raise unreadable(path, error) from None
-    with handle:
-        for number, line in enumerate(handle, 1):
-            if number == 1:
-                line = line.removeprefix(BYTE_ORDER_MARK)
-            if torn_end and not line.endswith(b"\n"):
-                return
-            if line and not line.isspace():
-                yield number, parse_line(line, path, number)
+
+
+def _lines(handle: IO[bytes], torn_end: bool) -> Iterator[tuple[int, int, bytes]]:
+    """The number from 1, the place and the bytes of every line that is not blank."""
+    start = 0
+    for number, line in enumerate(handle, 1):
+        text = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+        if torn_end and not text.endswith(b"\n"):
+            return
+        if text and not text.isspace():
+            yield number, start + len(line) - len(text), text
+        start += len(line)
 
 
 def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from thinkswitch_plugin import console
+from thinkswitch_plugin.answer_kinds import KINDS
 from thinkswitch_plugin.cli.group import main
 from thinkswitch_plugin.cli.options import FOLDER, of_candidates, of_pair
-from thinkswitch_plugin.data.answers import EXTRACTORS
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 
@@ -84,7 +84,7 @@ def similarity(first: str, second: str, out: Path) -> None:
 
 @main.command()
 @click.option("--task", help="Read answers as this lm-eval task does: aime, pubmedqa, …, or a file of lm_eval_tasks/.")
-@click.option("--answer", type=click.Choice(list(EXTRACTORS)), help="Read answers as this kind, instead of --task.")
+@click.option("--answer", type=click.Choice(list(KINDS)), help="Read answers as this kind, instead of --task.")
 @click.option("--rows", type=FOLDER, help="Write one verdict a row, in the order of the input.")
 @click.option(
     "--trace",

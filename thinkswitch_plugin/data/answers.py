@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pkgutil import resolve_name
 
-from thinkswitch_plugin.data import decisions, integers
+from thinkswitch_plugin.answer_kinds import KINDS
 from thinkswitch_plugin.data.statements import stated
 
 
@@ -25,28 +27,27 @@ def digit(text: str) -> str | None:
     return text if re.fullmatch(r"[0-9]", text) else None
 
 
-EXTRACTORS: dict[str, Callable[[str], str | None]] = {
-    "exact": exact,
-    "digit": digit,
-    "integer": integers.integer,
-    "decision": decisions.decision,
-    "matharena": integers.last_integer,
-}
-WHOLE_TEXT = ("exact", "digit")  # kinds whose answer is all of the text
+@cache
+def _reader(name: str) -> Callable[..., str | None]:
+    return resolve_name(f"{__package__}.{name}")
 
 
 def extract(kind: str, text: str | None, letters: Mapping[str, str] | None = None) -> str | None:
-    """The final answer in `text` in its normal form, or None if there is none."""
+    """The final answer in `text` in its normal form, or None if there is none.
+
+    Args:
+        kind: a key of `KINDS`.
+        letters: what the letters of the options stand for, if a decision is read.
+    """
     if text is None:
         return None
-    if kind == "decision" and letters:
-        return decisions.decision(text, letters)
-    return EXTRACTORS[kind](text)
+    read = _reader(KINDS[kind].answer)
+    return read(text, letters) if letters and kind == "decision" else read(text)
 
 
 def extract_unfinished(kind: str, text: str | None, letters: Mapping[str, str] | None = None) -> str | None:
     """The final answer that a text stated before it was cut off; None where the kind takes the whole text for it."""
-    return None if text is None or kind in WHOLE_TEXT else extract(kind, stated(text), letters)
+    return None if text is None or KINDS[kind].whole else extract(kind, stated(text), letters)
 
 
 def gold(kind: str, text: str) -> str | None:
@@ -55,7 +56,7 @@ def gold(kind: str, text: str) -> str | None:
     It is the answer itself (`016`, `45.0`, `70^\\circ`, `yes`) or states it (`\\boxed{7}`, `… #### 80`);
     nothing is looked for in prose.
     """
-    return integers.published(text) if kind in ("integer", "matharena") else EXTRACTORS[kind](text)
+    return _reader(KINDS[kind].gold)(text)
 
 
 def unread(kind: str, text: str) -> str:

@@ -12,19 +12,17 @@ With the trace kept, one row of `rationales.jsonl`: the same and ``"trace": "7*3
 from __future__ import annotations
 
 import itertools
-import os
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.data import answers, batch, formats
 from thinkswitch_plugin.data.batch import Asked
-from thinkswitch_plugin.data.guard import Guard
+from thinkswitch_plugin.data.messages import content_of, reasoning_of
 from thinkswitch_plugin.data.repeats import repeats
 from thinkswitch_plugin.data.traces import Completion, Outcome, control_token, has_tag
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -36,6 +34,8 @@ NO_MAJORITY = "no_readable_answer"
 CONTROL = "control_token"
 NO_TRACE = "no_trace"
 REPEATS = "answer_repeats_trace"
+BEGINNING = 100  # characters of a completion that are shown
+FEWEST_TRACES = 0.1  # of the completions that came to an end; with fewer, the traces must be of a kind we do not know
 
 
 @dataclass
@@ -68,18 +68,6 @@ class PairReport:
         return {**vars(self), "dropped": dict(sorted(self.dropped.items()))}
 
 
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """What a stored line comes to; a whole answer lies in the spill at `start`, `length` bytes long,
-    and behind it the trace, if that is kept."""
-
-    outcome: str
-    wrapped: bool = False
-    start: int = 0
-    length: int = 0
-    trace: int = 0  # bytes
-
-
 def build_pairs(
     requests: Path,
     generations: Path,
@@ -100,144 +88,142 @@ def build_pairs(
             failure counts; a torn last line is left out.
         selection: `first` complete sample, `all`, or `vote` (the first complete sample
             that gives the majority answer).
-        answer_kind: how `vote` reads a final answer, a key of `answers.EXTRACTORS`.
+        answer_kind: how `vote` reads a final answer, a key of `KINDS`.
         keep_trace: give each pair its `trace`, and drop those that `formats` cannot write.
         convention: how the recipe says that traces are written; None leaves it to each request.
 
     Raises:
-        ThinkSwitchError: a file is missing, or a line is broken, named by file and line; or a trace is expected
-            and (nearly) no completion has one that we can see.
+        ThinkSwitchError: a file is missing, or a line is broken, named by file and line; or, when all are read, a
+            trace is expected and (nearly) no completion has one that we can see.
     """
     if not generations.exists():
         raise ThinkSwitchError(f"{generations} does not exist; generate it first.")
-    asked = read_asked(requests, convention)
-    if not asked:
-        raise ThinkSwitchError(f"{requests} holds no requests; delete it and run the stage `requests` again.")
-    with tempfile.TemporaryFile(dir=_spill_folder(generations)) as spill:
-        stored = _read_generations(generations, asked, spill, report, keep_trace=keep_trace)
-        for _, group in itertools.groupby((row for _, row in files.read_jsonl(requests)), key=batch.prompt_id):
-            members = list(group)
-            report.prompts += 1
-            report.samples += len(members)
-            complete: list[tuple[dict[str, Any], str]] = []
-            for request in members:
-                found = stored.get(request["custom_id"])
-                if found is not None and found.outcome == Outcome.COMPLETE:
-                    spill.seek(found.start)
-                    complete.append((request, spill.read(found.length).decode()))
-                else:
-                    report.dropped[found.outcome if found else MISSING] += 1
-            chosen, reason = select(complete, selection, answer_kind)
-            if len(complete) > len(chosen):
-                report.dropped[reason] += len(complete) - len(chosen)
-            report.kept += len(chosen)
-            report.prompts_without_pair += not chosen
-            for request, answer in chosen:
-                found = stored[request["custom_id"]]
-                report.unwrapped += found.wrapped
-                spill.seek(found.start + found.length)
-                trace = {"trace": spill.read(found.trace).decode()} if keep_trace else {}
-                turns = [*request["body"]["messages"], {"role": "assistant", "content": answer}]
-                ids = {"custom_id": request["custom_id"], "prompt_id": batch.prompt_id(request)}
-                yield {"messages": turns, **ids, **trace}
+    found = completions(requests, generations, convention, report)
+    for _, group in itertools.groupby(found, key=lambda one: batch.prompt_id(one.request)):
+        report.prompts += 1
+        complete = []
+        for one in group:
+            report.samples += 1
+            outcome = judge(one.done, one.how, keep_trace=keep_trace) if one.done else MISSING
+            if one.done and outcome == Outcome.COMPLETE:
+                complete.append((one.request, one.done))
+            else:
+                report.dropped[outcome] += 1
+        chosen, reason = select([str(done.answer) for _, done in complete], selection, answer_kind)
+        if len(complete) > len(chosen):
+            report.dropped[reason] += len(complete) - len(chosen)
+        report.kept += len(chosen)
+        report.prompts_without_pair += not chosen
+        for request, done in (complete[place] for place in chosen):
+            report.unwrapped += done.wrapped
+            turns = [*request["body"]["messages"], {"role": "assistant", "content": done.answer}]
+            ids = {"custom_id": request["custom_id"], "prompt_id": batch.prompt_id(request)}
+            yield {"messages": turns, **ids, **({"trace": done.trace} if keep_trace else {})}
 
 
-def _spill_folder(generations: Path) -> Path | None:
-    # The folder of the generations has room for their answers; /tmp may be in memory.
-    return generations.parent if os.access(generations.parent, os.W_OK) else None
+class Answered(NamedTuple):
+    """A request, how its completion is read, and its completion; None if there is none."""
 
-
-def read_asked(requests: Path, convention: Convention | None = None) -> dict[str, Asked]:
-    """How the completion of every request is read, by id. Raises `ThinkSwitchError` as `batch.read_requests`."""
-    known: dict[Asked, Asked] = {}  # one object for all that are alike
-    found = {}
-    for _, request in batch.read_requests(requests):
-        how = batch.asked(request, convention)
-        found[request["custom_id"]] = known.setdefault(how, how)
-    return found
+    request: dict[str, Any]
+    how: Asked
+    done: Completion | None
 
 
 def completions(
-    generations: Path, asked: dict[str, Asked], report: PairReport
-) -> Iterator[tuple[int, dict[str, Any], Completion]]:
-    """Yield line number, row and split completion of the stored lines that count, in the order of the file.
+    requests: Path, generations: Path, convention: Convention | None = None, report: PairReport | None = None
+) -> Iterator[Answered]:
+    """Yield every request, in order, with its completion; memory grows with ids only. Arguments as of `build_pairs`.
 
-    An id comes twice only where an answer follows a failure. Lines that do not count are counted in `report`.
+    Raises `ThinkSwitchError` for a broken line, and at the end if (nearly) no completion has the trace that is expected.
     """
+    asked = {request["custom_id"] for _, request in batch.read_requests(requests)}
+    if not asked:
+        raise ThinkSwitchError(f"{requests} holds no requests; delete it and run the stage `requests` again.")
+    counts, guard = report or PairReport(), Guard(generations)
     answered: dict[str, bool] = {}
-    for number, row in files.read_jsonl(generations, torn_end=True):
+
+    def key(number: int, row: dict[str, Any]) -> str | None:
         custom_id = batch.stored_id(row, generations, number)
         if custom_id not in asked:
-            report.unknown_ids += 1
-            continue
-        if custom_id in answered:
-            report.duplicates += 1
-            if answered[custom_id]:
-                continue
-        done = batch.completion_of(row, asked[custom_id])
-        answered[custom_id] = done.outcome is not Outcome.FAILED
-        yield number, row, done
+            counts.unknown_ids += 1
+            return None
+        counts.duplicates += custom_id in answered
+        if answered.get(custom_id):
+            return None
+        answered[custom_id] = batch.completion_body(row) is not None
+        return custom_id
+
+    with files.rows_by_key(generations, key, torn_end=True) as stored_row:
+        for _, request in files.read_jsonl(requests):
+            how, found = batch.asked(request, convention), stored_row(request["custom_id"])
+            done = found and batch.completion_of(found[1], how)
+            if found and done and how.thinks:
+                guard.look_at(*found, done)
+            yield Answered(request, how, done)
+    if report:
+        guard.require_traces()
 
 
-def _read_generations(
-    generations: Path, asked: dict[str, Asked], spill: IO[bytes], report: PairReport, *, keep_trace: bool
-) -> dict[str, _Stored]:
-    """What became of every request, by id; whole answers, and traces if they are kept, go into `spill`."""
-    stored: dict[str, _Stored] = {}
-    guard = Guard(generations)
-    for number, row, done in completions(generations, asked, report):
-        custom_id = row["custom_id"]
-        outcome, *texts = judge(done, asked[custom_id], keep_trace=keep_trace)
-        if asked[custom_id].thinks:
-            guard.look_at(number, row, done)
-        answer, trace = (text.encode() for text in texts)
-        stored[custom_id] = _Stored(outcome, done.wrapped, spill.tell(), len(answer), len(trace))
-        spill.write(answer + trace)
-    guard.require_traces()
-    return stored
+class Guard:
+    """The guard that needs no list of conventions: traces are expected, and (nearly) none can be seen."""
+
+    def __init__(self, generations: Path) -> None:
+        self.generations = generations
+        self.whole = self.traced = 0
+        self.first: tuple[int, str] | None = None  # line and beginning of the first completion without a trace
+
+    def look_at(self, number: int, row: dict[str, Any], done: Completion) -> None:
+        """Count a completion if it shows whether traces can be seen: it has one, or came to its end without."""
+        if done.closed_trace:
+            self.traced += 1
+        elif done.cut or done.outcome in (Outcome.FAILED, Outcome.EMPTY):
+            return
+        elif self.first is None:
+            message = row["response"]["body"]["choices"][0]["message"]
+            self.first = number, (reasoning_of(message) or content_of(message)).strip()[:BEGINNING]
+        self.whole += 1
+
+    def require_traces(self) -> None:
+        """Raise `ThinkSwitchError` if (nearly) no completion has a trace."""
+        if self.first is not None and self.traced < FEWEST_TRACES * self.whole:
+            number, text = self.first
+            raise ThinkSwitchError(
+                f"{self.generations}, line {number}: of {self.whole} finished completions {self.traced} have a trace that "
+                f"can be told from the answer; this one begins {text!r}: set `thinkswitch.trace` in the recipe to the "
+                "convention in which this checkpoint writes its trace, to {open: …, close: …}, or, if it answers "
+                "directly, to none."
+            )
 
 
-def judge(done: Completion, how: Asked, *, keep_trace: bool = False) -> tuple[str, str, str]:
-    """Outcome, whole answer, and trace if it is kept (both empty unless complete), of one completion."""
-    if not done.complete or done.answer is None:
-        return done.reason, "", ""
+def judge(done: Completion, how: Asked, *, keep_trace: bool = False) -> str:
+    """`complete`, or why a completion is dropped."""
+    trace, answer = done.trace or "", done.answer
+    if not done.complete or answer is None:
+        return done.reason
     if done.trace is None and how.thinks:
-        return NO_TRACE, "", ""
-    if control_token(done.answer) or any(end in done.answer for end in how.ends):
-        return CONTROL, "", ""
-    if repeats(done.trace, done.answer):
-        return REPEATS, "", ""
-    if not keep_trace:
-        return done.outcome.value, done.answer, ""
-    if problem := _fault_of_trace(done.trace, done.answer):
-        return problem, "", ""
-    return done.outcome.value, done.answer, done.trace or ""
-
-
-def _fault_of_trace(trace: str | None, answer: str) -> str | None:
-    """Why a whole completion is not fit for the formats with a trace, as a reason to drop it."""
-    if not trace:
         return NO_TRACE
-    if has_tag(trace):
-        return Outcome.AMBIGUOUS.value
-    if control_token(trace):
+    if control_token(answer) or any(end in answer for end in how.ends):
         return CONTROL
-    return Outcome.TAGGED.value if formats.has_answer_tag(trace) or formats.has_answer_tag(answer) else None
+    if repeats(done.trace, answer):
+        return REPEATS
+    if keep_trace and not trace:
+        return NO_TRACE
+    if keep_trace and has_tag(trace):
+        return Outcome.AMBIGUOUS
+    if keep_trace and control_token(trace):
+        return CONTROL
+    if keep_trace and (formats.has_answer_tag(trace) or formats.has_answer_tag(answer)):
+        return Outcome.TAGGED
+    return Outcome.COMPLETE
 
 
-def select(
-    complete: list[tuple[dict[str, Any], str]], selection: str, answer_kind: str
-) -> tuple[list[tuple[dict[str, Any], str]], str]:
-    """The samples of one prompt that become pairs, and why the others do not."""
-    if selection == "all":
-        return complete, NOT_CHOSEN
+def select(complete: Sequence[str], selection: str, answer_kind: str) -> tuple[Sequence[int], str]:
+    """The places of those complete answers of one prompt that become pairs, and why the others do not."""
     if selection == "vote":
-        found = [answers.extract(answer_kind, answer) for _, answer in complete]
+        found = [answers.extract(answer_kind, answer) for answer in complete]
         winner = answers.majority(found)
-        if winner is None:
-            return [], NO_MAJORITY
-        return [complete[found.index(winner)]], NOT_CHOSEN
-    return complete[:1], NOT_CHOSEN
+        return ([], NO_MAJORITY) if winner is None else ([found.index(winner)], NOT_CHOSEN)
+    return range(len(complete))[: None if selection == "all" else 1], NOT_CHOSEN
 
 
 def write_pairs(

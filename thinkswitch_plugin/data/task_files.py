@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from thinkswitch_plugin import places
-from thinkswitch_plugin.data.answers import EXTRACTORS
+from thinkswitch_plugin.answer_kinds import KINDS
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 
@@ -37,7 +37,7 @@ def answer_kind(name: str) -> str | None:
         name: the task, with or without `thinkswitch_`.
 
     Returns:
-        A key of `answers.EXTRACTORS`; None if the task grades in another way.
+        A key of `KINDS`; None if the task grades in another way.
 
     Raises `ThinkSwitchError` if there is no such task.
     """
@@ -57,11 +57,11 @@ def answer_kind(name: str) -> str | None:
 
 
 def kind_of_task(name: str, folder: Path | None = None) -> str | None:
-    """A key of `answers.EXTRACTORS` if it is one of our tasks and grades with one, otherwise None."""
+    """A key of `KINDS` if it is one of our tasks and grades with one, otherwise None."""
     functions = (values.get("process_results") for values in _every(name, folder))
     function = next((str(value["function"]) for value in functions if isinstance(value, dict)), "")
     kind = function.rpartition(".")[2].removeprefix("grade_")
-    return kind if kind in EXTRACTORS else None
+    return kind if kind in KINDS else None
 
 
 def task_files(name: str, folder: Path | None = None, data: str = "") -> tuple[Path, ...]:

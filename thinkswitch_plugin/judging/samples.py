@@ -120,7 +120,7 @@ def graded(
     Args:
         folder: what was written for one checkpoint: lm-eval's files, and the stored answers where there are any.
         checkpoint: its folder or hub id; its tokenizer is read if there are no stored answers.
-        kind: how the final answer is read, a key of `answers.EXTRACTORS`; a task of ours that grades by a kind
+        kind: how the final answer is read, a key of `KINDS`; a task of ours that grades by a kind
             is graded by that.
         convention: how traces are written, as the recipe says; None goes by what was stored, or the chat template.
 

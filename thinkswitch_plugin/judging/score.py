@@ -175,7 +175,7 @@ def score_file(kind: str, path: Path, rows: Path | None, *, opened: bool, conven
     """Print a table for a file of outputs and, on request, write the verdicts.
 
     Args:
-        kind: how answers are read, a key of `answers.EXTRACTORS`.
+        kind: how answers are read, a key of `KINDS`.
 
     Raises `ThinkSwitchError` if the file is missing, empty, or a row cannot be read.
     """

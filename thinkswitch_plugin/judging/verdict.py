@@ -51,7 +51,7 @@ def verdict_on(
     """Grade one completion.
 
     Args:
-        kind: how final answers are read, a key of `answers.EXTRACTORS`.
+        kind: how final answers are read, a key of `KINDS`.
         done: the completion, split.
         letters: what the letters of the options stand for.
     """

@@ -17,7 +17,7 @@ from thinkswitch_plugin import console, files, places
 from thinkswitch_plugin.args import EngineKeys, RebuildKeys
 from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.data import batch, pairs
-from thinkswitch_plugin.data.guard import FEWEST_TRACES
+from thinkswitch_plugin.data.pairs import FEWEST_TRACES
 from thinkswitch_plugin.data.traces import Outcome
 from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.engines.servers import choose
@@ -71,8 +71,8 @@ class Traces:
 def count_traces(requests: Path, generations: Path, ids: Sequence[str], convention: Convention | None = None) -> Traces:
     """How often the completions of the requests with these ids think, of each the one that `pairs` takes."""
     wanted = set(ids)
-    asked = {custom_id: how for custom_id, how in pairs.read_asked(requests, convention).items() if custom_id in wanted}
-    found = [done for _, _, done in pairs.completions(generations, asked, pairs.PairReport())]
+    every = pairs.completions(requests, generations, convention)
+    found = [one.done for one in every if one.done and one.request["custom_id"] in wanted]
     whole = [done for done in found if not done.cut and done.outcome is not Outcome.FAILED]
     return Traces(sum(done.closed_trace for done in whole), len(whole), len(ids))
 

@@ -16,17 +16,18 @@ import base64
 import gzip
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import orjson
 from jinja2 import TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from thinkswitch_plugin import files
+from thinkswitch_plugin.data.batch import Asked
 from thinkswitch_plugin.data.traces import LENGTH
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.figures import Sample
@@ -38,6 +39,7 @@ START = 140  # characters of a prompt that the list shows
 TEXT_BUDGET = 40_000_000  # characters of completions in the whole page
 PROMPT_BUDGET = 20_000_000
 LONGEST, SHORTEST = 20_000, 400  # characters of one text
+Found = tuple[int, dict[str, Any]] | None  # number and row of a question's line
 
 
 @dataclass(frozen=True)
@@ -81,48 +83,51 @@ class Questions:
         self.limits = Limits.of(len(self.doc_ids), len(self.judged), self.k)
         self._starts: list[str] = []
         self._golds: list[str] = []
-        self._by_id = [{s.doc_id: s for s in reversed(e.samples)} for e in self.judged]
+        self._by_id = [{s.doc_id: s for s in e.samples} for e in self.judged]
 
     def blocks(self) -> Iterator[str]:
         """The packed blocks, in order. Raises `ThinkSwitchError` if a samples file is not what was graded."""
         with ExitStack() as stack:
-            readers = [stack.enter_context(SampleFile(e)) for e in self.judged]
+            rows = [
+                stack.enter_context(files.rows_by_key(e.path, lambda _, row: row.get("doc_id"))) for e in self.judged
+            ]
             prompts = Prompts(self.judged[0].path.parent)
             for start in range(0, len(self.doc_ids), BLOCK):
                 group = self.doc_ids[start : start + BLOCK]
-                yield pack([self._question(doc_id, readers, prompts) for doc_id in group])
+                yield pack([self._question(doc_id, [get(doc_id) for get in rows], prompts) for doc_id in group])
 
-    def _question(self, doc_id: int, readers: Sequence[SampleFile], prompts: Prompts) -> dict[str, Any]:
-        found = [
-            (reader.row(doc_id), samples.get(doc_id)) for reader, samples in zip(readers, self._by_id, strict=True)
-        ]
-        row = next(row for row, _ in found if row is not None)
-        prompt, gold = prompts.of(row), row.gold
+    def _question(self, doc_id: int, found: Sequence[Found], prompts: Prompts) -> dict[str, Any]:
+        checkpoints: list[dict[str, Any] | None] = []
+        prompt, gold = "", ""
+        for line, e, samples in zip(found, self.judged, self._by_id, strict=True):
+            sample = samples.get(doc_id)
+            if (sample is None) != (line is None):
+                raise ThinkSwitchError(
+                    f"{e.path}: not the questions that were graded; delete {e.path.parent} and run `make iterate`."
+                )
+            if line is None or sample is None:
+                checkpoints.append(None)
+                continue
+            number, row = line[0], Row.of(line[1], f"{e.path}, line {line[0]}")
+            prompt, gold = prompt or prompts.of(row), gold or row.gold
+            checkpoints.append({"line": number, **self._checkpoint(row, sample, e.how)})
         self._starts.append(" ".join(prompt[: 4 * START].split())[:START])
         self._golds.append(shorten(gold, START))
-        checkpoints = [
-            None if row is None or sample is None else self._checkpoint(row, sample, reader)
-            for (row, sample), reader in zip(found, readers, strict=True)
-        ]
-        return {
-            "prompt": shorten(prompt, self.limits.prompt),
-            "gold": shorten(gold, self.limits.prompt),
-            "checkpoints": checkpoints,
-        }
+        limit = self.limits.prompt
+        return {"prompt": shorten(prompt, limit), "gold": shorten(gold, limit), "checkpoints": checkpoints}
 
-    def _checkpoint(self, row: Row, sample: Sample, reader: SampleFile) -> dict[str, Any]:
+    def _checkpoint(self, row: Row, sample: Sample, how: Asked) -> dict[str, Any]:
         shown = zip(row.texts, sample.truncated, strict=True)
         return {
-            "line": reader.line(sample.doc_id),
             "correct": sample.correct,
             "found": [text if text is None else shorten(text, SHORTEST) for text in sample.found],
             "tokens": sample.tokens,
             "truncated": sample.truncated,
-            "texts": [self._text(text, reader, cut) for text, cut in itertools.islice(shown, self.limits.samples)],
+            "texts": [self._text(text, how, cut) for text, cut in itertools.islice(shown, self.limits.samples)],
         }
 
-    def _text(self, text: str, reader: SampleFile, cut: bool) -> dict[str, str | None]:
-        done = reader.how.split({"content": text}, LENGTH if cut else None)
+    def _text(self, text: str, how: Asked, cut: bool) -> dict[str, str | None]:
+        done = how.split({"content": text}, LENGTH if cut else None)
         limit = self.limits.completion
         answer = None if done.answer is None else shorten(done.answer, limit // 2)
         rest = limit - len(answer or "")
@@ -142,9 +147,9 @@ class Questions:
                         "mode": e.mode,
                         "file": os.path.relpath(e.path, self.folder),
                         # One letter a question: right, wrong, or not asked; then what its filters need.
-                        "verdict": "".join(_letter(samples.get(n)) for n in self.doc_ids),
-                        "truncated": "".join(_any(samples.get(n), "truncated") for n in self.doc_ids),
-                        "unread": "".join(_unread(samples.get(n)) for n in self.doc_ids),
+                        "verdict": self._letters(samples, lambda sample: sample.vote, "-"),
+                        "truncated": self._letters(samples, lambda sample: any(sample.truncated)),
+                        "unread": self._letters(samples, lambda sample: not sample.answered),
                         "right": None
                         if self.k == 1
                         else [sum(s.correct) if (s := samples.get(n)) else None for n in self.doc_ids],
@@ -155,59 +160,8 @@ class Questions:
             }
         )
 
-
-def _letter(sample: Sample | None) -> str:
-    return "-" if sample is None else "1" if sample.vote else "0"
-
-
-def _any(sample: Sample | None, name: str) -> str:
-    return "1" if sample is not None and any(getattr(sample, name)) else "0"
-
-
-def _unread(sample: Sample | None) -> str:
-    return "1" if sample is not None and all(text is None for text in sample.found) else "0"
-
-
-class SampleFile:
-    """The rows of one samples file by doc_id; where each begins is known, one at a time is read."""
-
-    def __init__(self, judged: Evaluation) -> None:
-        self.path, self.how = judged.path, judged.how
-        self._order = [s.doc_id for s in judged.samples]
-        self._places: dict[int, tuple[int, int]] = {}  # doc_id -> where its line begins, and its number from 1
-
-    def __enter__(self) -> SampleFile:
-        self._handle: IO[bytes] = self.path.open("rb", buffering=files.READ_BUFFER)
-        start, order = 0, iter(self._order)
-        for number, line in enumerate(self._handle, 1):
-            if not line.isspace():
-                doc_id = next(order, None)
-                if doc_id is None:
-                    break
-                self._places.setdefault(doc_id, (start, number))
-            start += len(line)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.close()
-
-    def line(self, doc_id: int) -> int:
-        """The number of a question's line, from 1."""
-        return self._places[doc_id][1]
-
-    def row(self, doc_id: int) -> Row | None:
-        """A question's row; None if it was not asked. Raises `ThinkSwitchError` if the file is not what was graded."""
-        if doc_id not in self._places:
-            return None
-        start, number = self._places[doc_id]
-        self._handle.seek(start)
-        row = Row.of(files.parse_line(self._handle.readline(), self.path, number), f"{self.path}, line {number}")
-        if row.doc_id != doc_id:
-            raise ThinkSwitchError(
-                f"{self.path}, line {number}: not the question that was graded; delete {self.path.parent} and run "
-                "`make iterate`."
-            )
-        return row
+    def _letters(self, samples: dict[int, Sample], shown: Callable[[Sample], bool], none: str = "0") -> str:
+        return "".join(str(int(shown(samples[n]))) if n in samples else none for n in self.doc_ids)
 
 
 class Prompts:

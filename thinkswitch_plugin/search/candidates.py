@@ -60,7 +60,7 @@ class Bench:
         skeleton: a checkpoint of the architecture; its generation config is every candidate's.
         template: the checkpoint whose tokenizer and chat template all candidates get.
         template_name: its role.
-        answer: how a final answer is read, a key of `answers.EXTRACTORS`.
+        answer: how a final answer is read, a key of `KINDS`.
         convention: how traces are written, as the recipe says.
         inputs: role → hash of every checkpoint that is merged.
         task: hash of every file that the lm-eval task is made of.
