@@ -20,7 +20,7 @@ from urllib.request import urlopen
 import openai
 
 from thinkswitch_plugin import files
-from thinkswitch_plugin.args import PromptKeys, SamplingKeys
+from thinkswitch_plugin.args import SamplingKeys
 from thinkswitch_plugin.data.batch import Asked
 from thinkswitch_plugin.data.prompts import write_requests
 from thinkswitch_plugin.demo import task
@@ -105,7 +105,7 @@ def main() -> None:
     """Print a table, and the same figures as one line of JSON."""
     if not CHECKPOINT.is_dir():
         sys.exit("bench-engines: no embedded pair yet; run `make pair` first.")
-    prompts = [(f"p{i}", q) for i, q in enumerate(task.training_prompts(0, QUESTIONS))]
+    prompts = [(f"p{i}", [{"role": "user", "content": q}]) for i, q in enumerate(task.training_prompts(0, QUESTIONS))]
     sampling = SamplingKeys(temperature=0, max_tokens=64)  # type: ignore[call-arg]
     seconds: dict[str, float] = {}
     for name, run in CANDIDATES.items():
@@ -116,9 +116,8 @@ def main() -> None:
                 prompts,
                 model=str(CHECKPOINT),
                 how=Asked(opened=True),
-                keys=PromptKeys(path="-"),
                 sampling=sampling,
-                seed=0,  # type: ignore[call-arg]
+                seed=0,
             )
             started = time.monotonic()
             run(folder)

@@ -78,7 +78,12 @@ def test_a_request_for_every_sample_in_openais_batch_format(tmp_path: Path) -> N
     sampling = SamplingKeys(samples=2, temperature=0.6, top_p=0.95, top_k=20, max_tokens=99)
     asked = PromptKeys.model_validate({"path": "-", "system": "Be brief."})
     count = prompts.write_requests(
-        out, [("a", "1+1"), ("b", "2+2")], model="m", how=Asked(opened=True), keys=asked, sampling=sampling, seed=3
+        out,
+        [("a", prompts.messages(asked, "1+1")), ("b", prompts.messages(asked, "2+2"))],
+        model="m",
+        how=Asked(opened=True),
+        sampling=sampling,
+        seed=3,
     )
     rows = [row for _, row in files.read_jsonl(out)]
     assert count == 4 and [r["custom_id"] for r in rows] == ["a-s0", "a-s1", "b-s0", "b-s1"]
@@ -99,13 +104,12 @@ def test_a_request_keeps_how_its_completion_is_read(tmp_path: Path) -> None:
     how = Asked(False, conventions.from_key("granite"), ("<stop>",))
     prompts.write_requests(
         tmp_path / "r.jsonl",
-        [("a", "1+1")],
+        [("a", [{"role": "user", "content": "1+1"}])],
         model="m",
         how=how,
-        keys=PromptKeys(path="-"),
-        sampling=SamplingKeys(),
+        sampling=SamplingKeys(),  # type: ignore[call-arg]
         seed=0,
-    )  # type: ignore[call-arg]
+    )
     ((_, row),) = files.read_jsonl(tmp_path / "r.jsonl")
     assert row["body"]["metadata"] == {"prompt_id": "a", "trace": "inline", "convention": "granite", "ends": ["<stop>"]}
 

@@ -102,7 +102,8 @@ def test_a_domain_is_a_recipe_its_rows_and_a_task(domain: Path) -> None:
     assert check.questions(keys, []) == "sums loads, 20 questions; no training prompt is in it"
     chosen, _ = prompts.prompts_of_iteration(keys.prompts, 0, 1)
     how = batch.Asked()
-    asked = {"model": "m", "how": how, "keys": keys.prompts, "sampling": keys.sampling, "seed": 0}
+    asked = {"model": "m", "how": how, "sampling": keys.sampling, "seed": 0}
+    chosen = [(name, prompts.messages(keys.prompts, text)) for name, text in chosen]
     assert prompts.write_requests(domain / "requests.jsonl", chosen, **asked) == 8
     (_, first), *_ = files.read_jsonl(domain / "requests.jsonl")
     assert first["body"]["messages"] == [{"role": "user", "content": "0 plus 0"}]

@@ -23,14 +23,13 @@ from tests.conftest import BIN, ROOT
 from tests.test_pairs import answer, request
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys, PerceptionKeys
-from thinkswitch_plugin.data.batch import read_requests
+from thinkswitch_plugin.data.batch import prompt_id, read_requests
 from thinkswitch_plugin.data.formats import POST, PRE, parse
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.loop import check
 from thinkswitch_plugin.perception import answering, labels, training
-from thinkswitch_plugin.perception.answering import write_questions
 from thinkswitch_plugin.perception.label_job import LabelJob, find_job, parse_baselines
 from thinkswitch_plugin.perception.label_material import Question, assign_folds, majority_references, read_material
 from thinkswitch_plugin.recipe import load_recipe
@@ -154,9 +153,9 @@ def test_a_fold_learns_from_all_samples_of_the_other_folds_and_asks_each_of_its_
         asked = [row for _, row in read_requests(fold.here / "requests.jsonl")]
         assert Counter(row["prompt_id"] for row in learnt) == {p: 3 for p in fold_of if fold_of[p] != number}
         assert all(row["trace"].startswith("step ") for row in learnt)
-        assert [row["custom_id"] for row in asked] == [q.prompt_id for q in mine]
+        assert [row["custom_id"] for row in asked] == [f"{q.prompt_id}-s0" for q in mine]
         assert all(row["body"]["temperature"] == 0 and row["body"]["stop"] == ["</answer>"] for row in asked)
-        seen.update(row["custom_id"] for row in asked)
+        seen.update(map(prompt_id, asked))
     assert seen == dict.fromkeys(fold_of, 1)
 
 
@@ -212,11 +211,12 @@ def test_of_several_answers_a_share_has_to_be_right(share: float, label: str) ->
     assert labels.row_of(question, 1, {POST: share}, "majority", 0.5)["label"] == label
 
 
-def test_several_answers_are_drawn_and_numbered(tmp_path: Path) -> None:
-    write_questions(
-        tmp_path / "requests.jsonl", [("p0", [{"role": "user", "content": "1+1"}])], max_tokens=8, samples=3
-    )
-    rows = [row for _, row in files.read_jsonl(tmp_path / "requests.jsonl")]
+def test_several_answers_are_drawn_and_numbered(job: LabelJob, tmp_path: Path) -> None:
+    several = replace(job, recipe=recipe_of(tmp_path, labels={"selection": "all"}, adaptive={"samples": 3}))
+    material = read_material(several)
+    fold = labels.Fold(several, 1, material.questions[:1], job.home, Hashes(job.home))
+    fold.write(material, {question.prompt_id: 2 for question in material.questions})
+    rows = [row for _, row in files.read_jsonl(fold.here / "requests.jsonl")]
     assert [row["custom_id"] for row in rows] == ["p0-s0", "p0-s1", "p0-s2"]
     assert {row["body"]["temperature"] for row in rows} == {1.0}
     assert len({row["body"]["seed"] for row in rows}) == 3
@@ -290,9 +290,6 @@ def test_words_that_are_no_setting_are_refused() -> None:
     assert parse_baselines("pre, post") == parse_baselines("pre") == (POST, PRE)
     with pytest.raises(ThinkSwitchError, match="'before' is not a baseline; use post, or post and pre"):
         parse_baselines("post before")
-    assert answering.choose_engine("embedded") == "embedded"
-    with pytest.raises(ThinkSwitchError, match="does not have the adapters that are trained here"):
-        answering.choose_engine("http://127.0.0.1:1/v1")
 
 
 GOOD = [request(f"p{i}", text=f"{i}+1") for i in range(3)]
@@ -413,7 +410,7 @@ def test_a_killed_cross_validation_goes_on_with_the_fold_it_was_killed_in(labell
     assert state(work / "fold-1" / "post") == before
     rows = [row for _, row in files.read_jsonl(work / "labels.jsonl")]
     asked_in = {
-        row["custom_id"]: number
+        prompt_id(row): number
         for number in (1, 2)
         for _, row in read_requests(work / f"fold-{number}" / "requests.jsonl")
     }
@@ -445,7 +442,7 @@ def test_only_the_folds_that_learnt_from_a_changed_rationale_are_trained_again(
     unchanged = forked(*words(changed, runs))
     assert unchanged.returncode == 0 and "$ " not in unchanged.stdout  # nothing is trained, also after a move
 
-    of_fold_1 = next(row for _, row in read_requests(here / "fold-1" / "requests.jsonl"))["custom_id"]
+    of_fold_1 = prompt_id(next(row for _, row in read_requests(here / "fold-1" / "requests.jsonl")))
     rows = [row for _, row in files.read_jsonl(changed / "generations.jsonl")]
     for row in rows:
         if row["custom_id"] == f"{of_fold_1}-s0":
@@ -469,7 +466,7 @@ def test_vllm_with_the_adapter_answers_as_transformers_does(labelled: Any, tmp_p
     keys = EngineKeys.model_validate({})
     here = Hashes(tmp_path)
     adapter = fold / "post" / "adapter"
-    tuned = answering.Tuned(work.parent / "student", adapter)
-    answering.answer(tuned, fold / "requests.jsonl", out, engine="vllm", keys=keys, hashes=here)
+    trained = training.Trained(work.parent / "student", adapter)
+    answering.answer(trained, fold / "requests.jsonl", out, engine="vllm", keys=keys, hashes=here)
     served, embedded = (dict(labels.completions(path)) for path in (out, fold / "post" / "generations.jsonl"))
     assert served == embedded and len(served) == QUESTIONS // 2

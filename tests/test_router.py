@@ -245,9 +245,8 @@ def begun(
         handle.writelines(files.dumps_line({"id": name, "prompt": text}) for name, text in every)
     run = open_run(Path("runs/arithmetic"))
     keys = run.recipe.keys
+    turns = [(name, prompts.messages(keys.prompts, text)) for name, text in every]
     for k, (start, end) in asked.items():
         out = run.iteration(k) / "requests.jsonl"
-        prompts.write_requests(
-            out, every[start:end], model="m", how=Asked(opened=True), keys=keys.prompts, sampling=keys.sampling, seed=0
-        )
+        prompts.write_requests(out, turns[start:end], model="m", how=Asked(opened=True), sampling=keys.sampling, seed=0)
     return run, every

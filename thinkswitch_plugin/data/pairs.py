@@ -122,11 +122,12 @@ def build_pairs(
 
 
 class Answered(NamedTuple):
-    """A request, how its completion is read, and its completion; None if there is none."""
+    """A request, how its completion is read, its completion (None if there is none) and the tokens of that."""
 
     request: dict[str, Any]
     how: Asked
     done: Completion | None
+    tokens: int
 
 
 def completions(
@@ -159,7 +160,7 @@ def completions(
             done = found and batch.completion_of(found[1], how)
             if found and done and how.thinks:
                 guard.look_at(*found, done)
-            yield Answered(request, how, done)
+            yield Answered(request, how, done, batch.tokens_of(batch.completion_body(found[1]) or {}) if found else 0)
     if report:
         guard.require_traces()
 

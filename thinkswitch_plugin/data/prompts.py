@@ -8,8 +8,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def messages(keys: PromptKeys, text: str) -> list[dict[str, str]]:
     return [*system, {"role": "user", "content": text}]
 
 
-def request_body(model: str, turns: list[dict[str, str]], sampling: SamplingKeys, seed: int) -> dict[str, Any]:
+def request_body(model: str, turns: list[dict[str, Any]], sampling: SamplingKeys, seed: int) -> dict[str, Any]:
     """The body of one chat request with the recipe's sampling."""
     body: dict[str, Any] = {
         "model": model,
@@ -188,26 +189,29 @@ def prompts_of_iteration(keys: PromptKeys, seed: int, iteration: int) -> tuple[l
 
 def write_requests(
     out: Path,
-    prompts: list[tuple[str, str]],
+    asked: Iterable[tuple[str, list[dict[str, Any]]]],
     *,
     model: str,
     how: batch.Asked,
-    keys: PromptKeys,
     sampling: SamplingKeys,
     seed: int,
+    stop: Sequence[str] = (),
 ) -> int:
     """Write one request for every prompt and sample; return how many.
 
     Args:
-        prompts: (id, text) of every prompt.
-        model: the name under which the thinking checkpoint is served.
+        asked: id and turns of every prompt.
+        model: the name under which the checkpoint is served.
         how: how its completions are read; each request's metadata keeps it.
         seed: run seed; sample j of every prompt is seeded with ``seed * samples + j``.
+        stop: strings that end a completion.
     """
+    count = 0
     with files.atomic_file(out) as handle:
-        for prompt_id, text in prompts:
-            for sample in range(sampling.samples):
-                body = request_body(model, messages(keys, text), sampling, seed * sampling.samples + sample)
-                body["metadata"] = {"prompt_id": prompt_id, **how.metadata()}
-                handle.write(files.dumps_line(batch.request(f"{prompt_id}-s{sample}", body)))
-    return len(prompts) * sampling.samples
+        for (prompt_id, turns), sample in itertools.product(asked, range(sampling.samples)):
+            body = request_body(model, turns, sampling, seed * sampling.samples + sample)
+            body |= {"stop": list(stop)} if stop else {}
+            body["metadata"] = {"prompt_id": prompt_id, **how.metadata()}
+            handle.write(files.dumps_line(batch.request(f"{prompt_id}-s{sample}", body)))
+            count += 1
+    return count

@@ -25,7 +25,7 @@ from thinkswitch_plugin.engines.generate import PROMPT_ROOM, context_length
 from thinkswitch_plugin.engines.replies import Unanswered
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.verdict import how_read
-from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
+from thinkswitch_plugin.recipe import recipe_of
 from thinkswitch_plugin.run import MODES, Run, checkpoint, open_run, settings_file
 from thinkswitch_plugin.run.progress import Bar
 
@@ -87,7 +87,7 @@ def compare(
             f"{folder} is not a run folder; run `make iterate DOMAIN={folder.name}` first, "
             "or give two checkpoints: A=<instruct> B=<thinking>."
         )
-    recipe = run.recipe if run else load_recipe(recipe_path(folder.name), tuple(map(overlay_path, overlays)))
+    recipe = run.recipe if run else recipe_of(folder.name, overlays)
     text, empty = prompts.as_asked(recipe.keys.prompts, question)
     asked = columns(run, iteration, instruct, thinking)
     if empty:

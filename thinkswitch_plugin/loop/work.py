@@ -64,17 +64,16 @@ def write_requests(run: Run, k: int) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     from thinkswitch_plugin.data import batch
-    from thinkswitch_plugin.data.prompts import write_requests
+    from thinkswitch_plugin.data.prompts import messages, write_requests
 
     teacher = run.checkpoint("thinking", k - 1)
     keys = run.recipe.keys
     prompts, commit = clean_prompts(run, k)
     count = write_requests(
         run.iteration(k) / "requests.jsonl",
-        prompts,
+        [(prompt_id, messages(keys.prompts, text)) for prompt_id, text in prompts],
         model=teacher,
         how=batch.asked_of(AutoTokenizer.from_pretrained(teacher), keys.convention),
-        keys=keys.prompts,
         sampling=keys.sampling,
         seed=run.seed,
     )

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from thinkswitch_plugin.args import resolve_seed
 from thinkswitch_plugin.data.formats import POST, PRE, Format
+from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.perception.answering import choose_engine
 from thinkswitch_plugin.perception.training import TYPES
-from thinkswitch_plugin.recipe import Recipe, load_recipe, overlay_path, recipe_path
+from thinkswitch_plugin.recipe import Recipe, recipe_of
 from thinkswitch_plugin.run import Run, open_run, settings_file
 
 
@@ -73,18 +73,22 @@ def find_job(
     """
     home = runs / name
     run = open_run(home) if settings_file(home).is_file() else None
-    chosen = tuple(map(overlay_path, overlays))
-    recipe = run.recipe if run and not overlays else load_recipe(recipe_path(name), chosen)
+    recipe = run.recipe if run and not overlays else recipe_of(name, overlays)
     keys = recipe.keys.adaptive
     count = keys.folds if folds is None else folds
     if count < 2:
         raise ThinkSwitchError(
             f"FOLDS={count}: give 2 or more; each fold is labelled by a baseline that never saw its questions."
         )
-    engine = choose_engine(engine)
+    chosen = run.engine if run and engine == "auto" else servers.choose(engine)
+    if chosen not in ("vllm", "embedded"):
+        raise ThinkSwitchError(
+            f"ENGINE={chosen}: a server of your own does not have the adapters that are trained here; "
+            "use ENGINE=vllm or ENGINE=embedded."
+        )
     named = generations or (resolve_seed(keys.generations, seed) if keys.generations else "")
     found = Path(named) if named else _of_run(run, home, name, seed)
-    job = LabelJob(recipe, seed, engine, home, found, count)
+    job = LabelJob(recipe, seed, chosen, home, found, count)
     if recipe.keys.pair.embedded:
         from thinkswitch_plugin.demo.cache import ensure
 

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import console, files
-from thinkswitch_plugin.args import resolve_seed
+from thinkswitch_plugin.args import SamplingKeys, ThinkSwitchKeys, resolve_seed
 from thinkswitch_plugin.data import answers, batch, formats
 from thinkswitch_plugin.data.formats import POST, PRE, Format
+from thinkswitch_plugin.data.prompts import write_requests
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.perception.answering import Tuned, answer, write_questions
+from thinkswitch_plugin.perception.answering import answer
 from thinkswitch_plugin.perception.label_job import LabelJob
 from thinkswitch_plugin.perception.label_material import (
     ASSUMES,
@@ -135,6 +136,13 @@ def prepare_student(job: LabelJob, hashes: Hashes, soft_tokens: int = 0) -> tupl
     return out, float(once(out.with_suffix(".json"), {"key": key}, (out,), work)["seconds"])
 
 
+def sampling_of(keys: ThinkSwitchKeys) -> SamplingKeys:
+    """How baselines are asked: greedily, or `adaptive.samples` times at temperature 1."""
+    samples = keys.adaptive.samples
+    temperature, budget = float(samples > 1), keys.sampling.max_tokens
+    return SamplingKeys(samples=samples, temperature=temperature, top_p=1, top_k=-1, max_tokens=budget)
+
+
 @dataclass(frozen=True)
 class Fold:
     """One fold: its questions, and the baselines that never saw them."""
@@ -166,12 +174,14 @@ class Fold:
                 f"{self.job.generations}: no question outside fold {self.number} has a complete answer with its trace; "
                 "lower FOLDS=, or generate more answers."
             )
-        write_questions(
+        write_requests(
             self.here / "requests.jsonl",
             [(question.prompt_id, question.turns) for question in self.questions],
-            max_tokens=self.job.recipe.keys.sampling.max_tokens,
-            samples=self.job.recipe.keys.adaptive.samples,
+            model="student",
+            how=batch.Asked(),
+            sampling=sampling_of(self.job.recipe.keys),
             seed=self.job.seed,
+            stop=formats.STOP,
         )
 
     def evaluate(self, form: Format) -> tuple[dict[str, float], dict[str, Any]]:
@@ -181,7 +191,7 @@ class Fold:
         data = ((self.here / RATIONALES, TYPES[form]),)
         trained = train_condition(job.recipe, Condition(self.student, data, job.seed), place, self.hashes)
         answered = answer(
-            Tuned(self.student, trained.adapter),
+            trained,
             self.here / "requests.jsonl",
             place / "generations.jsonl",
             engine=job.engine,

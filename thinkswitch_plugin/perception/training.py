@@ -45,11 +45,12 @@ class Condition:
 
 @dataclass(frozen=True)
 class Trained:
-    """An adapter that is whole, and the seconds that its training took, now or earlier."""
+    """A student's checkpoint folder and the whole adapter that was trained on it; seconds, now or earlier."""
 
+    student: Path
     adapter: Path
-    seconds: float
-    change: float
+    seconds: float = 0.0
+    change: float = 0.0
 
 
 def train_condition(recipe: Recipe, condition: Condition, here: Path, hashes: Hashes) -> Trained:
@@ -75,7 +76,7 @@ def train_condition(recipe: Recipe, condition: Condition, here: Path, hashes: Ha
 
     adapter = here / "adapter"
     done = once(here / "trained.json", {"key": key}, (adapter, here / "axolotl.yaml"), work)
-    return Trained(adapter, float(done["seconds"]), float(done["adapter_change"]))
+    return Trained(condition.student, adapter, float(done["seconds"]), float(done["adapter_change"]))
 
 
 def condition_config(recipe: Recipe, condition: Condition, here: Path, *, on_cpu: bool) -> dict[str, Any]:

@@ -14,14 +14,15 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import console, files
-from thinkswitch_plugin.data import answers, batch
+from thinkswitch_plugin.data import answers, batch, pairs
 from thinkswitch_plugin.data.formats import POST, PRE, Format
-from thinkswitch_plugin.data.prompts import read_prompts, write_requests
+from thinkswitch_plugin.data.prompts import messages, read_prompts, write_requests
+from thinkswitch_plugin.data.traces import Outcome
 from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.verdict import final_answer
@@ -40,17 +41,17 @@ Answers = dict[str, list[tuple[str | None, int]]]  # by prompt id: final answer 
 
 @dataclass(frozen=True)
 class Labels:
-    """Prompts, as the user turn holds them, and what each needs; `facts` go into `switch.json`."""
+    """Prompts, as the user turn holds them, and what each needs; `source` says where they come from."""
 
     prompts: list[str]
     labels: list[Format]
-    facts: dict[str, Any]
+    source: dict[str, Any]
 
-    @classmethod
-    def of(cls, prompts: list[str], labels: list[Format], facts: dict[str, Any]) -> Labels:
-        """With the counts of both labels among the facts."""
-        counts = {"prompts": len(labels), POST: labels.count(POST), PRE: labels.count(PRE)}
-        return cls(prompts, labels, {**facts, **counts})
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `switch.json` holds of them."""
+        counts: dict[str, int] = {label: self.labels.count(label) for label in (POST, PRE)}
+        return {**self.source, "prompts": len(self.labels), **counts}
 
     @property
     def needs_thinking(self) -> list[bool]:
@@ -59,7 +60,7 @@ class Labels:
 
     def first(self, count: int | None) -> Labels:
         """The first so many, or all."""
-        return Labels.of(self.prompts[:count], self.labels[:count], self.facts)
+        return replace(self, prompts=self.prompts[:count], labels=self.labels[:count])
 
 
 def label_of(instruct: str | None, thinking: Sequence[str | None]) -> tuple[Format | None, str | None]:
@@ -78,8 +79,7 @@ def read_labels(path: Path) -> Labels:
 
     Raises `ThinkSwitchError` naming the line of a broken row.
     """
-    prompts: list[str] = []
-    labels: list[Format] = []
+    rows = []
     for number, row in files.read_jsonl(path):
         if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
             raise ThinkSwitchError(f"{path}, line {number}: `prompt` is missing, empty or not text.")
@@ -88,13 +88,15 @@ def read_labels(path: Path) -> Labels:
                 f"{path}, line {number}: `label` is {row.get('label')!r:.50}; use {POST} (answering at once "
                 f"suffices) or {PRE} (thinking is needed)."
             )
-        prompts.append(row["prompt"])
-        labels.append(row["label"])
-    if not prompts:
+        rows.append(row)
+    if not rows:
         raise ThinkSwitchError(f"{path} holds no labels.")
-    with path.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return Labels.of(prompts, labels, {"source": "file", "file": str(path), "sha256": digest})
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return _labels(rows, {"source": "file", "file": str(path), "sha256": digest})
+
+
+def _labels(rows: Sequence[dict[str, Any]], source: dict[str, Any]) -> Labels:
+    return Labels([row["prompt"] for row in rows], [row["label"] for row in rows], source)
 
 
 def prompts_to_label(run: Run, k: int) -> tuple[Prompts, set[str]]:
@@ -148,11 +150,11 @@ def label_by_agreement(run: Run, k: int, hashes: Hashes, limit: int | None) -> L
     with files.atomic_file(run.iteration(k) / "switch" / "labels.jsonl") as handle:
         handle.writelines(map(files.dumps_line, rows))
     seen = sum(row["prompt"] in trained for row in rows)
-    facts = {"source": "the recipe's prompts", "trained_on": seen, "left_out": len(asked) - len(rows)}
+    source = {"source": "the recipe's prompts", "trained_on": seen, "left_out": len(asked) - len(rows)}
     if seen:
-        facts["caution"] = CAUTION.format(trained=f"{seen} of the {len(rows)} label prompts")
-        console.say(f"  {facts['caution']}")
-    return Labels.of([row["prompt"] for row in rows], [row["label"] for row in rows], facts)
+        source["caution"] = CAUTION.format(trained=f"{seen} of the {len(rows)} label prompts")
+        console.say(f"  {source['caution']}")
+    return _labels(rows, source)
 
 
 def _answers(run: Run, k: int, mode: str, prompts: Prompts, count: int, hashes: Hashes) -> Answers:
@@ -176,12 +178,11 @@ def _answers(run: Run, k: int, mode: str, prompts: Prompts, count: int, hashes: 
     requests, answered = here / "requests.jsonl", here / "generations.jsonl"
 
     def write(_resumes: bool) -> dict[str, Any]:
-        convention = keys.convention if mode == "thinking" else None
-        how = batch.asked_of(AutoTokenizer.from_pretrained(checkpoint), convention)
-        written = write_requests(
-            requests, prompts, model=checkpoint, how=how, keys=keys.prompts, sampling=sampling, seed=run.seed
-        )
-        return {"requests": written}
+        how = batch.asked_of(AutoTokenizer.from_pretrained(checkpoint), keys.convention if mode == "thinking" else None)
+        turns = ((prompt_id, messages(keys.prompts, text)) for prompt_id, text in prompts)
+        return {
+            "requests": write_requests(requests, turns, model=checkpoint, how=how, sampling=sampling, seed=run.seed)
+        }
 
     once(here / "key.json", key, (requests,), write, scratch=(answered,), part=None)
     hashes.save()
@@ -196,19 +197,9 @@ def _answers(run: Run, k: int, mode: str, prompts: Prompts, count: int, hashes: 
         title=f"labels: {mode}",
     )
     console.say(f"  {mode}: {report.answered} answered, {report.already_stored} stored before, {report.failed} failed")
-    return _read_answers(requests, answered, keys.labels.answer)
-
-
-def _read_answers(requests: Path, answered: Path, kind: str) -> Answers:
-    stored: dict[str, dict[str, Any]] = {}
-    for number, row in files.read_jsonl(answered, torn_end=True):
-        stored.setdefault(batch.stored_id(row, answered, number), row)
     found: Answers = {}
-    for _, request in batch.read_requests(requests):
-        row = stored.get(request["custom_id"], {})
-        body = batch.completion_body(row)
-        if body is not None:
-            done = batch.completion_of(row, batch.asked(request))
-            tokens = batch.tokens_of(body)
-            found.setdefault(batch.prompt_id(request), []).append((final_answer(kind, done), tokens))
+    for one in pairs.completions(requests, answered):
+        if one.done and one.done.outcome is not Outcome.FAILED:
+            answer = final_answer(keys.labels.answer, one.done)
+            found.setdefault(batch.prompt_id(one.request), []).append((answer, one.tokens))
     return found

@@ -67,14 +67,12 @@ def thresholds(p: NDArray[np.float64]) -> list[float]:
     return [1.0, *(float(value) for value in np.unique(p)[::-1])]
 
 
-def _mean(judged: Judged, name: str, think: NDArray[np.bool_]) -> float:
-    values = getattr(judged, name)
-    return float(np.where(think, values["thinking"], values["instruct"]).mean())
-
-
 def chosen(judged: Judged, think: NDArray[np.bool_]) -> dict[str, float]:
     """Share of thinking, accuracy and tokens when exactly these questions are thought about."""
-    accuracy, tokens = _mean(judged, "score", think), _mean(judged, "tokens", think)
+    accuracy, tokens = (
+        float(np.where(think, values["thinking"], values["instruct"]).mean())
+        for values in (judged.score, judged.tokens)
+    )
     return {"share": float(think.mean()), "accuracy": accuracy, "tokens": tokens}
 
 
@@ -152,9 +150,7 @@ def compared(judged: Judged, think: NDArray[np.bool_]) -> dict[str, Any]:
 def area(judged: Judged) -> dict[str, Any]:
     """How far the router is ahead on the average over all shares (by the trapezoid rule), and its 95 % interval."""
     masks = [judged.p >= threshold for threshold in thresholds(judged.p)]
-    steps = np.diff([mask.mean() for mask in masks]) / 2
-    weights = np.append(steps, 0) + np.append(0, steps)
-    values = np.asarray(sum(weight * ahead(judged, mask) for weight, mask in zip(weights, masks, strict=True)))
+    values = np.trapezoid([ahead(judged, mask) for mask in masks], [mask.mean() for mask in masks], axis=0)
     return {"ahead": float(values.mean()), "ci95": bootstrapped(values.tolist())}
 
 
