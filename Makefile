@@ -49,7 +49,7 @@ ifeq ($(MAKELEVEL),0)
 # The running stage watches this process, so that it ends if `make` is killed.
 export THINKSWITCH_OWNER := $(shell echo $$PPID)
 endif
-ifneq ($(shell grep -s '^ *embedded: true' 'recipes/$(DOMAIN).yaml'),)
+ifneq ($(shell grep -s '^ *embedded: [^f]' 'recipes/$(DOMAIN).yaml'),)
 # An embedded domain needs no hub, and nothing may be downloaded at run time.
 export HF_HUB_OFFLINE ?= 1
 endif
@@ -173,7 +173,7 @@ serve: setup ## start vLLM with both modes of an export, or with one checkpoint:
 verify: setup ## read all files of a run and check that they still fit together: make verify DOMAIN=aime
 	@$(TS) verify "$$RUN"
 
-control: setup ## run a control experiment on iteration 1: make control CONTROL=shuffled|true-labels|undistilled|rounded
+control: setup ## run a control experiment on iteration 1: make control CONTROL=shuffled|own-answers|true-labels|undistilled|rounded
 	@$(VENV)/bin/python -m experiments control "$$CONTROL" "$$RUN"
 
 results: setup ## print the tables of docs/results.md, or of docs/interpolation.md with PART=interpolation: make results RUN_FOLDERS="runs/arithmetic runs-1/arithmetic"

@@ -1,7 +1,8 @@
 """Control experiments on iteration 1 of a finished run, each judged like the run itself.
 
 shuffled      the same answers handed to other prompts: instruct must not gain
-true-labels   the right answers instead of the model's own (embedded domain): the upper reference
+own-answers   instruct trained on its own answers: what training alone does
+true-labels   the right answers instead of the model's own: the upper reference; the prompts' field `answer`
 undistilled   thinking rebuilt with the *undistilled* instruct: what interpolation alone does
 rounded       the adapter merged by axolotl's default, which rounds every matrix through NF4
 """
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import console, files, places
+from thinkswitch_plugin.data.prompts import read_field
+from thinkswitch_plugin.engines.ask import ask_in_order, asking
+from thinkswitch_plugin.engines.replies import Unanswered
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint
 from thinkswitch_plugin.judging.figures import summarize
@@ -26,6 +30,7 @@ from thinkswitch_plugin.run import MODES, Run, locked, open_run
 
 NAMES = {
     "shuffled": ("instruct", "labels shuffled among prompts"),
+    "own-answers": ("instruct", "instruct's own answers"),
     "true-labels": ("instruct", "true labels"),
     "rounded": ("instruct", "adapter merged through NF4 (axolotl's default)"),
     "undistilled": ("thinking", "thinking rebuilt with the undistilled instruct"),
@@ -44,7 +49,7 @@ def run_control(run: Run, name: str) -> None:
     with locked(run.folder):
         console.say(f"[control {name}] {title}")
         out = here / mode
-        if name in ("shuffled", "true-labels"):
+        if name in ("shuffled", "own-answers", "true-labels"):
             pairs = here / "pairs.jsonl"
             with files.atomic_file(pairs) as handle:
                 for row in relabelled(run, name):
@@ -83,17 +88,35 @@ def relabelled(run: Run, name: str) -> Iterator[dict[str, Any]]:
     if name == "shuffled":
         labels = [row["messages"][-1]["content"] for row in rows_]
         random.Random(run.seed).shuffle(labels)
-    elif run.recipe.keys.pair.embedded:
+    elif name == "own-answers":
+        labels = own_answers(run, [row["custom_id"] for row in rows_])
+    elif run.recipe.keys.pair.embedded is True:
         from thinkswitch_plugin.demo import task
 
         labels = [task.answer(row["messages"][0]["content"]) for row in rows_]
     else:
-        raise ThinkSwitchError(
-            f"The control {name} needs known answers; only the embedded domain has them; use DOMAIN=arithmetic."
-        )
+        known = read_field(run.recipe.keys.prompts, run.seed, "answer")
+        labels = [known[row["prompt_id"]] for row in rows_]
     for row, label in zip(rows_, labels, strict=True):
         messages = [*row["messages"][:-1], {"role": "assistant", "content": label}]
         yield {**row, "messages": messages}
+
+
+def own_answers(run: Run, wanted: list[str]) -> list[str]:
+    """What the starting instruct checkpoint answers to these requests of iteration 1, greedily.
+
+    Raises `ThinkSwitchError` if one of them is not answered.
+    """
+    model, requests = run.checkpoint("instruct", 0), run.iteration(1) / "requests.jsonl"
+    bodies = {
+        row["custom_id"]: row["body"] | {"model": model, "temperature": 0} for _, row in files.read_jsonl(requests)
+    }
+    log = run.folder / "controls" / "own-answers" / "logs" / "generate.log"
+    with asking(run.engine, model, run.recipe.keys.engine, log=log) as asker:
+        replies = ask_in_order(asker, [bodies[one] for one in wanted])
+    if unanswered := next((reply for reply in replies if isinstance(reply, Unanswered)), None):
+        raise ThinkSwitchError(f"{model} gave no answer through {run.engine}: {unanswered}.")
+    return [str(reply["choices"][0]["message"]["content"]) for reply in replies if isinstance(reply, dict)]
 
 
 def print_results(folders: list[Path]) -> None:

@@ -60,6 +60,15 @@ def arithmetic_mixed_dataset(**arguments: Any) -> dict[str, Any]:
     return _test(Dataset.from_list(mixed.rows()), arguments)
 
 
+def words_dataset(**arguments: Any) -> dict[str, Any]:
+    """The held-out questions of the domain `words`, half of them in words and phrasings that are new."""
+    from datasets import Dataset
+
+    from thinkswitch_plugin.demo import words
+
+    return _test(Dataset.from_list(words.rows()), arguments)
+
+
 def aime_dataset(**arguments: Any) -> dict[str, Any]:
     """AIME 2026: 30 problems from MathArena/aime_2026, or from THINKSWITCH_DATA."""
     return _test(aime_rows(), arguments)
@@ -92,7 +101,7 @@ def _gold(doc: dict[str, Any]) -> str:
 
 
 def _graded(kind: str, doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
-    """The metrics of one question."""
+    """The metrics of one question; `mean@k_<stratum>` as well if the question has a `stratum`."""
     gold = _gold(doc)
     reported = question_metrics(kind, completions(results), gold)
     if answers.gold(kind, gold) is None:
@@ -100,6 +109,8 @@ def _graded(kind: str, doc: dict[str, Any], results: list[Any]) -> dict[str, Any
         log.error(
             "The question %r is not graded and counts in no score: %s.", question[:80], answers.unread(kind, gold)
         )
+    elif "stratum" in doc:
+        reported[f"mean@k_{doc['stratum']}"] = reported["mean@k"]
     if doc.get(TRACE_REMOVED):
         del reported["think_ratio"]
     return reported

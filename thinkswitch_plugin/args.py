@@ -29,7 +29,11 @@ class PairKeys(Keys):
     )
     revision_instruct: str | None = Field(None, description="Hub commit or tag to pin.")
     revision_thinking: str | None = Field(None, description="Hub commit or tag to pin.")
-    embedded: bool = Field(False, description="Train the tiny pair of the embedded domain at these two paths first.")
+    embedded: bool | str = Field(
+        False,
+        description="Make the pair at these two paths first: true is the tiny pair of digits; or a function "
+        "`package.module:function`, called with these keys and the seed.",
+    )
 
 
 class PromptKeys(Keys):

@@ -139,6 +139,7 @@ def require_uncontaminated(prompts: Sequence[tuple[str, str]], keys: EvaluationK
             for o in found[:SHOWN]
         )
         raise ThinkSwitchError(
-            f"{len(found)} training prompt(s) overlap with the evaluation set of {keys.task}; remove them:\n{shown}"
+            f"{len(found)} training prompt(s) overlap with the evaluation set of {keys.task}; remove them, or, if they "
+            f"only share the sentences of a template, raise `thinkswitch.evaluation.contamination_share`:\n{shown}"
         )
     return len(questions)

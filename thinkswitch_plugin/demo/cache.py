@@ -2,10 +2,13 @@
 
 .cache/arithmetic/seed-0/{instruct,thinking,base,prompts.jsonl}
 .cache/arithmetic-mixed/seed-0/{requests.jsonl,generations.jsonl,prompts.jsonl}
+.cache/words/seed-0/{instruct,thinking,base,prompts.jsonl}
+.cache/smollm2/
 """
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -14,12 +17,13 @@ from typing import Any
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import ThinkSwitchKeys, resolve_seed
 from thinkswitch_plugin.demo import mixed, task
-from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.errors import ThinkSwitchError, reason
 from thinkswitch_plugin.run import locked
 from thinkswitch_plugin.run.stamp import folder_once, stored
 
 SETTINGS = "settings.json"  # its stamp, in the folder
 PROMPTS = 2048  # enough for four iterations of 512 fresh ones
+WORDS_PROMPTS = 1536  # enough for four iterations of 384
 
 
 def ensure_pair(seed: int, instruct: Path, thinking: Path) -> None:
@@ -37,11 +41,46 @@ def ensure_pair(seed: int, instruct: Path, thinking: Path) -> None:
     _ensure(instruct.parent, wanted, thinking, "tiny pair", make)
 
 
+def ensure_words(keys: ThinkSwitchKeys, seed: int) -> None:
+    """Make the pair of the domain `words` and its prompts, unless they are there with these settings.
+
+    Raises `ThinkSwitchError` if the folder holds something else, or the weights cannot be had.
+    """
+    from thinkswitch_plugin.demo import smollm2, words
+    from thinkswitch_plugin.demo.words_pair import WordsSettings, train_pair
+
+    folder = Path(resolve_seed(keys.pair.instruct, seed)).parent
+
+    def make(building: Path) -> None:
+        held_out = {question.prompt for question in words.held_out()}
+        prompts = words.questions(f"prompts-{seed}", WORDS_PROMPTS, exclude=held_out)
+        model, tokenizer = smollm2.load(smollm2.fetch(folder.parent.parent / "smollm2"))
+        train_pair(building, seed, model, tokenizer, exclude=held_out | {prompt.prompt for prompt in prompts})
+        with files.atomic_file(building / "prompts.jsonl") as handle:
+            for number, prompt in enumerate(prompts):
+                row = {"id": f"p{number:05d}", "prompt": prompt.prompt, "answer": prompt.answer}
+                handle.write(files.dumps_line(row))
+
+    wanted = {"seed": seed, "prompts": WORDS_PROMPTS, "held_out": words.HELD_OUT_SIZE, **asdict(WordsSettings())}
+    _ensure(folder, wanted, folder / "thinking", "pair of SmolLM2-135M siblings", make)
+
+
 def ensure(keys: ThinkSwitchKeys, seed: int) -> None:
     """Make what an embedded recipe names: its pair, and training files where `adaptive.generations` names them.
 
-    What is there with these settings is kept. Raises `ThinkSwitchError` if a folder holds something else.
+    What is there with these settings is kept. If `embedded` names a function, that is called with `keys` and `seed`
+    instead. Raises `ThinkSwitchError` if a folder holds something else, or there is no such function.
     """
+    if isinstance(keys.pair.embedded, str):
+        try:
+            maker = pkgutil.resolve_name(keys.pair.embedded)
+        except (ValueError, ImportError, AttributeError) as error:
+            raise ThinkSwitchError(
+                f"`thinkswitch.pair.embedded` names {keys.pair.embedded}, which cannot be imported ({reason(error)}); "
+                "write `package.module:function`."
+            ) from None
+        maker(keys, seed)
+        return
     ensure_pair(seed, *(Path(resolve_seed(name, seed)) for name in (keys.pair.instruct, keys.pair.thinking)))
     if keys.adaptive.generations:
         ensure_mixed(seed, Path(resolve_seed(keys.adaptive.generations, seed)).parent)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.demo.tokenizer import MODES, Mode, build_tokenizer
@@ -83,13 +83,20 @@ def collate(tokenizer: PreTrainedTokenizerFast, examples: Iterable[Example]) -> 
     return {name: pad(rows, batch_first=True, padding_value=fill[name]) for name, rows in columns.items()}
 
 
+def whole_loss(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The model's own loss."""
+    loss: torch.Tensor = model(**batch).loss
+    return loss
+
+
 def fit(
-    model: Qwen3ForCausalLM,
+    model: PreTrainedModel,
     batches: Iterator[list[dict[str, torch.Tensor]]],
     optimizers: list[torch.optim.Optimizer],
     steps: int,
     warmup: int,
     name: str,
+    loss_of: Callable[[PreTrainedModel, dict[str, torch.Tensor]], torch.Tensor] = whole_loss,
 ) -> None:
     """Train for `steps`; the losses of a step's batches are averaged.
 
@@ -107,7 +114,7 @@ def fit(
             model.zero_grad()
             total = 0.0
             for batch in step:
-                loss = model(**batch).loss / len(step)
+                loss = loss_of(model, batch) / len(step)
                 loss.backward()
                 total += loss.item()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -128,7 +135,7 @@ def base_optimizers(model: Qwen3ForCausalLM, settings: PairSettings) -> list[tor
     ]
 
 
-def save_checkpoint(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """A complete Hugging Face checkpoint; greedy decoding is its documented default."""
     ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     model.generation_config = GenerationConfig(do_sample=False, **ids)
