@@ -12,11 +12,11 @@ KEEP       ?= all
 KILLS      ?= 10
 SEEDS      ?= 0 1 2
 # Names as short as these may have another meaning in a user's environment: they count on the command line only.
-$(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA RANK BASE LABELS,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
+$(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA RANK BASE LABELS TASK,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
 
 # What a setting may contain: `value` reads it before Make would expand a $(shell …) in it.
 SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITER LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR A B K SAMPLING \
-	TEMPLATE LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS COMMIT
+	TEMPLATE TASK LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS COMMIT
 $(foreach name,$(SETTINGS),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
 # A question is free text: taken as it is, never expanded, and read by the command from the environment.
 override QUESTION := $(value QUESTION)
@@ -33,7 +33,7 @@ RUN  := $(RUNS)/$(DOMAIN)
 
 # Settings reach the commands through the environment, never through a shell's command line: THINKSWITCH_<OPTION>
 # stands for an option of `thinkswitch`, and an empty one counts as left out.
-$(foreach name,DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY MODEL SAMPLING TEMPLATE LIMIT OUT LAMBDAS RANK BASE PORT \
+$(foreach name,DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY MODEL SAMPLING TEMPLATE TASK LIMIT OUT LAMBDAS RANK BASE PORT \
 	QUESTION FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS KEEP,$(eval export THINKSWITCH_$(name) = $$($(name))))
 export THINKSWITCH_ITERATION = $(ITER)
 export THINKSWITCH_INSTRUCT = $(A)

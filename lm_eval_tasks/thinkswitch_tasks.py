@@ -1,13 +1,12 @@
 """The functions that the task files in this folder name. They do not need axolotl.
 
-To work offline, set THINKSWITCH_DATA to a folder that contains `aime_2026` and `pubmedqa` as
-.jsonl, .csv or .parquet, with the columns of the hub's datasets.
+To work offline, set THINKSWITCH_DATA to a folder that contains `aime_2026`, `aime25`, `pubmedqa`, `gpqa_diamond` and
+`ifeval`, or those of them that are used, as .jsonl, .csv or .parquet, with the columns of the hub's datasets.
 
 lm-eval passes the model arguments of the run to each `NAME_dataset`. A `grade_KIND` reads answers by the
 rules for that kind in docs/grading.md.
 """
 
-# No postponed annotations: lm-eval loads this file under a name that pydantic could not look them up by.
 import hashlib
 import logging
 import math
@@ -16,12 +15,11 @@ import random
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-from pydantic import BaseModel, Field, StrictInt, StringConstraints, ValidationError
+from typing import TYPE_CHECKING, Any
 
 from thinkswitch_plugin.answer_kinds import KINDS
-from thinkswitch_plugin.data import answers, sources
+from thinkswitch_plugin.data import answers, benchmarks, sources
+from thinkswitch_plugin.data.benchmarks import AimeRow, GpqaRow, IfevalRow, PubMedQARow, check_rows
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.figures import question_metrics
 from thinkswitch_plugin.judging.samples import completions
@@ -30,12 +28,12 @@ from thinkswitch_plugin.judging.verdict import think_ratio as closed_of_whole
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pydantic import BaseModel
 
 log = logging.getLogger("lm_eval")
 TRACE_REMOVED = "trace_removed"  # a column of the questions, if lm-eval removes the traces before grading
 
 DATA_VARIABLE = "THINKSWITCH_DATA"
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 PUBMEDQA_ROWS, PUBMEDQA_SUBSET = 1000, 30
 # sha256 of the sorted test ids, one a line: proof that the split below is the official one.
 PUBMEDQA_TEST_SHA256 = "406e3b89eff577ed38571eca5a5819734a6f49ac0437d171b6c64e5c3cd195f8"
@@ -72,6 +70,28 @@ def words_dataset(**arguments: Any) -> dict[str, Any]:
 def aime_dataset(**arguments: Any) -> dict[str, Any]:
     """AIME 2026: 30 problems from MathArena/aime_2026, or from THINKSWITCH_DATA."""
     return _test(aime_rows(), arguments)
+
+
+def aime25_dataset(**arguments: Any) -> dict[str, Any]:
+    """AIME 2025: 30 problems from math-ai/aime25, or from THINKSWITCH_DATA."""
+    return _test(evaluation_rows("aime25", "math-ai/aime25", None, AimeRow, "problem", "test"), arguments)
+
+
+def gpqa_diamond_dataset(**arguments: Any) -> dict[str, Any]:
+    """GPQA Diamond: 198 questions from Idavidrein/gpqa, or from THINKSWITCH_DATA."""
+    from datasets import Dataset
+
+    rows = evaluation_rows("gpqa_diamond", "Idavidrein/gpqa", "gpqa_diamond", GpqaRow, "Question")
+    return _test(Dataset.from_list([benchmarks.gpqa_question(row) for row in rows]), arguments)
+
+
+def ifeval_dataset(**arguments: Any) -> dict[str, Any]:
+    """IFEval: 541 prompts from google/IFEval, or from THINKSWITCH_DATA."""
+    from datasets import Dataset
+
+    rows = evaluation_rows("ifeval", "google/IFEval", None, IfevalRow, "prompt")
+    benchmarks.require_checkable((f"IFEval, row {number}", row) for number, row in enumerate(rows, 1))
+    return _test(Dataset.from_list([benchmarks.ifeval_question(row) for row in rows]), arguments)
 
 
 def pubmedqa_dataset(**arguments: Any) -> dict[str, Any]:
@@ -187,29 +207,9 @@ def macro_f1(questions: Sequence[Sequence[str | None]]) -> float:
     return float(sum(scores) / len(scores))
 
 
-class AimeRow(BaseModel):
-    """What the AIME task reads of a row."""
-
-    problem: Text
-    answer: StrictInt | Annotated[str, StringConstraints(strip_whitespace=True, pattern=r"^[+-]?\d+$")]
-
-
-class PubMedQAContext(BaseModel):
-    """The paragraphs of an abstract."""
-
-    contexts: Annotated[list[Text], Field(min_length=1)]
-
-
-class PubMedQARow(BaseModel):
-    """What the PubMedQA tasks read of a row."""
-
-    pubid: StrictInt | Text
-    question: Text
-    context: PubMedQAContext
-    final_decision: Literal["yes", "no", "maybe"]
-
-
-def evaluation_rows(file_name: str, hub: str, config: str | None, shape: type[BaseModel], name: str) -> "Dataset":
+def evaluation_rows(
+    file_name: str, hub: str, config: str | None, shape: type["BaseModel"], name: str, split: str = "train"
+) -> "Dataset":
     """An evaluation set from THINKSWITCH_DATA where that is set, else from the hub.
 
     Args:
@@ -223,7 +223,7 @@ def evaluation_rows(file_name: str, hub: str, config: str | None, shape: type[Ba
 
     folder = os.environ.get(DATA_VARIABLE)
     if not folder:
-        rows = sources.load_hub(hub, config, "train", None)[0]
+        rows = sources.load_hub(hub, config, split, None)[0]
         check_rows(((f"{hub}, row {n}", row) for n, row in enumerate(rows, 1)), hub, shape, name)
         return rows
     for suffix in sources.SUFFIXES:
@@ -237,28 +237,6 @@ def evaluation_rows(file_name: str, hub: str, config: str | None, shape: type[Ba
             except (ArrowInvalid, ArrowTypeError) as error:
                 raise ThinkSwitchError(f"{path}: a column holds values of different types: {error}.") from None
     raise ThinkSwitchError(f"{DATA_VARIABLE}={folder} holds no {file_name} as {', '.join(sources.SUFFIXES)}.")
-
-
-def check_rows(rows: Iterable[tuple[str, dict[str, Any]]], source: str, shape: type[BaseModel], name: str) -> None:
-    """Raise `ThinkSwitchError` for the first row that cannot be asked and judged, for a question twice, or for no row.
-
-    Args:
-        rows: (where it stands, row).
-    """
-    seen: dict[str, str] = {}
-    for where, row in rows:
-        try:
-            shape.model_validate(row)
-        except ValidationError as error:
-            first = error.errors()[0]
-            at = ".".join(str(part) for part in first["loc"][:2] if part not in ("int", "str"))
-            reason = "is missing" if first["type"] == "missing" else f"cannot be used ({first['msg']})"
-            raise ThinkSwitchError(f"{where}: `{at}` {reason}; the file needs the columns of the hub's set.") from None
-        before = seen.setdefault(str(row[name]), where)
-        if before != where:
-            raise ThinkSwitchError(f"{where}: the same `{name}` as in {before.rpartition(', ')[2]}; remove one.")
-    if not seen:
-        raise ThinkSwitchError(f"{source} holds no rows.")
 
 
 def aime_rows() -> "Dataset":

@@ -15,11 +15,13 @@ class Kind(NamedTuple):
         answer: reads what follows a trace.
         gold: reads a published right answer.
         whole: an answer is all of the text, so a text that was cut has none.
+        right: whether an answer is right, of the answer and the right one; None if they must be equal.
     """
 
     answer: str
     gold: str
     whole: bool = False
+    right: str | None = None
 
 
 KINDS = {
@@ -28,4 +30,6 @@ KINDS = {
     "integer": Kind("integers:integer", "integers:published"),
     "decision": Kind("decisions:decision", "decisions:decision"),
     "matharena": Kind("integers:last_integer", "integers:published"),
+    "choice": Kind("decisions:choice", "decisions:choice"),
+    "instructions": Kind("answers:exact", "benchmarks:instructions", whole=True, right="benchmarks:follows"),
 }

@@ -25,6 +25,10 @@ def with_next_command(sentence: str) -> str:
 def not_fetched(what: str, error: BaseException) -> ThinkSwitchError:
     """The sentence for a checkpoint or a dataset that the hub does not give."""
     text = f"{what} cannot be downloaded from the hub: {first_line(error)}"
+    if "gated" in f"{type(error).__name__} {error}".lower():
+        return ThinkSwitchError(
+            f"{text}; accept its terms on its page at huggingface.co, and log in with `hf auth login`."
+        )
     return ThinkSwitchError(f"{text}; check its name, the network and your access to it.")
 
 

@@ -109,7 +109,9 @@ def of_pair(function: Callable[..., Any]) -> Callable[..., Any]:
 
         from thinkswitch_plugin.search.pair import PairOptions
 
-        pair = PairOptions(**{field.name: options.pop(field.name) for field in fields(PairOptions)})
+        pair = PairOptions(
+            **{field.name: options.pop(field.name) for field in fields(PairOptions) if field.name in options}
+        )
         function(pair=pair, **options)
 
     return call
@@ -117,6 +119,11 @@ def of_pair(function: Callable[..., Any]) -> Callable[..., Any]:
 
 # How candidates made of the pair are asked.
 of_candidates = together(
+    click.option(
+        "--task",
+        default="",
+        help="Another lm-eval task than the recipe's, with that task's token budget: thinkswitch_ifeval, gsm8k, …",
+    ),
     click.option(
         "--template",
         type=click.Choice(["instruct", "thinking"]),

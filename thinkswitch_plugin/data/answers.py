@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pkgutil import resolve_name
+from typing import Any
 
 from thinkswitch_plugin.answer_kinds import KINDS
 from thinkswitch_plugin.data.statements import stated
@@ -28,7 +29,7 @@ def digit(text: str) -> str | None:
 
 
 @cache
-def _reader(name: str) -> Callable[..., str | None]:
+def _reader(name: str) -> Callable[..., Any]:
     return resolve_name(f"{__package__}.{name}")
 
 
@@ -57,6 +58,16 @@ def gold(kind: str, text: str) -> str | None:
     nothing is looked for in prose.
     """
     return _reader(KINDS[kind].gold)(text)
+
+
+def is_right(kind: str, found: str | None, wanted: str) -> bool:
+    """Whether an extracted answer is right.
+
+    Args:
+        wanted: the gold answer in its normal form.
+    """
+    compare = KINDS[kind].right
+    return found == wanted if compare is None else found is not None and bool(_reader(compare)(found, wanted))
 
 
 def unread(kind: str, text: str) -> str:

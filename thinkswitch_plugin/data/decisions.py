@@ -10,6 +10,7 @@ import orjson
 from thinkswitch_plugin.data.statements import WINDOW, plain, statements
 
 LETTERS = {"A": "yes", "B": "no", "C": "maybe"}
+OPTIONS = {letter: letter for letter in "ABCDEFGHIJ"}
 
 
 def decision(text: str, letters: Mapping[str, str] = LETTERS) -> str | None:
@@ -51,6 +52,12 @@ def decision(text: str, letters: Mapping[str, str] = LETTERS) -> str | None:
     named = {word.lower() for word in re.findall(r"\b(?:yes|no|maybe)\b", lines[-1], re.IGNORECASE)}
     hedged = re.search(r"\b(?:not|if|whether|could)\b|\bno \w", lines[-1], re.IGNORECASE)
     return named.pop() if len(named) == 1 and not hedged else None
+
+
+def choice(text: str) -> str | None:
+    """The letter, A to J, of the option that a text comes to, by the rules for decisions."""
+    found = decision(text, OPTIONS)
+    return found if found in OPTIONS else None
 
 
 _DECIDED = re.compile(

@@ -12,7 +12,7 @@ import yaml
 
 from thinkswitch_plugin import places
 from thinkswitch_plugin.answer_kinds import KINDS
-from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.errors import ThinkSwitchError, reason
 
 
 class _AnyTag(yaml.SafeLoader):
@@ -95,18 +95,28 @@ def task_files(name: str, folder: Path | None = None, data: str = "") -> tuple[P
 def load(name: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
     """A task as lm-eval loads it, `changes` put into its YAML; tasks of a group, if the name is a group's.
 
-    Raises `ThinkSwitchError` if lm-eval knows no such task, and what lm-eval raises.
+    Raises `ThinkSwitchError` if lm-eval does not know or cannot load the task.
     """
     from lm_eval.tasks import TaskManager, get_task_dict
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     tasks = places.find(places.TASKS)
-    manager = TaskManager(include_path=str(tasks), include_defaults=not (tasks / f"{name}.yaml").is_file())
+    manager = TaskManager(include_path=str(tasks), include_defaults=not is_ours(name))
     if name not in manager.all_tasks:
         raise ThinkSwitchError(
             f"lm-eval knows no task {name!r}; put its YAML into lm_eval_tasks/, or name one that `lm_eval ls tasks` lists."
         )
-    return dict(get_task_dict([{"task": name, **changes} if changes else name], manager))
+    try:
+        return dict(get_task_dict([{"task": name, **changes} if changes else name], manager))
+    except ThinkSwitchError:
+        raise
+    except Exception as error:  # whatever a task file and the libraries that load its data raise
+        raise ThinkSwitchError(f"The questions of lm-eval's task {name} cannot be loaded: {reason(error)}.") from None
+
+
+def is_ours(name: str) -> bool:
+    """Whether a task lies in the folder of our tasks."""
+    return (places.find(places.TASKS) / f"{name}.yaml").is_file()
 
 
 def repeats(name: str) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.merging.vocabulary import require_same_names
 
 SWITCH = "enable_thinking"  # the name that Qwen3's templates, vLLM and its parsers have for it
 PROBES: tuple[list[dict[str, str]], ...] = (
@@ -36,10 +37,12 @@ def combine(instruct: str, thinking: str) -> str:
 def combined_template(instruct: Path, thinking: Path) -> str:
     """The combined template of two checkpoints, tried on conversations against the two it is made of.
 
-    Raises `ThinkSwitchError` if a checkpoint has no single chat template, or the two do not fit into one.
+    Raises `ThinkSwitchError` if a checkpoint has no single chat template, the two do not fit into one, or the two
+    checkpoints name tokens differently.
     """
     from transformers import AutoTokenizer
 
+    require_same_names(instruct, thinking)
     tokenizers = {folder: AutoTokenizer.from_pretrained(folder) for folder in (instruct, thinking)}
     texts = {folder: chat_template(tokenizer, folder) for folder, tokenizer in tokenizers.items()}
     both = combine(texts[instruct], texts[thinking])

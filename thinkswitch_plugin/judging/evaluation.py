@@ -177,9 +177,13 @@ def load_task(keys: EvaluationKeys, sampling: Sampling, prefix: str = "", stop: 
     """
     changes: dict[str, Any] = {}
     if sampling.samples is not None:
-        keep_all = {"function": "take_first_k", "k": sampling.samples}
-        changes = {"repeats": sampling.samples, "filter_list": [{"name": "samples", "filter": [keep_all]}]}
+        changes["repeats"] = sampling.samples
+        if task_files.is_ours(keys.task):  # other tasks grade one sample; we grade all of them afterwards
+            keep_all = {"function": "take_first_k", "k": sampling.samples}
+            changes["filter_list"] = [{"name": "samples", "filter": [keep_all]}]
     loaded = task_files.load(keys.task, changes)
+    if keys.task not in loaded:
+        raise ThinkSwitchError(f"{keys.task} is a group of lm-eval tasks; name one task of it.")
     task = loaded[keys.task]
     generation = sampling.applied(dict(task.config.generation_kwargs or {}))
     if keys.max_tokens is not None:

@@ -100,9 +100,15 @@ def samples_file(folder: Path, task: str) -> Path:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The questions of a samples file, in the order of its lines. Raises `ThinkSwitchError` for another shape."""
+    """The questions of a samples file, in the order of its lines. Raises `ThinkSwitchError` for another shape.
+
+    A task with several filters (GSM8K) has each question once for every filter; all hold the same completions.
+    """
+    chosen: Any = None
     for number, row in files.read_jsonl(path):
-        yield Row.of(row, f"{path}, line {number}")
+        chosen = chosen or row.get("filter")
+        if row.get("filter") == chosen:
+            yield Row.of(row, f"{path}, line {number}")
 
 
 def read_samples(

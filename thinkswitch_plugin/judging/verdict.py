@@ -57,7 +57,7 @@ def verdict_on(
     """
     found = final_answer(kind, done, letters)
     right = None if gold is None else answers.gold(kind, gold)
-    return Verdict(done.cut, done.closed_trace, found, None if right is None else found == right)
+    return Verdict(done.cut, done.closed_trace, found, None if right is None else answers.is_right(kind, found, right))
 
 
 def convention_read(convention: Convention | None) -> Convention | None:

@@ -23,7 +23,7 @@ from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.engines.servers import choose
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging import verdict
-from thinkswitch_plugin.merging.compatibility import Allowances, require_compatible
+from thinkswitch_plugin.merging.compatibility import Allowances, align_compatible
 from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
 from thinkswitch_plugin.merging.similarity import similarity
 from thinkswitch_plugin.run import checkpoint, processes
@@ -167,7 +167,7 @@ def rebuild_thinking(
     """
     before = check.original(keys.check_prompts)
     before.require_some(check.reference, keys)
-    require_compatible(instruct, anchor, Allowances(may_differ=tuple(keys.may_differ)))
+    align_compatible([instruct, anchor], Allowances(may_differ=tuple(keys.may_differ)))
     nearness = similarity(instruct, anchor)
     source = places.find(keys.config)
     template = allow(files.read_yaml(source), keys.may_differ)

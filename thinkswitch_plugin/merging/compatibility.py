@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.settings import SIZES, config_difference, is_tied, resolve
 from thinkswitch_plugin.merging.tensors import TensorInfo, list_tensors, require_unquantised, split_name
+from thinkswitch_plugin.merging.vocabulary import describe_renamed, vocabulary_difference
 from thinkswitch_plugin.run.checkpoint import require_plain
 
 if TYPE_CHECKING:
@@ -61,8 +62,10 @@ def tensor_difference(
 
 
 def require_compatible(first: Path, second: Path, allowed: Allowances | None = None) -> None:
-    """`align_compatible` of two checkpoints, for those who need its errors only."""
+    """`align_compatible` of two checkpoints, for those who need its errors only; prints the tokens that they name differently."""
     align_compatible([first, second], allowed)
+    if message := describe_renamed(first, second):
+        console.say(f"  {message}")
 
 
 def align_compatible(checkpoints: Sequence[Path], allowed: Allowances | None = None) -> Aligned | None:
@@ -95,10 +98,8 @@ def align_compatible(checkpoints: Sequence[Path], allowed: Allowances | None = N
     for other in others:
         if found := tensor_difference(tensors[first], tensors[other], allowed):
             raise _refusal([first, other], f"{found}; {ONE_BASE}")
-        if not allowed.vocabulary:
-            vocabularies = [_vocabulary(first), _vocabulary(other)]
-            if None not in vocabularies and vocabularies[0] != vocabularies[1]:
-                raise _refusal([first, other], "their tokenizers' vocabularies differ; both must share one")
+        if not allowed.vocabulary and (found := vocabulary_difference(first, other)):
+            raise _refusal([first, other], f"their tokenizers' vocabularies differ: {found}")
     return aligned
 
 
@@ -123,14 +124,3 @@ def _require_same_settings(first: Path, other: Path, allowed: Allowances) -> Non
 
 def _refusal(checkpoints: Iterable[Path], why: str) -> ThinkSwitchError:
     return ThinkSwitchError(f"{' and '.join(map(str, checkpoints))} are not a compatible pair: {why}.")
-
-
-def _vocabulary(checkpoint: Path) -> Any:
-    path = checkpoint / "tokenizer.json"
-    if not path.is_file():
-        return None
-    tokenizer = files.read_json(path)
-    vocabulary = tokenizer.get("model", {}).get("vocab")
-    added = {(t["id"], t["content"]) for t in tokenizer.get("added_tokens") or []}
-    # Added tokens may sit in either list, so they are compared together.
-    return {**(vocabulary if isinstance(vocabulary, dict) else {}), **{c: i for i, c in added}}

@@ -27,7 +27,7 @@ from thinkswitch_plugin.merging.config import (
 )
 from thinkswitch_plugin.merging.settings import layers_of
 from thinkswitch_plugin.search.candidates import Candidate, evaluate_all
-from thinkswitch_plugin.search.pair import Pair, Template, few_questions, of_template, write_results
+from thinkswitch_plugin.search.pair import Pair, Template, few_questions, of_settings, write_results
 
 SETTABLE = (NAME, "slerp", "linear")  # methods that have a λ
 
@@ -87,7 +87,7 @@ def judge_configs(pair: Pair, paths: Sequence[Path], job: Job) -> None:
         )
         for path, config in found
     ]
-    work = pair.out / "merges" / (job.name + of_template(job.template))
+    work = pair.out / "merges" / (job.name + of_settings(pair, job.template))
     with pair.bench(work, job.template, used) as bench:
         stored = evaluate_all(bench, candidates, f"{job.name}: {len(candidates)} merges")
     rows = [

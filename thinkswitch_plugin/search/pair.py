@@ -14,6 +14,7 @@ from thinkswitch_plugin.data.task_files import task_files
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import Allowances, require_compatible
+from thinkswitch_plugin.merging.vocabulary import renamed_tokens, write_with_names
 from thinkswitch_plugin.recipe import overlay_path, recipe_of
 from thinkswitch_plugin.run import Run, checkpoint, locked, open_run, settings_file, versions
 from thinkswitch_plugin.run.hashes import Hashes
@@ -33,6 +34,7 @@ class PairOptions:
         out: where the results go, instead of the run's iteration.
         limit: evaluate on the first so many questions only.
         data: a folder that the evaluation sets are read from; empty is the hub.
+        task: an lm-eval task, with its own token budget, instead of the recipe's; empty is the recipe's.
     """
 
     domain: str
@@ -46,6 +48,7 @@ class PairOptions:
     out: Path | None
     limit: int | None
     data: str
+    task: str = ""
 
     @property
     def folder(self) -> Path:
@@ -76,6 +79,7 @@ class Pair:
         home: the folder that is locked.
         of_run: the pair is the one that an iteration of a run rebuilds from.
         data: a folder that the evaluation sets are read from; empty is the hub.
+        task: the task of `keys`, if it is not the recipe's.
     """
 
     keys: ThinkSwitchKeys
@@ -87,6 +91,7 @@ class Pair:
     iteration: int | None
     of_run: bool
     data: str = ""
+    task: str = ""
 
     @property
     def allowed(self) -> Allowances:
@@ -108,7 +113,7 @@ class Pair:
             yield Bench(
                 work=work,
                 skeleton=self.roles["thinking"],
-                template=self.roles[template],
+                template=self._tokenizer(template, work / "tokenizer"),
                 template_name=template,
                 evaluation=self.keys.evaluation,
                 engine=self.engine,
@@ -119,6 +124,15 @@ class Pair:
                 seed=self.seed,
                 task=task,
             )
+
+    def _tokenizer(self, template: Template, folder: Path) -> Path:
+        """A folder with the tokenizer and chat template of all candidates, which must be able to write a trace."""
+        source, thinking = self.roles[template], self.roles["thinking"]
+        if not renamed_tokens(source, thinking):
+            return source
+        with files.atomic_folder(folder) as building:
+            write_with_names(source, thinking, building)
+        return folder
 
     def lacks(self, named: Iterable[str]) -> str | None:
         """Why a merge config that names these models cannot be made of this pair; None if it can."""
@@ -180,8 +194,10 @@ def find_pair(options: PairOptions) -> Pair:
             f"{options.folder} is not a run folder; run `make iterate DOMAIN={options.domain}` first (`make pair` for "
             "ITER=0), or give any two checkpoints: A=<instruct> B=<thinking>."
         )
-    if options.limit:
-        keys = keys.model_copy(update={"evaluation": keys.evaluation.model_copy(update={"limit": options.limit})})
+    changes: dict[str, Any] = {"limit": options.limit} if options.limit else {}
+    if options.task:
+        changes |= {"task": options.task, "max_tokens": None}
+    keys = keys.model_copy(update={"evaluation": keys.evaluation.model_copy(update=changes)})
     if keys.pair.base:
         roles["base"] = Path(resolve_seed(keys.pair.base, seed))
     for name, given in (("instruct", options.instruct), ("thinking", options.thinking)):
@@ -191,7 +207,7 @@ def find_pair(options: PairOptions) -> Pair:
         checkpoint.require_weights(role)
     iteration = options.iteration if options.of_run else None
     home = options.folder if options.of_run else options.results
-    pair = Pair(keys, roles, seed, engine, options.results, home, iteration, options.of_run, options.data)
+    pair = Pair(keys, roles, seed, engine, options.results, home, iteration, options.of_run, options.data, options.task)
     require_compatible(roles["instruct"], roles["thinking"], pair.allowed)
     return pair
 
@@ -227,9 +243,10 @@ def few_questions(pair: Pair) -> str:
     return f"-n{limit}" if limit else ""
 
 
-def of_template(template: str) -> str:
-    """For a job's folder: where the template is not the usual one, so that neither replaces the other's results."""
-    return "" if template == "instruct" else f"-template-{template}"
+def of_settings(pair: Pair, template: str) -> str:
+    """For a job's folder: a task or a template that is not the usual one, so that neither replaces the other's results."""
+    task = f"-{pair.task}" if pair.task else ""
+    return task + ("" if template == "instruct" else f"-template-{template}")
 
 
 def write_results(path: Path, value: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from thinkswitch_plugin.merging.config import allow, check_config, place_models,
 from thinkswitch_plugin.report import sweeps
 from thinkswitch_plugin.search import stages
 from thinkswitch_plugin.search.candidates import Bench, Candidate, evaluate_all, finished
-from thinkswitch_plugin.search.pair import Pair, Template, few_questions, of_template, write_results
+from thinkswitch_plugin.search.pair import Pair, Template, few_questions, of_settings, write_results
 
 ELLIPSIS = ("…", "...")
 ENDS = ("instruct", "thinking")
@@ -86,7 +86,7 @@ def sweep(pair: Pair, weights: Sequence[float], sampling: Sequence[Sampling], te
     source = places.find(pair.keys.rebuild.config)
     check_config(source)
     config = allow(files.read_yaml(source), pair.keys.rebuild.may_differ)
-    folder = pair.out / ("sweep" + of_template(template))
+    folder = pair.out / ("sweep" + of_settings(pair, template))
     roles = {name: str(pair.roles[name]) for name in ENDS}
 
     def point(weight: float, drawn: Sampling) -> Candidate:
