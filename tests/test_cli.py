@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import BIN, ROOT
+from thinkswitch_plugin.environment import has_cuda
 from thinkswitch_plugin.errors import with_next_command
-from thinkswitch_plugin.run.hardware import has_cuda
 
 TS = BIN / "thinkswitch"
 

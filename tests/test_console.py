@@ -15,7 +15,8 @@ from tests.conftest import ROOT
 from tests.terminal import run_on_terminal
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import Stage, processes, progress, timing
+from thinkswitch_plugin.run import Stage, processes, progress
+from thinkswitch_plugin.run.execution import place
 
 # Work of two kinds: in process, and an engine that knows only its own progress bar.
 WORK = """
@@ -243,22 +244,22 @@ def test_what_is_shown_of_an_engine_cannot_steer_the_terminal(tmp_path: Path) ->
     assert (bar.text, bar.n) == ("Executing graph", 10)
 
 
-EVERY = [Stage("pair", 0, (), ())]
-EVERY += [Stage(name, k, (), ()) for k in (1, 2) for name in ("generate", "train")] + [Stage("report", 2, (), ())]
+EVERY = [Stage("pair", 0)]
+EVERY += [Stage(name, k) for k in (1, 2) for name in ("generate", "train")] + [Stage("report", 2)]
 
 
 def test_the_overall_line_estimates_from_earlier_iterations_and_says_nothing_it_does_not_know() -> None:
     seconds = {("pair", 0): 60.0, ("generate", 1): 120.0}
-    first = timing.place_of(EVERY[2], EVERY, seconds, 2)
-    assert first.text(60.4) == "stage 3 of 6 · iteration 1 of 2 · train · 4 min so far"
+    first = place(EVERY[2], EVERY, seconds, 60.4)
+    assert first == "stage 3 of 6 · iteration 1 of 2 · train · 4 min so far"
     seconds |= {("train", 1): 600.0}
-    second = timing.place_of(EVERY[3], EVERY, seconds, 2)
-    assert second.text(0) == "stage 4 of 6 · iteration 2 of 2 · generate · 13 min so far · about 12 min left"
-    assert second.text(90) == "stage 4 of 6 · iteration 2 of 2 · generate · 14 min so far · about 10 min left"
-    assert second.text(900).endswith("about 10 min left")  # what is over its time is not counted below zero
-    assert timing.place_of(EVERY[0], EVERY, {}, 2).text(0) == "stage 1 of 6 · the starting pair · pair"
+    second = [place(EVERY[3], EVERY, seconds, elapsed) for elapsed in (0, 90, 900)]
+    assert second[0] == "stage 4 of 6 · iteration 2 of 2 · generate · 13 min so far · about 12 min left"
+    assert second[1] == "stage 4 of 6 · iteration 2 of 2 · generate · 14 min so far · about 10 min left"
+    assert second[2].endswith("about 10 min left")  # what is over its time is not counted below zero
+    assert place(EVERY[0], EVERY, {}, 0) == "stage 1 of 6 · the starting pair · pair"
     done = seconds | {("generate", 2): 100.0, ("train", 2): 600.0}
-    assert timing.place_of(EVERY[5], EVERY, done, 2).text(0) == "stage 6 of 6 · report · 25 min so far"
+    assert place(EVERY[5], EVERY, done, 0) == "stage 6 of 6 · report · 25 min so far"
 
 
 @pytest.mark.parametrize(

@@ -39,13 +39,12 @@ def test_nan_and_a_missing_adapter_are_named(tmp_path: Path) -> None:
         distil.adapter_change(adapter(tmp_path, torch.full((3, 2), float("nan"))))
 
 
-def test_an_iterations_config_is_the_recipe_with_that_iterations_files() -> None:
+def test_an_iterations_config_is_the_recipe_with_that_iterations_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     loaded = recipe.load_recipe(Path("recipes/arithmetic.yaml"))
-    config = iteration_config(
-        loaded, base_model="B", pairs=Path("P"), adapter=Path("A"), prepared=Path("Q"), seed=7, on_cpu=True
-    )
-    assert (config["base_model"], config["datasets"][0]["path"], config["output_dir"]) == ("B", "P", "A")
-    assert (config["dataset_prepared_path"], config["seed"], config["merge_method"]) == ("Q", 7, "legacy")
+    config = iteration_config(loaded, base_model="B", pairs=Path("P"), here=Path("H"), seed=7)
+    assert (config["base_model"], config["datasets"][0]["path"], config["output_dir"]) == ("B", "P", "H/adapter")
+    assert (config["dataset_prepared_path"], config["seed"], config["merge_method"]) == ("H/prepared", 7, "legacy")
     assert config["learning_rate"] == loaded.axolotl["learning_rate"]
     assert config["bf16"] is False and config["thinkswitch"]["domain"] == "arithmetic"
     assert "base_model" in loaded.axolotl and loaded.axolotl["base_model"] != "B"

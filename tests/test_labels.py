@@ -233,7 +233,7 @@ def test_a_conditions_config_is_the_recipes_with_its_rows_its_template_and_no_mo
     )
     data = ((tmp_path / "a.jsonl", training.TYPES[PRE]), (tmp_path / "b.jsonl", training.TYPES[POST]))
     plain = training.Condition(tmp_path / "student", data, seed=5, axolotl={"num_epochs": 2})
-    config = training.condition_config(recipe, plain, tmp_path, on_cpu=True)
+    config = training.condition_config(recipe, plain, tmp_path)
     assert [(Path(d["path"]).name, d["type"]) for d in config["datasets"]] == [
         ("a.jsonl", "thinkswitch_plugin.pre_thinking"),
         ("b.jsonl", "thinkswitch_plugin.post_thinking"),
@@ -244,7 +244,7 @@ def test_a_conditions_config_is_the_recipes_with_its_rows_its_template_and_no_mo
     check.validate(config, "the config")
 
     keys = PerceptionKeys.model_validate({"static": True})
-    whole = training.condition_config(recipe, replace(plain, perception=keys), tmp_path, on_cpu=True)
+    whole = training.condition_config(recipe, replace(plain, perception=keys), tmp_path)
     assert whole["lora_modules_to_save"] == ["perception", "lm_head"] and len(whole["lr_groups"]) == 1
     assert whole["thinkswitch"]["perception"] == {"static": True}
     check.validate(whole, "the config")

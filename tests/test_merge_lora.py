@@ -56,7 +56,10 @@ def bfloat16_checkpoint(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_bfloat16_checkpoint_trained_on_a_cpu_is_merged_in_bfloat16(tmp_path: Path, write_jsonl: Any) -> None:
+def test_a_bfloat16_checkpoint_trained_on_a_cpu_is_merged_in_bfloat16(
+    tmp_path: Path, write_jsonl: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     parent = bfloat16_checkpoint(tmp_path / "parent")
     rows = [
         {"messages": [{"role": "user", "content": f"{d}+1"}, {"role": "assistant", "content": str((d + 1) % 10)}]}
@@ -66,10 +69,8 @@ def test_a_bfloat16_checkpoint_trained_on_a_cpu_is_merged_in_bfloat16(tmp_path: 
         load_recipe(ROOT / "recipes" / "arithmetic.yaml"),
         base_model=str(parent),
         pairs=write_jsonl("pairs.jsonl", rows),
-        adapter=tmp_path / "adapter",
-        prepared=tmp_path / distil.PREPARED,
+        here=tmp_path,
         seed=0,
-        on_cpu=True,
     )
     distil.train(config, tmp_path, resume=False, options=(), minimum=1e-4)
     work.merge_adapter(tmp_path, str(parent), tmp_path / "out")

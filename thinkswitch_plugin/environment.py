@@ -1,13 +1,15 @@
-"""Environment variables of other programs: the only module besides the command line that reads any.
+"""The machine, and the environment variables of other programs: the only module besides the command line that reads any.
 
-They are not settings of ThinkSwitch: CUDA defines which devices a program may see, OpenSSL and requests name the trusted
-certificates, and a key must not travel in values that are printed or stored, so it is read where it is sent.
+The variables are not settings of ThinkSwitch: CUDA defines which devices a program may see, OpenSSL and requests name the
+trusted certificates, and a key must not travel in values that are printed or stored, so it is read where it is sent.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Literal
+import platform
+from pathlib import Path
+from typing import Any, Literal
 
 Variable = Literal[
     "CUDA_VISIBLE_DEVICES", "OPENAI_API_KEY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "VLLM_PYTHON"
@@ -17,3 +19,22 @@ Variable = Literal[
 def variable(name: Variable) -> str | None:
     """The value of a variable; None if it is not set."""
     return os.environ.get(name)
+
+
+def has_cuda() -> bool:
+    """Whether a CUDA device is there, without importing torch."""
+    driver = Path("/proc/driver/nvidia/version").exists() or Path("/dev/dxg").exists()  # the latter on WSL 2
+    return driver and variable("CUDA_VISIBLE_DEVICES") != ""
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory and GPU of this machine."""
+    import psutil
+
+    gpu = None
+    if has_cuda():
+        import torch
+
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    memory = round(psutil.virtual_memory().total / 2**30, 1)
+    return {"machine": platform.machine(), "cores": len(os.sched_getaffinity(0)), "memory_gb": memory, "gpu": gpu}

@@ -13,7 +13,10 @@ from pydantic import ValidationError
 
 from thinkswitch_plugin import files, places
 from thinkswitch_plugin.args import ThinkSwitchKeys, keys_of
+from thinkswitch_plugin.environment import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
+
+PREPARED = "prepared"  # axolotl's tokenized data, beside the adapter
 
 
 @dataclass(frozen=True)
@@ -148,44 +151,36 @@ def check_axolotl_keys(recipe: Recipe) -> None:
             raise ThinkSwitchError(f"{recipe.path}: `{key}` is missing; recipes/template.yaml has one.")
 
 
-def iteration_config(recipe: Recipe, *, pairs: Path, **places: Any) -> dict[str, Any]:
+def iteration_config(recipe: Recipe, *, pairs: Path, **others: Any) -> dict[str, Any]:
     """The complete axolotl config of one iteration, which plain `axolotl train` runs as it is.
 
     Args:
-        places: the other arguments of `training_config`.
+        others: the other arguments of `training_config`.
     """
     datasets = [dict(entry) for entry in recipe.axolotl.get("datasets") or [{}]]
     datasets[0] |= {"path": str(pairs), "ds_type": "json", "type": "thinkswitch_plugin.answer_only"}
     keys = recipe.keys.model_dump(by_alias=True, exclude_defaults=True)
-    return training_config(recipe.axolotl, datasets=datasets, **places) | {"thinkswitch": keys}
+    return training_config(recipe.axolotl, datasets=datasets, **others) | {"thinkswitch": keys}
 
 
 def training_config(
-    values: dict[str, Any],
-    *,
-    base_model: str,
-    datasets: list[dict[str, Any]],
-    adapter: Path,
-    prepared: Path,
-    seed: int,
-    on_cpu: bool,
+    values: dict[str, Any], *, base_model: str, datasets: list[dict[str, Any]], here: Path, seed: int
 ) -> dict[str, Any]:
-    """A recipe's axolotl keys for one training, without those under `thinkswitch:`.
+    """A recipe's axolotl keys for one training, without those under `thinkswitch:`; on a CPU with the published overlay.
 
     Args:
         base_model: the checkpoint that learns.
-        prepared: where axolotl keeps tokenized data. It must differ between iterations:
-            axolotl's cache key holds neither the file's content nor plugin keys.
-        on_cpu: put the published CPU overlay on top.
+        here: gets `adapter/`, and axolotl's tokenized data. It must differ between iterations: axolotl's cache key
+            holds neither the file's content nor plugin keys.
     """
-    if on_cpu:
+    if not has_cuda():
         values = overlay(values, files.read_yaml(places.find(places.CPU_OVERLAY)))
     return {
         **values,
         "base_model": base_model,
         "datasets": datasets,
-        "dataset_prepared_path": str(prepared),
-        "output_dir": str(adapter),
+        "dataset_prepared_path": str(here / PREPARED),
+        "output_dir": str(here / "adapter"),
         "seed": seed,
         "merge_method": "legacy",  # for `axolotl merge-lora` by hand: its default rounds every matrix through NF4
         "auto_resume_from_checkpoints": True,  # a killed training goes on from its last whole checkpoint

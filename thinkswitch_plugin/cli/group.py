@@ -19,17 +19,6 @@ NO_GPU_MEMORY = (
 PREFIX = "THINKSWITCH"  # of the environment variables that stand for options
 
 
-def disk_problem(error: OSError) -> str:
-    """An error of the operating system as a sentence: what, where, what to do."""
-    where = f" ({error.filename})" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return (
-            f"the disk has no room left{where}: {error.strerror}; no partial output is kept. "
-            "Free some space and run the same command again: it continues from here."
-        )
-    return f"{error.strerror or error}{where}; fix this and run the same command again."
-
-
 def sentence_of(error: Exception) -> str | None:
     """The message of an error for the user; None for a bug, or for an error of click."""
     if isinstance(error, ThinkSwitchError):
@@ -42,7 +31,13 @@ def sentence_of(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and type(error).__name__ == "OutOfMemoryError":  # torch's, not imported here
         return NO_GPU_MEMORY
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
-        return disk_problem(error)
+        where = f" ({error.filename})" if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return (
+                f"the disk has no room left{where}: {error.strerror}; no partial output is kept. "
+                f"Free some space and {AGAIN}: it continues from here."
+            )
+        return f"{error.strerror or error}{where}; fix this and {AGAIN}."
     return None
 
 

@@ -15,31 +15,18 @@ from thinkswitch_plugin.run import Given
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-class WholeNumber(click.ParamType):  # type: ignore[type-arg]
+def number(text: str) -> int:
     """A whole number above 0."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number. Raises `click.BadParameter` for any other text."""
-        if isinstance(value, int):
-            return value
-        if not (value.isascii() and value.isdigit() and int(value) > 0):
-            self.fail(f"{value}: give a whole number above 0.", param, ctx)
-        return int(value)
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise click.BadParameter(f"{text}: give a whole number above 0.")
+    return int(text)
 
 
-class Words(click.ParamType):  # type: ignore[type-arg]
+def words(text: str) -> tuple[str, ...]:
     """Several words in one text, separated by spaces."""
-
-    name = "words"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
-        """The words."""
-        return value if isinstance(value, tuple) else tuple(value.split())
+    return tuple(text.split())
 
 
-WHOLE, WORDS = WholeNumber(), Words()
 FOLDER = click.Path(path_type=Path, readable=False)  # the commands report unreadable paths themselves
 SEED = click.IntRange(min=0)
 ITERATION = click.IntRange(min=0, max=20)
@@ -63,7 +50,7 @@ ENGINE = click.option(
     "--engine", default="auto", show_default=True, envvar="ENGINE", help="auto, vllm, embedded or a base URL."
 )
 OVERLAY = click.option(
-    "--overlay", default="", type=WORDS, help="Overlays to apply to the recipe: names or paths, separated by spaces."
+    "--overlay", default="", type=words, help="Overlays to apply to the recipe: names or paths, separated by spaces."
 )
 DATA = click.option("--data", default="", callback=hand_on, help="Folder with evaluation sets, in place of the hub.")
 INSTRUCT = click.option("--instruct", default="", help="Another instruct checkpoint (folder or hub id).")
@@ -100,7 +87,7 @@ def of_pair(function: Callable[..., Any]) -> Callable[..., Any]:
         ENGINE,
         OVERLAY,
         click.option("--out", type=FOLDER, help="Folder for the results, instead of the iteration of the run."),
-        click.option("--limit", type=WHOLE, help="Evaluate on the first so many questions only."),
+        click.option("--limit", type=number, help="Evaluate on the first so many questions only."),
         DATA,
     )
     @functools.wraps(function)
@@ -132,5 +119,5 @@ of_candidates = together(
         help="Whose tokenizer and chat template; the thinking one may open the trace and so hide the transition.",
     ),
     click.option("--sampling", default="", help='Temperature/top-p, such as "0.6/0.95 0.7/0.8".'),
-    click.option("--samples", type=WHOLE, help="k samples a question (default: the task's own)."),
+    click.option("--samples", type=number, help="k samples a question (default: the task's own)."),
 )

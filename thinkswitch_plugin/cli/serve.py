@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from thinkswitch_plugin.cli.group import main
-from thinkswitch_plugin.cli.options import DOMAIN, ENGINE, FOLDER, ITERATION, OVERLAY, RUNS, SEED, WHOLE, of_pair
+from thinkswitch_plugin.cli.options import DOMAIN, ENGINE, FOLDER, ITERATION, OVERLAY, RUNS, SEED, number, of_pair
 from thinkswitch_plugin.run import open_run
 
 EXPORT_RANK = 64
@@ -21,7 +21,7 @@ EXPORT_RANK = 64
 @click.option(
     "--labels", type=FOLDER, help='Labels to learn from, rows {"prompt", "label"}, instead of the pair\'s own.'
 )
-@click.option("--limit", type=WHOLE, help="At most so many label prompts.")
+@click.option("--limit", type=number, help="At most so many label prompts.")
 def switch(run: Path, iteration: int, labels: Path | None, limit: int | None) -> None:
     """Train a router that sends each question to instruct or thinking, and evaluate it -> switch/."""
     from thinkswitch_plugin.router.make_switch import make_switch
@@ -82,7 +82,7 @@ def export_loras(pair: Any, rank: str, base: str) -> None:
 @click.option("--iteration", default=1, show_default=True, type=ITERATION)
 @click.option("--out", type=FOLDER, help="Folder of the export, instead of the iteration of the run.")
 @click.option("--model", default="", help="One checkpoint (folder or hub id) instead of an export.")
-@click.option("--rank", type=WHOLE, help="One of the exported ranks (default: the one found to be enough).")
+@click.option("--rank", type=number, help="One of the exported ranks (default: the one found to be enough).")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(min=0, max=65535), help="0: any free one.")
 @OVERLAY
 @click.argument("extra", metavar="ARGUMENTS", nargs=-1, type=click.UNPROCESSED)

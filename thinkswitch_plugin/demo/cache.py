@@ -83,17 +83,13 @@ def ensure(keys: ThinkSwitchKeys, seed: int) -> None:
         return
     ensure_pair(seed, *(Path(resolve_seed(name, seed)) for name in (keys.pair.instruct, keys.pair.thinking)))
     if keys.adaptive.generations:
-        ensure_mixed(seed, Path(resolve_seed(keys.adaptive.generations, seed)).parent)
+        generations = Path(resolve_seed(keys.adaptive.generations, seed))
+        wanted = {"seed": seed, **mixed.settings()}
 
+        def make(building: Path) -> None:
+            mixed.write_training_files(building, seed)
 
-def ensure_mixed(seed: int, folder: Path) -> None:
-    """Write the mixed domain's training files into a folder, unless they are there with these settings."""
-    wanted = {"seed": seed, **mixed.settings()}
-
-    def make(building: Path) -> None:
-        mixed.write_training_files(building, seed, count=wanted["questions"], noise=wanted["noise"])
-
-    _ensure(folder, wanted, folder / "generations.jsonl", "training files", make)
+        _ensure(generations.parent, wanted, generations, "training files", make)
 
 
 def _ensure(folder: Path, wanted: dict[str, Any], witness: Path, what: str, make: Callable[[Path], None]) -> None:

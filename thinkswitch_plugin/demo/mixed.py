@@ -83,11 +83,11 @@ def training_questions(seed: int, count: int = TRAINING_SIZE) -> list[str]:
     return distinct(random.Random(f"mixed-{seed}"), count, exclude=held_out())
 
 
-def noisy_trace(rng: random.Random, question: str, noise: float = NOISE) -> str:
-    """The worked steps of a chain, each one's result wrong with probability `noise` and carried on."""
+def noisy_trace(rng: random.Random, question: str) -> str:
+    """The worked steps of a chain, each one's result wrong with probability `NOISE` and carried on."""
 
     def slip(result: int) -> int:
-        return rng.choice([other for other in range(10) if other != result]) if rng.random() < noise else result
+        return rng.choice([other for other in range(10) if other != result]) if rng.random() < NOISE else result
 
     return "\n".join(task.steps(question, slip))
 
@@ -104,7 +104,7 @@ def settings() -> dict[str, Any]:
     return {"held_out": HELD_OUT_SIZE, "questions": TRAINING_SIZE, "operands": list(OPERANDS), "noise": NOISE}
 
 
-def write_training_files(folder: Path, seed: int, *, count: int = TRAINING_SIZE, noise: float = NOISE) -> None:
+def write_training_files(folder: Path, seed: int, *, count: int = TRAINING_SIZE) -> None:
     """Write `prompts.jsonl`, `requests.jsonl` and the synthetic teacher's `generations.jsonl`."""
     rng = random.Random(f"teacher-{seed}")
     with (
@@ -114,7 +114,7 @@ def write_training_files(folder: Path, seed: int, *, count: int = TRAINING_SIZE,
     ):
         for number, question in enumerate(training_questions(seed, count)):
             prompt_id = f"p{number:05d}"
-            text = formats.render(formats.PRE, noisy_trace(rng, question, noise), task.answer(question))
+            text = formats.render(formats.PRE, noisy_trace(rng, question), task.answer(question))
             turns, metadata = [{"role": "user", "content": question}], {"prompt_id": prompt_id, "trace": "inline"}
             asked = {"model": TEACHER, "messages": turns, "max_tokens": 64, "metadata": metadata}
             choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}

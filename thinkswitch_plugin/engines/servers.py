@@ -17,10 +17,9 @@ from pathlib import Path
 from thinkswitch_plugin import console, files, places
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.engines.connection import LOOPBACK, listed_models
-from thinkswitch_plugin.environment import variable
+from thinkswitch_plugin.environment import has_cuda, variable
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import processes
-from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.run.progress import Bar
 
 ENDING = 10.0  # seconds that an engine whose worker has died may take to end

@@ -18,12 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from thinkswitch_plugin import files
+from thinkswitch_plugin.environment import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError, reason
 from thinkswitch_plugin.merging.compatibility import list_weights, require_compatible
 from thinkswitch_plugin.merging.kernel import all_finite, non_finite
 from thinkswitch_plugin.merging.tensors import reading, split_name
 from thinkswitch_plugin.run import processes
-from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.run.progress import Bar
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

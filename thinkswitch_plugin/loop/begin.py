@@ -10,13 +10,13 @@ from thinkswitch_plugin import console, files, places
 from thinkswitch_plugin.args import resolve_seed
 from thinkswitch_plugin.data.prompts import prompts_of_iteration
 from thinkswitch_plugin.engines import servers
+from thinkswitch_plugin.environment import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import uses_server
 from thinkswitch_plugin.merging.config import check_config, set_lambda
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_of, recipe_path
 from thinkswitch_plugin.run import NOTHING_MORE, Given, Run, forget_stale, locked, settings_file
 from thinkswitch_plugin.run.folder import read_settings
-from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.prune import iterations_kept, prune
 from thinkswitch_plugin.run.stamp import once
@@ -50,24 +50,14 @@ def begin_run(
     run = Run(folder, recipe, seed, chosen, iterations, given)
     require_gpu(recipe)
     _check_files(run)
-    _check_merge_config(run)
     if uses_server(recipe.keys.evaluation, chosen) and servers.vllm_python() is None:
         raise ThinkSwitchError(f"{path}: `thinkswitch.evaluation.backend` asks for a server. {servers.NO_VLLM}")
     hashes = Hashes(folder)
     read = {"inputs": {str(p): hashes.of(p) for p in (path, *recipe.overlays)}}
     once(folder / ".stamps" / "recipe-checked.json", read, (), lambda _: check_axolotl_keys(recipe), part=None)
     with locked(run.folder):
-        files.write_json(
-            settings_file(folder),
-            {
-                "domain": domain,
-                "recipe": str(path),
-                "overlays": [str(p) for p in recipe.overlays],
-                "seed": seed,
-                "engine": chosen,
-                "iterations": iterations,
-            },
-        )
+        settings = {"domain": domain, "recipe": str(path), "overlays": [str(p) for p in recipe.overlays]}
+        files.write_json(settings_file(folder), settings | {"seed": seed, "engine": chosen, "iterations": iterations})
         total, waiting = forget_stale(run)
         prune(run, Hashes(folder))
     if waiting:
@@ -84,7 +74,7 @@ def _recipe_of_run(path: Path, folder: Path, before: dict[str, Any] | None, over
         raise ThinkSwitchError(
             f"{folder} was begun with OVERLAY='{' '.join(before['overlays'])}'; use another folder for this run: RUNS=."
         )
-    recipe = load_recipe(path, tuple(Path(name) for name in extra))
+    recipe = load_recipe(path, tuple(map(Path, extra)))
     if recipe.keys.domain != folder.name:
         raise ThinkSwitchError(
             f"{path}: `thinkswitch.domain` is {recipe.keys.domain!r}, but the file is named {folder.name}; make the two the same."
@@ -107,25 +97,22 @@ def require_gpu(recipe: Recipe) -> None:
 
 
 def _check_files(run: Run) -> None:
-    keys = run.recipe.keys
-    if not places.find(keys.rebuild.config).is_file():
+    """Raise `ThinkSwitchError` unless the prompts can be read and the merge config takes every λ that may be tried."""
+    recipe, keys = run.recipe.path, run.recipe.keys
+    config = places.find(keys.rebuild.config)
+    if not config.is_file():
         raise ThinkSwitchError(
-            f"{run.recipe.path}: `thinkswitch.rebuild.config` names {keys.rebuild.config}, which does not exist; name a file of merge_configs/."
+            f"{recipe}: `thinkswitch.rebuild.config` names {keys.rebuild.config}, which does not exist; name a file of merge_configs/."
         )
     if keys.prompts.path and not keys.pair.embedded:
         path = Path(resolve_seed(keys.prompts.path, run.seed))
         if not path.exists():
             raise ThinkSwitchError(
-                f"{run.recipe.path}: `thinkswitch.prompts.path` names {path}, which does not exist; put it there or name another."
+                f"{recipe}: `thinkswitch.prompts.path` names {path}, which does not exist; put it there or name another."
             )
         prompts_of_iteration(keys.prompts, run.seed, 1)
-
-
-def _check_merge_config(run: Run) -> None:
-    keys = run.recipe.keys.rebuild
-    config = places.find(keys.config)
     check_config(config)
-    for weight in (keys.lambda_, *keys.lambda_steps):
+    for weight in (keys.rebuild.lambda_, *keys.rebuild.lambda_steps):
         set_lambda(files.read_yaml(config), weight, config)
 
 

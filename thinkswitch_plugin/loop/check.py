@@ -5,7 +5,6 @@ Every finding is a line; the exit code is 1 if one of them would stop the run.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from thinkswitch_plugin.data import prompts
 from thinkswitch_plugin.data.contamination import require_uncontaminated
 from thinkswitch_plugin.data.task_files import repeats
 from thinkswitch_plugin.engines import servers
-from thinkswitch_plugin.environment import variable
+from thinkswitch_plugin.environment import has_cuda, variable
 from thinkswitch_plugin.errors import ThinkSwitchError, not_fetched
 from thinkswitch_plugin.judging.evaluation import uses_server
 from thinkswitch_plugin.merging.settings import config_difference
@@ -26,7 +25,6 @@ from thinkswitch_plugin.merging.tensors import quantisation, quantised
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, iteration_config, recipe_of
 from thinkswitch_plugin.report import price_per_hour
 from thinkswitch_plugin.run import versions
-from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.training import distil
 
 # Throughput of one card for a batch if it was not measured: a cautious guess, and labelled as one.
@@ -107,11 +105,9 @@ def gpu(keys: ThinkSwitchKeys) -> str:
 
 def memory(keys: ThinkSwitchKeys) -> str:
     """Main memory that is free now."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024 / 1e9
+    import psutil
+
+    free = psutil.virtual_memory().available / 1e9
     if free < keys.needs.ram_gb:
         raise ThinkSwitchError(f"{free:.0f} GB available; the recipe needs {keys.needs.ram_gb:g} GB")
     return f"{free:.0f} GB available, {keys.needs.ram_gb:g} GB needed"
@@ -137,18 +133,8 @@ def engine_found(keys: ThinkSwitchKeys, engine: str) -> str:
 def schema(recipe: Recipe) -> str:
     """The recipe through axolotl's own validation."""
     check_axolotl_keys(recipe)
-    validate(
-        iteration_config(
-            recipe,
-            base_model=recipe.keys.pair.instruct,
-            pairs=Path("pairs.jsonl"),
-            adapter=Path("adapter"),
-            prepared=Path("prepared"),
-            seed=0,
-            on_cpu=not has_cuda(),
-        ),
-        str(recipe.path),
-    )
+    model, pairs = recipe.keys.pair.instruct, Path("pairs.jsonl")
+    validate(iteration_config(recipe, base_model=model, pairs=pairs, here=Path(), seed=0), str(recipe.path))
     return f"{recipe.path} passes axolotl's schema"
 
 
@@ -175,26 +161,28 @@ def pair(keys: ThinkSwitchKeys) -> str:
     """Hub access, and the two checkpoints' compatibility from their configs."""
     if keys.pair.embedded:
         return "trained on the spot"
-    configs = []
-    for name, revision in (
-        (keys.pair.instruct, keys.pair.revision_instruct),
-        (keys.pair.thinking, keys.pair.revision_thinking),
-    ):
-        if is_local(name):
-            configs.append(files.read_json(Path(resolve_seed(name, 0)) / "config.json"))
-            continue
-        from huggingface_hub import hf_hub_download
-
-        try:
-            configs.append(files.read_json(Path(hf_hub_download(name, "config.json", revision=revision))))
-        except Exception as error:  # the hub's client raises many types; all mean no access
-            raise not_fetched(name, error) from None
+    configs = [
+        config_of(keys.pair.instruct, keys.pair.revision_instruct),
+        config_of(keys.pair.thinking, keys.pair.revision_thinking),
+    ]
     for name, config in zip((keys.pair.instruct, keys.pair.thinking), configs, strict=True):
         if method := quantisation(config):
             raise ThinkSwitchError(quantised(name, f"its config.json has a `quantization_config` ({method})"))
     if difference := config_difference(*configs, may_differ=keys.rebuild.may_differ):
         raise ThinkSwitchError(f"no compatible pair: {difference}")
     return f"{keys.pair.instruct} and {keys.pair.thinking} have one architecture, size and vocabulary"
+
+
+def config_of(name: str, revision: str | None) -> dict[str, Any]:
+    """The config.json of a checkpoint. Raises `ThinkSwitchError` if it cannot be read or downloaded."""
+    if is_local(name):
+        return dict(files.read_json(Path(resolve_seed(name, 0)) / "config.json"))
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return dict(files.read_json(Path(hf_hub_download(name, "config.json", revision=revision))))
+    except Exception as error:  # the hub's client raises many types; all mean no access
+        raise not_fetched(name, error) from None
 
 
 def training(recipe: Recipe) -> str:

@@ -21,13 +21,13 @@ from thinkswitch_plugin.data.pairs import FEWEST_TRACES
 from thinkswitch_plugin.data.traces import Outcome
 from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.engines.servers import choose
+from thinkswitch_plugin.environment import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging import verdict
 from thinkswitch_plugin.merging.compatibility import Allowances, align_compatible
 from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
 from thinkswitch_plugin.merging.similarity import similarity
 from thinkswitch_plugin.run import checkpoint, processes
-from thinkswitch_plugin.run.hardware import has_cuda
 
 SMALL_SET = 100  # up to so many prompts, one may fail to think without failing the check
 # Shards that are written while the next one is computed; mergekit's default waits for each 5 GB.

@@ -13,9 +13,9 @@ from typing import Any
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.recipe import iteration_config
 from thinkswitch_plugin.report import cards
 from thinkswitch_plugin.run import Run, checkpoint, processes
-from thinkswitch_plugin.run.table import training_config
 
 
 def prepare_pair(run: Run, _k: int = 0) -> dict[str, Any]:
@@ -134,7 +134,8 @@ def train_adapter(run: Run, *, pairs: Path, base_model: str, here: Path, resume:
     """Train one adapter on pairs into `here/adapter`; see `distil.train`."""
     from thinkswitch_plugin.training import distil
 
-    config, keys = training_config(run, base_model, pairs, here), run.recipe.keys
+    keys = run.recipe.keys
+    config = iteration_config(run.recipe, base_model=base_model, pairs=pairs, here=here, seed=run.seed)
     return distil.train(config, here, resume=resume, options=keys.axolotl_args, minimum=keys.min_adapter_change)
 
 

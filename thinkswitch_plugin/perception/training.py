@@ -15,7 +15,6 @@ from thinkswitch_plugin.args import PerceptionKeys
 from thinkswitch_plugin.data.formats import POST, PRE, Format
 from thinkswitch_plugin.recipe import Recipe, overlay, training_config
 from thinkswitch_plugin.run.checkpoint import MODULE
-from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.stamp import once
 from thinkswitch_plugin.training import distil
@@ -61,7 +60,7 @@ def train_condition(recipe: Recipe, condition: Condition, here: Path, hashes: Ha
     Raises:
         ThinkSwitchError: axolotl fails, or the adapter did not move.
     """
-    config = condition_config(recipe, condition, here, on_cpu=not has_cuda())
+    config = condition_config(recipe, condition, here)
     options = recipe.keys.axolotl_args
     key = {
         "axolotl": {name: value for name, value in config.items() if name not in PLACES},
@@ -79,7 +78,7 @@ def train_condition(recipe: Recipe, condition: Condition, here: Path, hashes: Ha
     return Trained(condition.student, adapter, float(done["seconds"]), float(done["adapter_change"]))
 
 
-def condition_config(recipe: Recipe, condition: Condition, here: Path, *, on_cpu: bool) -> dict[str, Any]:
+def condition_config(recipe: Recipe, condition: Condition, here: Path) -> dict[str, Any]:
     """The complete axolotl config of a condition.
 
     Everything but student, rows, seed and the condition's own keys is the recipe's. A perception module
@@ -91,10 +90,8 @@ def condition_config(recipe: Recipe, condition: Condition, here: Path, *, on_cpu
         values,
         base_model=str(condition.student),
         datasets=[{**options, "path": str(path), "ds_type": "json", "type": kind} for path, kind in condition.data],
-        adapter=here / "adapter",
-        prepared=here / distil.PREPARED,
+        here=here,
         seed=condition.seed,
-        on_cpu=on_cpu,
     )
     config["chat_template"] = "tokenizer_default"  # the student's own, whatever the recipe sets for the pair
     # What the plugin itself reads, as in any axolotl recipe.

@@ -10,12 +10,12 @@ from typing import Any
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.data.batch import Asked
+from thinkswitch_plugin.environment import hardware
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.figures import Sample, summarize
 from thinkswitch_plugin.judging.paired import compare
 from thinkswitch_plugin.judging.samples import graded, samples_file
 from thinkswitch_plugin.run import MODES, TABLE, Run, stages, stamp_path, versions
-from thinkswitch_plugin.run.hardware import hardware
 
 TIMED = {row.name: row.timed for row in TABLE}
 

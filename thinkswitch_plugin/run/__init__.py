@@ -7,8 +7,16 @@ from __future__ import annotations
 
 from thinkswitch_plugin.run.execution import execute, forget_stale, versions
 from thinkswitch_plugin.run.folder import MODES, NOTHING_MORE, Given, Run, locked, open_run, settings_file
-from thinkswitch_plugin.run.stage import Stage, stamp_path
-from thinkswitch_plugin.run.table import REPORT_FILES, TABLE, answering_options, find_stage, stages, sweep_files
+from thinkswitch_plugin.run.table import (
+    REPORT_FILES,
+    TABLE,
+    Stage,
+    answering_options,
+    find_stage,
+    stages,
+    stamp_path,
+    sweep_files,
+)
 
 __all__ = ["MODES", "NOTHING_MORE", "REPORT_FILES", "TABLE", "Given", "Run", "Stage", "answering_options", "execute"]
 __all__ += ["find_stage", "forget_stale", "locked", "open_run", "settings_file", "stages", "stamp_path"]

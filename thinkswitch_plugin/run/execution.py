@@ -10,19 +10,19 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import progress, stamp, timing
+from thinkswitch_plugin.run import progress, stamp
 from thinkswitch_plugin.run.folder import Run, locked
 from thinkswitch_plugin.run.hashes import Hashes, read_stamp
-from thinkswitch_plugin.run.stage import Stage, stamp_path
-from thinkswitch_plugin.run.table import find_stage, stages
+from thinkswitch_plugin.run.table import Stage, find_stage, stages, stamp_path
 
 Work = Callable[[], dict[str, Any] | None]
+Seconds = Mapping[tuple[str, int], float]  # of the stages that are done, by name and iteration
 
 
 def is_done(run: Run, stage: Stage, hashes: Hashes) -> bool:
@@ -49,68 +49,91 @@ def execute(
     """
     stage = find_stage(run, name, iteration)
     with locked(run.folder):
-        hashes = Hashes(run.folder)
+        hashes, path = Hashes(run.folder), stamp_path(run, stage)
         if is_done(run, stage, hashes):
-            os.utime(stamp_path(run, stage))  # newer than what it depends on, for Make
+            os.utime(path)  # newer than what it depends on, for Make
             console.say(f"[{stage.title}] unchanged")
             return
         every = list(stages(run))
-        place = timing.place_of(stage, every, seconds_of(run, every), run.iterations)
-        console.say(f"[{stage.title}] {place.text(0)}")
-        started = time.monotonic()
+        seconds, started = seconds_of(run, every), time.monotonic()
+        console.say(f"[{stage.title}] {place(stage, every, seconds, 0)}")
         at_work = progress.Work(
             work_path(run.folder),
             {"stage": name, "iteration": iteration},
-            where=lambda: place.text(time.monotonic() - started),
+            where=lambda: place(stage, every, seconds, time.monotonic() - started),
         )
         with progress.working(at_work):
-            seconds = _carry_out(run, stage, hashes, work)
-        console.say(f"[{stage.title}] done in {seconds:.1f} s")
+            require_inputs(run, stage, hashes)
+            path.unlink(missing_ok=True)  # it may still match where only something of `needs` is gone
+            part = stage.resumed_part if stage.resume_on is not None else None
+            done = stamp.once(
+                path,
+                stage.depends_on(hashes),
+                stage.outputs,
+                lambda _: _carry_out(run, stage, hashes, work),
+                scratch=stage.scratch,
+                part=part,
+            )
+            hashes.save()
+        console.say(f"[{stage.title}] done in {done['seconds']:.1f} s")
         if after is not None:
             after(run, hashes)
 
 
-def _carry_out(run: Run, stage: Stage, hashes: Hashes, work: Work) -> float:
-    """Do a stage's work and write its stamp; return its seconds. The lock is held."""
+def _carry_out(run: Run, stage: Stage, hashes: Hashes, work: Work) -> dict[str, Any]:
+    """Do a stage's work; return what its stamp holds besides what it depends on. The lock is held."""
+    if stage.writes_like is not None:
+        files.require_space(run.folder, files.size(stage.writes_like), stage.title)
+    started = time.monotonic()
+    notes = work() or {}
+    seconds = round(time.monotonic() - started, 2)
+    for output in stage.outputs:
+        if not output.exists():
+            raise ThinkSwitchError(
+                f"{stage.title} ended without {output}; see {run.iteration(stage.iteration) / 'logs'}, "
+                "and run `make iterate` again."
+            )
+        files.sync(output)
+        hashes.forget_pruned(output)
+    return {
+        "stage": stage.name,
+        "iteration": stage.iteration,
+        "outputs": {file: found for output in stage.outputs for file, found in hashes.files(output).items()},
+        "notes": notes,
+        "seconds": seconds,  # of the work alone
+        "seed": run.seed,
+        "command": " ".join(["thinkswitch", *sys.argv[1:]]),
+        "versions": versions(),
+    }
 
-    def noted(_resumes: bool) -> dict[str, Any]:
-        if stage.writes_like is not None:
-            files.require_space(run.folder, files.size(stage.writes_like), stage.title)
-        started = time.monotonic()
-        notes = work() or {}
-        seconds = round(time.monotonic() - started, 2)
-        for output in stage.outputs:
-            if not output.exists():
-                raise ThinkSwitchError(
-                    f"{stage.title} ended without {output}; see {run.iteration(stage.iteration) / 'logs'}, "
-                    "and run `make iterate` again."
-                )
-            files.sync(output)
-            hashes.forget_pruned(output)
-        return {
-            "stage": stage.name,
-            "iteration": stage.iteration,
-            "outputs": {file: found for output in stage.outputs for file, found in hashes.files(output).items()},
-            "notes": notes,
-            "seconds": seconds,
-            "seed": run.seed,
-            "command": " ".join(["thinkswitch", *sys.argv[1:]]),
-            "versions": versions(),
-        }
 
-    require_inputs(run, stage, hashes)
-    path = stamp_path(run, stage)
-    path.unlink(missing_ok=True)  # it may still match where only something of `needs` is gone
-    done = stamp.once(
-        path,
-        stage.depends_on(hashes),
-        stage.outputs,
-        noted,
-        scratch=stage.scratch,
-        part=stage.resumed_part if stage.resume_on is not None else None,
-    )
-    hashes.save()
-    return float(done["seconds"])
+def place(stage: Stage, every: Sequence[Stage], seconds: Seconds, elapsed: float) -> str:
+    """Where a run is: `stage 7 of 20 · iteration 1 of 2 · train · 3 min so far · about 6 min left`.
+
+    What is left is estimated from the same stages of the last iteration before that has done them; nothing is said
+    where there is none. The report does not count.
+
+    Args:
+        every: all stages of the run.
+        seconds: of the stages that are done.
+        elapsed: seconds since this stage began.
+    """
+    number = 1 + [other.key for other in every].index(stage.key)
+    where = f"iteration {stage.iteration} of {every[-1].iteration}" if stage.iteration else "the starting pair"
+    parts = [f"stage {number} of {len(every)}", "report" if stage.name == "report" else f"{where} · {stage.name}"]
+    if (spent := sum(seconds.values()) + elapsed) >= 1:
+        parts.append(f"{progress.duration(spent)} so far")
+    coming = (other for other in every[number:] if other.key not in seconds)
+    here, *later = (_expected(other, seconds) for other in (stage, *coming))
+    if here is not None and None not in later and (left := max(0.0, here - elapsed) + sum(filter(None, later))):
+        parts.append(f"about {progress.duration(left)} left")
+    return " · ".join(parts)
+
+
+def _expected(stage: Stage, seconds: Seconds) -> float | None:
+    """What a stage took in the last iteration before that has done it; None if none has."""
+    before = ((stage.name, k) for k in range(stage.iteration - 1, -1, -1))
+    return 0.0 if stage.name == "report" else next((seconds[key] for key in before if key in seconds), None)
 
 
 def work_path(folder: Path) -> Path:
@@ -124,7 +147,7 @@ def seconds_of(run: Run, every: Iterable[Stage]) -> dict[tuple[str, int], float]
     for stage in every:
         seconds = (read_stamp(stamp_path(run, stage)) or {}).get("seconds")
         if isinstance(seconds, int | float):
-            found[stage.name, stage.iteration] = float(seconds)
+            found[stage.key] = float(seconds)
     return found
 
 
@@ -139,7 +162,7 @@ def require_inputs(run: Run, stage: Stage, hashes: Hashes) -> None:
         if hashes.missing(path):
             maker = made_by[path]
             raise ThinkSwitchError(
-                f"{stage.name} of iteration {stage.iteration} needs {path}, whose weights KEEP= has pruned; delete "
+                f"{stage.title} needs {path}, whose weights KEEP= has pruned; delete "
                 f"{stamp_path(run, maker)} and run `make iterate KEEP=all` to have them made again."
             )
     if stage.name == "report":

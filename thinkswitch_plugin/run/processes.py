@@ -125,13 +125,16 @@ def cause(log: Path) -> str:
 
 
 def _last_lines(log: Path) -> list[str]:
-    if not log.exists():
-        return []
-    with log.open("rb") as handle:
-        handle.seek(max(0, handle.seek(0, os.SEEK_END) - 100_000))
-        text = handle.read().decode("utf-8", "replace")
-    drawn = [printable(line.rstrip().rsplit("\r", 1)[-1]) for line in text.split("\n")]
+    text = _end_of(log, 100_000) if log.exists() else ""
+    drawn = (printable(line.rstrip().rsplit("\r", 1)[-1]) for line in text.split("\n"))
     return [line for line in drawn if line.strip()]
+
+
+def _end_of(log: Path, size: int, start: int = 0) -> str:
+    """The last `size` bytes of a log as text, none of them before the byte `start`."""
+    with log.open("rb") as handle:
+        handle.seek(max(start, handle.seek(0, os.SEEK_END) - size))
+        return handle.read().decode("utf-8", "replace")
 
 
 def follow(bar: Bar, log: Path, start: int) -> None:
@@ -140,15 +143,13 @@ def follow(bar: Bar, log: Path, start: int) -> None:
     Args:
         start: what the log held before this engine began, in bytes.
     """
-    with log.open("rb") as handle:
-        handle.seek(max(start, handle.seek(0, os.SEEK_END) - 4096))
-        text = printable(handle.read().decode("utf-8", "replace").replace("\r", "\n"))
+    text = printable(_end_of(log, 4096, start).replace("\r", "\n")).rstrip()
     if (found := last_tqdm(text)) is not None:
         title, done, total = found
         bar.place(done, total, title)
         return
-    if not bar.total and text.strip():
-        bar.note(" ".join(text.rstrip().rsplit("\n", 1)[-1].split())[:60])
+    if not bar.total and text:
+        bar.note(" ".join(text.rsplit("\n", 1)[-1].split())[:60])
     bar.update(0)
 
 

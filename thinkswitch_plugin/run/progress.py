@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from thinkswitch_plugin import files
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
 QUIET_SECONDS = 30.0  # away from a terminal long work prints a line at most so often
 RECORD_SECONDS = 2.0  # the file for `make status` is written at most so often
@@ -54,15 +53,9 @@ class Work:
         with suppress(OSError):
             files.write_json(self.path, self.facts)
 
-    def forget(self) -> None:
-        """The stage is done: its stamp says so."""
-        with suppress(OSError):
-            self.path.unlink(missing_ok=True)
-
 
 _current: ContextVar[Work | None] = ContextVar("stage at work", default=None)
-# A bar within a bar (an engine's start within a sweep) is a row of the same view.
-_shown: ContextVar[Progress | None] = ContextVar("view on the terminal", default=None)
+_shown: list[Progress] = []  # the view on the terminal, in which every open bar is a row
 
 
 @contextmanager
@@ -77,17 +70,16 @@ def working(work: Work) -> Iterator[None]:
         work.record(failed={"at": time.time(), "why": why})
         raise
     else:
-        work.forget()
+        with suppress(OSError):
+            work.path.unlink(missing_ok=True)  # its stamp says that it is done
     finally:
         _current.reset(before)
 
 
 def take_down() -> None:
-    """Take the view away, whoever left it there: what follows on the terminal is an error, or the shell's prompt."""
-    view = _shown.get()
-    if view is not None:
-        view.stop()
-        _shown.set(None)
+    """Take the view away: what follows on the terminal is an error, or the shell's prompt."""
+    while _shown:
+        _shown.pop().stop()
 
 
 def last_tqdm(text: str) -> tuple[str, int, int] | None:
@@ -127,18 +119,16 @@ class Bar:
     """
 
     def __init__(self, total: float, title: str, *, initial: float = 0, unit: str = "it") -> None:
-        self.title, self.total, self.unit = title, total, unit
+        self.title, self.total, self.unit, self.text = title, total, unit, ""
         self.n = self.initial = initial
-        self.text = ""
         self.begun = self.started = self.shown = time.monotonic()
         self.between = False  # an engine's own bar is full, and no other has come yet
         self.work = _current.get()
-        self.view: Progress | None = None
-        self.task: TaskID | None = None
-        self.owner = False  # of the view, which goes when its owner does
-        if sys.stderr.isatty():
-            self._open_view()
-        self._show()
+        self.view = _view(self.work)
+        if self.view is not None:
+            self.task = self.view.add_task(title, total=total or None, completed=int(initial), beside="")
+            self.view.start()
+        self.update(0)
 
     @property
     def elapsed(self) -> float:
@@ -149,14 +139,19 @@ class Bar:
     def left(self) -> float | None:
         """Seconds that are left at the speed so far; None where it is not known."""
         done = self.n - self.initial
-        if not self.total or done <= 0:
-            return None
-        return max(0.0, (self.total - self.n) * self.elapsed / done)
+        return max(0.0, (self.total - self.n) * self.elapsed / done) if self.total and done > 0 else None
 
     def update(self, n: float = 1) -> None:
-        """So much more is done."""
+        """So much more is done: show it, and record it for `make status`."""
         self.n += n
-        self._show()
+        now = time.monotonic()
+        if self.work is not None and now - self.work.recorded >= RECORD_SECONDS:
+            self.work.record(progress=self.facts())
+        if self.view is not None:
+            self.view.update(self.task, completed=self.n, beside=self._beside())
+        elif now - self.shown >= QUIET_SECONDS:
+            self.shown = now
+            print(self.line(), file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         """What is to be said beside the bar from now on."""
@@ -168,62 +163,28 @@ class Bar:
         self.n, self.between = done, done >= total
         if anew:
             self.text, self.total, self.initial, self.started = text, total, done, time.monotonic()
-            if self.view is not None and self.task is not None:
-                self.view.reset(self.task, total=total or None, completed=int(done), beside=self._beside())
-        self._show()
+            if self.view is not None:
+                self.view.reset(self.task, total=total or None, completed=int(done))
+        self.update(0)
 
     def close(self) -> None:
-        """Take the view away, or this bar's row of it."""
-        if self.view is None or self.task is None:
-            return
-        if self.owner:
-            self.view.stop()
-            _shown.set(None)
-        else:
+        """Take this bar's row away, and the view with the last one."""
+        if self.view is not None and len(self.view.tasks) > 1:
             self.view.remove_task(self.task)
+        elif self.view is not None:
+            take_down()
         self.view = None
 
     def __enter__(self) -> Bar:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _open_view(self) -> None:
-        outer = _shown.get()
-        self.owner = outer is None
-        view = outer or _view(self.work)
-        if view is None:
-            return
-        self.task = view.add_task(self.title, total=self.total or None, completed=int(self.initial), beside="")
-        if self.owner:
-            view.start()
-            _shown.set(view)
-        self.view = view
-
-    def _show(self) -> None:
-        now = time.monotonic()
-        if self.work is not None and now - self.work.recorded >= RECORD_SECONDS:
-            self.work.record(progress=self.facts())
-        if self.view is not None and self.task is not None:
-            self.view.update(self.task, completed=self.n, beside=self._beside())
-        elif self.view is None and now - self.shown >= QUIET_SECONDS:
-            self.shown = now
-            print(self.line(), file=sys.stderr, flush=True)
 
     def facts(self) -> dict[str, Any]:
         """The bar as it is recorded."""
-        return {
-            "title": self.title,
-            "done": self.n,
-            "total": self.total,
-            "unit": self.unit,
-            "note": self.text,
-            "left": self.left,
-            "at": time.time(),
-        }
+        counted = {"title": self.title, "done": self.n, "total": self.total, "unit": self.unit}
+        return {**counted, "note": self.text, "left": self.left, "at": time.time()}
 
     def _beside(self) -> str:
         if not self.total:
@@ -252,16 +213,11 @@ class Bar:
 
 
 def _view(work: Work | None) -> Progress | None:
-    """rich's progress display with the run's own line below; None on a terminal that cannot redraw."""
+    """The view on the terminal, made for its first bar, with the run's own line below; None where nothing can redraw."""
+    if _shown or not sys.stderr.isatty():
+        return _shown[0] if _shown else None
+    from rich import progress
     from rich.console import Console, RenderableType
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
     from rich.text import Text
 
     class Terminal(Console):
@@ -269,7 +225,7 @@ def _view(work: Work | None) -> Progress | None:
             """Leave it: whoever kills us would be left without one."""
             return False
 
-    class View(Progress):
+    class View(progress.Progress):
         def get_renderables(self) -> Iterator[RenderableType]:
             yield self.make_tasks_table(self.tasks)
             if work is not None:
@@ -278,15 +234,17 @@ def _view(work: Work | None) -> Progress | None:
     terminal = Terminal(file=sys.stderr)  # this one, also while something redirects the name
     if not terminal.is_interactive or terminal.is_dumb_terminal:
         return None
-    return View(
-        TextColumn("  {task.description}", markup=False),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[beside]}", markup=False),
+    view = View(
+        progress.TextColumn("  {task.description}", markup=False),
+        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(compact=True),
+        progress.TextColumn("{task.fields[beside]}", markup=False),
         console=terminal,
         transient=True,
         redirect_stdout=sys.stdout.isatty(),  # else what is piped elsewhere would land on the terminal
         refresh_per_second=4,
     )
+    _shown.append(view)
+    return view

@@ -37,8 +37,8 @@ def prune(run: Run, hashes: Hashes) -> list[Path]:
     if kept is None:
         return []
     every = list(stages(run))
-    done = {(stage.name, stage.iteration): is_done(run, stage, hashes) for stage in every}
-    unfinished = {k for (name, k), found in done.items() if not found and name != "report"}
+    done = {stage.key for stage in every if is_done(run, stage, hashes)}
+    unfinished = {stage.iteration for stage in every if stage.key not in done and stage.name != "report"}
     finished = [k for k in range(1, run.iterations + 1) if k not in unfinished]
     pruned = []
     for k in finished[:-kept]:
@@ -46,7 +46,7 @@ def prune(run: Run, hashes: Hashes) -> list[Path]:
             folder = run.iteration(k) / mode
             weights = sorted(folder.glob("*.safetensors"))
             readers = [s for s in every if any(folder == p or folder in p.parents for p in s.inputs)]
-            if weights and all(done[s.name, s.iteration] for s in readers):
+            if weights and done >= {s.key for s in readers}:
                 hashes.prune(weights)
                 pruned.append(folder)
     if pruned:

@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import console
-from thinkswitch_plugin.run import timing
-from thinkswitch_plugin.run.execution import seconds_of, work_path
+from thinkswitch_plugin.run.execution import Seconds, is_done, place, seconds_of, work_path
 from thinkswitch_plugin.run.folder import NOTHING_MORE, Given, Run, open_run, settings_file
 from thinkswitch_plugin.run.hashes import Hashes, read_stamp
 from thinkswitch_plugin.run.progress import amount, duration
-from thinkswitch_plugin.run.stage import Stage, stamp_path
-from thinkswitch_plugin.run.stamp import stored
-from thinkswitch_plugin.run.table import stages
+from thinkswitch_plugin.run.table import Stage, stages, stamp_path
 
 READ_AT_MOST = 2**20  # bytes; a larger file is not read anew
 DONE, CHANGED, UNCHECKED, LEFT, NOW, STOPPED = "done", "changed", "not checked", "left", "now", "stopped"
@@ -43,83 +40,66 @@ class Remembered(Hashes):
         return super()._read(path, mark)
 
 
-@dataclass(frozen=True)
-class AtWork:
-    """The last stage that was begun and has not ended well, as it recorded itself."""
-
-    stage: str
-    iteration: int
-    pid: int
-    began: float
-    progress: dict[str, Any] | None
-    failed: dict[str, Any] | None
-
-
 def show_status(folder: Path, given: Given = NOTHING_MORE) -> None:
     """Print what of the run in `folder` is done, at work and left, and the next command.
 
     Raises `ThinkSwitchError` if the run's own files are damaged.
     """
-    adaptive = list(adaptive_lines(folder))
+    adaptive, holder = list(adaptive_lines(folder)), lock_holder(folder / ".lock")
     if not settings_file(folder).is_file():
-        for line in adaptive or [f"There is no run in {folder} yet; begin one with: {next_command(folder)}"]:
-            console.say(line)
-        if adaptive and (worker := lock_holder(folder / ".lock")) is not None:
-            console.say(console.printable(f"Now:    process {worker}{words_of(worker)}"))
-        return
-    run = open_run(folder, given)
-    every = list(stages(run))
-    seconds, record, holder = seconds_of(run, every), read_record(work_path(folder)), lock_holder(folder / ".lock")
-    if record is not None and (record.stage, record.iteration) in seconds:
-        record = None  # it was killed after its last breath
-    working = record is not None and holder == record.pid
-    states = {}
-    hashes = Remembered(folder)
-    for stage in every:
-        key = (stage.name, stage.iteration)
-        states[key] = state_of(run, stage, hashes)
-        if record is not None and key == (record.stage, record.iteration):
-            states[key] = NOW if working else STOPPED
-    done = sum(state in (DONE, UNCHECKED) for state in states.values())
-    console.say(
-        f"{folder}: seed {run.seed}, engine {run.engine}; {done} of {len(every)} stages done"
-        + (f" in {duration(sum(seconds.values()))}" if done else "")
-    )
-    for line in table(every, states, seconds):
-        console.say(line)
-    for line in adaptive:
-        console.say(line)
-    for line in at_work(run, every, seconds, record, holder):
+        lines = adaptive or [f"There is no run in {folder} yet; begin one with: {next_command(folder)}"]
+        if adaptive and holder is not None:
+            lines.append(f"Now:    process {holder}{words_of(holder)}")
+    else:
+        lines = list(run_lines(open_run(folder, given), adaptive, holder))
+    for line in lines:
         console.say(console.printable(line))
-    if done < len(every) and holder is None:
-        console.say(f"Next:   {next_command(folder, run)}")
-    elif done == len(every):
-        console.say(f"All done: see {folder / 'report.html'}")
+
+
+def run_lines(run: Run, adaptive: list[str], holder: int | None) -> Iterator[str]:
+    """What is printed of a run.
+
+    Args:
+        adaptive: the lines of `make adaptive`.
+        holder: the process that holds the run's lock.
+    """
+    every, hashes = list(stages(run)), Remembered(run.folder)
+    seconds, record = seconds_of(run, every), read_record(work_path(run.folder))
+    if record is not None and record.key in seconds:
+        record = None  # it was killed after its last breath
+    states = {stage.key: state_of(run, stage, hashes) for stage in every}
+    if record is not None and record.key in states:
+        states[record.key] = NOW if holder == record.pid else STOPPED
+    done = sum(state in (DONE, UNCHECKED) for state in states.values())
+    taken = f" in {duration(sum(seconds.values()))}" if done else ""
+    yield f"{run.folder}: seed {run.seed}, engine {run.engine}; {done} of {len(every)} stages done{taken}"
+    yield from table(every, states, seconds)
+    yield from adaptive
+    yield from at_work(run, every, seconds, record, holder)
+    if done == len(every):
+        yield f"All done: see {run.folder / 'report.html'}"
+    elif holder is None:
+        yield f"Next:   {next_command(run.folder, run)}"
 
 
 def state_of(run: Run, stage: Stage, hashes: Hashes) -> str:
-    """Whether a stage is done, as `execution.is_done` would, without reading what is large."""
+    """Whether a stage is done, without reading what is large."""
     stamp = read_stamp(stamp_path(run, stage))
-    if stamp is None:
-        return LEFT
-    if not all(needed.exists() for needed in (*stage.outputs, *stage.needs)):
-        return CHANGED
     try:
-        fits = stored(stamp_path(run, stage), stage.depends_on(hashes)) is not None
+        return LEFT if stamp is None else DONE if is_done(run, stage, hashes) else CHANGED
     except NotRemembered:
-        return UNCHECKED if stamp.get("values") == stage.values else CHANGED
-    return DONE if fits else CHANGED
+        return UNCHECKED if stamp is not None and stamp.get("values") == stage.values else CHANGED
 
 
-def table(every: list[Stage], states: dict[tuple[str, int], str], seconds: timing.Seconds) -> Iterator[str]:
+def table(every: list[Stage], states: dict[tuple[str, int], str], seconds: Seconds) -> Iterator[str]:
     """A line for each iteration and state, in order."""
     for where, group in itertools.groupby(every, key=lambda s: "report" if s.name == "report" else s.iteration):
         here, title = list(group), where if where == "report" else f"iteration {where}"
         for state in (DONE, UNCHECKED, CHANGED, NOW, STOPPED, LEFT):
             names = [
-                s.name + (f" {taken:.1f} s" if (taken := seconds.get((s.name, s.iteration))) is not None else "")
+                s.name + (f" {seconds[s.key]:.1f} s" if s.key in seconds else "")
                 for s in here
-                if states[s.name, s.iteration] == state
+                if states[s.key] == state
             ]
             if names:
                 note = f" ({MEANING[state]})" if state in MEANING else ""
@@ -137,79 +117,75 @@ def adaptive_lines(folder: Path) -> Iterator[str]:
         judged = [path.name for path in conditions if (path / "eval.json").is_file()]
         begun = [path.name for path in conditions if path.name not in judged]
         parts += [f"judged {', '.join(judged)}"] * bool(judged) + [f"begun {', '.join(begun)}"] * bool(begun)
-        yield console.printable(f"  {'adaptive':12} {seed.name}: {'; '.join(parts)}")
+        yield f"  {'adaptive':12} {seed.name}: {'; '.join(parts)}"
     if (written := folder / "adaptive" / "adaptive.md").is_file():
         yield f"  {'':12} last table: {written}"
 
 
-def at_work(
-    run: Run, every: list[Stage], seconds: timing.Seconds, record: AtWork | None, holder: int | None
-) -> Iterator[str]:
+def at_work(run: Run, every: list[Stage], seconds: Seconds, record: AtWork | None, holder: int | None) -> Iterator[str]:
     """What is at work or was last, where its logs are, and why it failed."""
     if record is None:
         if holder is not None:
             yield f"Locked: another command is at work here, process {holder}{words_of(holder)}"
         return
-    title = Stage(record.stage, record.iteration, (), ()).title
+    title = Stage(*record.key).title
     progress = "".join(f", {text}" for text in progress_text(record.progress))
-    now = time.time()
+    passed = time.time() - record.began
     if holder == record.pid:
-        yield f"Now:    {title}, process {record.pid}, for {duration(now - record.began)}{progress}"
-        for stage in every:
-            if (stage.name, stage.iteration) == (record.stage, record.iteration):
-                yield f"        {timing.place_of(stage, every, seconds, run.iterations).text(now - record.began)}"
+        yield f"Now:    {title}, process {record.pid}, for {duration(passed)}{progress}"
+        yield from (f"        {place(s, every, seconds, passed)}" for s in every if s.key == record.key)
     else:
         if holder is not None:
             yield f"Locked: process {holder} holds the run{words_of(holder)}"
-        at = (record.failed or {}).get("at") or (record.progress or {}).get("at") or record.began
-        when = f"{duration(max(0.0, now - at))} ago"
+        times = (record.failed.get("at"), record.progress.get("at"), record.began)
+        at = next(found for found in times if isinstance(found, int | float))
+        when = f"{duration(max(0.0, time.time() - at))} ago"
         if record.failed:
             yield f"Failed: {title}, {when}{progress}: {record.failed.get('why')}"
         else:
             yield f"Killed: {title}; its process {record.pid} ended without a word, last seen {when}{progress}"
-    if log := newest_log(run.iteration(record.iteration) / "logs", record.began):
+    logs = [(p.stat().st_mtime, p) for p in (run.iteration(record.key[1]) / "logs").glob("*.log")]
+    modified, log = max(logs, default=(0.0, None))
+    if modified >= record.began - 1:
         yield f"Log:    {log}"
 
 
-def progress_text(found: dict[str, Any] | None) -> Iterator[str]:
+def progress_text(found: dict[str, Any]) -> Iterator[str]:
     """What a recorded bar says: how far it is, what stands beside it, how long it may take."""
-    if found is None:
-        return
-    done, total = found.get("done"), found.get("total")
+    done, total, left = found.get("done"), found.get("total"), found.get("left")
     if isinstance(done, int | float) and isinstance(total, int | float) and total > 0:
         unit = str(found.get("unit") or "it")
         counted = "bytes" if unit == "B" else f"{unit}s" if unit not in ("it", "s") else ""
         what = " ".join(word for word in (amount(done, unit), "of", amount(total, unit), counted) if word)
         yield f"{found.get('title')}: {what} ({100 * done / total:.0f} %)"
-    else:
+    elif found:
         yield str(found.get("title"))
     if found.get("note"):
         yield str(found["note"])
-    if isinstance(found.get("left"), int | float) and found["left"] >= 1:
-        yield f"about {duration(found['left'])} left of it"
+    if isinstance(left, int | float) and left >= 1:
+        yield f"about {duration(left)} left of it"
+
+
+@dataclass(frozen=True)
+class AtWork:
+    """The last stage that was begun and has not ended well, as it recorded itself; see `progress.Work`."""
+
+    key: tuple[str, int]
+    pid: int
+    began: float
+    progress: dict[str, Any]
+    failed: dict[str, Any]
 
 
 def read_record(path: Path) -> AtWork | None:
     """The stage that recorded itself; None if there is none or the record is damaged."""
     found = read_stamp(path) or {}
+    progress, failed = (part if isinstance(part := found.get(name), dict) else {} for name in ("progress", "failed"))
     try:
-        return AtWork(
-            stage=str(found["stage"]),
-            iteration=int(found["iteration"]),
-            pid=int(found["pid"]),
-            began=float(found["began"]),
-            progress=_timed(found.get("progress")),
-            failed=_timed(found.get("failed")),
-        )
+        key = str(found["stage"]), int(found["iteration"])
+        return AtWork(key, int(found["pid"]), float(found["began"]), progress, failed)
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
-
-
-def _timed(found: Any) -> dict[str, Any] | None:
-    """A part of the record, with its `at` a number or left out; None if it is no such part."""
-    if not isinstance(found, dict):
-        return None
-    return {key: v for key, v in found.items() if key != "at" or isinstance(v, int | float)}
 
 
 def lock_holder(path: Path) -> int | None:
@@ -230,13 +206,6 @@ def words_of(pid: int) -> str:
         if any(words):
             return f" ({' '.join([Path(words[0]).name, *words[1:]]).strip()[:100]})"
     return " (it has ended; what it started is still ending)"
-
-
-def newest_log(folder: Path, since: float) -> Path | None:
-    """The log that was written last, if it was after `since` (seconds of the epoch)."""
-    found = [(p.stat().st_mtime, p) for p in folder.glob("*.log")]
-    modified, path = max(found, default=(0.0, None))
-    return path if modified >= since - 1 else None
 
 
 def next_command(folder: Path, run: Run | None = None) -> str:

@@ -5,13 +5,20 @@ follow from it, and a test checks that the Makefile has the same stages in the s
 of one iteration, which says what is read and written there and which settings count:
 
     rebuild of iteration 1: iter-1/instruct, the anchor, merge_configs/slerp.yaml, … -> iter-1/thinking, rebuild.json
+
+and its stamp records them:
+
+    runs/arithmetic/iter-1/.stamps/pairs.json
+    {"stage": "pairs", "values": {"selection": "first", …}, "inputs": {"…/generations.jsonl": "9f8e…"},
+     "outputs": {"…/pairs.jsonl": "41c0…", …}, "seconds": 0.2, "seed": 0,
+     "command": "thinkswitch pairs runs/arithmetic 1", "versions": {…}}
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +26,7 @@ from typing import Any, Literal
 from thinkswitch_plugin import places
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run.folder import MODES, Run
-from thinkswitch_plugin.run.stage import Stage
+from thinkswitch_plugin.run.hashes import Hashes
 
 TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja")
 REPORT_PICTURES = ("iterations", "paired", "time")
@@ -43,6 +50,55 @@ MACHINE_OPTIONS = (
     "--cpu-offload-gb",
     "--enforce-eager",
 )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of one iteration: what it reads, depends on and writes.
+
+    Args:
+        resume_on: a failed attempt is continued if the inputs and these values are the same;
+            None: the stage always starts anew.
+        needs: must be there for the stage to count as done, but are not its outputs.
+        scratch: what an attempt leaves beside its outputs to continue from.
+        writes_like: a checkpoint about as large as what the stage writes.
+    """
+
+    name: str
+    iteration: int
+    inputs: tuple[Path, ...] = ()
+    outputs: tuple[Path, ...] = ()
+    values: dict[str, Any] = field(default_factory=dict)
+    resume_on: tuple[str, ...] | None = None
+    needs: tuple[Path, ...] = ()
+    scratch: tuple[Path, ...] = ()
+    writes_like: Path | None = None
+
+    @property
+    def title(self) -> str:
+        """Its name in messages."""
+        return self.name if self.name == "report" else f"{self.name} of iteration {self.iteration}"
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Its name and iteration."""
+        return self.name, self.iteration
+
+    def resumed_part(self, key: Any) -> Any:
+        """The part of `depends_on` that half-finished outputs depend on."""
+        values = key.get("values")
+        found = {name: values.get(name) for name in self.resume_on or ()} if isinstance(values, dict) else None
+        return key.get("inputs"), found
+
+    def depends_on(self, hashes: Hashes) -> dict[str, Any]:
+        """The settings and the hashes of the inputs, as the stamp records them."""
+        return {"values": self.values, "inputs": {str(p): hashes.of(p) for p in self.inputs}}
+
+
+def stamp_path(run: Run, stage: Stage) -> Path:
+    """The stamp of a stage, which is also its target in the Makefile."""
+    folder = run.folder if stage.name == "report" else run.iteration(stage.iteration)
+    return folder / ".stamps" / f"{stage.name}.json"
 
 
 @dataclass(frozen=True)
@@ -124,9 +180,11 @@ def _pairs(run: Run, k: int) -> Stage:
 
 
 def _train(run: Run, k: int) -> Stage:
+    from thinkswitch_plugin.recipe import iteration_config
+
     here, keys, learner = run.iteration(k), run.recipe.keys, run.checkpoint("instruct", k - 1)
     inputs = (here / "pairs.jsonl", Path(learner))
-    config = training_config(run, learner, inputs[0], here)
+    config = iteration_config(run.recipe, base_model=learner, pairs=inputs[0], here=here, seed=run.seed)
     values = {
         "axolotl": {key: v for key, v in config.items() if key != "thinkswitch"},
         "axolotl_args": keys.axolotl_args,
@@ -221,17 +279,6 @@ def sweep_files(run: Run) -> list[Path]:
     """The sweeps of a run's iterations, which the report shows where there are any."""
     every = (run.iteration(k) / "sweep" / "sweep.json" for k in range(run.iterations + 1))
     return [path for path in every if path.is_file()]
-
-
-def training_config(run: Run, base_model: str, pairs: Path, here: Path) -> dict[str, Any]:
-    """axolotl's config for one training of a run, which writes into `here`."""
-    from thinkswitch_plugin.recipe import iteration_config
-    from thinkswitch_plugin.run.hardware import has_cuda
-
-    made = {"adapter": here / "adapter", "prepared": here / "prepared"}
-    return iteration_config(
-        run.recipe, base_model=base_model, pairs=pairs, seed=run.seed, on_cpu=not has_cuda(), **made
-    )
 
 
 def _answering(run: Run) -> list[str]:

@@ -13,8 +13,7 @@ from thinkswitch_plugin import console
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run.folder import NOTHING_MORE, Given, Run, open_run
 from thinkswitch_plugin.run.hashes import CARD, Hashes, read_stamp
-from thinkswitch_plugin.run.stage import Stage, stamp_path
-from thinkswitch_plugin.run.table import stages
+from thinkswitch_plugin.run.table import Stage, stages, stamp_path
 
 
 def verify(folder: Path, given: Given = NOTHING_MORE) -> None:
@@ -22,28 +21,22 @@ def verify(folder: Path, given: Given = NOTHING_MORE) -> None:
 
     Raises `ThinkSwitchError` if there is one, or if the folder is no run.
     """
-    run = open_run(folder, given)
-    hashes = Hashes(folder, trust=False)
-    problems: list[str] = []
-    done = waiting = 0
-    for stage in stages(run):
-        if stamp_path(run, stage).exists():
-            done += 1
-            problems += misfits(run, stage, hashes)
-        else:
-            waiting += 1
-    for problem in dict.fromkeys(problems):
+    run, hashes = open_run(folder, given), Hashes(folder, trust=False)
+    every = list(stages(run))
+    done = [stage for stage in every if stamp_path(run, stage).exists()]
+    problems = dict.fromkeys(problem for stage in done for problem in misfits(run, stage, hashes))
+    for problem in problems:
         console.say(f"  {problem}")
     if problems:
         raise ThinkSwitchError(
-            f"{folder}: {len(dict.fromkeys(problems))} things do not match; `make iterate` runs again what has another "
+            f"{folder}: {len(problems)} things do not match; `make iterate` runs again what has another "
             "recipe or input. To repair a damaged file, delete it first."
         )
     pruned = sum(not Path(file).is_file() for file in hashes.pruned)
     console.say(
-        f"{folder}: {done} stages fit their stamps ({len(hashes.known)} files read"
+        f"{folder}: {len(done)} stages fit their stamps ({len(hashes.known)} files read"
         + (f", {pruned} pruned" if pruned else "")
-        + (f"); {waiting} stages are not done yet" if waiting else ")")
+        + (f"); {len(every) - len(done)} stages are not done yet" if len(done) < len(every) else ")")
     )
 
 

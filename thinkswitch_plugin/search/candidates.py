@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
 from thinkswitch_plugin.conventions import Convention, as_metadata
+from thinkswitch_plugin.environment import has_cuda
 from thinkswitch_plugin.judging.evaluation import Sampling, batch_size, evaluate, quiet, uses_server
 from thinkswitch_plugin.judging.figures import Sample, interval, pass_at_k, summarize
 from thinkswitch_plugin.judging.samples import read_samples
 from thinkswitch_plugin.judging.verdict import how_read
 from thinkswitch_plugin.run import checkpoint
-from thinkswitch_plugin.run.hardware import has_cuda
 from thinkswitch_plugin.run.progress import Bar
 from thinkswitch_plugin.run.stamp import folder_once, stored
 

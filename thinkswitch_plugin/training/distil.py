@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thinkswitch_plugin import console, files
+from thinkswitch_plugin.environment import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError, reason
-from thinkswitch_plugin.recipe import Recipe
+from thinkswitch_plugin.recipe import PREPARED, Recipe
 from thinkswitch_plugin.run import checkpoint, processes
-from thinkswitch_plugin.run.hardware import has_cuda
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PREPARED = "prepared"  # axolotl's tokenized data, beside the adapter
 # What axolotl and its engines are told in every stage of ours.
 ENGINE_ENV = {
     "AXOLOTL_DO_NOT_TRACK": "1",
