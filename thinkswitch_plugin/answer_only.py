@@ -8,13 +8,8 @@ In a recipe:
         type: thinkswitch_plugin.answer_only
 """
 
-from __future__ import annotations
+from functools import partial
 
-from typing import Any
+from thinkswitch_plugin.training.strategy import strategy
 
-from thinkswitch_plugin.training.strategy import Completions, strategy
-
-
-def load(tokenizer: Any, cfg: Any, ds_cfg: Any = None) -> Completions:
-    """axolotl's entry: the strategy that turns the rows of one dataset into token ids and labels."""
-    return strategy(tokenizer, cfg, ds_cfg, None)
+load = partial(strategy, form=None)

@@ -1,24 +1,11 @@
 """The axolotl dataset type `thinkswitch_plugin.post_thinking`: the answer first, then the trace.
 
-In a recipe:
-
-    datasets:
-      - path: rationales.jsonl          # or generations.jsonl, requests.jsonl beside it
-        ds_type: json
-        type: thinkswitch_plugin.post_thinking
-
-`data/formats.py` says how a completion is written. An adaptive model trains on two such entries, one of
-each format.
+In a recipe as `thinkswitch_plugin.pre_thinking`.
 """
 
-from __future__ import annotations
-
-from typing import Any
+from functools import partial
 
 from thinkswitch_plugin.data.formats import POST
-from thinkswitch_plugin.training.strategy import Completions, strategy
+from thinkswitch_plugin.training.strategy import strategy
 
-
-def load(tokenizer: Any, cfg: Any, ds_cfg: Any = None) -> Completions:
-    """axolotl's entry: the strategy that turns the rows of one dataset into token ids and labels."""
-    return strategy(tokenizer, cfg, ds_cfg, POST)
+load = partial(strategy, form=POST)

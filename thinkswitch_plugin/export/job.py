@@ -139,62 +139,9 @@ class Job:
     out: Path
     hashes: dict[str, str]
 
-    def made_of(self, mode: str, rank: int | None = None) -> dict[str, Any]:
-        """What a mode's adapter depends on; without a rank, what its full checkpoint is."""
-        whole = {"checkpoint": self.hashes[str(self.subject.roles[mode])]}
-        return {**whole, "base": self.hashes[str(self.base.folder)], "rank": rank} if rank else whole
-
-    def judged_by(self) -> dict[str, Any]:
-        """What figures depend on besides."""
-        keys = self.subject.keys
-        return {
-            "evaluation": keys.evaluation.model_dump(exclude={"contamination_ngram", "contamination_share"}),
-            "task": {str(path): self.hashes[str(path)] for path in task_files(keys.evaluation.task)},
-            "data": self.subject.data,
-            "answer": keys.labels.answer,
-            "server": uses_server(keys.evaluation, self.subject.engine),
-        }
-
-    def full_figures(self, mode: str) -> dict[str, Any]:
-        """The full checkpoint's figures: those of the run if it was evaluated in the same way, otherwise evaluated here."""
-        subject = self.subject
-        if subject.of_run:
-            run = open_run(subject.home)
-            judged = run.iteration(subject.iteration or 0) / "eval" / mode
-            if judged.is_dir() and run.recipe.keys.evaluation == subject.keys.evaluation:
-                return self._read(mode, judged)
-        return self.figures(mode, self.out / "full", self.made_of(mode), None)
-
-    def figures(self, mode: str, place: Path, made_of: dict[str, Any], lora: Path | None) -> dict[str, Any]:
-        """The figures of a full checkpoint, or of base and adapter, by lm-eval; those stored if nothing has changed."""
-        keys = self.subject.keys
-        judged = place / "eval" / f"{mode}{few_questions(self.subject)}"
-        store = judged.with_name(f"{judged.name}.json")
-
-        def evaluate(resumes: bool) -> dict[str, Any]:
-            evaluate_checkpoint(
-                str(self.base.folder if lora else self.subject.roles[mode]),
-                judged,
-                keys,
-                self.subject.engine,
-                log=self.out / "logs" / f"{place.name}-{mode}.log",
-                lora=lora,
-                resume=resumes,
-            )
-            return {"figures": self._read(mode, judged)}
-
-        key = {"settings": {"made_of": made_of, **self.judged_by()}}
-        return dict(once(store, key, (judged,), evaluate)["figures"])
-
-    def _read(self, mode: str, judged: Path) -> dict[str, Any]:
-        keys = self.subject.keys
-        return summarize(
-            list(read_samples(judged, keys.evaluation.task, str(self.subject.roles[mode]), keys.labels.answer))
-        )
-
     def result(self, adapted: Sequence[str], ranks: Sequence[int]) -> dict[str, Any]:
         """The full checkpoints and the adapters of these modes at every rank, and the smallest rank that does as they do."""
-        full = {mode: self.full_figures(mode) for mode in MODES}
+        full = {mode: self.figures(mode) for mode in MODES}
         rows = {mode: self.adapters(mode, ranks) for mode in adapted}
         every: list[dict[str, Any]] = []
         for rank, *made in zip(ranks, *rows.values(), strict=True):
@@ -214,57 +161,101 @@ class Job:
 
     def adapters(self, mode: str, ranks: Sequence[int]) -> list[dict[str, Any]]:
         """What is known of a mode's adapter at every rank, making and evaluating what is not there yet."""
+        self.make(mode, [rank for rank in ranks if stored(*self.stamp(mode, rank)) is None])
         rows = []
-        for rank, made in zip(ranks, self._make(mode, ranks), strict=True):
-            adapter = self._adapter(mode, rank)
-            figures = self.figures(mode, adapter.parent, self.made_of(mode, rank), adapter)
-            self._card(mode, adapter, made, figures)
+        for rank in ranks:
+            made, figures = files.read_json(self.stamp(mode, rank)[0]), self.figures(mode, rank)
+            self.write_card(mode, Path(made["path"]), made, figures)
             rows.append({**{key: v for key, v in made.items() if key != "made_of"}, "figures": figures})
         return rows
 
-    def _adapter(self, mode: str, rank: int) -> Path:
-        return self.out / f"rank-{rank}" / mode
+    def made_of(self, mode: str, rank: int | None) -> dict[str, Any]:
+        """What a mode's adapter depends on; without a rank, what its full checkpoint is."""
+        whole = {"checkpoint": self.hashes[str(self.subject.roles[mode])]}
+        return {**whole, "base": self.hashes[str(self.base.folder)], "rank": rank} if rank else whole
 
-    def _make(self, mode: str, ranks: Sequence[int]) -> list[dict[str, Any]]:
-        """The adapters of these ranks: the largest is extracted, a smaller one is its leading part."""
-        source = self.subject.roles[mode]
-        stamps = {rank: self.out / f"rank-{rank}" / f"{mode}.json" for rank in ranks}
-        keys = {rank: {"made_of": self.made_of(mode, rank)} for rank in ranks}
-        waiting = [r for r in ranks if stored(stamps[r], keys[r], (self._adapter(mode, r),)) is None]
-        if waiting:
-            # Two factors of a matrix are seldom larger than it, so an adapter stays below the checkpoint.
-            files.require_space(self.out, files.size(source), "the export of adapters")
-            largest = files.temporary_sibling(self.out / f"extracted-{mode}")
-            files.remove(largest)
-            try:
-                log = self.out / "logs" / f"extract-{mode}.log"
-                seconds = extract(self.base.folder, source, largest, waiting[-1], log)
-                for rank in waiting:
-                    stamps[rank].unlink(missing_ok=True)
-                    self._build(source, largest, self._adapter(mode, rank), rank)
-            finally:
-                files.remove(largest)
-            lost = losses(self.base.folder, source, [self._adapter(mode, rank) for rank in waiting])
-            for rank, loss in zip(waiting, lost, strict=True):
-                adapter = self._adapter(mode, rank)
-                found = {
-                    "path": str(adapter),
-                    "largest_rank": adapter_rank(adapter),
-                    "bytes": files.size(adapter / WEIGHTS),
-                }
-                record(stamps[rank], keys[rank], {**found, "seconds_of_extraction": round(seconds, 2), **loss})
-        return [files.read_json(stamps[rank]) for rank in ranks]
+    def stamp(self, mode: str, rank: int) -> tuple[Path, dict[str, Any], tuple[Path]]:
+        """An adapter's stamp, its key and its folder."""
+        adapter = self.out / f"rank-{rank}" / mode
+        return adapter.with_suffix(".json"), {"made_of": self.made_of(mode, rank)}, (adapter,)
 
-    def _build(self, source: Path, largest: Path, adapter: Path, rank: int) -> None:
+    def make(self, mode: str, ranks: Sequence[int]) -> None:
+        """Make the adapters of these ranks: the largest is extracted, a smaller one is its leading part."""
         from transformers import AutoTokenizer
 
-        with files.atomic_folder(adapter) as folder:
-            cut(largest, folder, rank, base=self.base.name, revision=self.base.revision)
-            checkpoint.adopt_mode(source, folder)
-            text = chat_template(AutoTokenizer.from_pretrained(source), source)
-            (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
+        if not ranks:
+            return
+        source = self.subject.roles[mode]
+        # Two factors of a matrix are seldom larger than it, so an adapter stays below the checkpoint.
+        files.require_space(self.out, files.size(source), "the export of adapters")
+        template = chat_template(AutoTokenizer.from_pretrained(source), source)
+        stamps = [self.stamp(mode, rank) for rank in ranks]
+        largest = files.temporary_sibling(self.out / f"extracted-{mode}")
+        files.remove(largest)
+        try:
+            log = self.out / "logs" / f"extract-{mode}.log"
+            seconds = extract(self.base.folder, source, largest, ranks[-1], log)
+            for rank, (stamp, _, (adapter,)) in zip(ranks, stamps, strict=True):
+                stamp.unlink(missing_ok=True)
+                with files.atomic_folder(adapter) as folder:
+                    cut(largest, folder, rank, base=self.base.name, revision=self.base.revision)
+                    checkpoint.adopt_mode(source, folder)
+                    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        finally:
+            files.remove(largest)
+        lost = losses(self.base.folder, source, [adapter for _, _, (adapter,) in stamps])
+        for (stamp, key, (adapter,)), loss in zip(stamps, lost, strict=True):
+            found = {
+                "path": str(adapter),
+                "largest_rank": adapter_rank(adapter),
+                "bytes": files.size(adapter / WEIGHTS),
+            }
+            record(stamp, key, {**found, "seconds_of_extraction": round(seconds, 2), **loss})
 
-    def _card(self, mode: str, adapter: Path, made: dict[str, Any], figures: dict[str, Any]) -> None:
+    def figures(self, mode: str, rank: int | None = None) -> dict[str, Any]:
+        """The figures of a mode's full checkpoint, or of base and adapter, by lm-eval; those stored if nothing has changed.
+
+        A full checkpoint that its run has evaluated in the same way is not evaluated again.
+        """
+        subject, keys = self.subject, self.subject.keys
+
+        def read(judged: Path) -> dict[str, Any]:
+            model = str(subject.roles[mode])
+            return summarize(list(read_samples(judged, keys.evaluation.task, model, keys.labels.answer)))
+
+        if subject.of_run and rank is None:
+            run = open_run(subject.home)
+            judged = run.iteration(subject.iteration or 0) / "eval" / mode
+            if judged.is_dir() and run.recipe.keys.evaluation == keys.evaluation:
+                return read(judged)
+        place = self.out / (f"rank-{rank}" if rank else "full")
+        judged = place / "eval" / f"{mode}{few_questions(subject)}"
+
+        def evaluate(resumes: bool) -> dict[str, Any]:
+            evaluate_checkpoint(
+                str(self.base.folder if rank else subject.roles[mode]),
+                judged,
+                keys,
+                subject.engine,
+                log=self.out / "logs" / f"{place.name}-{mode}.log",
+                lora=place / mode if rank else None,
+                resume=resumes,
+            )
+            return {"figures": read(judged)}
+
+        settings = {
+            "made_of": self.made_of(mode, rank),
+            "evaluation": keys.evaluation.model_dump(exclude={"contamination_ngram", "contamination_share"}),
+            "task": {str(path): self.hashes[str(path)] for path in task_files(keys.evaluation.task)},
+            "data": subject.data,
+            "answer": keys.labels.answer,
+            "server": uses_server(keys.evaluation, subject.engine),
+        }
+        store = judged.with_name(f"{judged.name}.json")
+        return dict(once(store, {"settings": settings}, (judged,), evaluate)["figures"])
+
+    def write_card(self, mode: str, adapter: Path, made: dict[str, Any], figures: dict[str, Any]) -> None:
+        """Write the model card of an adapter."""
         from huggingface_hub import ModelCardData
 
         source, keys, base = self.subject.roles[mode], self.subject.keys, self.base

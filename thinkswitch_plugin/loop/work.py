@@ -18,7 +18,7 @@ from thinkswitch_plugin.report import cards
 from thinkswitch_plugin.run import Run, checkpoint, processes
 
 
-def prepare_pair(run: Run, _k: int = 0) -> dict[str, Any]:
+def prepare_pair(run: Run, _k: int = 0) -> None:
     """Download (or, for the embedded domain, train) the starting pair and check that the two belong together.
 
     Writes `iter-0/pair.json`: name, folder and hub commit of both checkpoints.
@@ -43,7 +43,6 @@ def prepare_pair(run: Run, _k: int = 0) -> dict[str, Any]:
 
         distil.require_trainable(run.recipe, found["instruct"]["path"])
     files.write_json(run.iteration(0) / "pair.json", found)
-    return {}
 
 
 def clean_prompts(run: Run, k: int) -> tuple[list[tuple[str, str]], str | None]:
@@ -139,7 +138,7 @@ def train_adapter(run: Run, *, pairs: Path, base_model: str, here: Path, resume:
     return distil.train(config, here, resume=resume, options=keys.axolotl_args, minimum=keys.min_adapter_change)
 
 
-def merge_lora(run: Run, k: int) -> dict[str, Any]:
+def merge_lora(run: Run, k: int) -> None:
     """axolotl merges the adapter in full precision: writes the complete checkpoint `instruct/`."""
     here = run.iteration(k)
     merge_adapter(
@@ -149,7 +148,6 @@ def merge_lora(run: Run, k: int) -> dict[str, Any]:
         on_cpu=run.recipe.keys.merge_on == "cpu",
         card=lambda folder: cards.write_card(run, k, "instruct", folder),
     )
-    return {}
 
 
 def merge_adapter(
@@ -194,7 +192,7 @@ def merge_adapter(
     files.remove(building)
 
 
-def rebuild(run: Run, k: int) -> dict[str, Any]:
+def rebuild(run: Run, k: int) -> None:
     """mergekit interpolates the new thinking checkpoint; it is accepted only if it still thinks."""
     from thinkswitch_plugin.loop.rebuild import Check, rebuild_thinking
 
@@ -215,10 +213,9 @@ def rebuild(run: Run, k: int) -> dict[str, Any]:
 
     result = rebuild_thinking(here / "instruct", Path(run.anchor(k)), keys.rebuild, here / "thinking", check, card)
     files.write_json(here / "rebuild.json", result)
-    return {}
 
 
-def evaluate(run: Run, k: int, mode: str) -> dict[str, Any]:
+def evaluate(run: Run, k: int, mode: str) -> None:
     """lm-eval evaluates one checkpoint: its results and samples files, and the stored answers, under `eval/`."""
     from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint
 
@@ -231,7 +228,6 @@ def evaluate(run: Run, k: int, mode: str) -> dict[str, Any]:
         log=here / "logs" / f"eval-{mode}.log",
         resume=True,
     )
-    return {}
 
 
 def report(run: Run, k: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,14 @@ def require_template(values: dict[str, Any], checkpoint: str, system: str | None
     datasets = values.get("datasets") or [{}]
     turns = [{"role": "user", "content": "What is 2+3?"}, {"role": "assistant", "content": "5"}]
     first = [{"role": "system", "content": system}] if system else []
-    require_contract(strategy(tokenizer, cfg, datasets[0], None).chat_template, tokenizer, [*first, *turns], None)
+    require_contract(strategy(tokenizer, cfg, datasets[0], form=None).chat_template, tokenizer, [*first, *turns], None)
 
 
-def strategy(tokenizer: Any, cfg: Any, ds_cfg: Any, form: formats.Format | None) -> Completions:
+def strategy(tokenizer: Any, cfg: Any, ds_cfg: Any, *, form: formats.Format | None) -> Completions:
     """The strategy that turns the rows of one dataset into token ids and labels.
 
     Args:
-        tokenizer, cfg, ds_cfg: what axolotl gives to a dataset type's `load`.
+        tokenizer, cfg, ds_cfg: what axolotl gives to the `load` of a dataset type.
         form: how trace and answer are written; None leaves the trace away.
 
     Raises:
@@ -85,24 +86,16 @@ def strategy(tokenizer: Any, cfg: Any, ds_cfg: Any, form: formats.Format | None)
     return Completions(chat_template, tokenizer, str(options.get("path")), labels, conventions.from_key(trace), form)
 
 
+@dataclass(eq=False)
 class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
     """Pairs, their completions written in one format, tokenized by axolotl's chat-template strategy."""
 
-    def __init__(
-        self,
-        chat_template: Any,
-        tokenizer: Any,
-        path: str,
-        labels: LabelKeys,
-        convention: conventions.Convention | None,
-        form: formats.Format | None,
-    ) -> None:
-        self.chat_template = chat_template
-        self.tokenizer = tokenizer
-        self.path = path
-        self.labels = labels
-        self.convention = convention
-        self.form = form
+    chat_template: Any
+    tokenizer: Any
+    path: str
+    labels: LabelKeys
+    convention: conventions.Convention | None
+    form: formats.Format | None
 
     def wrap_dataset(
         self, dataset: Dataset, process_count: int | None = None, keep_in_memory: bool | None = False, **kwargs: Any
@@ -113,7 +106,7 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
         needed and missing, or the chat template would train something else than is asked for; see `contract`.
         """
         columns = ["messages", "trace"] if self.form else ["messages"]
-        if "custom_id" in dataset.column_names and "response" in dataset.column_names:
+        if {"custom_id", "response"} <= set(dataset.column_names):
             dataset = self._from_generations()
         elif "messages" not in dataset.column_names:
             raise ThinkSwitchError(
@@ -127,14 +120,7 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
             )
         dataset = dataset.select_columns(columns)
         for number, row in enumerate(dataset, 1):
-            where = f"{self.path}, pair {number}"
-            _check_pair(row["messages"], where)
-            if not self.form and (tag := traces.wrapper_mark(row["messages"][-1]["content"])):
-                raise ThinkSwitchError(
-                    f"{where}: the answer holds {tag!r}, which is a tag around an answer; remove it."
-                )
-            if self.form:
-                _check_trace(row["trace"], row["messages"][-1]["content"], where)
+            self._check(row, f"{self.path}, pair {number}")
         if self.form:
             # Never from a cache: its key does not know the rules by which `formats` writes.
             dataset = dataset.map(
@@ -145,6 +131,15 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
         return wrap_dataset_for_tokenized_prompt(
             self.chat_template, dataset, process_count=process_count, keep_in_memory=keep_in_memory, **kwargs
         )
+
+    def _check(self, row: dict[str, Any], where: str) -> None:
+        """Raise `ThinkSwitchError` if a row is no pair, or holds a tag that would be misread."""
+        _check_pair(row["messages"], where)
+        answer = row["messages"][-1]["content"]
+        if self.form:
+            _check_trace(row["trace"], answer, where)
+        elif tag := traces.wrapper_mark(answer):
+            raise ThinkSwitchError(f"{where}: the answer holds {tag!r}, which is a tag around an answer; remove it.")
 
     def _render(self, row: dict[str, Any]) -> dict[str, Any]:
         assert self.form is not None
