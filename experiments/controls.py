@@ -50,6 +50,7 @@ def run_control(run: Run, name: str) -> None:
         console.say(f"[control {name}] {title}")
         out = here / mode
         if name in ("shuffled", "own-answers", "true-labels"):
+            files.remove(here)  # a control always begins anew
             pairs = here / "pairs.jsonl"
             with files.atomic_file(pairs) as handle:
                 for row in relabelled(run, name):

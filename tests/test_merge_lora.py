@@ -72,7 +72,7 @@ def test_a_bfloat16_checkpoint_trained_on_a_cpu_is_merged_in_bfloat16(
         here=tmp_path,
         seed=0,
     )
-    distil.train(config, tmp_path, resume=False, options=(), minimum=1e-4)
+    distil.train(config, tmp_path, options=(), minimum=1e-4)
     work.merge_adapter(tmp_path, str(parent), tmp_path / "out")
     require_compatible(tmp_path / "out", parent)
 

@@ -27,7 +27,7 @@ from thinkswitch_plugin.run import Run
 finished, here, overlay = map(Path, sys.argv[1:])
 opened = Run(finished, recipe.load_recipe(Path("recipes/arithmetic.yaml"), (overlay,)), 0, "embedded", 1)
 first = opened.checkpoint("instruct", 0)
-notes = work.train_adapter(opened, pairs=finished / "iter-1/pairs.jsonl", base_model=first, here=here, resume=True)
+notes = work.train_adapter(opened, pairs=finished / "iter-1/pairs.jsonl", base_model=first, here=here)
 print(notes["resumed_from"])
 """
 

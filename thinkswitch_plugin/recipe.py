@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,8 +127,12 @@ def _did_you_mean(location: tuple[int | str, ...]) -> str:
     for part in location[:-1]:
         model = keys_of(model.model_fields[str(part)])
     names = [field.alias or name for name, field in model.model_fields.items()]
-    close = difflib.get_close_matches(str(location[-1]), names, n=1)
-    return f"; did you mean `{close[0]}`" if close else f"; known keys: {', '.join(names)}"
+    return _nearest(str(location[-1]), names) or f"; known keys: {', '.join(names)}"
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    close = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean `{close[0]}`" if close else ""
 
 
 def check_axolotl_keys(recipe: Recipe) -> None:
@@ -143,9 +147,7 @@ def check_axolotl_keys(recipe: Recipe) -> None:
         known.update(a for a in (field.alias, field.validation_alias) if isinstance(a, str))
     for key in recipe.axolotl:
         if key not in known:
-            close = difflib.get_close_matches(key, sorted(known), n=1)
-            hint = f"; did you mean `{close[0]}`" if close else ""
-            raise ThinkSwitchError(f"{recipe.path}: axolotl knows no key `{key}`{hint}.")
+            raise ThinkSwitchError(f"{recipe.path}: axolotl knows no key `{key}`{_nearest(key, known)}.")
     for key in ("base_model", "datasets", "output_dir", "adapter"):
         if not recipe.axolotl.get(key):
             raise ThinkSwitchError(f"{recipe.path}: `{key}` is missing; recipes/template.yaml has one.")

@@ -117,7 +117,7 @@ def cut(adapter: Path, out: Path, rank: int, *, base: str, revision: str | None)
             raise ThinkSwitchError(non_finite("The base or the exported checkpoint", name))
         first = name.endswith(".lora_A.weight")
         kept[name] = (tensor[:rank] if first else tensor[:, :rank]).contiguous()
-        ranks[_module(name)] = kept[name].shape[0 if first else 1]
+        ranks[re.sub(r"\.lora_[AB]\.weight$", "", name).removeprefix(PREFIX)] = kept[name].shape[0 if first else 1]
     largest = max(ranks.values())
     fewer = {module: found for module, found in sorted(ranks.items()) if found < largest}
     config = {
@@ -133,10 +133,6 @@ def cut(adapter: Path, out: Path, rank: int, *, base: str, revision: str | None)
     out.mkdir(parents=True, exist_ok=True)
     save_file(kept, str(out / WEIGHTS), metadata={"format": "pt"})
     files.write_json(out / CONFIG, config)
-
-
-def _module(tensor: str) -> str:
-    return re.sub(r"\.lora_[AB]\.weight$", "", tensor).removeprefix(PREFIX)
 
 
 def losses(base: Path, checkpoint: Path, adapters: Sequence[Path]) -> list[dict[str, Any]]:
@@ -168,11 +164,12 @@ def losses(base: Path, checkpoint: Path, adapters: Sequence[Path]) -> list[dict[
                 outside += squares
                 differ += squares > 0
             bar.update(1)
+    whole = inside + outside
     return [
         {
-            "error": _root(found + outside, inside + outside),
-            "error_in_matrices": _root(found, inside),
-            "left_out": outside / (inside + outside) if inside + outside else 0.0,
+            "error": math.sqrt((found + outside) / whole) if whole else 0.0,
+            "error_in_matrices": math.sqrt(found / inside) if inside else 0.0,
+            "left_out": outside / whole if whole else 0.0,
             "tensors_left_out": differ,
         }
         for found in missed
@@ -181,7 +178,3 @@ def losses(base: Path, checkpoint: Path, adapters: Sequence[Path]) -> list[dict[
 
 def _squares(tensor: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
-
-
-def _root(part: float, whole: float) -> float:
-    return math.sqrt(part / whole) if whole else 0.0

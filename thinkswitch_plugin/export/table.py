@@ -34,15 +34,14 @@ def markdown(result: dict[str, Any]) -> list[str]:
         *console.table(HEADER, table_rows(result)),
         "",
     ]
-    first = result["ranks"][-1]
     for mode in MODES:
-        if mode in first:
-            lines.append(
-                f"{mode}: {100 * first[mode]['left_out']:.2f} % of the squared difference is in norms and embeddings "
-                f"({first[mode]['tensors_left_out']} tensors differ), which no rank contains."
-            )
-        else:
-            lines.append(f"{mode}: the base itself, no adapter.")
+        found = result["ranks"][-1].get(mode)
+        lines.append(
+            f"{mode}: {100 * found['left_out']:.2f} % of the squared difference is in norms and embeddings "
+            f"({found['tensors_left_out']} tensors differ), which no rank contains."
+            if found
+            else f"{mode}: the base itself, no adapter."
+        )
     lines.append(
         f"Rank {result['rank']} is the smallest of these that keeps both modes and both scores."
         if result["kept"]
@@ -55,16 +54,13 @@ def markdown(result: dict[str, Any]) -> list[str]:
 def table_rows(result: dict[str, Any]) -> Iterator[list[str]]:
     """The full checkpoints, then both modes of every rank."""
     for mode in MODES:
-        yield ["full", mode, _megabytes(result["full_bytes"][mode]), "", *figures_row(result["full"][mode]), ""]
+        megabytes = f"{result['full_bytes'][mode] / 1e6:.2f}"
+        yield ["full", mode, megabytes, "", *figures_row(result["full"][mode]), ""]
     for row in result["ranks"]:
-        for mode in (mode for mode in MODES if mode in row):
-            one, kept = row[mode], "yes" if row["kept"][mode] else "no"
-            measured = [_megabytes(one["bytes"]), f"{one['error']:.4f}", *figures_row(one["figures"])]
-            yield [str(row["rank"]), mode, *measured, kept]
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.2f}"
+        for mode, kept in row["kept"].items():
+            one = row[mode]
+            measured = [f"{one['bytes'] / 1e6:.2f}", f"{one['error']:.4f}", *figures_row(one["figures"])]
+            yield [str(row["rank"]), mode, *measured, "yes" if kept else "no"]
 
 
 def figures_row(figures: dict[str, Any]) -> list[str]:

@@ -124,18 +124,16 @@ def train(run: Run, k: int) -> dict[str, Any]:
     Goes on from the trainer's last checkpoint where a killed attempt with the same inputs left one.
     """
     here = run.iteration(k)
-    return train_adapter(
-        run, pairs=here / "pairs.jsonl", base_model=run.checkpoint("instruct", k - 1), here=here, resume=True
-    )
+    return train_adapter(run, pairs=here / "pairs.jsonl", base_model=run.checkpoint("instruct", k - 1), here=here)
 
 
-def train_adapter(run: Run, *, pairs: Path, base_model: str, here: Path, resume: bool = False) -> dict[str, Any]:
+def train_adapter(run: Run, *, pairs: Path, base_model: str, here: Path) -> dict[str, Any]:
     """Train one adapter on pairs into `here/adapter`; see `distil.train`."""
     from thinkswitch_plugin.training import distil
 
     keys = run.recipe.keys
     config = iteration_config(run.recipe, base_model=base_model, pairs=pairs, here=here, seed=run.seed)
-    return distil.train(config, here, resume=resume, options=keys.axolotl_args, minimum=keys.min_adapter_change)
+    return distil.train(config, here, options=keys.axolotl_args, minimum=keys.min_adapter_change)
 
 
 def merge_lora(run: Run, k: int) -> None:

@@ -70,8 +70,8 @@ def train_condition(recipe: Recipe, condition: Condition, here: Path, hashes: Ha
     }
     hashes.save()
 
-    def work(resume: bool) -> dict[str, Any]:
-        return distil.train(config, here, resume=resume, options=options, minimum=recipe.keys.min_adapter_change)
+    def work(_resumes: bool) -> dict[str, Any]:
+        return distil.train(config, here, options=options, minimum=recipe.keys.min_adapter_change)
 
     adapter = here / "adapter"
     done = once(here / "trained.json", {"key": key}, (adapter, here / "axolotl.yaml"), work)

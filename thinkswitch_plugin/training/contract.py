@@ -32,10 +32,7 @@ def require_contract(chat_template: Any, tokenizer: Any, messages: list[dict[str
             completion in `form` is not rendered as it is written; the sentence names the key that helps.
     """
     name = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
-    row = chat_template.tokenize_prompt({"messages": messages})
-    ids, labels = list(row["input_ids"]), list(row["labels"])
-    asked = generation_prompt(chat_template, messages)
-    before = answer_start(ids, labels, asked)
+    ids, labels, asked, before = rendered(chat_template, messages)
     opened = traces.template_opens_trace(tokenizer.decode(asked))
     if form and opened:
         raise ThinkSwitchError(
@@ -53,22 +50,23 @@ def require_contract(chat_template: Any, tokenizer: Any, messages: list[dict[str
             )
     elif ids[:before] != asked:
         raise ThinkSwitchError(
-            f"With the chat template of {name} the answer would be trained behind {shown(tokenizer, ids[:before])}, "
-            f"but asked for behind {shown(tokenizer, asked)}; {_remedy(chat_template, messages, opened)}."
+            f"With the chat template of {name} the answer would be trained behind {tokenizer.decode(ids[:before])[-40:]!r}, "
+            f"but asked for behind {tokenizer.decode(asked)[-40:]!r}; {_remedy(chat_template, messages, opened)}."
         )
     if problem := untrained_end(tokenizer, ids, labels, before):
         raise ThinkSwitchError(f"With the chat template of {name} {problem}.")
 
 
-def generation_prompt(chat_template: Any, messages: list[dict[str, Any]]) -> list[int]:
-    """The ids that a server would be given for the turns before the answer."""
-    return _ids(chat_template.prompter.build_prompt(messages[:-1], add_generation_prompt=True))
-
-
-def answer_start(ids: Sequence[int], labels: Sequence[int], asked: Sequence[int]) -> int:
-    """Where the loss on the last answer begins: behind all that the row and its generation prompt share."""
+def rendered(chat_template: Any, messages: list[dict[str, Any]]) -> tuple[list[int], list[int], list[int], int]:
+    """The ids and labels of a row, the ids that a server would be given for the turns before its answer, and where
+    the loss on the answer begins: behind all that the row and its generation prompt share.
+    """
+    row = chat_template.tokenize_prompt({"messages": messages})
+    built = chat_template.prompter.build_prompt(messages[:-1], add_generation_prompt=True)
+    ids, labels = list(row["input_ids"]), list(row["labels"])
+    asked = list(built["input_ids"] if hasattr(built, "keys") else built)
     shared = next((i for i, (one, other) in enumerate(zip(ids, asked, strict=False)) if one != other), len(asked))
-    return next((place for place in range(shared, len(labels)) if labels[place] != -100), len(labels))
+    return ids, labels, asked, next((i for i in range(shared, len(labels)) if labels[i] != -100), len(labels))
 
 
 def turn_end(tokenizer: Any, ids: Sequence[int], before: int) -> int | None:
@@ -104,11 +102,10 @@ def _remedy(chat_template: Any, messages: list[dict[str, Any]], opened: bool) ->
     for switch in SWITCHES:
         prompter.chat_template_kwargs = {**before, **switch}
         try:
-            row = chat_template.tokenize_prompt({"messages": messages})
-            asked = generation_prompt(chat_template, messages)
+            ids, _, asked, start = rendered(chat_template, messages)
         finally:
             prompter.chat_template_kwargs = before
-        if _ids(row)[: answer_start(_ids(row), row["labels"], asked)] == asked:
+        if ids[:start] == asked:
             ((key, value),) = switch.items()
             return (
                 f"set `chat_template_kwargs: {{{key}: {str(value).lower()}}}` in the recipe, and have the trained "
@@ -117,12 +114,3 @@ def _remedy(chat_template: Any, messages: list[dict[str, Any]], opened: bool) ->
     if opened:
         return "use the template of an instruct checkpoint, which opens no trace"
     return "use one (`chat_template`) that prints the assistant's text right behind the generation prompt"
-
-
-def shown(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The end of a context as text in quotes."""
-    return repr(tokenizer.decode(ids)[-40:])
-
-
-def _ids(built: Any) -> list[int]:
-    return list(built["input_ids"] if hasattr(built, "keys") else built)

@@ -50,14 +50,13 @@ def require_trainable(recipe: Recipe, checkpoint: str, revision: str | None = No
         ) from None
 
 
-def train(
-    config: dict[str, Any], here: Path, *, resume: bool, options: Sequence[str], minimum: float
-) -> dict[str, Any]:
+def train(config: dict[str, Any], here: Path, *, options: Sequence[str], minimum: float) -> dict[str, Any]:
     """Have axolotl train one adapter into `here/adapter`, with its config in `here/axolotl.yaml`.
+
+    Goes on with what it finds there, which must have been made from the same inputs; see `stamp.once`.
 
     Args:
         config: complete, with `here/adapter` and `here/prepared` in it.
-        resume: what lies half-built there was made from the same inputs; go on with it.
         options: further options for `axolotl train`.
         minimum: how far the adapter must have moved; see `require_moved`.
 
@@ -67,12 +66,9 @@ def train(
     Raises:
         ThinkSwitchError: axolotl fails or the adapter did not move.
     """
-    adapter, building = here / "adapter", files.temporary_sibling(here / "adapter")
-    prepared = here / PREPARED
+    adapter, building, prepared = here / "adapter", files.temporary_sibling(here / "adapter"), here / PREPARED
     files.remove(prepared)  # axolotl would take up prepared data of other pairs
-    if not resume:
-        files.remove(building)
-    elif adapter.is_dir() and (here / "axolotl.yaml").is_file():
+    if adapter.is_dir() and (here / "axolotl.yaml").is_file():
         console.say("  the adapter of these pairs is whole")
         moved = adapter_change(adapter)
         require_moved(moved, minimum, adapter)
