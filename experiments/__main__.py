@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from thinkswitch_plugin.cli import Group, prepare
+from thinkswitch_plugin.cli import Group
 from thinkswitch_plugin.cli.options import DOMAIN, ENGINE, FOLDER, OVERLAY, RUNS
 from thinkswitch_plugin.run import open_run
 
@@ -15,7 +15,6 @@ from thinkswitch_plugin.run import open_run
 @click.group(cls=Group)
 def main() -> None:
     """Controls, the adaptive experiment and the tables of docs/."""
-    prepare()
 
 
 @main.command()

@@ -60,6 +60,8 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a sub-command."""
         owner, debug = ctx.params.pop("owner"), ctx.params.pop("debug")
+        console.quiet_engines()
+        console.fetch_no_code()
         processes.end_on_signals()
         processes.end_with_owner(owner)
         try:
@@ -85,10 +87,3 @@ def main() -> None:
 
     `make iterate DOMAIN=…` runs these stages in order; each can be run by itself.
     """
-    prepare()
-
-
-def prepare() -> None:
-    """Keep engines that are imported later from printing and from downloading code."""
-    console.quiet_engines()
-    console.fetch_no_code()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from thinkswitch_plugin import console, files, places
 from thinkswitch_plugin.args import resolve_seed
@@ -16,7 +15,7 @@ from thinkswitch_plugin.judging.evaluation import uses_server
 from thinkswitch_plugin.merging.config import check_config, set_lambda
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_of, recipe_path
 from thinkswitch_plugin.run import NOTHING_MORE, Given, Run, forget_stale, locked, settings_file
-from thinkswitch_plugin.run.folder import read_settings
+from thinkswitch_plugin.run.folder import Settings, read_settings
 from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.prune import iterations_kept, prune
 from thinkswitch_plugin.run.stamp import once
@@ -41,10 +40,10 @@ def begin_run(
     folder = runs / domain
     before = read_settings(settings_file(folder)) if settings_file(folder).is_file() else None
     recipe = _recipe_of_run(path, folder, before, [str(overlay_path(name)) for name in overlays])
-    chosen = before["engine"] if before and engine == "auto" else servers.choose(engine)
-    if before and (before["seed"], before["engine"]) != (seed, chosen):
+    chosen = before.engine if before and engine == "auto" else servers.choose(engine)
+    if before and (before.seed, before.engine) != (seed, chosen):
         raise ThinkSwitchError(
-            f"{folder} was begun with SEED={before['seed']} ENGINE={before['engine']}; "
+            f"{folder} was begun with SEED={before.seed} ENGINE={before.engine}; "
             f"use another folder for this run, such as RUNS={runs}-seed{seed}."
         )
     run = Run(folder, recipe, seed, chosen, iterations, given)
@@ -56,8 +55,15 @@ def begin_run(
     read = {"inputs": {str(p): hashes.of(p) for p in (path, *recipe.overlays)}}
     once(folder / ".stamps" / "recipe-checked.json", read, (), lambda _: check_axolotl_keys(recipe), part=None)
     with locked(run.folder):
-        settings = {"domain": domain, "recipe": str(path), "overlays": [str(p) for p in recipe.overlays]}
-        files.write_json(settings_file(folder), settings | {"seed": seed, "engine": chosen, "iterations": iterations})
+        settings = Settings(
+            domain=domain,
+            recipe=str(path),
+            overlays=[str(p) for p in recipe.overlays],
+            seed=seed,
+            engine=chosen,
+            iterations=iterations,
+        )
+        files.write_json(settings_file(folder), settings.model_dump())
         total, waiting = forget_stale(run)
         prune(run, Hashes(folder))
     if waiting:
@@ -68,11 +74,11 @@ def begin_run(
     return run
 
 
-def _recipe_of_run(path: Path, folder: Path, before: dict[str, Any] | None, overlays: list[str]) -> Recipe:
-    extra = overlays or (before["overlays"] if before else [])
-    if before and before["overlays"] != extra:
+def _recipe_of_run(path: Path, folder: Path, before: Settings | None, overlays: list[str]) -> Recipe:
+    extra = overlays or (before.overlays if before else [])
+    if before and before.overlays != extra:
         raise ThinkSwitchError(
-            f"{folder} was begun with OVERLAY='{' '.join(before['overlays'])}'; use another folder for this run: RUNS=."
+            f"{folder} was begun with OVERLAY='{' '.join(before.overlays)}'; use another folder for this run: RUNS=."
         )
     recipe = load_recipe(path, tuple(map(Path, extra)))
     if recipe.keys.domain != folder.name:

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, Field, ValidationError
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -98,22 +100,31 @@ def open_run(folder: Path, given: Given = NOTHING_MORE) -> Run:
     path = settings_file(folder)
     if not path.is_file():
         raise ThinkSwitchError(f"{folder} is not a run folder (no run.json); begin one with `make iterate DOMAIN=…`.")
-    values = read_settings(path)
-    recipe = load_recipe(Path(values["recipe"]), tuple(Path(p) for p in values["overlays"]))
-    return Run(folder, recipe, values["seed"], values["engine"], values["iterations"], given)
+    begun = read_settings(path)
+    recipe = load_recipe(Path(begun.recipe), tuple(map(Path, begun.overlays)))
+    return Run(folder, recipe, begun.seed, begun.engine, begun.iterations, given)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+class Settings(BaseModel, strict=True):
+    """What a run was begun with: `run.json`."""
+
+    domain: str
+    recipe: str
+    overlays: list[str]
+    seed: int
+    engine: str
+    iterations: int = Field(ge=1, le=MOST_ITERATIONS)
+
+
+def read_settings(path: Path) -> Settings:
     """What a run was begun with. Raises `ThinkSwitchError` if its file is damaged."""
-    shape = {"domain": str, "recipe": str, "overlays": list, "seed": int, "engine": str, "iterations": int}
-    values = read_stamp(path) or {}
-    for key, kind in shape.items():
-        if type(values.get(key)) is not kind or (key == "iterations" and not 1 <= values[key] <= MOST_ITERATIONS):
-            raise ThinkSwitchError(
-                f"{path} is damaged (`{key}`); delete it and run `make iterate` with the DOMAIN, SEED, ENGINE and "
-                "OVERLAY of this run: what is done stays done."
-            )
-    return values
+    try:
+        return Settings.model_validate(read_stamp(path) or {})
+    except ValidationError as error:
+        raise ThinkSwitchError(
+            f"{path} is damaged (`{error.errors()[0]['loc'][0]}`); delete it and run `make iterate` with the DOMAIN, "
+            "SEED, ENGINE and OVERLAY of this run: what is done stays done."
+        ) from None
 
 
 @contextmanager
