@@ -18,7 +18,6 @@ from thinkswitch_plugin import files, run
 from thinkswitch_plugin.data.task_files import task_files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.loop import begin
-from thinkswitch_plugin.run import prune
 from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.verify import verify
 
@@ -55,7 +54,7 @@ def iterate(iterations: int = 1, *, until: str = "", keep: str = "") -> list[tup
     for stage in list(run.stages(opened)):
         if f"{stage.name}-{stage.iteration}" == until:
             break
-        run.execute(opened, stage.name, stage.iteration, worker(opened, stage, done), after=prune.prune)
+        run.execute(opened, stage.name, stage.iteration, worker(opened, stage, done))
     return done
 
 

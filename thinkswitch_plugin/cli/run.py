@@ -31,12 +31,11 @@ def do_stage(
 ) -> None:
     """Do one stage of a run."""
     from thinkswitch_plugin.loop import work
-    from thinkswitch_plugin.run.prune import prune
 
     opened, row = open_run(run, given), rows[mode]
     k = opened.iterations if row.when == "end" else iteration
     do = partial(getattr(work, row.work), opened, k, *([mode] if mode else []))
-    execute(opened, row.name, k, do, after=prune)
+    execute(opened, row.name, k, do)
 
 
 for name, group in groupby(TABLE, lambda row: row.command):

@@ -108,17 +108,19 @@ def memory(keys: ThinkSwitchKeys) -> str:
     import psutil
 
     free = psutil.virtual_memory().available / 1e9
-    if free < keys.needs.ram_gb:
-        raise ThinkSwitchError(f"{free:.0f} GB available; the recipe needs {keys.needs.ram_gb:g} GB")
-    return f"{free:.0f} GB available, {keys.needs.ram_gb:g} GB needed"
+    return _enough(free, keys.needs.ram_gb, "the recipe needs")
 
 
 def disk(keys: ThinkSwitchKeys, runs: Path) -> str:
     """Free disk where the runs lie."""
     free = files.free_space(runs) / 1e9
-    if free < keys.needs.disk_gb:
-        raise ThinkSwitchError(f"{free:.0f} GB free; two iterations need {keys.needs.disk_gb:g} GB")
-    return f"{free:.0f} GB free, {keys.needs.disk_gb:g} GB needed"
+    return _enough(free, keys.needs.disk_gb, "two iterations need")
+
+
+def _enough(free: float, needed: float, who: str) -> str:
+    if free < needed:
+        raise ThinkSwitchError(f"{free:.0f} GB free; {who} {needed:g} GB")
+    return f"{free:.0f} GB free, {needed:g} GB needed"
 
 
 def engine_found(keys: ThinkSwitchKeys, engine: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -70,26 +71,6 @@ def adopt_mode(source: Path, target: Path) -> None:
 FETCHED = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "README.md")  # the card names the licence
 
 
-def require_room(name: str, revision: str | None, what: str) -> None:
-    """Raise `ThinkSwitchError` if what is still to be fetched of a hub checkpoint does not fit on the disk."""
-    import httpx
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        info = HfApi().model_info(name, revision=revision, files_metadata=True)
-    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError):
-        return  # the fetch itself says what is wrong, or all of it is there
-    needed = sum(
-        file.size or 0
-        for file in info.siblings or []
-        if any(fnmatch(file.rfilename, pattern) for pattern in FETCHED)
-        and not isinstance(try_to_load_from_cache(name, file.rfilename, revision=info.sha), str)
-    )
-    files.require_space(Path(HF_HUB_CACHE), needed, f"Fetching the {what} checkpoint {name}")
-
-
 def folder_name(name: str) -> str:
     """A checkpoint's whole path or hub id as the name of one folder, its parts joined by hyphens."""
     from thinkswitch_plugin.args import is_local
@@ -118,7 +99,7 @@ def resolve(name: str, revision: str | None, what: str) -> tuple[Path, str | Non
     from thinkswitch_plugin.args import is_local
 
     if is_local(name):
-        folder = Path(name).expanduser()
+        folder, commit = Path(name).expanduser(), None
         if not (folder / "config.json").is_file():
             raise ThinkSwitchError(
                 f"The {what} checkpoint {name} is not a checkpoint folder: it has no config.json; name a folder that has one, or a hub id."
@@ -128,16 +109,31 @@ def resolve(name: str, revision: str | None, what: str) -> tuple[Path, str | Non
                 f"The {what} checkpoint {name} holds no *.safetensors; pickled weights can run code and are not read: "
                 "convert them with transformers' `save_pretrained`."
             )
-        require_plain(folder)
-        return folder, None
-    import httpx
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    require_room(name, revision, what)
-    try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(FETCHED)))
-    except (HfHubHTTPError, httpx.HTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise not_fetched(f"The {what} checkpoint {name}", error) from None
+    else:
+        folder = _fetch(name, revision, what)
+        commit = folder.name
     require_plain(folder)
-    return folder, folder.name
+    return folder, commit
+
+
+def _fetch(name: str, revision: str | None, what: str) -> Path:
+    """The folder of a hub checkpoint, named after its commit; nothing is fetched that does not fit on the disk."""
+    import httpx
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import HfHubHTTPError
+
+    failures = (HfHubHTTPError, httpx.HTTPError, OSError, ValueError)
+    with suppress(*failures):  # the fetch itself says what is wrong, or all of it is there
+        info = HfApi().model_info(name, revision=revision, files_metadata=True)
+        needed = sum(
+            file.size or 0
+            for file in info.siblings or []
+            if any(fnmatch(file.rfilename, pattern) for pattern in FETCHED)
+            and not isinstance(try_to_load_from_cache(name, file.rfilename, revision=info.sha), str)
+        )
+        files.require_space(Path(HF_HUB_CACHE), needed, f"Fetching the {what} checkpoint {name}")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(FETCHED)))
+    except failures as error:
+        raise not_fetched(f"The {what} checkpoint {name}", error) from None

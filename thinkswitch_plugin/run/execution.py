@@ -33,20 +33,19 @@ def is_done(run: Run, stage: Stage, hashes: Hashes) -> bool:
     return stamp.stored(path, stage.depends_on(hashes)) is not None
 
 
-def execute(
-    run: Run, name: str, iteration: int, work: Work, after: Callable[[Run, Hashes], object] | None = None
-) -> None:
-    """Do a stage unless its stamp shows that nothing it depends on has changed.
+def execute(run: Run, name: str, iteration: int, work: Work) -> None:
+    """Do a stage unless its stamp shows that nothing it depends on has changed; then prune what `KEEP=` gives up.
 
     Args:
         work: writes the stage's outputs, each whole or not at all; what it returns
             is kept in the stamp under ``notes``.
-        after: called when the stage is done, with the run folder still locked.
 
     Raises:
         ThinkSwitchError: another command is at work, an input was pruned, the disk is too
             full, or what `work` raises. What is whole is kept, and the same call goes on from it.
     """
+    from thinkswitch_plugin.run.prune import prune
+
     stage = find_stage(run, name, iteration)
     with locked(run.folder):
         hashes, path = Hashes(run.folder), stamp_path(run, stage)
@@ -76,8 +75,7 @@ def execute(
             )
             hashes.save()
         console.say(f"[{stage.title}] done in {done['seconds']:.1f} s")
-        if after is not None:
-            after(run, hashes)
+        prune(run, hashes)
 
 
 def _carry_out(run: Run, stage: Stage, hashes: Hashes, work: Work) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
@@ -68,19 +67,16 @@ def end_with_owner(owner: str) -> None:
     Args:
         owner: its process id; nothing is done without one.
     """
-    if not owner.isdigit() or not hasattr(os, "pidfd_open"):
-        return
 
     def wait() -> None:
-        try:
-            select.select([os.pidfd_open(int(owner))], [], [])
-        except ProcessLookupError:
-            pass  # it has gone already
-        except OSError:
-            return  # a kernel without this
+        import psutil
+
+        with suppress(psutil.NoSuchProcess):  # it has gone already
+            psutil.Process(int(owner)).wait()
         os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=wait, daemon=True).start()
+    if owner.isdigit():
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def spawn(
