@@ -11,7 +11,6 @@ from transformers import set_seed
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.engines.ask import Adapter
 from thinkswitch_plugin.engines.generate import generate
-from thinkswitch_plugin.environment import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.perception.training import Trained
 from thinkswitch_plugin.run import checkpoint
