@@ -60,9 +60,10 @@ def test_a_failure_is_told_apart_from_a_refusal(tmp_path: Path, monkeypatch: pyt
 
 
 def test_what_merge_wrote_of_two_layouts_is_merged_again(tmp_path: Path) -> None:
-    """`anchor: previous` from iteration 2 on."""
+    """`anchor: previous` from iteration 2 on, and a sweep of that pair."""
     from mergekit.options import MergeOptions
 
+    from thinkswitch_plugin.merging.in_memory import load, merge_into
     from thinkswitch_plugin.merging.run import merge
 
     roles = make_pair(Model("", "Qwen3MoeForCausalLM", EXPERTS, fused=("instruct",)), tmp_path)
@@ -74,6 +75,12 @@ def test_what_merge_wrote_of_two_layouts_is_merged_again(tmp_path: Path) -> None
         require_compatible(roles["instruct"], roles["thinking"])
     nearness = [similarity(roles["instruct"], tmp_path / name)["sigma"] for name in ("thinking", "first", "second")]
     assert nearness[0] > nearness[1] > nearness[2] > 0
+    files.write_yaml(tmp_path / "merge.yaml", merge_config(roles))
+    merge(tmp_path / "merge.yaml", tmp_path / "third", options)
+    model = load(roles["thinking"], {}, device="cpu")
+    merge_into(model, merge_config(roles))
+    written = load(tmp_path / "third", {}, device="cpu").state_dict()
+    assert all(tensor.equal(written[name]) for name, tensor in model.state_dict().items())
 
 
 def test_fused_and_per_expert_checkpoints_of_equal_weights_are_equal(tmp_path: Path) -> None:

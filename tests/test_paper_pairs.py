@@ -15,6 +15,7 @@ from tests import paper_pairs
 from tests.checkpoints import read
 from thinkswitch_plugin import files
 from thinkswitch_plugin.cli import main
+from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.export.template import combined_template
 from thinkswitch_plugin.merging.compatibility import require_compatible
@@ -134,6 +135,24 @@ def test_qwen3_30b_goes_through_the_whole_loop_with_its_experts(data: Path, tmp_
     assert "experts" in adapted(run)
 
 
+def swept(pair: tuple[Path, Path], folder: Path, data: Path, engine: str, task: str = "") -> PairOptions:
+    """Options of a sweep of two checkpoints by the recipe for AIME."""
+    return PairOptions(
+        domain="aime",
+        runs=folder / "runs",
+        seed=0,
+        engine=engine,
+        overlay=[str(overlay(folder, pair))],
+        iteration=1,
+        instruct=str(pair[0]),
+        thinking=str(pair[1]),
+        out=folder,
+        limit=None,
+        data=str(data),
+        task=task,
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "right"), [("thinkswitch_aime25", 1.0), ("thinkswitch_gpqa_diamond", 0.0), ("thinkswitch_ifeval", 1.0)]
 )
@@ -143,20 +162,7 @@ def test_a_sweep_takes_the_benchmarks_of_model_interpolation(
     """λ = 1 with Llama's template: only with R1's names of the tokens can its trace be seen, and removed before grading."""
     monkeypatch.setenv("THINKSWITCH_DATA", str(data))
     monkeypatch.setenv("LOCAL_RANK", "1")  # lm-eval downloads nothing for NLTK
-    options = PairOptions(
-        domain="aime",
-        runs=tmp_path / "runs",
-        seed=0,
-        engine="embedded",
-        overlay=[str(overlay(tmp_path, llama_r1))],
-        iteration=1,
-        instruct=str(llama_r1[0]),
-        thinking=str(llama_r1[1]),
-        out=tmp_path,
-        limit=None,
-        data=str(data),
-        task=name,
-    )
+    options = swept(llama_r1, tmp_path, data, "embedded", name)
     sweep(find_pair(options), [0.0, 1.0], parse_sampling("0.6/0.95", 2), "instruct")
     found = files.read_json(tmp_path / f"sweep-{name}" / "sweep.json")
     assert found["task"] == name
@@ -164,6 +170,30 @@ def test_a_sweep_takes_the_benchmarks_of_model_interpolation(
     assert (zero["think_ratio"], zero["mean@k"], zero["tokens"]) == (0.0, 0.0, 2.0)
     assert (one["think_ratio"], one["mean@k"], one["tokens"]) == (1.0, right, 5.0)
     assert (one["n"], one["k"], one["truncated"]) == (QUESTIONS, 2, 0.0)
+
+
+@pytest.mark.slow
+def test_a_vllm_that_ends_in_a_sweep_is_a_sentence_with_the_cause_and_not_its_log(
+    llama_r1: tuple[Path, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = tmp_path / "bin" / "python"
+    engine.parent.mkdir()
+    engine.write_text(
+        "#!/bin/sh\nseq -f '  File \"engine.py\", line %g' 230\necho 'RuntimeError: no memory for the cache'\nexit 1\n"
+    )
+    engine.chmod(0o755)
+    monkeypatch.setattr(servers, "vllm_python", lambda: engine)
+    monkeypatch.setenv("THINKSWITCH_DATA", str(data))
+    options = swept(llama_r1, tmp_path, data, "vllm")
+    path = Path(options.overlay[0])
+    keys = files.read_yaml(path)
+    keys["thinkswitch"]["evaluation"]["backend"] = "server"
+    files.write_yaml(path, keys)
+    with pytest.raises(ThinkSwitchError, match=r"ended while starting \(exit code 1\)") as ended:
+        sweep(find_pair(options), [1.0], parse_sampling("", None), "instruct")
+    assert str(ended.value).endswith("RuntimeError: no memory for the cache")
+    assert len(str(ended.value).splitlines()) == 2
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def changed_token(pair: tuple[Path, Path], folder: Path, old: str, new: str) -> tuple[Path, Path]:
@@ -193,6 +223,11 @@ def test_a_token_that_both_use_for_something_else_is_refused(
 ) -> None:
     with pytest.raises(ThinkSwitchError, match=f"vocabularies differ: {message}"):
         require_compatible(*changed_token(llama_r1, tmp_path, old, new))
+
+
+def test_unused_slots_may_have_other_numbers(llama_r1: tuple[Path, Path], tmp_path: Path) -> None:
+    pair = changed_token(llama_r1, tmp_path, "<|reserved_special_token_1|>", "<|reserved_special_token_3|>")
+    require_compatible(*pair)
 
 
 def test_a_token_that_only_one_has_is_refused(llama_r1: tuple[Path, Path], tmp_path: Path) -> None:

@@ -33,6 +33,13 @@ def do(opened: run.Run, name: str = "pair", text: str = "x") -> list[str]:
     return done
 
 
+def test_the_anchor_is_the_original_or_the_checkpoint_of_the_iteration_before(fresh: run.Run) -> None:
+    original = fresh.checkpoint("thinking", 0)
+    assert [fresh.anchor(k) for k in (1, 2)] == [original, original]
+    fresh.recipe.keys.rebuild.anchor = "previous"
+    assert [fresh.anchor(k) for k in (1, 2)] == [original, str(fresh.iteration(1) / "thinking")]
+
+
 def test_a_stage_is_done_once(fresh: run.Run) -> None:
     pair = '{"instruct": {"path": "recipes"}, "thinking": {"path": "tests"}}'
     assert do(fresh, "pair", pair) == ["pair"]
