@@ -134,7 +134,7 @@ eval: setup ## evaluate any checkpoint: make eval MODEL=folder DOMAIN=arithmetic
 
 ##@ Tune λ, the weight of the thinking checkpoint
 
-sweep: setup ## score, tokens and think ratio over λ: make sweep ITER=1 LAMBDAS="0 0.1 … 1"; or A=folder B=folder
+sweep: setup ## score, tokens and think ratio over λ: make sweep ITER=1 LAMBDAS="0 0.1 … 1"; A=folder B=folder; TASK=lm-eval task
 	@$(TS) sweep
 
 ablate: setup ## which layers and modules are responsible for thinking: make ablate ITER=1 LAMBDA=0.8

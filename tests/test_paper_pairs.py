@@ -18,8 +18,10 @@ from thinkswitch_plugin.cli import main
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.export.template import combined_template
+from thinkswitch_plugin.loop import check
 from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.merging.tensors import list_tensors
+from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.search.pair import PairOptions, find_pair
 from thinkswitch_plugin.search.sweep import parse_sampling, sweep
 
@@ -223,6 +225,17 @@ def test_a_token_that_both_use_for_something_else_is_refused(
 ) -> None:
     with pytest.raises(ThinkSwitchError, match=f"vocabularies differ: {message}"):
         require_compatible(*changed_token(llama_r1, tmp_path, old, new))
+
+
+def test_make_check_compares_the_tokens_before_anything_is_downloaded(
+    llama_r1: tuple[Path, Path], tmp_path: Path
+) -> None:
+    keys = load_recipe(recipe_path("aime"), (overlay_path("llama-r1"), overlay(tmp_path, llama_r1))).keys
+    assert check.pair(keys).endswith("; 7 special tokens have other names, and each keeps its own tokenizer")
+    changed = changed_token(llama_r1, tmp_path, "<|start_header_id|>", "<｜Header｜>")
+    keys = load_recipe(recipe_path("aime"), (overlay(tmp_path, changed),)).keys
+    with pytest.raises(ThinkSwitchError, match=r"no compatible pair: token 262 is "):
+        check.pair(keys)
 
 
 def test_unused_slots_may_have_other_numbers(llama_r1: tuple[Path, Path], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError, not_fetched
 from thinkswitch_plugin.judging.evaluation import uses_server
 from thinkswitch_plugin.merging.settings import config_difference
 from thinkswitch_plugin.merging.tensors import quantisation, quantised
+from thinkswitch_plugin.merging.vocabulary import renamed_tokens, vocabulary_difference
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, iteration_config, recipe_of
 from thinkswitch_plugin.report import price_per_hour
 from thinkswitch_plugin.run import versions
@@ -160,29 +161,36 @@ def validate(config: dict[str, Any], where: str) -> None:
 
 
 def pair(keys: ThinkSwitchKeys) -> str:
-    """Hub access, and the two checkpoints' compatibility from their configs."""
+    """Hub access, and the two checkpoints' compatibility from their configs and tokenizers."""
     if keys.pair.embedded:
         return "trained on the spot"
-    configs = [
-        config_of(keys.pair.instruct, keys.pair.revision_instruct),
-        config_of(keys.pair.thinking, keys.pair.revision_thinking),
+    names = keys.pair.instruct, keys.pair.thinking
+    folders = [
+        described(name, revision)
+        for name, revision in zip(names, (keys.pair.revision_instruct, keys.pair.revision_thinking), strict=True)
     ]
-    for name, config in zip((keys.pair.instruct, keys.pair.thinking), configs, strict=True):
+    configs = [files.read_json(folder / "config.json") for folder in folders]
+    for name, config in zip(names, configs, strict=True):
         if method := quantisation(config):
             raise ThinkSwitchError(quantised(name, f"its config.json has a `quantization_config` ({method})"))
-    if difference := config_difference(*configs, may_differ=keys.rebuild.may_differ):
+    difference = config_difference(*configs, may_differ=keys.rebuild.may_differ) or vocabulary_difference(*folders)
+    if difference:
         raise ThinkSwitchError(f"no compatible pair: {difference}")
-    return f"{keys.pair.instruct} and {keys.pair.thinking} have one architecture, size and vocabulary"
+    renamed = len(renamed_tokens(*folders))
+    return f"{' and '.join(names)} have one architecture, size and vocabulary" + (
+        f"; {renamed} special tokens have other names, and each keeps its own tokenizer" if renamed else ""
+    )
 
 
-def config_of(name: str, revision: str | None) -> dict[str, Any]:
-    """The config.json of a checkpoint. Raises `ThinkSwitchError` if it cannot be read or downloaded."""
+def described(name: str, revision: str | None) -> Path:
+    """A folder with config and tokenizer of a checkpoint. Raises `ThinkSwitchError` if they cannot be downloaded."""
     if is_local(name):
-        return dict(files.read_json(Path(resolve_seed(name, 0)) / "config.json"))
-    from huggingface_hub import hf_hub_download
+        return Path(resolve_seed(name, 0))
+    from huggingface_hub import snapshot_download
 
+    wanted = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
     try:
-        return dict(files.read_json(Path(hf_hub_download(name, "config.json", revision=revision))))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises many types; all mean no access
         raise not_fetched(name, error) from None
 
