@@ -129,9 +129,23 @@ def test_a_gated_set_says_how_to_get_access() -> None:
     assert "accept its terms on its page at huggingface.co" in str(not_fetched("The dataset Idavidrein/gpqa", error))
 
 
-def test_a_task_of_lm_evals_own_that_cannot_be_loaded_or_is_a_group_is_one_sentence() -> None:
-    with pytest.raises(ThinkSwitchError, match=r"The questions of lm-eval's task aime25 cannot be loaded: "):
-        load_task(EvaluationKeys(task="aime25"), Sampling())
+def test_a_task_that_cannot_be_loaded_or_is_a_group_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "lm_eval_tasks"
+    folder.mkdir()
+    text = (ROOT / "lm_eval_tasks" / "thinkswitch_template.yaml").read_text(encoding="utf-8")
+    (folder / "thinkswitch_tasks.py").symlink_to(ROOT / "lm_eval_tasks" / "thinkswitch_tasks.py")
+    (folder / "mine.yaml").write_text(text.replace("thinkswitch_template", "mine").replace("test.jsonl", "no.jsonl"))
+    (folder / "good.yaml").write_text(text.replace("thinkswitch_template", "good"))
+    (folder / "many.yaml").write_text("group: many\ntask: [good]\n")
+    (tmp_path / "recipes" / "template").mkdir(parents=True)
+    write(tmp_path / "recipes" / "template", "test", {"prompt": "a", "answer": "8"})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ThinkSwitchError, match=r"The questions of lm-eval's task mine cannot be loaded: .*no\.jsonl"):
+        load_task(EvaluationKeys(task="mine"), Sampling())
+    with pytest.raises(ThinkSwitchError, match="many is a group of lm-eval tasks; name one task of it"):
+        load_task(EvaluationKeys(task="many"), Sampling())
 
 
 def test_a_task_with_several_filters_counts_each_question_once(tmp_path: Path) -> None:
