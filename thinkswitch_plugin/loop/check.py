@@ -22,7 +22,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError, not_fetched
 from thinkswitch_plugin.judging.evaluation import uses_server
 from thinkswitch_plugin.merging.settings import config_difference
 from thinkswitch_plugin.merging.tensors import quantisation, quantised
-from thinkswitch_plugin.merging.vocabulary import renamed_tokens, vocabulary_difference
+from thinkswitch_plugin.merging.vocabulary import describe_renamed, vocabulary_difference
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, iteration_config, recipe_of
 from thinkswitch_plugin.report import price_per_hour
 from thinkswitch_plugin.run import versions
@@ -176,10 +176,8 @@ def pair(keys: ThinkSwitchKeys) -> str:
     difference = config_difference(*configs, may_differ=keys.rebuild.may_differ) or vocabulary_difference(*folders)
     if difference:
         raise ThinkSwitchError(f"no compatible pair: {difference}")
-    renamed = len(renamed_tokens(*folders))
-    return f"{' and '.join(names)} have one architecture, size and vocabulary" + (
-        f"; {renamed} special tokens have other names, and each keeps its own tokenizer" if renamed else ""
-    )
+    alike = f"{' and '.join(names)} have one architecture, size and vocabulary"
+    return "; ".join(filter(None, (alike, describe_renamed(*folders))))
 
 
 def described(name: str, revision: str | None) -> Path:

@@ -65,7 +65,7 @@ def require_compatible(first: Path, second: Path, allowed: Allowances | None = N
     """`align_compatible` of two checkpoints, for those who need its errors only; prints the tokens that they name differently."""
     align_compatible([first, second], allowed)
     if message := describe_renamed(first, second):
-        console.say(f"  {message}")
+        console.say(f"  {message}.")
 
 
 def align_compatible(checkpoints: Sequence[Path], allowed: Allowances | None = None) -> Aligned | None:

@@ -105,7 +105,7 @@ def require_same_names(first: Path, other: Path) -> None:
     """Raise `ThinkSwitchError` if one tokenizer cannot serve two compatible checkpoints."""
     if message := describe_renamed(first, other):
         raise ThinkSwitchError(
-            f"{message} A server has one tokenizer for all adapters, so serve the two checkpoints one by one."
+            f"{message}, but a server has one for all adapters: serve the two checkpoints one by one."
         )
 
 
@@ -130,15 +130,15 @@ def write_with_names(source: Path, thinking: Path, folder: Path) -> None:
 
 
 def describe_renamed(first: Path, other: Path) -> str | None:
-    """A sentence on the tokens that two compatible checkpoints name differently; None if there are none."""
-    renamed = renamed_tokens(first, other)
+    """What to tell the user of tokens that two compatible checkpoints name differently; None if there are none."""
+    # The slots that one of the two has a use for come first.
+    renamed = sorted(
+        renamed_tokens(first, other), key=lambda each: bool(UNUSED.search(each[1]) and UNUSED.search(each[2]))
+    )
     if not renamed:
         return None
-    # The slots that the other checkpoint has a use for come first.
-    renamed.sort(key=lambda each: bool(UNUSED.search(each[1]) and UNUSED.search(each[2])))
     named = ", ".join(f"{text} / {name} ({place})" for place, text, name in renamed[:SHOWN])
     more = f" and {len(renamed) - SHOWN} more" if len(renamed) > SHOWN else ""
     return (
-        f"{len(renamed)} special tokens have other names in {first.name} and {other.name}: {named}{more}; each checkpoint "
-        "keeps its own tokenizer."
+        f"{len(renamed)} special tokens are named differently: {named}{more}; each checkpoint keeps its own tokenizer"
     )
