@@ -85,7 +85,7 @@ def test_what_a_finished_engine_left_running_is_ended_and_its_exit_code_passed_o
 def supervised(*words: str, caller: int | None = None) -> subprocess.CompletedProcess[str]:
     script = str(Path(supervise.__file__))
     return subprocess.run(
-        [sys.executable, "-I", "-S", script, str(caller or os.getpid()), *words], capture_output=True, text=True
+        [sys.executable, "-I", script, str(caller or os.getpid()), *words], capture_output=True, text=True
     )
 
 

@@ -85,7 +85,7 @@ def spawn(
     """Start an engine under a supervisor that ends all of it when we end, even by SIGKILL."""
     supervisor = Path(__file__).with_name("supervise.py")
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", str(supervisor), str(os.getpid()), *(str(word) for word in command)],
+        [sys.executable, "-I", str(supervisor), str(os.getpid()), *(str(word) for word in command)],
         stdout=log,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,

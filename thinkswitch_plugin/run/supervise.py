@@ -1,6 +1,6 @@
 """Run one engine's command, and leave nothing of it behind, however we or our caller end.
 
-    python -I -S supervise.py CALLER_PID COMMAND…
+    python -I supervise.py CALLER_PID COMMAND…
 
 Engines start processes of their own (vLLM's workers, accelerate's ranks). If the caller is killed,
 nobody tells those to end. This process adopts every orphan below it, so it can always find them:
@@ -10,7 +10,7 @@ nobody tells those to end. This process adopts every orphan below it, so it can 
 - the caller died (the kernel tells us): everything below is killed at once.
 
 The caller's lock on the run folder may be handed down to here (not to the engine), so that it is free only
-when the last process has gone. Standard library only, since it must start at once.
+when the last process has gone. It imports little, since it must start at once.
 """
 
 from __future__ import annotations
@@ -22,39 +22,23 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
+
+import psutil
 
 PATIENCE = 15.0
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 AWAITED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
 
 
-def descendants(root: int) -> list[int]:
-    """Every process below `root` that still runs, from /proc."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError, ValueError, IndexError):
-                state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-                if state != "Z":
-                    parents[int(entry.name)] = int(parent)
-    found: list[int] = []
-    for pid in parents:
-        above = pid
-        while above in parents and above != root:
-            above = parents[above]
-        if above == root and pid != root:
-            found.append(pid)
-    return found
-
-
 def signal_all(sign: signal.Signals) -> bool:
-    """Send a signal to everything below us; whether there was anything."""
-    below = descendants(os.getpid())
-    for pid in below:
-        with suppress(ProcessLookupError):
-            os.kill(pid, sign)
-    return bool(below)
+    """Send a signal to everything below us that still runs; whether there was anything."""
+    found = False
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                process.send_signal(sign)
+                found = True
+    return found
 
 
 def kill_all() -> None:
