@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from psutil import virtual_memory
+
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import ThinkSwitchKeys, is_local, resolve_seed
 from thinkswitch_plugin.data import prompts
@@ -33,6 +35,15 @@ GUESSED_TOKENS_PER_SECOND = 300.0
 MIB_OF_A_GB = 950  # a card sold as 24 GB shows 23,028 MiB and more, one of 8 GB a little less than 8,192
 
 
+# What needs no check where the pair is made on the spot.
+MADE = {
+    "pair": "trained on the spot",
+    "training": "made for the pair",
+    "prompts": "made with the pair",
+    "questions": "held out when the pair is made",
+}
+
+
 def check_domain(
     domain: str,
     runs: Path,
@@ -53,22 +64,23 @@ def check_domain(
     recipe = recipe_of(domain, overlays)
     keys = recipe.keys
     counted: list[int] = []  # the questions, once they are loaded
-    checks: list[tuple[str, Callable[[], str]]] = [
-        ("GPU", lambda: gpu(keys)),
-        ("memory", lambda: memory(keys)),
-        ("disk", lambda: disk(keys, runs)),
-        ("engine", lambda: engine_found(keys, engine)),
-        ("recipe", lambda: schema(recipe)),
-        ("pair", lambda: pair(keys)),
-        ("training", lambda: training(recipe)),
-        ("prompts", lambda: rendered_prompts(keys)),
-        ("questions", lambda: questions(keys, counted)),
-        ("budget", lambda: budget(keys, iterations, tokens_per_second, counted[0] if counted else None, price)),
-    ]
+    checks: dict[str, Callable[[], str]] = {
+        "GPU": lambda: gpu(keys),
+        "memory": lambda: enough(virtual_memory().available, keys.needs.ram_gb, "the recipe needs"),
+        "disk": lambda: enough(files.free_space(runs), keys.needs.disk_gb, "two iterations need"),
+        "engine": lambda: engine_found(keys, engine),
+        "recipe": lambda: schema(recipe),
+        "pair": lambda: pair(keys),
+        "training": lambda: training(recipe),
+        "prompts": lambda: rendered_prompts(keys),
+        "questions": lambda: questions(keys, counted),
+        "budget": lambda: budget(keys, iterations, tokens_per_second, counted[0] if counted else None, price),
+    }
     failed = 0
-    for title, find in checks:
+    for title, find in checks.items():
         try:
-            console.say(f"  ok    {title}: {find()}")
+            made = MADE.get(title) if keys.pair.embedded else None
+            console.say(f"  ok    {title}: {made or find()}")
         except ThinkSwitchError as problem:
             failed += 1
             console.say(f"  STOP  {title}: {problem}")
@@ -104,24 +116,11 @@ def gpu(keys: ThinkSwitchKeys) -> str:
     return listed.replace("\n", "; ") + " MiB"
 
 
-def memory(keys: ThinkSwitchKeys) -> str:
-    """Main memory that is free now."""
-    import psutil
-
-    free = psutil.virtual_memory().available / 1e9
-    return _enough(free, keys.needs.ram_gb, "the recipe needs")
-
-
-def disk(keys: ThinkSwitchKeys, runs: Path) -> str:
-    """Free disk where the runs lie."""
-    free = files.free_space(runs) / 1e9
-    return _enough(free, keys.needs.disk_gb, "two iterations need")
-
-
-def _enough(free: float, needed: float, who: str) -> str:
-    if free < needed:
-        raise ThinkSwitchError(f"{free:.0f} GB free; {who} {needed:g} GB")
-    return f"{free:.0f} GB free, {needed:g} GB needed"
+def enough(free: float, needed: float, who: str) -> str:
+    """Bytes that are free against the GB that somebody needs."""
+    if free < needed * 1e9:
+        raise ThinkSwitchError(f"{free / 1e9:.0f} GB free; {who} {needed:g} GB")
+    return f"{free / 1e9:.0f} GB free, {needed:g} GB needed"
 
 
 def engine_found(keys: ThinkSwitchKeys, engine: str) -> str:
@@ -162,8 +161,6 @@ def validate(config: dict[str, Any], where: str) -> None:
 
 def pair(keys: ThinkSwitchKeys) -> str:
     """Hub access, and the two checkpoints' compatibility from their configs and tokenizers."""
-    if keys.pair.embedded:
-        return "trained on the spot"
     names = keys.pair.instruct, keys.pair.thinking
     folders = [
         described(name, revision)
@@ -196,16 +193,12 @@ def described(name: str, revision: str | None) -> Path:
 def training(recipe: Recipe) -> str:
     """What the recipe would train of the instruct checkpoint, from its config and tokenizer."""
     pair = recipe.keys.pair
-    if pair.embedded:
-        return "made for the pair"
     distil.require_trainable(recipe, resolve_seed(pair.instruct, 0), pair.revision_instruct)
     return "the answer and the end of its turn, behind the prompt that is asked; all that LoRA is asked to reach"
 
 
 def rendered_prompts(keys: ThinkSwitchKeys) -> str:
     """Two rendered prompts."""
-    if keys.pair.embedded:
-        return "made with the pair"
     chosen, commit = prompts.prompts_of_iteration(keys.prompts, 0, 1)
     shown = "\n".join(f"          {prompt_id}: {text[:300]!r}" for prompt_id, text in chosen[:2])
     return f"{len(chosen)}, of commit {commit or '(a local file)'}\n{shown}"
@@ -213,8 +206,6 @@ def rendered_prompts(keys: ThinkSwitchKeys) -> str:
 
 def questions(keys: ThinkSwitchKeys, counted: list[int]) -> str:
     """The evaluation set, and that no training prompt is in it; how many they are is put into `counted`."""
-    if keys.pair.embedded:
-        return "held out when the pair is made"
     chosen, _ = prompts.prompts_of_iteration(keys.prompts, 0, 1)
     counted.append(require_uncontaminated(chosen, keys.evaluation))
     return f"{keys.evaluation.task} loads, {counted[0]} questions; no training prompt is in it"
