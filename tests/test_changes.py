@@ -15,6 +15,7 @@ import torch
 from tests.checkpoints import write
 from tests.conftest import ROOT
 from thinkswitch_plugin import files, run
+from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.data.task_files import task_files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.loop import begin
@@ -173,9 +174,9 @@ def test_a_report_of_two_configurations_is_refused(place: Path) -> None:
 
 def test_options_that_say_only_how_vllm_uses_the_machine_ask_nothing_again() -> None:
     args = ["--quantization", "fp8", "--gpu-memory-utilization", "0.9", "--max-num-seqs=4", "--enforce-eager"]
-    assert run.answering_options(args) == ["--quantization", "fp8"]
+    assert EngineKeys(vllm_args=args).answering_options() == ["--quantization", "fp8"]
     args = ["--enforce-eager", "-q", "fp8", "--gpu_memory_utilization", "0.9", "-tp", "2", "--seed", "-1"]
-    assert run.answering_options(args) == ["-q", "fp8", "--seed", "-1"]
+    assert EngineKeys(vllm_args=args).answering_options() == ["-q", "fp8", "--seed", "-1"]
 
 
 def test_what_lies_beside_a_checkpoint_makes_no_other_checkpoint_of_it(tmp_path: Path) -> None:

@@ -148,6 +148,10 @@ class EvaluationKeys(Keys):
         0.2, gt=0, le=1, description="…unless the shared runs are less than this share of the shorter text."
     )
 
+    def changing_figures(self) -> dict[str, Any]:
+        """The keys that may change what an evaluation finds; stamps remember them."""
+        return self.model_dump(exclude={"contamination_ngram", "contamination_share"})
+
 
 class PerceptionKeys(Keys):
     """The perception module: a soft prompt computed from the question; see docs/adaptive.md."""

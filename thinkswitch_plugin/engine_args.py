@@ -14,6 +14,24 @@ def option_name(word: str) -> str:
     return word.partition("=")[0].replace("_", "-")
 
 
+# Options of vLLM that affect its speed, but not its answers.
+MACHINE_OPTIONS = (
+    "--gpu-memory-utilization",
+    "--kv-cache-memory-bytes",
+    "--tensor-parallel-size",
+    "-tp",
+    "--pipeline-parallel-size",
+    "-pp",
+    "--data-parallel-size",
+    "-dp",
+    "--max-num-seqs",
+    "--max-num-batched-tokens",
+    "--swap-space",
+    "--cpu-offload-gb",
+    "--enforce-eager",
+)
+
+
 class Keys(BaseModel):
     """A section of a recipe: a key that is not known is an error."""
 
@@ -126,3 +144,14 @@ class EngineKeys(Keys):
             if name == "--config":
                 raise ValueError("`--config` would bring options that no stamp sees; write them here one by one")
         return words
+
+    def answering_options(self) -> list[str]:
+        """vLLM's options without those that say only how it uses the machine."""
+        kept: list[str] = []
+        passing = False
+        for word in self.vllm_args:
+            if re.match(r"-+[A-Za-z]", word):  # not a value such as -1
+                passing = option_name(word) in MACHINE_OPTIONS
+            if not passing:
+                kept.append(word)
+        return kept

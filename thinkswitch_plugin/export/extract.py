@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ def extract(base: Path, checkpoint: Path, out: Path, rank: int, log: Path) -> fl
         require_plain_name(folder)
     require_compatible(base, checkpoint)
     words: list[str | Path] = [
-        Path(sys.executable).with_name("mergekit-extract-lora"),
+        "mergekit-extract-lora",
         *("--base-model", base, "--model", checkpoint, "--out-path", out, "--max-rank", str(rank)),
         *("--exclude-regex", OUTSIDE_LAYERS, "--skip-undecomposable"),
     ]

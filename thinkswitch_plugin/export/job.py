@@ -245,7 +245,7 @@ class Job:
 
         settings = {
             "made_of": self.made_of(mode, rank),
-            "evaluation": keys.evaluation.model_dump(exclude={"contamination_ngram", "contamination_share"}),
+            "evaluation": keys.evaluation.changing_figures(),
             "task": {str(path): self.hashes[str(path)] for path in task_files(keys.evaluation.task)},
             "data": subject.data,
             "answer": keys.labels.answer,

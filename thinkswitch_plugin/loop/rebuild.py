@@ -5,7 +5,6 @@ The config used, with the real folders and λ in it, is kept as `iter-k/merge.ya
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +144,7 @@ class Check:
 
 def merge(config: Path, out: Path, log: Path) -> None:
     """Run mergekit on a config, through `thinkswitch merge`, which knows our method too."""
-    command: list[str | Path] = [Path(sys.executable).with_name("thinkswitch"), "merge", config, out, *MERGE_OPTIONS]
+    command: list[str | Path] = ["thinkswitch", "merge", config, out, *MERGE_OPTIONS]
     processes.run_logged(command + (["--cuda"] if has_cuda() else []), log, title="mergekit")
 
 

@@ -174,7 +174,7 @@ def merge_adapter(
     default = {**trained, "merge_method": "memory_efficient"}
     files.write_yaml(config, default if rounded else merge_config(trained, adapter, Path(parent)))
     processes.run_logged(
-        [distil.tool("axolotl"), "merge-lora", config, "--lora-model-dir", adapter, "--output-dir", building],
+        ["axolotl", "merge-lora", config, "--lora-model-dir", adapter, "--output-dir", building],
         here / "logs" / "merge-lora.log",
         env=distil.ENGINE_ENV | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}),
         title="axolotl merge-lora",

@@ -26,7 +26,7 @@ from thinkswitch_plugin.data.traces import Outcome
 from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.verdict import final_answer
-from thinkswitch_plugin.run import MODES, Run, answering_options
+from thinkswitch_plugin.run import MODES, Run
 from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.stamp import once
 
@@ -172,7 +172,7 @@ def _answers(run: Run, k: int, mode: str, prompts: Prompts, count: int, hashes: 
         "sampling": sampling.model_dump(),
         "trace": keys.trace,
         "seed": run.seed,
-        "engine": [run.engine, *answering_options(keys.engine.vllm_args)],
+        "engine": run.answering,
     }
     # Answers to other requests are deleted with those; answers to these are continued by their ids.
     requests, answered = here / "requests.jsonl", here / "generations.jsonl"

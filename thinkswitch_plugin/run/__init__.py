@@ -11,13 +11,12 @@ from thinkswitch_plugin.run.table import (
     REPORT_FILES,
     TABLE,
     Stage,
-    answering_options,
     find_stage,
     stages,
     stamp_path,
     sweep_files,
 )
 
-__all__ = ["MODES", "NOTHING_MORE", "REPORT_FILES", "TABLE", "Given", "Run", "Stage", "answering_options", "execute"]
+__all__ = ["MODES", "NOTHING_MORE", "REPORT_FILES", "TABLE", "Given", "Run", "Stage", "execute"]
 __all__ += ["find_stage", "forget_stale", "locked", "open_run", "settings_file", "stages", "stamp_path"]
 __all__ += ["sweep_files", "versions"]

@@ -62,6 +62,11 @@ class Run:
 
         return task_files(self.recipe.keys.evaluation.task, data=self.given.data)
 
+    @property
+    def answering(self) -> list[str]:
+        """The engine, and the options that affect what it answers."""
+        return [self.engine, *self.recipe.keys.engine.answering_options()]
+
     def iteration(self, k: int) -> Path:
         """The folder of iteration k."""
         return self.folder / f"iter-{k}"

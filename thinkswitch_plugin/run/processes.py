@@ -152,10 +152,13 @@ def follow(bar: Bar, log: Path, start: int) -> None:
 def run_logged(command: Sequence[str | Path], log: Path, *, env: Mapping[str, str] | None = None, title: str) -> float:
     """Run an engine's command with its output in `log`; return its seconds.
 
+    A command without a folder is the one of the environment that runs us.
     What the engine's own progress bars write into the log moves ours.
     Raises `ThinkSwitchError` with the log's end if the command fails.
     """
     words = [str(word) for word in command]
+    if "/" not in words[0]:
+        words[0] = str(Path(sys.executable).with_name(words[0]))
     log.parent.mkdir(parents=True, exist_ok=True)
     say(f"  $ {' '.join(words)}")
     started = time.monotonic()

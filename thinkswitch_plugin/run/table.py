@@ -16,7 +16,6 @@ and its stamp records them:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,22 +32,6 @@ REPORT_PICTURES = ("iterations", "paired", "time")
 REPORT_FILES = (
     *("report.json", "report.md", "report.html"),
     *(f"{name}.{kind}" for name in REPORT_PICTURES for kind in ("png", "svg")),
-)
-# Options of vLLM that affect its speed, but not its answers.
-MACHINE_OPTIONS = (
-    "--gpu-memory-utilization",
-    "--kv-cache-memory-bytes",
-    "--tensor-parallel-size",
-    "-tp",
-    "--pipeline-parallel-size",
-    "-pp",
-    "--data-parallel-size",
-    "-dp",
-    "--max-num-seqs",
-    "--max-num-batched-tokens",
-    "--swap-space",
-    "--cpu-offload-gb",
-    "--enforce-eager",
 )
 
 
@@ -163,7 +146,7 @@ def _requests(run: Run, k: int) -> Stage:
 def _generate(run: Run, k: int) -> Stage:
     here, labels = run.iteration(k), run.recipe.keys.labels
     inputs = (here / "requests.jsonl", Path(run.checkpoint("thinking", k - 1)))
-    answering, server = _answering(run), run.recipe.keys.engine.server.changing_answers()
+    answering, server = run.answering, run.recipe.keys.engine.server.changing_answers()
     values = {
         "engine": [*answering, server] if server and run.engine.startswith("http") else answering,
         "unfinished": labels.unfinished,
@@ -208,7 +191,7 @@ def _rebuild(run: Run, k: int) -> Stage:
         k,
         (here / "instruct", anchor, places.find(keys.config), here / "requests.jsonl", reference),
         (here / "thinking", here / "rebuild.json", here / "merge.yaml"),
-        {"rebuild": keys.model_dump(), "engine": _answering(run), "trace": trace},
+        {"rebuild": keys.model_dump(), "engine": run.answering, "trace": trace},
         resume_on=("rebuild", "engine"),
         scratch=tuple((here / "logs").glob("check-lambda-*.jsonl")),
         writes_like=anchor,
@@ -218,8 +201,8 @@ def _rebuild(run: Run, k: int) -> Stage:
 def _evaluate(run: Run, k: int, mode: str) -> Stage:
     keys = run.recipe.keys.evaluation
     values = {
-        "evaluation": {key: v for key, v in keys.model_dump().items() if not key.startswith("contamination")},
-        "backend": "hf" if keys.backend == "hf" else _answering(run),
+        "evaluation": keys.changing_figures(),
+        "backend": "hf" if keys.backend == "hf" else run.answering,
         "data": run.given.data,
     }
     inputs = (Path(run.checkpoint(mode, k)), *run.task)
@@ -279,21 +262,3 @@ def sweep_files(run: Run) -> list[Path]:
     """The sweeps of a run's iterations, which the report shows where there are any."""
     every = (run.iteration(k) / "sweep" / "sweep.json" for k in range(run.iterations + 1))
     return [path for path in every if path.is_file()]
-
-
-def _answering(run: Run) -> list[str]:
-    return [run.engine, *answering_options(run.recipe.keys.engine.vllm_args)]
-
-
-def answering_options(vllm_args: list[str]) -> list[str]:
-    """vLLM's options without those that say only how it uses the machine."""
-    from thinkswitch_plugin.args import option_name
-
-    kept: list[str] = []
-    passing = False
-    for word in vllm_args:
-        if re.match(r"-+[A-Za-z]", word):  # not a value such as -1
-            passing = option_name(word) in MACHINE_OPTIONS
-        if not passing:
-            kept.append(word)
-    return kept

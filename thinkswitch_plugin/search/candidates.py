@@ -86,7 +86,7 @@ class Bench:
             "inputs": self.inputs,
             "sampling": asdict(candidate.sampling),
             "template": self.template_name,
-            "evaluation": self.evaluation.model_dump(exclude={"contamination_ngram", "contamination_share"}),
+            "evaluation": self.evaluation.changing_figures(),
             "task": self.task,
             "answer": self.answer,
             **as_metadata(self.convention),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +22,6 @@ ENGINE_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "warning",  # with less, the trainer writes no progress into its log
 }
-
-
-def tool(name: str) -> str:
-    """An engine's command in the environment that runs us."""
-    return str(Path(sys.executable).with_name(name))
 
 
 def require_trainable(recipe: Recipe, checkpoint: str, revision: str | None = None) -> None:
@@ -77,7 +71,7 @@ def train(config: dict[str, Any], here: Path, *, options: Sequence[str], minimum
     if before:
         console.say(f"  resuming from {before[-1].name} of the interrupted training")
     files.write_yaml(here / "axolotl.yaml", config, header="Runs by itself: axolotl train THIS_FILE")
-    command: list[str | Path] = [tool("axolotl"), "train", here / "axolotl.yaml", "--output-dir", building]
+    command: list[str | Path] = ["axolotl", "train", here / "axolotl.yaml", "--output-dir", building]
     if not has_cuda():
         command += ["--launcher", "python"]
     command += options
