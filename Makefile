@@ -28,7 +28,9 @@ $(if $(findstring /,$(DOMAIN))$(filter .%,$(DOMAIN)),$(error DOMAIN= is a name, 
 $(if $(RUNS),,$(error RUNS= is empty; name a folder))
 
 VENV := .venv
-TS   := $(VENV)/bin/thinkswitch
+# `thinkswitch iterate` says how it was called: then there is nothing to set up.
+INSTALLED ?=
+TS   := $(or $(INSTALLED),$(VENV)/bin/thinkswitch)
 RUN  := $(RUNS)/$(DOMAIN)
 
 # Settings reach the commands through the environment, never through a shell's command line: THINKSWITCH_<OPTION>
@@ -49,7 +51,9 @@ ifeq ($(MAKELEVEL),0)
 # The running stage watches this process, so that it ends if `make` is killed.
 export THINKSWITCH_OWNER := $(shell echo $$PPID)
 endif
-ifneq ($(shell grep -s '^ *embedded: [^f]' 'recipes/$(DOMAIN).yaml'),)
+HERE := $(dir $(lastword $(MAKEFILE_LIST)))
+RECIPE := $(firstword $(wildcard recipes/$(DOMAIN).yaml $(HERE)recipes/$(DOMAIN).yaml))
+ifneq ($(shell grep -s '^ *embedded: [^f]' '$(RECIPE)'),)
 # An embedded domain needs no hub, and nothing may be downloaded at run time.
 export HF_HUB_OFFLINE ?= 1
 endif
@@ -237,7 +241,7 @@ test: setup setup-vllm lint ## run lint and all tests, including a real iteratio
 ##@ Set up
 
 setup: ## create .venv (torch, axolotl, mergekit, lm-eval and this project)
-	@requirements/install.sh $(VENV) requirements/train.txt
+	@$(if $(INSTALLED),:,requirements/install.sh $(VENV) requirements/train.txt)
 
 setup-vllm: ## create .venv-vllm (vLLM, CUDA or CPU build)
 	@if [ -e /proc/driver/nvidia/version ]; then list=gpu; else list=cpu; fi; \

@@ -1,25 +1,28 @@
-"""Find the files that users name and that are not part of the package: recipes, merge configs, lm-eval tasks.
+"""Find the files that users name and that are not Python: recipes, merge configs, lm-eval tasks.
 
-A file in the current folder takes precedence, so that users can replace one; otherwise the file of the checkout is used.
+A file in the current folder takes precedence, so that users can replace one; otherwise the file of the checkout is
+used, or, if the package was installed without one, the file that the wheel holds.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parent
+SHIPPED = PACKAGE / "shipped"  # in an installed wheel only; pyproject.toml says what it holds
+HOME = SHIPPED if SHIPPED.is_dir() else PACKAGE.parent
 RECIPES, TASKS, MERGE_CONFIGS = "recipes", "lm_eval_tasks", "merge_configs"
 CPU_OVERLAY = f"{RECIPES}/cpu.overlay.yaml"
 VLLM_PYTHON = ".venv-vllm/bin/python"  # made by `make setup-vllm`; vLLM cannot share axolotl's environment
 
 
 def find(path: str | Path) -> Path:
-    """A file or folder by its name; the one of the checkout if only that exists."""
-    here, there = Path(path), CHECKOUT / path
+    """A file or folder by its name; ours if only that exists."""
+    here, there = Path(path), HOME / path
     return there if there.exists() and not here.exists() else here
 
 
 def names(folder: str, ending: str) -> list[str]:
-    """The names, without their ending, of a folder's files, also of those in the checkout; sorted."""
-    found = (path.name for place in (Path(folder), CHECKOUT / folder) for path in place.glob(f"*{ending}"))
+    """The names, without their ending, of a folder's files, ours among them; sorted."""
+    found = (path.name for place in (Path(folder), HOME / folder) for path in place.glob(f"*{ending}"))
     return sorted({name.removesuffix(ending) for name in found})

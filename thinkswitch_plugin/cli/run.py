@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -9,8 +12,10 @@ from typing import Any
 
 import click
 
+from thinkswitch_plugin import console, places
 from thinkswitch_plugin.cli.group import main
 from thinkswitch_plugin.cli.options import DOMAIN, ENGINE, FOLDER, INSTRUCT, OVERLAY, RUNS, SEED, THINKING, told
+from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import MODES, TABLE, Given, execute, open_run
 from thinkswitch_plugin.run.table import Row
 
@@ -40,6 +45,31 @@ def do_stage(
 
 for name, group in groupby(TABLE, lambda row: row.command):
     add_stage(name, {row.mode: row for row in group})
+
+
+@main.command()
+@click.option("--domain", default="arithmetic", show_default=True, help="Name of a recipe; see `thinkswitch recipes`.")
+@RUNS
+@click.option("--seed", default=0, show_default=True, type=SEED)
+@ENGINE
+@click.option("--iterations", default=2, show_default=True, type=click.IntRange(min=1, max=20))
+@click.option("--overlay", default="", help="Overlays to apply to the recipe: names or paths, separated by spaces.")
+@click.option("--keep", default="all", show_default=True, help="Iterations that keep their weights: all, last or n.")
+def iterate(**options: Any) -> None:
+    """Run the whole method, or continue it after a kill or a change: `make iterate`, from any folder."""
+    if shutil.which("make") is None:
+        raise ThinkSwitchError("`thinkswitch iterate` needs GNU make, which is not installed (apt-get install make).")
+    ours = f"'{sys.executable}' -m thinkswitch_plugin.cli"
+    settings = [f"{name.upper()}={value}" for name, value in options.items()]
+    os.execvp("make", ["make", "-f", str(places.HOME / "Makefile"), "iterate", f"INSTALLED={ours}", *settings])
+
+
+@main.command()
+def recipes() -> None:
+    """The domains that can be run from here: ours, and those of recipes/ in the current folder."""
+    for name in places.names(places.RECIPES, ".yaml"):
+        path = places.find(f"{places.RECIPES}/{name}.yaml")
+        console.say(f"  {name:22} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
 
 
 @main.command()
