@@ -27,7 +27,9 @@ RUN_BY = {
     "make switch ITER=2": "test_switch.py::switched",
     "thinkswitch answer --pair runs/arithmetic '7*3+4*2'": "test_switch.py::test_one_question_and_many_in_process",
     "make adaptive": "test_adaptive.py::small",
-    "pip install .": "test_readme.py::test_a_wheel_carries_all_that_the_package_needs",
+    "pip install .": "test_wheel.py::installed",
+    "thinkswitch recipes": "test_wheel.py::test_the_wheel_names_every_file_recipe_merge_config_and_task_of_the_checkout",
+    "thinkswitch iterate --domain arithmetic": "test_wheel.py::test_iterate_runs_from_an_empty_folder_and_names_what_was_typed",
     "axolotl train recipe.yaml": "test_loop.py::test_plain_axolotl_trains_an_iterations_config_to_the_same_adapter",
     "thinkswitch merge merge_configs/thinkswitch.yaml out": "test_readme.py::test_merge_as_readme_says_it",
     "lm_eval --tasks thinkswitch_aime --model hf --model_args pretrained=out --apply_chat_template": (
@@ -108,20 +110,3 @@ def test_merge_as_readme_says_it(finished_run: Path, command: Any, tmp_path: Pat
     done = command(ROOT / ".venv/bin/thinkswitch", "merge", config, "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()
-
-
-@pytest.mark.slow
-def test_a_wheel_carries_all_that_the_package_needs(command: Any, tmp_path: Path) -> None:
-    """Built without the network, by the build tools of the environment, as `pip install .` builds it."""
-    done = command(
-        ROOT / ".venv/bin/python", "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", tmp_path
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    from zipfile import ZipFile
-
-    (wheel,) = tmp_path.glob("*.whl")
-    inside = set(ZipFile(wheel).namelist())
-    for path in (ROOT / "thinkswitch_plugin").rglob("*"):
-        if path.is_file() and "__pycache__" not in path.parts:
-            assert str(path.relative_to(ROOT)) in inside, path
-    assert "lm_eval/tasks/thinkswitch/thinkswitch_aime.yaml" in inside

@@ -46,7 +46,9 @@ def thinkswitch(installed: Path, folder: Path, *words: str) -> subprocess.Comple
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_the_wheel_names_every_recipe_merge_config_and_task_of_the_checkout(installed: Path, tmp_path: Path) -> None:
+def test_the_wheel_names_every_file_recipe_merge_config_and_task_of_the_checkout(
+    installed: Path, tmp_path: Path
+) -> None:
     shown = thinkswitch(installed, tmp_path, "recipes").stdout
     assert {line.split()[0] for line in shown.splitlines()} == {p.stem for p in (ROOT / "recipes").glob("*.yaml")}
     for folder, home in (("merge_configs", "thinkswitch_plugin/shipped"), ("recipes", "thinkswitch_plugin/shipped")):
@@ -54,6 +56,8 @@ def test_the_wheel_names_every_recipe_merge_config_and_task_of_the_checkout(inst
         assert {
             p.relative_to(installed / home) for p in (installed / home / folder).rglob("*.*") if p.suffix != ".py"
         } == wanted
+    for path in (ROOT / "thinkswitch_plugin").rglob("*"):
+        assert path.is_dir() or "__pycache__" in path.parts or (installed / path.relative_to(ROOT)).is_file(), path
     tasks = installed / "lm_eval" / "tasks" / "thinkswitch"
     assert {p.name for p in tasks.glob("*.yaml")} == {p.name for p in (ROOT / "lm_eval_tasks").glob("*.yaml")}
 
