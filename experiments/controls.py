@@ -27,6 +27,7 @@ from thinkswitch_plugin.loop.rebuild import merge
 from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
 from thinkswitch_plugin.report import header, rows
 from thinkswitch_plugin.run import MODES, Run, locked, open_run
+from thinkswitch_plugin.run.checkpoint import Subject
 
 NAMES = {
     "shuffled": ("instruct", "labels shuffled among prompts"),
@@ -75,7 +76,8 @@ def run_control(run: Run, name: str) -> None:
             files.remove(out)
             merge(here / "merge.yaml", out, here / "logs" / "merge.log")
         keys = run.recipe.keys
-        evaluate_checkpoint(str(out), here / "eval" / mode, keys, run.engine, log=here / "logs" / f"{name}.log")
+        subject = Subject(str(out), keys.pair.arguments(mode))
+        evaluate_checkpoint(subject, here / "eval" / mode, keys, run.engine, log=here / "logs" / f"{name}.log")
         judged = read_samples(here / "eval" / mode, keys.evaluation.task, str(out), keys.labels.answer, keys.convention)
         figures = summarize(list(judged))
         files.write_json(here / "result.json", {"control": name, "mode": mode, "title": title, **figures})

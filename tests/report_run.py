@@ -29,7 +29,14 @@ HOSTILE = (
 
 
 def make_run(
-    folder: Path, *, questions: int, samples: int = 1, iterations: int = 2, characters: int = 0, answers: bool = True
+    folder: Path,
+    *,
+    questions: int,
+    samples: int = 1,
+    iterations: int = 2,
+    characters: int = 0,
+    answers: bool = True,
+    domain: str = "arithmetic",
 ) -> Path:
     """Write a run under `folder`, without a report; return its folder.
 
@@ -37,20 +44,20 @@ def make_run(
         characters: of a thinking completion; 0 leaves it as short as the embedded domain's.
         answers: with the stored answers, as the evaluation stage leaves them.
     """
-    here = folder / "arithmetic"
+    here = folder / domain
     pair = {mode: {"name": mode, "path": str(here / "pair" / mode), "revision": None} for mode in run.MODES}
     for mode in run.MODES:
         for place in (here / "pair", *(here / f"iter-{k}" for k in range(1, iterations + 1))):
             build_tokenizer(mode).save_pretrained(place / mode)
     files.write_json(here / "iter-0" / "pair.json", pair)
-    settings = {"domain": "arithmetic", "recipe": "recipes/arithmetic.yaml", "overlays": [], "seed": 0}
+    settings = {"domain": domain, "recipe": f"recipes/{domain}.yaml", "overlays": [], "seed": 0}
     files.write_json(here / "run.json", {**settings, "engine": "embedded", "iterations": iterations})
     chains = task.distinct(random.Random(0), questions)
     for k in range(iterations + 1):
         if k:
             write_counts(here / f"iter-{k}")
-        for mode in run.MODES:
-            out = here / f"iter-{k}" / "eval" / mode / f"runs__arithmetic__iter-{k}__{mode}"
+        for name, (_, mode) in run.open_run(here).evaluated(k).items():
+            out = here / f"iter-{k}" / "eval" / name / f"runs__arithmetic__iter-{k}__{name}"
             write_samples(out, chains, samples, k, mode, characters)
             if answers:
                 store_answers(out.parent, mode)

@@ -23,6 +23,7 @@ from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging import compare
 from thinkswitch_plugin.recipe import load_recipe
+from thinkswitch_plugin.run.checkpoint import Subject
 
 RUN = Path("runs/arithmetic")
 
@@ -137,7 +138,7 @@ def test_a_question_longer_than_the_checkpoint_reads_is_refused(tmp_path: Path) 
     with pytest.raises(
         ThinkSwitchError, match=r"the question has \d+ tokens, and .* reads up to 40; ask a shorter one"
     ):
-        compare.ask("thinking", str(tmp_path), "1+" * 30 + "1", keys, "embedded", 0, tmp_path)
+        compare.ask("thinking", Subject(str(tmp_path)), "1+" * 30 + "1", keys, "embedded", 0, tmp_path)
 
 
 def test_no_answer_is_said_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:

@@ -178,7 +178,7 @@ def test_every_answer_of_a_conversation_is_trained(write_jsonl: Write) -> None:
         (
             "qwen3 hybrid",
             r"trained behind '.*</think>\\n\\n', but asked for behind '.*assistant\\n'; "
-            r"set `chat_template_kwargs: \{enable_thinking: false\}` in the recipe, and have the trained",
+            r"set `chat_template_kwargs: \{enable_thinking: false\}` in the recipe \(for the loop as `thinkswitch.pair.chat_template_kwargs.instruct`\)",
         ),
         ("opens the trace", r"use the template of an instruct checkpoint, which opens no trace"),
         ("no end", "nothing ends the assistant's turn"),

@@ -27,6 +27,7 @@ from thinkswitch_plugin.judging.evaluation import batch_size, evaluate, evaluate
 from thinkswitch_plugin.judging.model import ThinkSwitchLM
 from thinkswitch_plugin.judging.verdict import how_read
 from thinkswitch_plugin.recipe import load_recipe
+from thinkswitch_plugin.run.checkpoint import Subject
 from thinkswitch_plugin.search import candidates
 
 ENDS = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": "[UNK]"}
@@ -119,7 +120,7 @@ def test_tags_that_are_special_tokens_stay_in_what_lm_eval_grades(way: str, tmp_
     checkpoint, out = fixed(tmp_path / "model", special=("<think>", "</think>")), tmp_path / "out"
     keys = keys_for()
     if way == "a checkpoint":
-        evaluate_checkpoint(str(checkpoint), out, keys, "embedded", log=tmp_path / "log")
+        evaluate_checkpoint(Subject(str(checkpoint)), out, keys, "embedded", log=tmp_path / "log")
     else:
         evaluate(in_memory(checkpoint, out), keys.evaluation, name="model")
     rows = [row for _, row in files.read_jsonl(samples.samples_file(out, keys.evaluation.task))]
@@ -135,7 +136,7 @@ def test_tags_that_are_special_tokens_stay_in_what_lm_eval_grades(way: str, tmp_
 def test_what_the_token_limit_cut_is_cut_in_lm_evals_metrics_and_in_the_figures(tmp_path: Path) -> None:
     checkpoint, out = fixed(tmp_path / "model", ("<think>", "so", "so", "</think>", "5")), tmp_path / "out"
     keys = keys_for(max_tokens=3)
-    evaluate_checkpoint(str(checkpoint), out, keys, "embedded", log=tmp_path / "log")
+    evaluate_checkpoint(Subject(str(checkpoint)), out, keys, "embedded", log=tmp_path / "log")
     results = files.read_json(samples.newest(out, "results_*.json"))["results"]["thinkswitch_arithmetic"]
     found = figures.summarize(list(samples.read_samples(out, keys.evaluation.task, str(checkpoint), "digit")))
     assert (found["truncated"], found["tokens"], found["think_ratio"]) == (1.0, 3.0, 0.0)
@@ -165,17 +166,17 @@ def test_a_killed_evaluation_continues_with_the_questions_that_are_missing(
     monkeypatch.setattr(EmbeddedEngine, "ask", counted)
     arguments: dict[str, Any] = {"keys": keys_for(5, batch_size="1"), "engine": "embedded", "log": tmp_path / "log"}
     with pytest.raises(KeyboardInterrupt):
-        evaluate_checkpoint(str(checkpoint), out, **arguments, resume=True)
+        evaluate_checkpoint(Subject(str(checkpoint)), out, **arguments, resume=True)
     assert not out.exists()
     limit[0] = 0
-    evaluate_checkpoint(str(checkpoint), out, **arguments, resume=True)
+    evaluate_checkpoint(Subject(str(checkpoint)), out, **arguments, resume=True)
     names = [samples.question_id(n, 0) for n in range(5)]
     assert asked == [names[:3], names[3:]]
     assert [name for name in sorted(p.name for p in out.iterdir()) if name.endswith("jsonl")] == [
         samples.GENERATIONS,
         samples.REQUESTS,
     ]
-    evaluate_checkpoint(str(checkpoint), out, **arguments)
+    evaluate_checkpoint(Subject(str(checkpoint)), out, **arguments)
     assert asked[2] == names, "another attempt asks every question again"
 
 
@@ -190,7 +191,7 @@ def test_answers_to_other_questions_are_not_kept(tmp_path: Path) -> None:
 
 def test_a_checkpoint_name_cannot_carry_options_of_lm_eval(tmp_path: Path) -> None:
     checkpoint = fixed(tmp_path / "model,trust_remote_code=True")
-    evaluate_checkpoint(str(checkpoint), tmp_path / "out", keys_for(1), "embedded", log=tmp_path / "log")
+    evaluate_checkpoint(Subject(str(checkpoint)), tmp_path / "out", keys_for(1), "embedded", log=tmp_path / "log")
     results = files.read_json(samples.newest(tmp_path / "out", "results_*.json"))
     assert results["config"]["model_args"] == {"pretrained": str(checkpoint)}
 
@@ -334,10 +335,10 @@ def test_a_server_has_room_for_the_tasks_budget_whoever_asks(tmp_path: Path, mon
     keys = keys_for(1, backend="server")
     candidate = candidates.Candidate("points/x", {}, {})
     bench = candidates.Bench(
-        tmp_path, checkpoint, checkpoint, "instruct", keys.evaluation, "vllm", keys.engine, "digit", None, {}, {}
+        tmp_path, checkpoint, checkpoint, "instruct", keys.evaluation, "vllm", keys.engine, "digit", None, {}, {}, {}
     )
     for ask in (
-        lambda: evaluate_checkpoint(str(checkpoint), tmp_path / "out", keys, "vllm", log=tmp_path / "log"),
+        lambda: evaluate_checkpoint(Subject(str(checkpoint)), tmp_path / "out", keys, "vllm", log=tmp_path / "log"),
         lambda: candidates.answer(bench, candidate, tmp_path / "there", str(checkpoint), tmp_path / "log"),
     ):
         with pytest.raises(ThinkSwitchError, match="no server in this test"):

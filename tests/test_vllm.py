@@ -38,6 +38,7 @@ from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.router.make_switch import make_switch
 from thinkswitch_plugin.router.switch import Switch
 from thinkswitch_plugin.run import open_run
+from thinkswitch_plugin.run.checkpoint import Subject
 
 pytestmark = [
     pytest.mark.slow,
@@ -288,6 +289,6 @@ def test_a_lora_judged_through_vllm_scores_as_in_transformers(exported: Path, tm
         judged = recipe.keys.evaluation.model_copy(update={"backend": backend, "limit": 60})
         keys = recipe.keys.model_copy(update={"evaluation": judged})
         out = tmp_path / backend
-        evaluate_checkpoint(base, out, keys, "vllm", log=tmp_path / f"{backend}.log", lora=lora)
+        evaluate_checkpoint(Subject(base, lora=lora), out, keys, "vllm", log=tmp_path / f"{backend}.log")
         figures.append(summarize(list(read_samples(out, judged.task, str(lora), "digit"))))
     assert figures[0] == figures[1] and figures[0]["think_ratio"] == 1.0

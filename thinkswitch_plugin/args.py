@@ -14,8 +14,8 @@ from pydantic.fields import FieldInfo
 
 from thinkswitch_plugin import conventions
 from thinkswitch_plugin.answer_kinds import KINDS
+from thinkswitch_plugin.engine_args import TEMPLATE_KEY, Keys, ModeArguments
 from thinkswitch_plugin.engine_args import EngineKeys as EngineKeys
-from thinkswitch_plugin.engine_args import Keys
 from thinkswitch_plugin.engine_args import option_name as option_name
 
 
@@ -34,6 +34,27 @@ class PairKeys(Keys):
         description="Make the pair at these two paths first: true is the tiny pair of digits; or a function "
         "`package.module:function`, called with these keys and the seed.",
     )
+    chat_template_kwargs: ModeArguments = ModeArguments()  # type: ignore[call-arg]
+
+    @property
+    def hybrid(self) -> bool:
+        """Whether one checkpoint has both modes."""
+        return (self.instruct, self.revision_instruct) == (self.thinking, self.revision_thinking)
+
+    def arguments(self, mode: str) -> dict[str, Any]:
+        """The arguments of the chat template in a mode."""
+        return dict(getattr(self.chat_template_kwargs, mode))
+
+    def asked_with(self, mode: str) -> dict[str, Any]:
+        """The same under the name of the key, as stamps hold them; nothing if there are none."""
+        return {TEMPLATE_KEY: given} if (given := self.arguments(mode)) else {}
+
+    @model_validator(mode="after")
+    def _two_modes(self) -> PairKeys:
+        given = self.chat_template_kwargs
+        if self.hybrid and given.instruct and given.instruct == given.thinking:
+            raise ValueError("`chat_template_kwargs` are the same for both modes; give each mode its own")
+        return self
 
 
 class PromptKeys(Keys):

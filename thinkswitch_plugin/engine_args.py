@@ -70,6 +70,32 @@ def _may_be_added(name: str) -> str:
     return name
 
 
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Refuse values that a request cannot hold."""
+    try:
+        json.dumps(values, allow_nan=False)
+    except (TypeError, ValueError):
+        raise ValueError("there is a value that JSON does not have; put it in quotes") from None
+    return values
+
+
+TEMPLATE_KEY = "chat_template_kwargs"  # of the pair, of axolotl's config and of a request to vLLM
+
+
+class ModeArguments(Keys):
+    """Arguments of the chat template in each mode, as in vLLM's requests and axolotl's key of the same name."""
+
+    instruct: dict[str, Any] = Field({}, description="When the prompt is to be answered directly.")
+    thinking: dict[str, Any] = Field({}, description="When a trace is to come first.")
+
+    @field_validator("instruct", "thinking")
+    @classmethod
+    def _of_a_request(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if fixed := values.keys() & {"add_generation_prompt", "continue_final_message", "messages", "tokenize"}:
+            raise ValueError(f"`{min(fixed)}` is set by the loop; remove it")
+        return _as_json(values)
+
+
 class ServerKeys(Keys):
     """How requests to the user's own server (`ENGINE=` is its address) differ from those to vLLM."""
 
@@ -94,10 +120,7 @@ class ServerKeys(Keys):
         for name in targets:
             if targets.count(name) > 1 or name in ("model", "messages", "stream"):
                 raise ValueError(f"`rename` and `add` would send `{name}` twice")
-        try:
-            json.dumps(self.add, allow_nan=False)
-        except (TypeError, ValueError):
-            raise ValueError("`add` holds a value that JSON does not have; put it in quotes") from None
+        _as_json(self.add)
         return self
 
     def changing_answers(self) -> dict[str, Any]:

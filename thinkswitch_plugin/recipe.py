@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from thinkswitch_plugin import files, places
 from thinkswitch_plugin.args import ThinkSwitchKeys, keys_of
+from thinkswitch_plugin.engine_args import TEMPLATE_KEY
 from thinkswitch_plugin.environment import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
 
@@ -80,7 +81,14 @@ def load_recipe(path: Path, overlays: tuple[Path, ...] = ()) -> Recipe:
     except ValidationError as error:
         where = " + ".join(str(p) for p in (path, *overlays))
         raise ThinkSwitchError(f"{where}: {explain(error)}") from None
-    return Recipe(path, {k: v for k, v in values.items() if k != "thinkswitch"}, keys, overlays)
+    axolotl = {key: value for key, value in values.items() if key != "thinkswitch"}
+    asked = keys.pair.arguments("instruct")
+    if axolotl.get(TEMPLATE_KEY, asked) != asked:
+        raise ThinkSwitchError(
+            f"{path}: `{TEMPLATE_KEY}` would train behind another prompt than is asked; give the same arguments as "
+            f"`thinkswitch.pair.{TEMPLATE_KEY}.instruct`, or leave the key out at the top level."
+        )
+    return Recipe(path, {**axolotl, TEMPLATE_KEY: asked} if asked else axolotl, keys, overlays)
 
 
 def trusted_code(value: Any, name: str) -> str | None:

@@ -31,7 +31,7 @@ def _kind(annotation: Any) -> str:
         (inner,) = get_args(annotation)
         return f"list of {_kind(inner)}" + ("s" if get_origin(inner) is None else "")
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
-    names = {str: "text", int: "whole number", float: "number", bool: "true, false"}
+    names = {str: "text", int: "whole number", float: "number", bool: "true, false", Any: "value"}
     return " or ".join("mapping" if get_origin(kind) is dict else names.get(kind, str(kind)) for kind in kinds)
 
 

@@ -8,8 +8,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,19 @@ def request(custom_id: str, body: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Asked:
-    """How the completion of a request is read.
+    """How a checkpoint is asked, and how its completions are read.
 
     Args:
         opened: the chat template opens the trace.
         convention: how the trace is written; None for any of the table, `NONE` for a checkpoint that answers directly.
         ends: further strings that end this tokenizer's turns.
+        arguments: of the chat template.
     """
 
     opened: bool = False
     convention: Convention | None = None
     ends: tuple[str, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def thinks(self) -> bool:
@@ -54,6 +56,11 @@ class Asked:
             message, opened=self.opened, finish_reason=finish_reason, convention=self.convention
         )
 
+    def fields(self, **metadata: Any) -> dict[str, Any]:
+        """What the body of a request holds of it: the template's arguments, which vLLM takes, and its metadata."""
+        arguments = {"chat_template_kwargs": dict(self.arguments)} if self.arguments else {}
+        return {**arguments, "metadata": {**metadata, **self.metadata()}}
+
     def metadata(self) -> dict[str, Any]:
         """What a request keeps of it, in its `metadata`."""
         trace = "opened" if self.opened else "inline" if self.thinks else "none"
@@ -64,12 +71,15 @@ class Asked:
         }
 
 
-def asked_of(tokenizer: Any, key: Convention | None = None) -> Asked:
+def asked_of(tokenizer: Any, key: Convention | None = None, arguments: Mapping[str, Any] | None = None) -> Asked:
     """How a checkpoint's completions are read, from its tokenizer, its chat template and the recipe's convention.
+
+    Args:
+        arguments: with which its chat template is rendered.
 
     Raises `ThinkSwitchError` if the recipe says that it writes no trace, and its template opens one.
     """
-    opened = traces.opens_trace(tokenizer, None if key is NONE else key)
+    opened = traces.opens_trace(tokenizer, None if key is NONE else key, arguments)
     if opened and key is NONE:
         raise ThinkSwitchError(
             f"`thinkswitch.trace` is none, but the chat template of {getattr(tokenizer, 'name_or_path', '') or 'the checkpoint'} "
@@ -77,7 +87,7 @@ def asked_of(tokenizer: Any, key: Convention | None = None) -> Asked:
         )
     known = (getattr(tokenizer, "eos_token", None), getattr(tokenizer, "eot_token", None))
     ends = tuple(dict.fromkeys(end for end in known if isinstance(end, str) and traces.without_end(end)))
-    return Asked(opened, key or traces.convention_of(tokenizer), ends)
+    return Asked(opened, key or traces.convention_of(tokenizer, arguments), ends, arguments or {})
 
 
 def read_requests(path: Path, limit: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -115,6 +125,8 @@ def _fault_of_request(row: dict[str, Any]) -> str | None:
     budget = body.get("max_tokens", 1)
     if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
         return f"`body.max_tokens` is {budget!r}; use a whole number above 0"
+    if not isinstance(body.get("chat_template_kwargs", {}), dict):
+        return "`body.chat_template_kwargs` is not an object"
     metadata = body.get("metadata", {})
     if not isinstance(metadata, dict):
         return "`body.metadata` is not an object"

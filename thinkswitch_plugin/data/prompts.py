@@ -202,7 +202,7 @@ def write_requests(
     Args:
         asked: id and turns of every prompt.
         model: the name under which the checkpoint is served.
-        how: how its completions are read; each request's metadata keeps it.
+        how: how it is asked and its completions are read; each request keeps it.
         seed: run seed; sample j of every prompt is seeded with ``seed * samples + j``.
         stop: strings that end a completion.
     """
@@ -211,7 +211,7 @@ def write_requests(
         for (prompt_id, turns), sample in itertools.product(asked, range(sampling.samples)):
             body = request_body(model, turns, sampling, seed * sampling.samples + sample)
             body |= {"stop": list(stop)} if stop else {}
-            body["metadata"] = {"prompt_id": prompt_id, **how.metadata()}
+            body |= how.fields(prompt_id=prompt_id)
             handle.write(files.dumps_line(batch.request(f"{prompt_id}-s{sample}", body)))
             count += 1
     return count

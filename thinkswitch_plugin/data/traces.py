@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -185,9 +185,11 @@ def control_token(text: str) -> str | None:
     return found.group() if found else None
 
 
-def opens_trace(tokenizer: Any, convention: Convention | None = None) -> bool:
-    """Whether a tokenizer's chat template opens the trace in its generation prompt."""
-    return template_opens_trace(_generation_prompt(tokenizer), convention)
+def opens_trace(
+    tokenizer: Any, convention: Convention | None = None, arguments: Mapping[str, Any] | None = None
+) -> bool:
+    """Whether a tokenizer's chat template, with these arguments, opens the trace in its generation prompt."""
+    return template_opens_trace(generation_prompt(tokenizer, arguments), convention)
 
 
 def template_opens_trace(rendered_prompt: str, convention: Convention | None = None) -> bool:
@@ -195,12 +197,12 @@ def template_opens_trace(rendered_prompt: str, convention: Convention | None = N
     return _opened_by(rendered_prompt, convention) is not None
 
 
-def convention_of(tokenizer: Any) -> Convention | None:
+def convention_of(tokenizer: Any, arguments: Mapping[str, Any] | None = None) -> Convention | None:
     """The convention in which a checkpoint writes its traces, as far as its chat template shows.
 
     It is the one in which the generation prompt ends, else the only one of which the template has tags.
     """
-    name = _opened_by(_generation_prompt(tokenizer), None)
+    name = _opened_by(generation_prompt(tokenizer, arguments), None)
     if name is None:
         template = getattr(tokenizer, "chat_template", None)
         names = {m.name for m in marks.tags(template)} if isinstance(template, str) else set()
@@ -210,9 +212,10 @@ def convention_of(tokenizer: Any) -> Convention | None:
     return next((each for each in CONVENTIONS if each.name == name), None)
 
 
-def _generation_prompt(tokenizer: Any) -> str:
+def generation_prompt(tokenizer: Any, arguments: Mapping[str, Any] | None = None) -> str:
+    """What a checkpoint is given for a one-letter question."""
     turns = [{"role": "user", "content": "x"}]
-    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **(arguments or {})))
 
 
 def _opened_by(rendered_prompt: str, convention: Convention | None) -> str | None:

@@ -65,6 +65,23 @@ def ensure_words(keys: ThinkSwitchKeys, seed: int) -> None:
     _ensure(folder, wanted, folder / "thinking", "pair of SmolLM2-135M siblings", make)
 
 
+def ensure_hybrid(keys: ThinkSwitchKeys, seed: int) -> None:
+    """Train the hybrid from the base of the tiny pair, which is made too, unless it is there with these settings.
+
+    Raises `ThinkSwitchError` if a folder holds something else.
+    """
+    from thinkswitch_plugin.demo.pair import HYBRID_STEPS, PairSettings, train_hybrid
+
+    folder, base = (Path(resolve_seed(str(name), seed)) for name in (keys.pair.instruct, keys.pair.base))
+
+    def make(building: Path) -> None:
+        train_hybrid(building, seed, base, exclude={*task.held_out(), *task.training_prompts(seed, PROMPTS)})
+
+    ensure_pair(seed, base.with_name("instruct"), base.with_name("thinking"))
+    wanted = {"seed": seed, "steps": HYBRID_STEPS, **asdict(PairSettings())}
+    _ensure(folder, wanted, folder / "config.json", "tiny hybrid", make)
+
+
 def ensure(keys: ThinkSwitchKeys, seed: int) -> None:
     """Make what an embedded recipe names: its pair, and training files where `adaptive.generations` names them.
 

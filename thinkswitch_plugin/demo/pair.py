@@ -4,6 +4,8 @@ The base learns both to answer directly and to write a trace. A short fine-tunin
 on two-operand questions makes the *instruct* checkpoint (and suppresses most of
 its direct skill); another one on traces makes the *thinking* checkpoint. The two
 stay close in weight space, as the Qwen3 pair is: that is what interpolation needs.
+
+The *hybrid* is the same base with one fine-tuning on both kinds of rows, told apart by its chat template.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from thinkswitch_plugin.demo import task
-from thinkswitch_plugin.demo.tokenizer import MODES, Mode, build_tokenizer
+from thinkswitch_plugin.demo.tokenizer import EMPTY_TRACE, Mode, build_tokenizer
 from thinkswitch_plugin.run.progress import Bar
 
 Example = tuple[str, str]  # (question, completion)
+HYBRID_STEPS = 40
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,14 @@ def new_model(settings: PairSettings, tokenizer: PreTrainedTokenizerFast) -> Qwe
     return Qwen3ForCausalLM(config)
 
 
-def collate(tokenizer: PreTrainedTokenizerFast, examples: Iterable[Example]) -> dict[str, torch.Tensor]:
+def collate(
+    tokenizer: PreTrainedTokenizerFast, examples: Iterable[Example], opening: str = ""
+) -> dict[str, torch.Tensor]:
     """Right-padded `input_ids`, `attention_mask`, `labels`, each (examples, longest);
-    only the completion and its end token carry a loss."""
+    only the completion and its end token carry a loss, `opening` ends the prompt."""
     columns: dict[str, list[torch.Tensor]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for question, completion in examples:
-        prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{opening}"
         prompt_ids, target_ids = (
             tokenizer.encode(text, add_special_tokens=False) for text in (prompt, completion + "<|im_end|>")
         )
@@ -143,6 +148,32 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
     tokenizer.save_pretrained(folder)
 
 
+def examples(rng: random.Random, operands: tuple[int, ...], thinks: bool, exclude: set[str]) -> Iterator[Example]:
+    """Endless random chains outside `exclude` with their traces, or their bare answers."""
+    complete = task.trace if thinks else task.answer
+    return ((question, complete(question)) for question in task.stream(rng, operands, exclude))
+
+
+def tune(
+    base: Path, sources: dict[str, Iterator[Example]], tokenizer: PreTrainedTokenizerFast, rate: float, steps: int
+) -> Qwen3ForCausalLM:
+    """The base after a short fine-tuning.
+
+    Args:
+        sources: by the opening behind which its completions are written; each gives a batch a step.
+    """
+    tuned = Qwen3ForCausalLM.from_pretrained(base, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(tuned.parameters(), lr=rate, weight_decay=0.0)
+    batch = PairSettings.batch
+
+    def batches() -> Iterator[list[dict[str, torch.Tensor]]]:
+        while True:
+            yield [collate(tokenizer, itertools.islice(rows, batch), opening) for opening, rows in sources.items()]
+
+    fit(tuned, batches(), [optimizer], steps, 0, "fine-tuning")
+    return tuned
+
+
 def train_pair(out: Path, seed: int, exclude: set[str]) -> None:
     """Write `out/base`, `out/instruct`, `out/thinking`.
 
@@ -151,27 +182,35 @@ def train_pair(out: Path, seed: int, exclude: set[str]) -> None:
     settings = PairSettings()
     torch.manual_seed(seed)
     rng = random.Random(f"pair-{seed}")
-    tokenizers = {mode: build_tokenizer(mode) for mode in MODES}
+    tokenizer = build_tokenizer("instruct")
+    model = new_model(settings, tokenizer)
+    sources = [
+        (examples(rng, (2, 3, 4), True, exclude), settings.base_traces),
+        (examples(rng, (2, 3, 4), False, exclude), settings.base_direct),
+    ]
 
-    def examples(operands: tuple[int, ...], complete: Callable[[str], str]) -> Iterator[Example]:
-        return ((question, complete(question)) for question in task.stream(rng, operands, exclude))
-
-    def batches(*sources: tuple[Iterator[Example], int]) -> Iterator[list[dict[str, torch.Tensor]]]:
+    def batches() -> Iterator[list[dict[str, torch.Tensor]]]:
         while True:
-            yield [collate(tokenizers["instruct"], itertools.islice(source, size)) for source, size in sources]
+            yield [collate(tokenizer, itertools.islice(source, size)) for source, size in sources]
 
-    model = new_model(settings, tokenizers["instruct"])
-    traces, direct = examples((2, 3, 4), task.trace), examples((2, 3, 4), task.answer)
-    both = batches((traces, settings.base_traces), (direct, settings.base_direct))
-    fit(model, both, base_optimizers(model, settings), settings.base_steps, settings.base_warmup, "common base")
-    save_checkpoint(model, tokenizers["instruct"], out / "base")
+    fit(model, batches(), base_optimizers(model, settings), settings.base_steps, settings.base_warmup, "common base")
+    save_checkpoint(model, tokenizer, out / "base")
 
     tunings: tuple[tuple[Mode, Iterator[Example], float, int], ...] = (
-        ("instruct", examples((2,), task.answer), settings.instruct_lr, settings.instruct_steps),
-        ("thinking", examples((2, 3) * 6 + (4,), task.trace), settings.thinking_lr, settings.thinking_steps),
+        ("instruct", examples(rng, (2,), False, exclude), settings.instruct_lr, settings.instruct_steps),
+        ("thinking", examples(rng, (2, 3) * 6 + (4,), True, exclude), settings.thinking_lr, settings.thinking_steps),
     )
     for mode, source, rate, steps in tunings:
-        tuned = Qwen3ForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
-        optimizer = torch.optim.AdamW(tuned.parameters(), lr=rate, weight_decay=0.0)
-        fit(tuned, batches((source, settings.batch)), [optimizer], steps, 0, mode)
-        save_checkpoint(tuned, tokenizers[mode], out / mode)
+        tokenizer = build_tokenizer(mode)
+        save_checkpoint(tune(out / "base", {"": source}, tokenizer, rate, steps), tokenizer, out / mode)
+
+
+def train_hybrid(out: Path, seed: int, base: Path, exclude: set[str]) -> None:
+    """Write one checkpoint that answers behind an empty trace, and else writes one; from a pair's `base`."""
+    settings, rng, tokenizer = PairSettings(), random.Random(f"hybrid-{seed}"), build_tokenizer("hybrid")
+    torch.manual_seed(seed)
+    sources = {
+        EMPTY_TRACE: examples(rng, (2,), False, exclude),
+        "": examples(rng, (2, 3) * 6 + (4,), True, exclude),
+    }
+    save_checkpoint(tune(base, sources, tokenizer, settings.instruct_lr, HYBRID_STEPS), tokenizer, out)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import string
-from typing import Literal, get_args
+from typing import Literal
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.decoders import Fuse
 from transformers import PreTrainedTokenizerFast
 
-Mode = Literal["instruct", "thinking"]
-MODES: tuple[Mode, ...] = get_args(Mode)
+Mode = Literal["instruct", "thinking", "hybrid"]
+MODES: tuple[Mode, ...] = ("instruct", "thinking")
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 THINK_TAGS = ["<think>", "</think>"]  # ordinary added tokens, so that decoding keeps them
 WORDS = ["[UNK]", "\n\n", "\n", "user", "assistant", "system", " "]
@@ -25,6 +25,14 @@ _TURNS = (
 # As with Qwen3-Thinking-2507, the thinking template itself opens the trace.
 OPENINGS: dict[Mode, str] = {"instruct": "", "thinking": "<think>\\n"}
 CHAT_TEMPLATES = {mode: f"{{%- set opening = '{opening}' %}}{_TURNS}" for mode, opening in OPENINGS.items()}
+# As with Qwen3, a hybrid thinks unless it is told not to, which its template does by an empty trace.
+EMPTY_TRACE = "<think>\n\n</think>\n\n"
+CHAT_TEMPLATES["hybrid"] = (
+    "{%- set opening = '' if enable_thinking | default(true) else '<think>\\n\\n</think>\\n\\n' %}"
+    + _TURNS.replace(
+        "+ message.content", "+ (opening if message.role == 'assistant' and loop.last else '') + message.content"
+    )
+)
 
 
 def build_tokenizer(mode: Mode) -> PreTrainedTokenizerFast:

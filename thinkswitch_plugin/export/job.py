@@ -115,7 +115,7 @@ def export(subject: Pair, base: Base, ranks: Sequence[int]) -> dict[str, Any]:
     for mode in adapted:
         require_extractable(base.folder, modes[mode])
     with locked(subject.home):
-        template = combined_template(modes["instruct"], modes["thinking"])
+        template = combined_template(modes["instruct"], modes["thinking"], subject.keys.pair.chat_template_kwargs)
         files.write_text(out / "chat_template.jinja", template)
         hashes = Hashes(subject.home)
         inputs = (base.folder, *modes.values(), *task_files(subject.keys.evaluation.task))
@@ -232,13 +232,13 @@ class Job:
         judged = place / "eval" / f"{mode}{few_questions(subject)}"
 
         def evaluate(resumes: bool) -> dict[str, Any]:
+            asked = self.base.folder if rank else subject.roles[mode]
             evaluate_checkpoint(
-                str(self.base.folder if rank else subject.roles[mode]),
+                checkpoint.Subject(str(asked), keys.pair.arguments(mode), place / mode if rank else None),
                 judged,
                 keys,
                 subject.engine,
                 log=self.out / "logs" / f"{place.name}-{mode}.log",
-                lora=place / mode if rank else None,
                 resume=resumes,
             )
             return {"figures": read(judged)}
@@ -248,6 +248,7 @@ class Job:
             "evaluation": keys.evaluation.changing_figures(),
             "task": {str(path): self.hashes[str(path)] for path in task_files(keys.evaluation.task)},
             "data": subject.data,
+            **keys.pair.asked_with(mode),
             "answer": keys.labels.answer,
             "server": uses_server(keys.evaluation, subject.engine),
         }

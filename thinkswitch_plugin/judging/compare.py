@@ -16,9 +16,8 @@ from typing import Any
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import ThinkSwitchKeys
 from thinkswitch_plugin.console import printable
-from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.data import prompts, traces
-from thinkswitch_plugin.data.batch import tokens_of
+from thinkswitch_plugin.data.batch import Asked, tokens_of
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.engines.ask import ask_in_order, asking
 from thinkswitch_plugin.engines.generate import PROMPT_ROOM, context_length
@@ -27,6 +26,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.verdict import how_read
 from thinkswitch_plugin.recipe import recipe_of
 from thinkswitch_plugin.run import MODES, Run, checkpoint, open_run, settings_file
+from thinkswitch_plugin.run.checkpoint import Subject
 from thinkswitch_plugin.run.progress import Bar
 
 SHOWN_TRACE = (500, 200)  # characters of a trace that are shown, of its start and of its end
@@ -89,17 +89,20 @@ def compare(
         )
     recipe = run.recipe if run else recipe_of(folder.name, overlays)
     text, empty = prompts.as_asked(recipe.keys.prompts, question)
-    asked = columns(run, iteration, instruct, thinking)
+    asked = {
+        title: Subject(name, recipe.keys.pair.arguments(title.split()[0]))
+        for title, name in columns(run, iteration, instruct, thinking).items()
+    }
     if empty:
         console.say(f"  the domain's template is asked with nothing for {', '.join(empty)}")
     # A model that needs a GPU may fit on it only as the recipe's options have vLLM round it.
     chosen = "embedded" if engine == "auto" and not recipe.keys.needs.gpu_gb else servers.choose(engine)
     answers = []
     with Bar(len(asked), "compare", unit="answer") as bar:
-        for title, name in asked.items():
+        for title, subject in asked.items():
             bar.note(title)
             bar.update(0)
-            answers.append(ask(title, name, text, recipe.keys, chosen, run.seed if run else 0, folder / "logs"))
+            answers.append(ask(title, subject, text, recipe.keys, chosen, run.seed if run else 0, folder / "logs"))
             bar.update()
     show(question, answers)
     if out is not None:
@@ -108,7 +111,7 @@ def compare(
 
 
 def columns(run: Run | None, iteration: int | None, instruct: str, thinking: str) -> dict[str, str]:
-    """The checkpoint folders to ask, by the titles of their columns.
+    """The checkpoint folders to ask, by the titles of their columns, which begin with the mode.
 
     Raises `ThinkSwitchError` if one of them is not there.
     """
@@ -144,13 +147,17 @@ def last_finished(run: Run) -> int:
     )
 
 
-def ask(title: str, name: str, text: str, keys: ThinkSwitchKeys, engine: str, seed: int, logs: Path) -> Answer:
+def ask(title: str, subject: Subject, text: str, keys: ThinkSwitchKeys, engine: str, seed: int, logs: Path) -> Answer:
     """One checkpoint's answer to one prompt. Raises `ThinkSwitchError` if it cannot be had."""
     from transformers import AutoTokenizer, set_seed
 
-    body = prompts.request_body(name, prompts.messages(keys.prompts, text), keys.sampling, seed)
+    name = subject.name
     tokenizer = AutoTokenizer.from_pretrained(name)
-    prompt = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
+    how = how_read(tokenizer, keys.convention, subject.arguments)
+    body = prompts.request_body(name, prompts.messages(keys.prompts, text), keys.sampling, seed) | how.fields()
+    prompt = tokenizer.apply_chat_template(
+        body["messages"], add_generation_prompt=True, tokenize=False, **subject.arguments
+    )
     length, limit = len(tokenizer.encode(prompt, add_special_tokens=False)), context_length(name)
     if length >= limit:
         raise ThinkSwitchError(
@@ -167,15 +174,13 @@ def ask(title: str, name: str, text: str, keys: ThinkSwitchKeys, engine: str, se
         raise ThinkSwitchError(
             f"{name} gave no answer through {engine}: {reply}; leave ENGINE= out to ask it in process."
         )
-    return read_reply(title, name, reply, seconds, tokenizer, keys.convention)
+    return read_reply(title, name, reply, seconds, tokenizer, how)
 
 
-def read_reply(
-    title: str, name: str, reply: dict[str, Any], seconds: float, tokenizer: Any, convention: Convention | None = None
-) -> Answer:
-    """A chat completion of the checkpoint `name`, split by its tokenizer and the recipe's convention."""
+def read_reply(title: str, name: str, reply: dict[str, Any], seconds: float, tokenizer: Any, how: Asked) -> Answer:
+    """A chat completion of the checkpoint `name`, split as it was asked."""
     choice = reply["choices"][0]
-    done = how_read(tokenizer, convention).split(choice["message"], choice.get("finish_reason"))
+    done = how.split(choice["message"], choice.get("finish_reason"))
     return Answer(
         title=title,
         checkpoint=name,

@@ -18,6 +18,7 @@ from thinkswitch_plugin.judging.verdict import how_read
 
 if TYPE_CHECKING:
     from thinkswitch_plugin.judging.model import ThinkSwitchLM
+    from thinkswitch_plugin.run.checkpoint import Subject
 
 SEEDS = {"random_seed": 0, "numpy_seed": 1234, "torch_seed": 1234}  # lm_eval's own defaults
 
@@ -70,21 +71,14 @@ class Sampling:
 
 
 def evaluate_checkpoint(
-    checkpoint: str,
-    out: Path,
-    keys: ThinkSwitchKeys,
-    engine: str,
-    *,
-    log: Path,
-    lora: Path | None = None,
-    resume: bool = False,
+    subject: Subject, out: Path, keys: ThinkSwitchKeys, engine: str, *, log: Path, resume: bool = False
 ) -> None:
     """Evaluate one checkpoint on the recipe's task; lm-eval's files and the stored answers go to `out`, whole or not at all.
 
     Args:
         log: what lm-eval, and a vLLM that is started here, print.
-        lora: a PEFT adapter put on the checkpoint; its tokenizer and chat template count then.
-        resume: continue with the answers that a killed attempt left beside `out`; it was of the same checkpoint.
+        resume: continue with the answers that a killed attempt left beside `out`, or with `out` if it is whole; they
+            are of the same checkpoint.
 
     Raises:
         ThinkSwitchError: there is no such task, or a question has no answer.
@@ -95,9 +89,11 @@ def evaluate_checkpoint(
     from thinkswitch_plugin.engines.embedded import EmbeddedEngine, with_adapter
     from thinkswitch_plugin.judging.model import ThinkSwitchLM
 
-    building = files.temporary_sibling(out)
+    checkpoint, lora, building = subject.name, subject.lora, files.temporary_sibling(out)
     if not resume:
         files.remove(building)
+    elif out.is_dir():
+        return
     tokenizer = AutoTokenizer.from_pretrained(lora or checkpoint)
     adapter = Adapter(lora, partial(with_adapter, checkpoint, lora)) if lora else None
     answering: str | Asker = "vllm"
@@ -109,7 +105,7 @@ def evaluate_checkpoint(
     elif lora:
         template = ["--chat-template", str(lora / "chat_template.jinja")]
         asked = asked.model_copy(update={"vllm_args": [*asked.vllm_args, *template]})
-    how = how_read(tokenizer, keys.convention)
+    how = how_read(tokenizer, keys.convention, subject.arguments)
     lm = ThinkSwitchLM(building, checkpoint, answering, asked, tokenizer, how, log, adapter)
     try:
         evaluate(lm, keys.evaluation, name=str(lora or checkpoint))

@@ -46,7 +46,7 @@ class ThinkSwitchLM(LM):  # type: ignore[misc]
         checkpoint: who answers, and its name in the requests.
         engine: `vllm`, `embedded`, the base URL of a running server, or a checkpoint that is ready to answer.
         tokenizer: its chat template renders the prompts as lm-eval records them.
-        how: how completions are read.
+        how: how it is asked and its completions are read.
         adapter: put on the checkpoint before it answers.
         shown: standard output and error for the progress bar, whatever becomes of lm-eval's own.
     """
@@ -81,6 +81,7 @@ class ThinkSwitchLM(LM):  # type: ignore[misc]
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
+                **self.how.arguments,
             )
         )
         prompt.chat = [{"role": turn["role"], "content": turn["content"]} for turn in chat_history]
@@ -138,7 +139,7 @@ class ThinkSwitchLM(LM):  # type: ignore[misc]
         chat = prompt.chat if isinstance(prompt, Prompt) else [{"role": "user", "content": prompt}]
         if chat[-1]["role"] == "assistant":
             known |= {"add_generation_prompt": False, "continue_final_message": True}
-        return {"model": self.checkpoint, "messages": chat, **known, "metadata": self.how.metadata()}
+        return {"model": self.checkpoint, "messages": chat, **known, **self.how.fields()}
 
     def _read(self, answered: Path, names: Sequence[str]) -> list[Answered]:
         found: dict[str, Answered] = {}

@@ -65,9 +65,9 @@ def convention_read(convention: Convention | None) -> Convention | None:
     return None if convention is NONE else convention
 
 
-def how_read(tokenizer: Any, convention: Convention | None) -> batch.Asked:
-    """How a checkpoint's completions are read when it is evaluated, by its tokenizer and the recipe's convention."""
-    return batch.asked_of(tokenizer, convention_read(convention))
+def how_read(tokenizer: Any, convention: Convention | None, arguments: Mapping[str, Any] | None = None) -> batch.Asked:
+    """How a checkpoint is asked and its completions are read when it is evaluated; see `batch.asked_of`."""
+    return batch.asked_of(tokenizer, convention_read(convention), arguments)
 
 
 def final_answer(kind: str, done: traces.Completion, letters: Mapping[str, str] | None = None) -> str | None:

@@ -14,7 +14,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import uses_server
 from thinkswitch_plugin.merging.config import check_config, set_lambda
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_of, recipe_path
-from thinkswitch_plugin.run import NOTHING_MORE, Given, Run, forget_stale, locked, settings_file
+from thinkswitch_plugin.run import MODES, NOTHING_MORE, Given, Run, forget_stale, locked, settings_file
 from thinkswitch_plugin.run.folder import Settings, read_settings
 from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.prune import iterations_kept, prune
@@ -123,7 +123,7 @@ def _check_files(run: Run) -> None:
 
 
 def evaluate_model(domain: str, model: str, engine: str, out: Path, overlays: Sequence[str] = ()) -> None:
-    """Evaluate any checkpoint with a domain's task and print its figures."""
+    """Evaluate any checkpoint with a domain's task, in both modes if the recipe tells them apart, and print its figures."""
     from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint
     from thinkswitch_plugin.judging.figures import summarize
     from thinkswitch_plugin.judging.samples import read_samples
@@ -132,12 +132,16 @@ def evaluate_model(domain: str, model: str, engine: str, out: Path, overlays: Se
     keys = recipe_of(domain, overlays).keys
     folder, _ = checkpoint.resolve(model, None, "evaluated")
     target = out / domain / checkpoint.folder_name(model)
+    modes = MODES if any(map(keys.pair.arguments, MODES)) else ("",)
     with locked(target):
-        log = target / "logs" / f"{folder.name}.log"
-        evaluate_checkpoint(str(folder), target / "lm-eval", keys, servers.choose(engine), log=log)
-        figures = summarize(
-            list(read_samples(target / "lm-eval", keys.evaluation.task, str(folder), keys.labels.answer))
-        )
-        files.write_json(target / "figures.json", figures)
-    for name, value in figures.items():
-        console.say(f"  {name:12} {value}")
+        for mode in modes:
+            subject = checkpoint.Subject(str(folder), keys.pair.arguments(mode) if mode else {})
+            place, log = target / mode, target / "logs" / f"{folder.name}{mode and f'-{mode}'}.log"
+            evaluate_checkpoint(subject, place / "lm-eval", keys, servers.choose(engine), log=log)
+            samples = read_samples(place / "lm-eval", keys.evaluation.task, str(folder), keys.labels.answer)
+            figures = summarize(list(samples))
+            files.write_json(place / "figures.json", figures)
+            if mode:
+                console.say(f"{mode} mode:")
+            for name, value in figures.items():
+                console.say(f"  {name:12} {value}")

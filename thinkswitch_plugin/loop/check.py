@@ -27,7 +27,7 @@ from thinkswitch_plugin.merging.tensors import quantisation, quantised
 from thinkswitch_plugin.merging.vocabulary import describe_renamed, vocabulary_difference
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, iteration_config, recipe_of
 from thinkswitch_plugin.report import price_per_hour
-from thinkswitch_plugin.run import versions
+from thinkswitch_plugin.run import MODES, versions
 from thinkswitch_plugin.training import distil
 
 # Throughput of one card for a batch if it was not measured: a cautious guess, and labelled as one.
@@ -173,6 +173,9 @@ def pair(keys: ThinkSwitchKeys) -> str:
     difference = config_difference(*configs, may_differ=keys.rebuild.may_differ) or vocabulary_difference(*folders)
     if difference:
         raise ThinkSwitchError(f"no compatible pair: {difference}")
+    distil.require_switch(keys.pair, {mode: resolve_seed(name, 0) for mode, name in zip(MODES, names, strict=True)})
+    if keys.pair.hybrid:
+        return f"{keys.pair.instruct} is a hybrid; its chat template tells the two modes apart"
     alike = f"{' and '.join(names)} have one architecture, size and vocabulary"
     return "; ".join(filter(None, (alike, describe_renamed(*folders))))
 

@@ -41,6 +41,7 @@ def prepare_pair(run: Run, _k: int = 0) -> None:
     if not keys.embedded:
         from thinkswitch_plugin.training import distil
 
+        distil.require_switch(keys, {mode: found[mode]["path"] for mode in found})
         distil.require_trainable(run.recipe, found["instruct"]["path"])
     files.write_json(run.iteration(0) / "pair.json", found)
 
@@ -72,7 +73,7 @@ def write_requests(run: Run, k: int) -> dict[str, Any]:
         run.iteration(k) / "requests.jsonl",
         [(prompt_id, messages(keys.prompts, text)) for prompt_id, text in prompts],
         model=teacher,
-        how=batch.asked_of(AutoTokenizer.from_pretrained(teacher), keys.convention),
+        how=batch.asked_of(AutoTokenizer.from_pretrained(teacher), keys.convention, keys.pair.arguments("thinking")),
         sampling=keys.sampling,
         seed=run.seed,
     )
@@ -214,18 +215,14 @@ def rebuild(run: Run, k: int) -> None:
 
 
 def evaluate(run: Run, k: int, mode: str) -> None:
-    """lm-eval evaluates one checkpoint: its results and samples files, and the stored answers, under `eval/`."""
+    """lm-eval evaluates one checkpoint (a hybrid in both modes): its files, and the stored answers, under `eval/`."""
     from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint
 
     here = run.iteration(k)
-    evaluate_checkpoint(
-        run.checkpoint(mode, k),
-        here / "eval" / mode,
-        run.recipe.keys,
-        run.engine,
-        log=here / "logs" / f"eval-{mode}.log",
-        resume=True,
-    )
+    for name, (made, asked_as) in run.evaluated(k).items():
+        if made == mode:
+            subject, log = run.subject(mode, k, asked_as), here / "logs" / f"eval-{name}.log"
+            evaluate_checkpoint(subject, here / "eval" / name, run.recipe.keys, run.engine, log=log, resume=True)
 
 
 def report(run: Run, k: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from thinkswitch_plugin.judging.figures import Sample, summarize
 from thinkswitch_plugin.judging.paired import compare
 from thinkswitch_plugin.judging.samples import graded, samples_file
 from thinkswitch_plugin.run import MODES, TABLE, Run, stages, stamp_path, versions
+from thinkswitch_plugin.run.folder import EVALUATED
 
 TIMED = {row.name: row.timed for row in TABLE}
 
@@ -25,6 +26,7 @@ class Evaluation:
     """One judged checkpoint of a run.
 
     Attributes:
+        mode: which checkpoint in which mode, a name of `EVALUATED`.
         path: lm-eval's samples file.
         how: how its completions are read.
         samples: one a question, in the order of the file's lines.
@@ -42,13 +44,13 @@ def evaluations(run: Run) -> list[Evaluation]:
     keys = run.recipe.keys
     found = []
     for k in range(run.iterations + 1):
-        for mode in MODES:
-            folder = run.iteration(k) / "eval" / mode
+        for name, (mode, _) in run.evaluated(k).items():
+            folder = run.iteration(k) / "eval" / name
             how, samples = graded(
                 folder, keys.evaluation.task, run.checkpoint(mode, k), keys.labels.answer, keys.convention
             )
             path = samples_file(folder, keys.evaluation.task)
-            found.append(Evaluation(k, mode, path, how, list(samples)))
+            found.append(Evaluation(k, name, path, how, list(samples)))
     return found
 
 
@@ -60,22 +62,27 @@ def build_report(run: Run, judged: Sequence[Evaluation]) -> dict[str, Any]:
     """
     seconds = stage_seconds(run)
     samples = {(e.iteration, e.mode): e.samples for e in judged}
+    names = run.evaluated(run.iterations)
+    samples |= {(0, name): samples[0, asked_as] for name, (_, asked_as) in names.items()}
     iterations = []
     for k in range(run.iterations + 1):
         here = run.iteration(k)
         entry: dict[str, Any] = {"iteration": k}
         for mode in MODES:
             entry[mode] = summarize(samples[k, mode])
+        if run.recipe.keys.pair.hybrid:
+            for name, (mode, asked_as) in EVALUATED.items():
+                entry[mode][asked_as] = summarize(samples[k, name])
         if k > 0:
             pairs, rebuilt = files.read_json(here / "pairs.json"), files.read_json(here / "rebuild.json")
             entry["pairs"] = {key: pairs[key] for key in ("prompts", "samples", "kept", "dropped", "selection")}
             entry["merge"] = rebuilt
             entry["paired"] = {
-                mode: [
-                    {"against": earlier, **compare(samples[earlier, mode], samples[k, mode])}
+                name: [
+                    {"against": earlier, **compare(samples[earlier, name], samples[k, name])}
                     for earlier in sorted({k - 1, 0}, reverse=True)
                 ]
-                for mode in MODES
+                for name in names
             }
         entry["seconds"] = seconds.get(k, {})
         iterations.append(entry)

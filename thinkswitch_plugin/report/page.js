@@ -45,6 +45,8 @@
   // ---- filters
   const form = $("filters"), search = $("search"), checkpoint = $("checkpoint"), against = $("against"), show = $("show");
   const name = (c) => `${c.mode}, iteration ${c.iteration}`;
+  // The starting checkpoint of a hybrid is one, and is there by its modes alone.
+  const follows = (c, mode) => c.mode === mode || (c.iteration === 0 && mode.endsWith(`-as-${c.mode}`));
   checkpoints.forEach((c, n) => checkpoint.add(new Option(name(c), n)));
   const last = checkpoints.findLastIndex((c) => c.mode === modes[0]);
   checkpoint.options[last].defaultSelected = true;
@@ -52,7 +54,7 @@
     const chosen = checkpoints[checkpoint.value], before = against.value;
     against.replaceChildren();
     checkpoints.forEach((c, n) => {
-      if (c.mode === chosen.mode && c.iteration < chosen.iteration) against.add(new Option(`iteration ${c.iteration}`, n));
+      if (follows(c, chosen.mode) && c.iteration < chosen.iteration) against.add(new Option(`iteration ${c.iteration}`, n));
     });
     against.disabled = !against.options.length;
     if (against.disabled) against.add(new Option("none before it", ""));
@@ -201,7 +203,7 @@
   form.addEventListener("reset", () => later(() => { counterparts(); apply(); }, 0));
   for (const link of document.querySelectorAll("a[data-show]")) {
     link.addEventListener("click", () => {
-      const at = (iteration) => checkpoints.findIndex((c) => c.mode === link.dataset.mode && c.iteration === Number(iteration));
+      const at = (iteration) => checkpoints.findIndex((c) => follows(c, link.dataset.mode) && c.iteration === Number(iteration));
       checkpoint.value = at(link.dataset.iteration);
       counterparts();
       against.value = at(link.dataset.against);

@@ -56,8 +56,9 @@ def content(run: Run, report: dict[str, Any], judged: Sequence[Evaluation]) -> d
     style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return {
         "report": report,
-        "modes": MODES,
+        "modes": list(report["iterations"][-1]["paired"]),
         "headline": tables.headline(report),
+        "hybrid": tables.about_hybrid(report),
         "header": tables.header(report),
         "rows": list(tables.rows(report)),
         "summaries": [summary(report, mode) for mode in MODES],
@@ -104,7 +105,7 @@ def summary(report: dict[str, Any], mode: str) -> dict[str, Any]:
 def compared(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Every comparison of two iterations, as the page's table shows it."""
     for entry in report["iterations"][1:]:
-        for mode in MODES:
+        for mode in entry["paired"]:
             for found in entry["paired"][mode]:
                 low, high = (100 * v for v in found["ci95"])
                 yield {

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thinkswitch_plugin import files
+from thinkswitch_plugin.report.tables import evaluated
+from thinkswitch_plugin.run.folder import OTHER_MODE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +21,10 @@ KINDS = {"png": {"Software": None}, "svg": {"Date": None}}
 MODE_STYLES = {
     "instruct": {"color": COLOURS[0], "marker": "o", "linestyle": "-"},
     "thinking": {"color": COLOURS[1], "marker": "s", "linestyle": "--"},
+}
+# A hybrid's checkpoints in their other mode have the colour of the mode.
+STYLES = MODE_STYLES | {
+    name: {**MODE_STYLES[mode], "marker": "x", "linestyle": ":"} for name, (_, mode) in OTHER_MODE.items()
 }
 
 
@@ -52,11 +58,13 @@ def iterations_picture(report: dict[str, Any], panels: Sequence[str] = PANELS) -
     figure = new_figure(3.6 * len(panels), 2.9)
     row: list[Axes] = list(figure.subplots(1, len(panels), squeeze=False)[0])
     numbers = [entry["iteration"] for entry in report["iterations"]]
+    every = [evaluated(entry) for entry in report["iterations"]]
     for axes, panel in zip(row, panels, strict=True):
-        for shift, (mode, style) in zip((-0.03, 0.03), MODE_STYLES.items(), strict=True):
-            figures = [entry[mode] for entry in report["iterations"]]
-            at = [number + shift for number in numbers]  # so that equal values do not hide each other
-            line: dict[str, Any] = {**style, "markersize": 5, "linewidth": 1.5, "label": mode}
+        for shift, name in zip((-0.03, 0.03, 0.06, -0.06), every[-1], strict=False):
+            figures = [found[name] for found in every if name in found]
+            # Shifted, so that equal values do not hide each other.
+            at = [number + shift for number, found in zip(numbers, every, strict=True) if name in found]
+            line: dict[str, Any] = {**STYLES[name], "markersize": 5, "linewidth": 1.5, "label": name}
             if panel == "score":
                 score = [100 * s["mean@k"] for s in figures]
                 below = [100 * (s["mean@k"] - s["ci95"][0]) for s in figures]
@@ -90,7 +98,7 @@ def paired_picture(report: dict[str, Any]) -> Figure:
     """
     bars = [
         (f"{mode}, {entry['iteration']} against {found['against']}", len(found["won"]), len(found["lost"]))
-        for mode in MODE_STYLES
+        for mode in report["iterations"][-1]["paired"]
         for entry in report["iterations"][1:]
         for found in entry["paired"][mode][: None if entry is report["iterations"][-1] else 1]
     ]

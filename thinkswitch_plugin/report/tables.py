@@ -7,6 +7,7 @@ from typing import Any
 
 from thinkswitch_plugin import console
 from thinkswitch_plugin.run import MODES
+from thinkswitch_plugin.run.folder import EVALUATED
 
 
 def percent(share: float) -> str:
@@ -37,16 +38,31 @@ def headline(report: dict[str, Any]) -> str:
     return f"After {k} iteration{'' if k == 1 else 's'}, on {n} held-out questions: {'; '.join(parts)}."
 
 
+def evaluated(entry: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The figures of an iteration by the names of `EVALUATED`; those of a hybrid are by checkpoint and mode."""
+    names = entry.get("paired", MODES)
+    return {name: entry[name] if name in MODES else entry[EVALUATED[name][0]][EVALUATED[name][1]] for name in names}
+
+
+def about_hybrid(report: dict[str, Any]) -> str:
+    """What the further rows of a hybrid are; empty for a pair."""
+    if report["iterations"][-1]["paired"].keys() <= set(MODES):
+        return ""
+    return (
+        " The starting checkpoint has both modes. instruct-as-thinking is the distilled checkpoint in thinking mode, "
+        "thinking-as-instruct the rebuilt one in instruct mode."
+    )
+
+
 def rows(report: dict[str, Any]) -> Iterator[list[str]]:
-    """The headline table, a row a checkpoint."""
+    """The headline table, a row a checkpoint, or a row a mode of each checkpoint of a hybrid."""
     first = report["iterations"][0]
     for entry in report["iterations"]:
-        for mode in MODES:
-            s = entry[mode]
-            change = 100 * (s["mean@k"] - first[mode]["mean@k"])
+        for name, s in evaluated(entry).items():
+            change = 100 * (s["mean@k"] - first[EVALUATED[name][1]]["mean@k"])
             yield [
                 str(entry["iteration"]),
-                mode,
+                name,
                 percent(s["mean@k"]),
                 interval(s["ci95"]),
                 "" if entry is first else f"{change:+z.1f}",
@@ -91,7 +107,8 @@ def markdown(report: dict[str, Any]) -> str:
         headline(report),
         "",
         f"{n} held-out questions, {k} sample{'s' if k > 1 else ''} a question, engine {report['engine']}. "
-        "Change is in percentage points against iteration 0; see below the tables if it is more than noise.",
+        "Change is in percentage points against iteration 0; see below the tables if it is more than noise."
+        + about_hybrid(report),
         "",
         *console.table(header(report), rows(report)),
         "",
@@ -114,7 +131,7 @@ def comparisons(report: dict[str, Any]) -> list[str]:
     return [
         f"- {mode}, iteration {entry['iteration']} against {found['against']}: {found['sentence']}"
         for entry in report["iterations"][1:]
-        for mode in MODES
+        for mode in entry["paired"]
         for found in entry["paired"][mode]
     ]
 

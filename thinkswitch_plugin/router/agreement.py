@@ -171,6 +171,7 @@ def _answers(run: Run, k: int, mode: str, prompts: Prompts, count: int, hashes: 
         "asked_with": keys.prompts.system,
         "sampling": sampling.model_dump(),
         "trace": keys.trace,
+        **keys.pair.asked_with(mode),
         "seed": run.seed,
         "engine": run.answering,
     }
@@ -178,7 +179,8 @@ def _answers(run: Run, k: int, mode: str, prompts: Prompts, count: int, hashes: 
     requests, answered = here / "requests.jsonl", here / "generations.jsonl"
 
     def write(_resumes: bool) -> dict[str, Any]:
-        how = batch.asked_of(AutoTokenizer.from_pretrained(checkpoint), keys.convention if mode == "thinking" else None)
+        convention = keys.convention if mode == "thinking" else None
+        how = batch.asked_of(AutoTokenizer.from_pretrained(checkpoint), convention, keys.pair.arguments(mode))
         turns = ((prompt_id, messages(keys.prompts, text)) for prompt_id, text in prompts)
         return {
             "requests": write_requests(requests, turns, model=checkpoint, how=how, sampling=sampling, seed=run.seed)

@@ -25,12 +25,14 @@ from thinkswitch_plugin.engines.ask import Asker, ask_in_order
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.export.template import SWITCH
 from thinkswitch_plugin.judging import compare
+from thinkswitch_plugin.judging.verdict import how_read
 from thinkswitch_plugin.router.classifier import Router
 from thinkswitch_plugin.router.make_switch import stored_switch
 from thinkswitch_plugin.run import MODES, Run, checkpoint, open_run
 from thinkswitch_plugin.run.progress import Bar
 
 if TYPE_CHECKING:
+    from thinkswitch_plugin.data.batch import Asked
     from thinkswitch_plugin.engines.embedded import EmbeddedEngine
     from thinkswitch_plugin.engines.replies import Unanswered
 
@@ -104,7 +106,7 @@ class Switch:
         self.run, self.checkpoints, self.router = run, checkpoints, router
         self.threshold, self.served = threshold, served
         self._loaded: tuple[str, EmbeddedEngine] | None = None  # the mode that was asked last in process
-        self._tokenizers: dict[str, Any] = {}
+        self._read_as: dict[str, tuple[Any, Asked]] = {}  # the tokenizer of a mode, and how it is asked
 
     @classmethod
     def open(
@@ -194,19 +196,22 @@ class Switch:
             return []
         bar.note(mode)
         name, keys, seed = self.checkpoints[mode], self.run.recipe.keys, self.run.seed
+        if mode not in self._read_as:
+            from transformers import AutoTokenizer
+
+            tokenizer, convention = AutoTokenizer.from_pretrained(name), keys.convention if mode == "thinking" else None
+            self._read_as[mode] = tokenizer, how_read(tokenizer, convention, keys.pair.arguments(mode))
+        tokenizer, how = self._read_as[mode]
         bodies = [
-            prompts.request_body(name, prompts.messages(keys.prompts, text), keys.sampling, seed) for text in texts
+            prompts.request_body(name, prompts.messages(keys.prompts, text), keys.sampling, seed) | how.fields()
+            for text in texts
         ]
         asker = self.served[mode] if mode in self.served else self._in_process(mode)
         started = time.monotonic()
         replies = ask_in_order(asker, bodies, bar.update)
         seconds = (time.monotonic() - started) / len(replies)
-        if mode not in self._tokenizers:
-            from transformers import AutoTokenizer
-
-            self._tokenizers[mode] = AutoTokenizer.from_pretrained(name)
         return [
-            compare.read_reply(mode, name, reply, seconds, self._tokenizers[mode]) if isinstance(reply, dict) else reply
+            compare.read_reply(mode, name, reply, seconds, tokenizer, how) if isinstance(reply, dict) else reply
             for reply in replies
         ]
 

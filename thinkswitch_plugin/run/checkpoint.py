@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,21 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"  # of a PEFT adapter
 PLACEHOLDER = "<|soft|>"  # the token whose embeddings a perception module replaces
 MODULE = "perception"  # that module's name in the model, and so the prefix of its tensors; its settings in the config
 MODEL_TYPE = "thinkswitch_"  # in front of the architecture of a checkpoint that has one
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint in one mode, as it is evaluated.
+
+    Args:
+        name: folder or hub id.
+        arguments: of its chat template, which put a hybrid into a mode.
+        lora: a PEFT adapter put on it; its tokenizer and chat template count then.
+    """
+
+    name: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    lora: Path | None = None
 
 
 def perception_of(folder: Path) -> dict[str, Any] | None:

@@ -16,12 +16,17 @@ from pydantic import BaseModel, Field, ValidationError
 from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import processes
+from thinkswitch_plugin.run.checkpoint import Subject
 from thinkswitch_plugin.run.hashes import read_stamp
 
 if TYPE_CHECKING:
     from thinkswitch_plugin.recipe import Recipe
 
 MODES = ("instruct", "thinking")
+# What is evaluated of an iteration, by the name of its folder: a checkpoint, and the mode in which it is asked.
+OWN_MODE = {mode: (mode, mode) for mode in MODES}
+OTHER_MODE = {"instruct-as-thinking": MODES, "thinking-as-instruct": MODES[::-1]}  # of a hybrid
+EVALUATED = OWN_MODE | OTHER_MODE
 MOST_ITERATIONS = 20  # as many rules the Makefile has
 LOCK_PATIENCE = 5.0  # seconds; a command that was just killed takes a moment to let go
 
@@ -86,6 +91,14 @@ class Run:
         from thinkswitch_plugin.args import resolve_seed
 
         return resolve_seed(getattr(self.recipe.keys.pair, mode), self.seed)
+
+    def evaluated(self, k: int) -> dict[str, tuple[str, str]]:
+        """The part of `EVALUATED` that iteration k has; the starting checkpoint of a hybrid is one, in two modes."""
+        return EVALUATED if self.recipe.keys.pair.hybrid and k else OWN_MODE
+
+    def subject(self, mode: str, k: int, asked_as: str | None = None) -> Subject:
+        """A checkpoint after iteration k, asked in its own mode or in another."""
+        return Subject(self.checkpoint(mode, k), self.recipe.keys.pair.arguments(asked_as or mode))
 
     def anchor(self, k: int) -> str:
         """The thinking checkpoint that iteration k interpolates with."""

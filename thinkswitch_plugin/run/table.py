@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from thinkswitch_plugin import places
+from thinkswitch_plugin.engine_args import TEMPLATE_KEY
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run.folder import MODES, Run
 from thinkswitch_plugin.run.hashes import Hashes
@@ -121,7 +122,9 @@ class Row:
 
 
 def _pair(run: Run, k: int) -> Stage:
-    values = {"pair": run.recipe.keys.pair.model_dump(exclude={"base"}), "seed": run.seed}
+    keys = run.recipe.keys.pair
+    values = {"pair": keys.model_dump(exclude={"base", TEMPLATE_KEY}), "seed": run.seed}
+    values |= {mode: given for mode in MODES if (given := keys.arguments(mode))}
     needs = tuple(Path(run.checkpoint(mode, k)) for mode in MODES)
     return Stage("pair", k, (), (run.iteration(k) / "pair.json",), values, needs=needs)
 
@@ -139,6 +142,7 @@ def _requests(run: Run, k: int) -> Stage:
         "seed": run.seed,
         "contamination": [judged.task, judged.contamination_ngram, judged.contamination_share],
         "data": run.given.data,
+        **keys.pair.asked_with("thinking"),
     }
     return Stage("requests", k, inputs, (run.iteration(k) / "requests.jsonl",), values)
 
@@ -205,13 +209,15 @@ def _evaluate(run: Run, k: int, mode: str) -> Stage:
         "backend": "hf" if keys.backend == "hf" else run.answering,
         "data": run.given.data,
     }
+    found = {name: asked_as for name, (made, asked_as) in run.evaluated(k).items() if made == mode}
+    values |= {name: given for name, asked_as in found.items() if (given := run.recipe.keys.pair.arguments(asked_as))}
     inputs = (Path(run.checkpoint(mode, k)), *run.task)
-    outputs = (run.iteration(k) / "eval" / mode,)
-    return Stage(f"eval-{mode}", k, inputs, outputs, values, resume_on=("evaluation", "backend", "data"))
+    outputs = tuple(run.iteration(k) / "eval" / name for name in found)
+    return Stage(f"eval-{mode}", k, inputs, outputs, values, resume_on=tuple(values))
 
 
 def _report(run: Run, k: int) -> Stage:
-    evaluated = (run.iteration(j) / "eval" / mode for j in range(k + 1) for mode in MODES)
+    evaluated = (run.iteration(j) / "eval" / name for j in range(k + 1) for name in run.evaluated(j))
     counted = (run.iteration(j) / name for j in range(1, k + 1) for name in ("pairs.json", "rebuild.json"))
     values = {"iterations": k, "price": run.given.price, "answer": run.recipe.keys.labels.answer}
     outputs = tuple(run.folder / name for name in REPORT_FILES)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
 from thinkswitch_plugin.conventions import Convention, as_metadata
+from thinkswitch_plugin.engine_args import TEMPLATE_KEY
 from thinkswitch_plugin.environment import has_cuda
 from thinkswitch_plugin.judging.evaluation import Sampling, batch_size, evaluate, quiet, uses_server
 from thinkswitch_plugin.judging.figures import Sample, interval, pass_at_k, summarize
@@ -62,6 +63,7 @@ class Bench:
         template_name: its role.
         answer: how a final answer is read, a key of `KINDS`.
         convention: how traces are written, as the recipe says.
+        arguments: of the chat template.
         inputs: role → hash of every checkpoint that is merged.
         task: hash of every file that the lm-eval task is made of.
     """
@@ -75,6 +77,7 @@ class Bench:
     engine_keys: EngineKeys
     answer: str
     convention: Convention | None
+    arguments: dict[str, Any]
     inputs: dict[str, str]
     task: dict[str, str | None]
     seed: int = 0
@@ -90,6 +93,7 @@ class Bench:
             "task": self.task,
             "answer": self.answer,
             **as_metadata(self.convention),
+            **({TEMPLATE_KEY: self.arguments} if self.arguments else {}),
             "server": uses_server(self.evaluation, self.engine),
             "seed": self.seed,
         }
@@ -220,7 +224,7 @@ def answer(bench: Bench, candidate: Candidate, out: Path, model: EmbeddedEngine 
     from thinkswitch_plugin.judging.model import ThinkSwitchLM
 
     tokenizer = AutoTokenizer.from_pretrained(bench.template)
-    how, name = how_read(tokenizer, bench.convention), Path(candidate.name).name
+    how, name = how_read(tokenizer, bench.convention, bench.arguments), Path(candidate.name).name
     served = isinstance(model, str)
     lm = ThinkSwitchLM(
         out, model if served else name, "vllm" if served else model, bench.engine_keys, tokenizer, how, log

@@ -120,6 +120,7 @@ class Pair:
                 engine_keys=self.keys.engine,
                 answer=self.keys.labels.answer,
                 convention=self.keys.convention,
+                arguments=self.keys.pair.arguments(template),
                 inputs=inputs,
                 seed=self.seed,
                 task=task,

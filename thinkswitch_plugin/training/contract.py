@@ -9,14 +9,13 @@ Proved on the first row of a dataset, with the ids and labels that axolotl train
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from thinkswitch_plugin.data import formats, traces
+from thinkswitch_plugin.data.switches import SWITCHES
 from thinkswitch_plugin.errors import ThinkSwitchError
-
-# The switches by which a hybrid's template is told not to think: Qwen3 and most, Granite and DeepSeek.
-SWITCHES: tuple[dict[str, bool], ...] = ({"enable_thinking": False}, {"thinking": False})
 
 
 def require_contract(chat_template: Any, tokenizer: Any, messages: list[dict[str, Any]], form: str | None) -> None:
@@ -99,17 +98,17 @@ def _remedy(chat_template: Any, messages: list[dict[str, Any]], opened: bool) ->
     """What to do about a context that is not the generation prompt: a switch of the template that mends it, if any."""
     prompter = chat_template.prompter
     before = prompter.chat_template_kwargs
-    for switch in SWITCHES:
-        prompter.chat_template_kwargs = {**before, **switch}
+    for name, values in SWITCHES.items():
+        prompter.chat_template_kwargs = {**before, name: values["instruct"]}
         try:
             ids, _, asked, start = rendered(chat_template, messages)
         finally:
             prompter.chat_template_kwargs = before
         if ids[:start] == asked:
-            ((key, value),) = switch.items()
             return (
-                f"set `chat_template_kwargs: {{{key}: {str(value).lower()}}}` in the recipe, and have the trained "
-                "checkpoint asked with the same argument"
+                f"set `chat_template_kwargs: {{{name}: {json.dumps(values['instruct'])}}}` in the recipe (for the loop as "
+                "`thinkswitch.pair.chat_template_kwargs.instruct`), and have the trained checkpoint asked with the same "
+                "argument"
             )
     if opened:
         return "use the template of an instruct checkpoint, which opens no trace"

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thinkswitch_plugin import console, files
+from thinkswitch_plugin.args import PairKeys
+from thinkswitch_plugin.data import switches
 from thinkswitch_plugin.environment import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError, reason
 from thinkswitch_plugin.recipe import PREPARED, Recipe
@@ -42,6 +44,31 @@ def require_trainable(recipe: Recipe, checkpoint: str, revision: str | None = No
             f"The config or the tokenizer of {checkpoint} cannot be loaded ({reason(error)}); check the folder, or the "
             "hub id, the network and your access to it."
         ) from None
+
+
+def require_switch(keys: PairKeys, checkpoints: Mapping[str, str]) -> None:
+    """Refuse template arguments that do not tell the modes of a pair apart; this needs only the two tokenizers.
+
+    Args:
+        checkpoints: folder or hub id by mode.
+
+    Raises `ThinkSwitchError` with the lines to write; see `switches.fault`.
+    """
+    from jinja2 import TemplateError
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizers = {
+            mode: AutoTokenizer.from_pretrained(name, revision=getattr(keys, f"revision_{mode}"))
+            for mode, name in checkpoints.items()
+        }
+        problem = switches.fault(keys, tokenizers) if all(t.chat_template for t in tokenizers.values()) else None
+    except (OSError, ValueError, TypeError, TemplateError) as error:
+        raise ThinkSwitchError(
+            f"A tokenizer or a chat template of the pair cannot be used ({reason(error)})."
+        ) from None
+    if problem:
+        raise ThinkSwitchError(f"{problem[0].upper()}{problem[1:]}." if problem.startswith("the ") else f"{problem}.")
 
 
 def train(config: dict[str, Any], here: Path, *, options: Sequence[str], minimum: float) -> dict[str, Any]:
