@@ -219,10 +219,9 @@ def evaluate(run: Run, k: int, mode: str) -> None:
     from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint
 
     here = run.iteration(k)
-    for name, (made, asked_as) in run.evaluated(k).items():
-        if made == mode:
-            subject, log = run.subject(mode, k, asked_as), here / "logs" / f"eval-{name}.log"
-            evaluate_checkpoint(subject, here / "eval" / name, run.recipe.keys, run.engine, log=log, resume=True)
+    for name, subject in run.subjects(mode, k).items():
+        log = here / "logs" / f"eval-{name}.log"
+        evaluate_checkpoint(subject, here / "eval" / name, run.recipe.keys, run.engine, log=log, resume=True)
 
 
 def report(run: Run, k: int) -> dict[str, Any]:

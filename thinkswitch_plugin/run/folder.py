@@ -96,9 +96,10 @@ class Run:
         """The part of `EVALUATED` that iteration k has; the starting checkpoint of a hybrid is one, in two modes."""
         return EVALUATED if self.recipe.keys.pair.hybrid and k else OWN_MODE
 
-    def subject(self, mode: str, k: int, asked_as: str | None = None) -> Subject:
-        """A checkpoint after iteration k, asked in its own mode or in another."""
-        return Subject(self.checkpoint(mode, k), self.recipe.keys.pair.arguments(asked_as or mode))
+    def subjects(self, mode: str, k: int) -> dict[str, Subject]:
+        """What is evaluated of a checkpoint after iteration k, by the names of `EVALUATED`."""
+        named, arguments = self.evaluated(k).items(), self.recipe.keys.pair.arguments
+        return {name: Subject(self.checkpoint(mode, k), arguments(asked)) for name, (of, asked) in named if of == mode}
 
     def anchor(self, k: int) -> str:
         """The thinking checkpoint that iteration k interpolates with."""

@@ -10,8 +10,7 @@ and its stamp records them:
 
     runs/arithmetic/iter-1/.stamps/pairs.json
     {"stage": "pairs", "values": {"selection": "first", …}, "inputs": {"…/generations.jsonl": "9f8e…"},
-     "outputs": {"…/pairs.jsonl": "41c0…", …}, "seconds": 0.2, "seed": 0,
-     "command": "thinkswitch pairs runs/arithmetic 1", "versions": {…}}
+     "outputs": {"…/pairs.jsonl": "41c0…", …}, "seconds": 0.2, "seed": 0, "command": "thinkswitch pairs …", …}
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from thinkswitch_plugin import places
-from thinkswitch_plugin.engine_args import TEMPLATE_KEY
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run.folder import MODES, Run
 from thinkswitch_plugin.run.hashes import Hashes
@@ -122,9 +120,7 @@ class Row:
 
 
 def _pair(run: Run, k: int) -> Stage:
-    keys = run.recipe.keys.pair
-    values = {"pair": keys.model_dump(exclude={"base", TEMPLATE_KEY}), "seed": run.seed}
-    values |= {mode: given for mode in MODES if (given := keys.arguments(mode))}
+    values = {"pair": run.recipe.keys.pair.model_dump(exclude={"base"}), "seed": run.seed}
     needs = tuple(Path(run.checkpoint(mode, k)) for mode in MODES)
     return Stage("pair", k, (), (run.iteration(k) / "pair.json",), values, needs=needs)
 
@@ -189,11 +185,11 @@ def _merge_lora(run: Run, k: int) -> Stage:
 
 def _rebuild(run: Run, k: int) -> Stage:
     here, trace, keys, anchor = run.iteration(k), run.recipe.keys.trace, run.recipe.keys.rebuild, Path(run.anchor(k))
-    reference = run.iteration(1) / "generations.jsonl"
+    asked = (here / "requests.jsonl", run.iteration(1) / "generations.jsonl")
     return Stage(
         "rebuild",
         k,
-        (here / "instruct", anchor, places.find(keys.config), here / "requests.jsonl", reference),
+        (here / "instruct", anchor, places.find(keys.config), *asked),
         (here / "thinking", here / "rebuild.json", here / "merge.yaml"),
         {"rebuild": keys.model_dump(), "engine": run.answering, "trace": trace},
         resume_on=("rebuild", "engine"),
@@ -203,16 +199,15 @@ def _rebuild(run: Run, k: int) -> Stage:
 
 
 def _evaluate(run: Run, k: int, mode: str) -> Stage:
-    keys = run.recipe.keys.evaluation
+    keys, subjects = run.recipe.keys.evaluation, run.subjects(mode, k)
     values = {
         "evaluation": keys.changing_figures(),
         "backend": "hf" if keys.backend == "hf" else run.answering,
         "data": run.given.data,
+        **{name: dict(subject.arguments) for name, subject in subjects.items() if subject.arguments},
     }
-    found = {name: asked_as for name, (made, asked_as) in run.evaluated(k).items() if made == mode}
-    values |= {name: given for name, asked_as in found.items() if (given := run.recipe.keys.pair.arguments(asked_as))}
     inputs = (Path(run.checkpoint(mode, k)), *run.task)
-    outputs = tuple(run.iteration(k) / "eval" / name for name in found)
+    outputs = tuple(run.iteration(k) / "eval" / name for name in subjects)
     return Stage(f"eval-{mode}", k, inputs, outputs, values, resume_on=tuple(values))
 
 
