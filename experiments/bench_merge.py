@@ -4,7 +4,8 @@ Makes two random checkpoints (8 GB each in bfloat16, as near each other as the r
 then runs every candidate from the same state: in a process of its own, with no page of the
 checkpoints or of an old output in the page cache, until the output is on disk (fsync).
 Memory is the peak of the process's anonymous pages (RssAnon of /proc/PID/status, every
-20 ms); mapped files are not in it. Imports are timed apart. The last line of the output is JSON
+20 ms); mapped files are not in it. Imports are timed apart. Processor seconds are those of all
+cores together, so they hardly depend on what else the machine does. The last line of the output is JSON
 with the same figures; `ratio` is the recipes' time over that of the fastest mergekit-yaml call.
 """
 
@@ -53,7 +54,7 @@ CONFIG = {
     "dtype": "bfloat16",
 }
 
-READY = "print(f'ready {time.monotonic()}', flush=True)"
+READY = "print(f'ready {time.monotonic()} {time.process_time()}', flush=True)"
 READ = """
 import os, sys, time
 from pathlib import Path
@@ -122,7 +123,6 @@ MERGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     OURS: ("ours", "slerp", MERGE_OPTIONS),
     KERNEL: ("ours", "thinkswitch", MERGE_OPTIONS),
     "mergekit-yaml, its defaults": ("mergekit", "slerp", ()),
-    "mergekit-yaml --async-write": ("mergekit", "slerp", ASYNC[:1]),
     "mergekit-yaml --async-write, 1B shards": ("mergekit", "slerp", ASYNC),
     ONE_THREAD: ("one thread", "slerp", ASYNC),
     "the paper's way: one side in memory": ("paper", "", ()),
@@ -192,7 +192,7 @@ def evict(folder: Path) -> None:
 
 
 def run(code: str, *words: str | Path) -> dict[str, float]:
-    """Run one candidate to the end, its output on disk: seconds of imports, seconds of work, peak memory in GB."""
+    """Run one candidate to the end, its output on disk: seconds of imports, of work and of processor, peak memory in GB."""
     out = Path(words[2])
     evict(out.parent)
     started = time.monotonic()
@@ -200,6 +200,7 @@ def run(code: str, *words: str | Path) -> dict[str, float]:
         [sys.executable, "-c", code, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     peak = 0
+    before = os.times()
     status = Path(f"/proc/{process.pid}/status")
     try:
         while process.poll() is None:
@@ -216,8 +217,15 @@ def run(code: str, *words: str | Path) -> dict[str, float]:
     for file in out.glob("*"):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-    ready = float(next(line for line in output.splitlines() if line.startswith("ready ")).split()[1])
-    return {"imports": ready - started, "seconds": time.monotonic() - ready, "gigabytes": peak / 1e9}
+    ready, used = map(float, next(line for line in output.splitlines() if line.startswith("ready ")).split()[1:])
+    after = os.times()
+    processor = after.children_user + after.children_system - before.children_user - before.children_system - used
+    return {
+        "imports": ready - started,
+        "seconds": time.monotonic() - ready,
+        "processor": processor,
+        "gigabytes": peak / 1e9,
+    }
 
 
 def compare(left: Path, right: Path) -> dict[str, Any]:
@@ -240,8 +248,8 @@ def compare(left: Path, right: Path) -> dict[str, Any]:
     return {"elements": total, "unequal": unequal, "largest": largest, "beyond_one_unit": beyond}
 
 
-def measure(folder: Path, layers: int, rounds: int, vocabulary: int = VOCABULARY) -> dict[str, Any]:
-    """All candidates, round after round; the first round's outputs are compared."""
+def measure(folder: Path, layers: int, rounds: int, vocabulary: int = VOCABULARY) -> Iterator[dict[str, Any]]:
+    """All candidates, round after round: the figures so far after each. The first round's outputs are compared."""
     pair = make_pair(folder, layers, vocabulary)
     configs = write_configs(folder, pair)
     sigma = 0.0
@@ -252,6 +260,7 @@ def measure(folder: Path, layers: int, rounds: int, vocabulary: int = VOCABULARY
         # mergekit in one thread goes first: with several, the roundings of its sums depend on their number
         for name, (kind, method, options) in sorted(MERGES.items(), key=lambda entry: entry[0] != ONE_THREAD):
             taken.setdefault(name, []).append(run(CODE[kind], *pair, out, configs.get(method, ""), *options))
+            print(f"{name}: {taken[name][-1]['seconds']:.1f} s", file=sys.stderr)
             if number == 0 and name == ONE_THREAD:
                 out.replace(kept)
             elif number == 0 and name in (OURS, KERNEL):
@@ -263,6 +272,13 @@ def measure(folder: Path, layers: int, rounds: int, vocabulary: int = VOCABULARY
             if name == "similarity":
                 sigma = files.read_json(out / "similarity.json")["sigma"]
             files.remove(out)
+        yield summary(taken, against, layers, sigma)
+
+
+def summary(
+    taken: dict[str, list[dict[str, float]]], against: dict[str, Any], layers: int, sigma: float
+) -> dict[str, Any]:
+    """The medians of every candidate over its rounds, and the recipes' rebuild beside the fastest mergekit-yaml call."""
     figures = {
         name: {key: round(statistics.median(r[key] for r in runs), 2) for key in runs[0]}
         | {"all_seconds": [round(r["seconds"], 1) for r in runs]}
@@ -271,7 +287,7 @@ def measure(folder: Path, layers: int, rounds: int, vocabulary: int = VOCABULARY
     fastest = min((n for n in MERGES if n.startswith("mergekit-yaml")), key=lambda name: figures[name]["seconds"])
     return {
         "layers": layers,
-        "rounds": rounds,
+        "rounds": len(taken[OURS]),
         "sigma": round(sigma, 4),
         "candidates": figures,
         "against": against,
@@ -289,14 +305,14 @@ def show(result: dict[str, Any]) -> None:
         f"Two checkpoints of Qwen3-4B's shape ({result['layers']} layers, σ {result['sigma']}), from a cold page cache,"
     )
     print(f"until the output is on disk; medians of {result['rounds']} rounds:")
-    print(f"  {'':42} {'seconds':>8} {'× floor':>8} {'anonymous':>10}  {'imports':>8}  all rounds")
+    print(f"  {'':42} {'seconds':>8} {'× floor':>8} {'processor':>10} {'anonymous':>10}  {'imports':>8}  all rounds")
     for group in (tuple(MERGES), ("read", "similarity")):
         base = figures[group[0]]["seconds"]
         for name in group:
             f = figures[name]
             title = {"read": "reading both once", "similarity": "thinkswitch similarity"}.get(name, name)
             print(
-                f"  {title:42} {f['seconds']:6.1f} s {f['seconds'] / base:8.2f} {f['gigabytes']:7.2f} GB "
+                f"  {title:42} {f['seconds']:6.1f} s {f['seconds'] / base:8.2f} {f['processor']:8.1f} s {f['gigabytes']:7.2f} GB "
                 f"{f['imports']:7.1f} s  {f['all_seconds']}"
             )
     found, fastest = result["against"], result["fastest_mergekit"]
@@ -329,8 +345,8 @@ def main() -> None:
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed then too
     with tempfile.TemporaryDirectory(prefix="bench-merge-", dir=options.folder) as temporary:
-        result = measure(Path(temporary).resolve(), options.layers, options.rounds, options.vocabulary)
-    show(result)
+        for result in measure(Path(temporary).resolve(), options.layers, options.rounds, options.vocabulary):
+            show(result)
 
 
 if __name__ == "__main__":

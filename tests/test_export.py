@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, Lfm2Config, Qwen3MoeConfig, SmolLM3Config
 
+from experiments.models import EXPERTS, Model, make_pair
 from tests.checkpoints import qwen3, read, write
 from tests.conftest import BIN, ROOT
 from thinkswitch_plugin import files
@@ -60,6 +61,13 @@ def test_nothing_in_an_adapter_that_vllm_would_refuse(extracted: Path) -> None:
     assert files.read_json(adapter / CONFIG)["modules_to_save"] == []
     names = {name.split(".")[-3] for name in load_file(str(adapter / WEIGHTS))}
     assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("fused", [("instruct",), ("thinking",), ("instruct", "thinking")])
+def test_fused_experts_are_refused_with_their_share(fused: tuple[str, ...], tmp_path: Path) -> None:
+    roles = make_pair(Model("", "Qwen3MoeForCausalLM", EXPERTS, fused=fused), tmp_path)
+    with pytest.raises(ThinkSwitchError, match=r"would leave out \d\d % of its parameters, such as .*mlp\.experts"):
+        require_extractable(roles["instruct"], roles["thinking"])
 
 
 @pytest.mark.parametrize(
@@ -133,6 +141,20 @@ def test_a_checkpoint_that_is_its_base_loses_nothing(tmp_path: Path) -> None:
     save_file(zero, str(tmp_path / "lora" / WEIGHTS))
     found = losses(a, a, [tmp_path / "lora"])[0]
     assert found == {"error": 0.0, "error_in_matrices": 0.0, "left_out": 0.0, "tensors_left_out": 0}
+
+
+def test_losses_do_not_depend_on_how_experts_are_stored(tmp_path: Path) -> None:
+    zero = {f"base_model.model.model.layers.0.self_attn.q_proj.lora_{n}.weight": torch.zeros(32, 32) for n in "AB"}
+    (tmp_path / "lora").mkdir()
+    save_file(zero, str(tmp_path / "lora" / WEIGHTS))
+    found = []
+    for fused in ((), ("instruct",), ("instruct", "thinking")):
+        roles = make_pair(Model("", "Qwen3MoeForCausalLM", EXPERTS, fused=fused), tmp_path / str(len(fused)))
+        found += losses(roles["instruct"], roles["thinking"], [tmp_path / "lora"])
+    for other in found[1:]:
+        assert {k: v for k, v in other.items() if k != "tensors_left_out"} == pytest.approx(
+            {k: v for k, v in found[0].items() if k != "tensors_left_out"}
+        )
 
 
 def fake_adapter(folder: Path, **tensors: torch.Tensor) -> Path:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
 from experiments.models import COLUMNS, EXPERTS, MODELS, Model, make_pair, merge_config, read, table, try_all
 from thinkswitch_plugin import files
+from thinkswitch_plugin.environment import without_gpu_kernels
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.merging.similarity import similarity
@@ -102,3 +106,11 @@ def test_a_tensor_that_the_model_needs_and_only_one_has_is_named(tmp_path: Path)
     save_file(kept, str(roles["instruct"] / "model.safetensors"))
     with pytest.raises(ThinkSwitchError, match=r"only .*thinking holds the tensor model\.layers\.2\.mlp\.experts\.0"):
         require_compatible(roles["instruct"], roles["thinking"])
+
+
+def test_kernels_that_need_a_gpu_are_left_out_only_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_gpu in (True, False):
+        monkeypatch.setitem(sys.modules, "fla", ModuleType("fla"))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        without_gpu_kernels()
+        assert (sys.modules["fla"] is None) != has_gpu

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,17 @@ def has_cuda() -> bool:
     """Whether a CUDA device is there, without importing torch."""
     driver = Path("/proc/driver/nvidia/version").exists() or Path("/dev/dxg").exists()  # the latter on WSL 2
     return driver and variable("CUDA_VISIBLE_DEVICES") != ""
+
+
+def without_gpu_kernels() -> None:
+    """Have transformers compute Qwen3-Next, Qwen3.5 and the like without the package `fla` on a machine with no GPU.
+
+    transformers takes its kernels wherever it is installed, and they need a GPU. Call it before a model's class is imported.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.modules["fla"] = None  # type: ignore[assignment]
 
 
 def hardware() -> dict[str, Any]:

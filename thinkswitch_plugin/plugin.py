@@ -20,6 +20,7 @@ from axolotl.loaders import load_tokenizer
 from transformers import set_seed
 
 from thinkswitch_plugin.args import PerceptionKeys
+from thinkswitch_plugin.environment import without_gpu_kernels
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run.checkpoint import MODULE
 from thinkswitch_plugin.training.distil import change, require_moved
@@ -38,6 +39,7 @@ class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]
 
         Checkpoints that hold a module are made known here, before axolotl reads the base model's config.
         """
+        without_gpu_kernels()
         if isinstance(cfg.get("thinkswitch"), dict) and cfg["thinkswitch"].get("perception") is not None:
             import thinkswitch_plugin.perception.model  # noqa: F401
 

@@ -17,14 +17,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from thinkswitch_plugin.engines.ask import Arrived, Request
+from thinkswitch_plugin.environment import without_gpu_kernels
 
 
 def with_adapter(checkpoint: str | Path, adapter: Path) -> PreTrainedModel:
     """A checkpoint with a PEFT adapter on it, in memory and in the checkpoint's own precision."""
     from peft import PeftModel
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", use_safetensors=True)
-    return PeftModel.from_pretrained(model, str(adapter))
+    return PeftModel.from_pretrained(_load(checkpoint), str(adapter))
+
+
+def _load(checkpoint: str | Path) -> PreTrainedModel:
+    without_gpu_kernels()
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", use_safetensors=True)
 
 
 class EmbeddedEngine:
@@ -39,9 +44,7 @@ class EmbeddedEngine:
         """
         self.name, self.batch = str(checkpoint), batch
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
-        if model is None:
-            model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", use_safetensors=True)
-        self.model = model.eval()
+        self.model = (model or _load(checkpoint)).eval()
         if torch.cuda.is_available():
             self.model = self.model.cuda()
         ends = self.model.generation_config.eos_token_id

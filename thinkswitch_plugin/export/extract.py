@@ -21,6 +21,7 @@ from thinkswitch_plugin.environment import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError, reason
 from thinkswitch_plugin.merging.compatibility import list_weights, require_compatible
 from thinkswitch_plugin.merging.kernel import all_finite, non_finite
+from thinkswitch_plugin.merging.layout import align
 from thinkswitch_plugin.merging.tensors import reading, split_name
 from thinkswitch_plugin.run import processes
 from thinkswitch_plugin.run.progress import Bar
@@ -145,14 +146,15 @@ def losses(base: Path, checkpoint: Path, adapters: Sequence[Path]) -> list[dict[
         ``left_out`` = the share of ‖D‖² in tensors that it leaves as the base has them;
         ``tensors_left_out`` = how many of those differ. All are 0 where there is no difference.
     """
-    left, right = list_weights(base), list_weights(checkpoint)
+    aligned = align({folder: list_weights(folder) for folder in (base, checkpoint)})
+    left, right = aligned.checkpoints[base], aligned.checkpoints[checkpoint]
     factors = [{name: t.float() for name, t in load_file(str(adapter / WEIGHTS)).items()} for adapter in adapters]
     inside, outside, differ = 0.0, 0.0, 0
     missed = [0.0] * len(adapters)
     with reading() as read, Bar(len(left), f"{checkpoint.name}: what is lost", unit="tensor") as bar:
         for name, info in left.items():
             dtype = torch.float64 if "F64" in (info.dtype, right[name].dtype) else torch.float32
-            difference = read(right[name]).to(dtype) - read(info).to(dtype)
+            difference = right[name].tensor(read).to(dtype) - info.tensor(read).to(dtype)
             down, up = (f"{PREFIX}{name.removesuffix('.weight')}.lora_{side}.weight" for side in "AB")
             squares = _squares(difference)
             if down in factors[0]:

@@ -9,7 +9,6 @@ written, as transformers loads it.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.initialization import no_init_weights
 
 from thinkswitch_plugin import files
+from thinkswitch_plugin.environment import without_gpu_kernels
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.tensors import TensorInfo, reading
 
@@ -31,9 +31,7 @@ def model_class(checkpoint: Path) -> type[PreTrainedModel] | None:
     """The transformers class that a checkpoint's config.json names; None if transformers has no such class."""
     import transformers
 
-    if not torch.cuda.is_available():
-        # transformers takes the kernels of this package wherever it is installed, and they need a GPU.
-        sys.modules.setdefault("fla", None)  # type: ignore[arg-type]
+    without_gpu_kernels()
     named = files.read_json(checkpoint / "config.json").get("architectures") or [""]
     found = getattr(transformers, str(named[0]), None)
     return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from thinkswitch_plugin.environment import without_gpu_kernels
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 AFTER_THE_LAYER = re.compile(r"^.*\.\d+\.")
@@ -31,6 +32,7 @@ def find_experts(checkpoint: str | Path, revision: str | None = None) -> Experts
     from torch import nn
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    without_gpu_kernels()
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint, revision=revision))
