@@ -213,8 +213,9 @@ screenshots: setup ## write docs/pictures/report-*.png from the page of a run: m
 fuzz: setup ## random inputs for trace splitting, answers, pairs, recipes and prompts: make fuzz INPUTS=1000000
 	@$(VENV)/bin/python -m experiments.fuzz --inputs "$${INPUTS:-100000}"
 
-models: setup ## test every architecture with tiny random models and write the table of docs/models.md: make models
-	@$(VENV)/bin/python -m experiments.models --write docs/models.md
+models: setup ## test every architecture with tiny random models, write docs/models.md: make models COLUMNS=merge,train ROWS="Qwen Phi"
+	@$(VENV)/bin/python -m experiments.models --results .cache/models.json --write docs/models.md \
+		$(if $(COLUMNS),--columns "$(COLUMNS)") $(ROWS)
 
 bad-input: setup ## print a table of damaged files and what the real command answers
 	@$(VENV)/bin/python -m tests.bad_input

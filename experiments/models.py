@@ -1,9 +1,10 @@
 """What ThinkSwitch can do with each architecture, found out on tiny random models: the table of docs/models.md.
 
-    .venv/bin/python -m experiments.models [--write docs/models.md] [NAME…]
+    .venv/bin/python -m experiments.models [--columns merge,train] [--results FILE] [--write docs/models.md] [NAME…]
 
 A cell is `ok` only if the result equals a float64 computation and loads with no missing or unexpected key; else it is
 the sentence that refuses the pair. Anything else (a traceback, other numbers, a key too few) is a failure and exit code 1.
+What the columns of `experiments/model_stages.py` check is written there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from thinkswitch_plugin import files
+from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 Tensors = dict[str, torch.Tensor]
@@ -233,6 +235,7 @@ def tiny_config(model: Model, kind: Any) -> Any:
 def write(model: Model, network: Any, folder: Path, mode: str) -> Path:
     """One checkpoint of a pair, in the layout and with the extra tensors of its row."""
     network.save_pretrained(folder)
+    build_tokenizer("thinking" if mode == "thinking" else "instruct").save_pretrained(folder)
     weights = folder / "model.safetensors"
     tensors = load_file(str(weights))
     if mode in model.fused:
@@ -378,22 +381,35 @@ def read(folder: Path) -> Tensors:
 
 
 # A column of the table: what it does with a pair in a folder of its own. It raises `ThinkSwitchError` to refuse.
-COLUMNS: dict[str, Callable[[Model, dict[str, Path], Path], None]] = {
+Check = Callable[[Model, dict[str, Path], Path], None]
+COLUMNS: dict[str, Check] = {
     "merge": merge,
     "similarity": similarity,
     "sweep in memory": sweep_in_memory,
 }
 
 
-def try_all(model: Model, folder: Path) -> dict[str, str]:
+ENGINES = ("sweep by server", "train", "merge-lora", "export", "loop")
+
+
+def checks(names: Iterable[str]) -> dict[str, Check]:
+    """The columns of these names, and how each is tried."""
+    from experiments import model_stages as stages
+
+    by_engines = (stages.sweep_by_server, stages.train, stages.merge_lora, stages.export, stages.loop)
+    every = COLUMNS | dict(zip(ENGINES, by_engines, strict=True))
+    return {name: every[name] for name in names}
+
+
+def try_all(model: Model, folder: Path, columns: Mapping[str, Check] = COLUMNS) -> dict[str, str]:
     """`ok`, the sentence of a refusal, or `FAILED: …` for every column."""
     try:
         roles = make_pair(model, folder)
     except Exception as error:
         traceback.print_exc()
-        return dict.fromkeys(COLUMNS, f"FAILED: no tiny model: {error}")
+        return dict.fromkeys(columns, f"FAILED: no tiny model: {error}")
     found = {}
-    for name, check in COLUMNS.items():
+    for name, check in columns.items():
         try:
             check(model, roles, folder)
             found[name] = "ok"
@@ -406,16 +422,18 @@ def try_all(model: Model, folder: Path) -> dict[str, str]:
 
 
 def table(rows: dict[str, dict[str, str]]) -> str:
-    """The rows as Markdown; sentences stand below, each once."""
+    """The rows as Markdown, with every column; sentences stand below, each once."""
     notes: list[str] = []
-    lines = ["| architecture | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
+    columns = (*COLUMNS, *ENGINES)
+    lines = ["| architecture | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for name, cells in rows.items():
         shown = []
-        for cell in cells.values():
-            if cell != "ok" and cell not in notes:
+        for column in columns:
+            cell = cells.get(column, "not run")
+            if cell not in ("ok", "not run", *notes):
                 notes.append(cell)
             word = "FAILED" if cell.startswith("FAILED") else "refused"
-            shown.append(cell if cell == "ok" else f"{word} ({notes.index(cell) + 1})")
+            shown.append(f"{word} ({notes.index(cell) + 1})" if cell in notes else cell)
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join([*lines, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))]).rstrip() + "\n"
 
@@ -424,16 +442,26 @@ def main() -> int:
     """Print the table, and write it into a document if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, help="Markdown file whose table is replaced.")
+    parser.add_argument("--columns", default=",".join((*COLUMNS, *ENGINES)), help="Columns to try, between commas.")
+    parser.add_argument(
+        "--results", type=Path, help="JSON file that keeps the cells, for columns and rows tried by other calls."
+    )
     parser.add_argument("names", nargs="*", help="Rows whose name holds one of these words (default: all).")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    rows = {}
+    columns = checks(options.columns.split(","))
+    kept = files.read_json(options.results) if options.results and options.results.is_file() else {}
+    rows = {model.name: kept.get(model.name, {}) for model in MODELS}
     for model in MODELS:
         if options.names and not any(word.lower() in model.name.lower() for word in options.names):
             continue
         with tempfile.TemporaryDirectory() as folder:
-            rows[model.name] = try_all(model, Path(folder))
-        print(f"{model.name}: {', '.join(rows[model.name].values())}", file=sys.stderr)
+            found = try_all(model, Path(folder), columns)
+        rows[model.name] = {**rows[model.name], **found}
+        print(f"{model.name}: {', '.join(found.values())}", file=sys.stderr)
+        if options.results:
+            files.write_json(options.results, rows)
+    rows = {name: cells for name, cells in rows.items() if cells}
     text = table(rows)
     if options.write:
         document = options.write.read_text(encoding="utf-8")

@@ -13,8 +13,11 @@ from experiments.models import COLUMNS, EXPERTS, MODELS, Model, make_pair, merge
 from thinkswitch_plugin import files
 from thinkswitch_plugin.environment import without_gpu_kernels
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.export.extract import require_extractable
 from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.merging.similarity import similarity
+from thinkswitch_plugin.recipe import load_recipe, recipe_path
+from thinkswitch_plugin.training.distil import require_trainable
 
 OK = dict.fromkeys(COLUMNS, "ok")
 
@@ -51,6 +54,18 @@ def test_a_pair_that_is_refused_is_refused_in_a_sentence_and_leaves_nothing(
     assert message in cells["merge"] and message in cells["sweep in memory"]
     assert not any(cell.startswith("FAILED") for cell in cells.values())
     assert {path.name for path in tmp_path.iterdir()} == {"instruct", "thinking", "merge.yaml"}
+
+
+def test_an_unknown_architecture_is_refused_before_training_and_export(tmp_path: Path) -> None:
+    roles = make_pair(row("an architecture that transformers does not know"), tmp_path)
+    with pytest.raises(ThinkSwitchError, match="does not know the `model_type` novel"):
+        require_trainable(load_recipe(recipe_path("arithmetic")), str(roles["instruct"]))
+    with pytest.raises(ThinkSwitchError, match="does not know the `model_type` novel"):
+        require_extractable(roles["instruct"], roles["thinking"])
+
+
+def test_a_cell_that_was_not_tried_says_so() -> None:
+    assert "| Qwen2.5 | ok | not run |" in table({"Qwen2.5": {"merge": "ok"}})
 
 
 def test_a_failure_is_told_apart_from_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

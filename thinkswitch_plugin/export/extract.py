@@ -22,6 +22,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError, reason
 from thinkswitch_plugin.merging.compatibility import list_weights, require_compatible
 from thinkswitch_plugin.merging.kernel import all_finite, non_finite
 from thinkswitch_plugin.merging.layout import align
+from thinkswitch_plugin.merging.settings import require_known
 from thinkswitch_plugin.merging.tensors import reading, split_name
 from thinkswitch_plugin.run import processes
 from thinkswitch_plugin.run.progress import Bar
@@ -64,6 +65,7 @@ def require_extractable(base: Path, checkpoint: Path) -> None:
     """
     from thinkswitch_plugin.merging.mergekit_private import extracted_tensors
 
+    require_known(checkpoint)
     stored = list_weights(checkpoint)
     kind = (files.read_json(checkpoint / "config.json").get("architectures") or ["no architecture"])[0]
     try:

@@ -29,13 +29,17 @@ ENGINE_ENV = {
 def require_trainable(recipe: Recipe, checkpoint: str, revision: str | None = None) -> None:
     """Refuse a recipe that cannot train this checkpoint as described; this needs only its config and tokenizer.
 
-    Raises `ThinkSwitchError` for the chat template or a mixture's experts; see `contract` and `reach`.
+    Raises `ThinkSwitchError` for an architecture that transformers does not know, the chat template, or a mixture's
+    experts; see `contract` and `reach`.
     """
     os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # before axolotl is imported, which would report its use
+    from thinkswitch_plugin.merging.settings import require_known
     from thinkswitch_plugin.training.reach import require_reach
     from thinkswitch_plugin.training.strategy import require_template
 
     values = {**recipe.axolotl, "revision_of_model": revision}
+    if (Path(checkpoint) / "config.json").is_file():
+        require_known(Path(checkpoint))
     try:
         require_reach(values, checkpoint)
         require_template(values, checkpoint, recipe.keys.prompts.system)
