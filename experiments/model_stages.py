@@ -70,12 +70,10 @@ def train(model: Any, roles: Roles, folder: Path) -> None:
         recipe,
         base_model=str(roles["instruct"]),
         pairs=folder / "pairs.jsonl",
-        adapter=folder / "adapter",
-        prepared=folder / distil.PREPARED,
+        here=folder,
         seed=0,
-        on_cpu=True,
     )
-    distil.train(config, folder, resume=False, options=(), minimum=1e-4)
+    distil.train(config, folder, options=(), minimum=1e-4)
     log = (folder / "logs" / "train.log").read_text(encoding="utf-8")
     losses = [float(text) for text in re.findall(r"'(?:train_)?loss': '?([\w.+-]+)", log)]
     assert losses and all(map(math.isfinite, losses)), f"losses are {losses}"
@@ -218,10 +216,9 @@ def sweep_by_server(model: Any, roles: Roles, folder: Path) -> None:
     tokenizer.save_pretrained(merged)
     write_requests(
         folder / "asked.jsonl",
-        [(str(number), question) for number, question in enumerate(QUESTIONS)],
+        [(str(number), [{"role": "user", "content": question}]) for number, question in enumerate(QUESTIONS)],
         model=str(merged),
         how=batch.asked_of(tokenizer, keys.convention),
-        keys=keys.prompts,
         sampling=keys.sampling,
         seed=0,
     )
