@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,8 @@ Roles = Mapping[str, Path]
 def run_engine(command: Sequence[str | Path], log: Path, *, env: Mapping[str, str] | None = None, title: str) -> float:
     """`processes.run_logged` without the start of a process. Raises `AssertionError` if the engine fails."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    done = forked.run(command, ROOT, {**os.environ, **(env or {})})
+    words = [Path(sys.executable).with_name(str(command[0])), *command[1:]]
+    done = forked.run(words, ROOT, {**os.environ, **(env or {})})
     log.write_text(done.stdout + done.stderr, encoding="utf-8")
     assert done.returncode == 0, f"{title} failed: {(done.stdout + done.stderr)[-1500:]}"
     return 0.0
