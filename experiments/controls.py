@@ -21,7 +21,7 @@ from thinkswitch_plugin.engines.replies import Unanswered
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint
 from thinkswitch_plugin.judging.figures import summarize
-from thinkswitch_plugin.judging.samples import read_samples
+from thinkswitch_plugin.judging.samples import samples_of
 from thinkswitch_plugin.loop import work
 from thinkswitch_plugin.loop.rebuild import merge
 from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
@@ -78,8 +78,7 @@ def run_control(run: Run, name: str) -> None:
         keys = run.recipe.keys
         subject = Subject(str(out), keys.pair.arguments(mode))
         evaluate_checkpoint(subject, here / "eval" / mode, keys, run.engine, log=here / "logs" / f"{name}.log")
-        judged = read_samples(here / "eval" / mode, keys.evaluation.task, str(out), keys.labels.answer, keys.convention)
-        figures = summarize(list(judged))
+        figures = summarize(samples_of(here / "eval" / mode, keys, str(out)))
         files.write_json(here / "result.json", {"control": name, "mode": mode, "title": title, **figures})
         low, high = figures["ci95"]
         console.say(f"  {title}: {100 * figures['mean@k']:.1f} % ({100 * low:.1f}–{100 * high:.1f})")

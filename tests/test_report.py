@@ -106,6 +106,13 @@ def test_reading_stored_answers_needs_no_tokenizer(made: Path) -> None:
     assert len(list(found)) == 130
 
 
+def test_an_evaluation_is_read_by_the_convention_that_its_recipe_names(made: Path) -> None:
+    keys, folder, model = open_run(made).recipe.keys, folder_of(made, 1, "thinking"), str(made / "pair" / "thinking")
+    assert any(sample.closed for sample in samples.samples_of(folder, keys, model))
+    named = keys.model_copy(update={"trace": "cohere"})  # set after the evaluation
+    assert not any(sample.closed for sample in samples.samples_of(folder, named, model))
+
+
 def test_every_iteration_is_compared_with_the_one_before_and_with_the_start(made: Path) -> None:
     opened = open_run(made)
     judged = evaluations(opened)

@@ -25,7 +25,7 @@ from thinkswitch_plugin.export.table import figures_row, keeps, markdown
 from thinkswitch_plugin.export.template import chat_template, combined_template
 from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint, uses_server
 from thinkswitch_plugin.judging.figures import summarize
-from thinkswitch_plugin.judging.samples import read_samples
+from thinkswitch_plugin.judging.samples import samples_of
 from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.report import cards
 from thinkswitch_plugin.run import MODES, checkpoint, locked, open_run
@@ -218,30 +218,26 @@ class Job:
         A full checkpoint that its run has evaluated in the same way is not evaluated again.
         """
         subject, keys = self.subject, self.subject.keys
-
-        def read(judged: Path) -> dict[str, Any]:
-            model = str(subject.roles[mode])
-            return summarize(list(read_samples(judged, keys.evaluation.task, model, keys.labels.answer)))
-
+        model = str(subject.roles[mode])
         if subject.of_run and rank is None:
             run = open_run(subject.home)
             judged = run.iteration(subject.iteration or 0) / "eval" / mode
             if judged.is_dir() and run.recipe.keys.evaluation == keys.evaluation:
-                return read(judged)
+                return summarize(samples_of(judged, keys, model))
         place = self.out / (f"rank-{rank}" if rank else "full")
         judged = place / "eval" / f"{mode}{few_questions(subject)}"
 
         def evaluate(resumes: bool) -> dict[str, Any]:
-            asked = self.base.folder if rank else subject.roles[mode]
+            asked = str(self.base.folder) if rank else model
             evaluate_checkpoint(
-                checkpoint.Subject(str(asked), keys.pair.arguments(mode), place / mode if rank else None),
+                checkpoint.Subject(asked, keys.pair.arguments(mode), place / mode if rank else None),
                 judged,
                 keys,
                 subject.engine,
                 log=self.out / "logs" / f"{place.name}-{mode}.log",
                 resume=resumes,
             )
-            return {"figures": read(judged)}
+            return {"figures": summarize(samples_of(judged, keys, model))}
 
         settings = {
             "made_of": self.made_of(mode, rank),

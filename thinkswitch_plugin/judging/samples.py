@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from thinkswitch_plugin import files
+from thinkswitch_plugin.args import ThinkSwitchKeys
 from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.data import answers, batch
 from thinkswitch_plugin.data.task_files import kind_of_task
@@ -116,6 +117,11 @@ def read_samples(
 ) -> Iterator[Sample]:
     """The graded samples of one evaluation; see `graded`."""
     return graded(folder, task, checkpoint, kind, convention)[1]
+
+
+def samples_of(folder: Path, keys: ThinkSwitchKeys, checkpoint: str) -> list[Sample]:
+    """The graded samples of one evaluation by a domain's task, read as its recipe says; see `graded`."""
+    return list(read_samples(folder, keys.evaluation.task, checkpoint, keys.labels.answer, keys.convention))
 
 
 def graded(

@@ -126,7 +126,7 @@ def evaluate_model(domain: str, model: str, engine: str, out: Path, overlays: Se
     """Evaluate any checkpoint with a domain's task, in both modes if the recipe tells them apart, and print its figures."""
     from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint
     from thinkswitch_plugin.judging.figures import summarize
-    from thinkswitch_plugin.judging.samples import read_samples
+    from thinkswitch_plugin.judging.samples import samples_of
     from thinkswitch_plugin.run import checkpoint
 
     keys = recipe_of(domain, overlays).keys
@@ -138,8 +138,7 @@ def evaluate_model(domain: str, model: str, engine: str, out: Path, overlays: Se
             subject = checkpoint.Subject(str(folder), keys.pair.arguments(mode) if mode else {})
             place, log = target / mode, target / "logs" / f"{folder.name}{mode and f'-{mode}'}.log"
             evaluate_checkpoint(subject, place / "lm-eval", keys, servers.choose(engine), log=log)
-            samples = read_samples(place / "lm-eval", keys.evaluation.task, str(folder), keys.labels.answer)
-            figures = summarize(list(samples))
+            figures = summarize(samples_of(place / "lm-eval", keys, str(folder)))
             files.write_json(place / "figures.json", figures)
             if mode:
                 console.say(f"{mode} mode:")

@@ -22,7 +22,7 @@ from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.figures import Sample, interval, summarize
 from thinkswitch_plugin.judging.paired import compare
-from thinkswitch_plugin.judging.samples import read_samples, samples_file
+from thinkswitch_plugin.judging.samples import samples_file, samples_of
 from thinkswitch_plugin.loop import work
 from thinkswitch_plugin.router import curve
 from thinkswitch_plugin.router.agreement import Labels, label_by_agreement, read_labels
@@ -105,8 +105,7 @@ def held_out(run: Run, k: int) -> tuple[list[str], dict[str, list[Sample]]]:
     for mode in MODES:
         folder = run.iteration(k) / "eval" / mode
         texts[mode] = asked_texts(samples_file(folder, keys.evaluation.task))
-        found = read_samples(folder, keys.evaluation.task, run.checkpoint(mode, k), keys.labels.answer)
-        samples[mode] = {sample.doc_id: sample for sample in found}
+        samples[mode] = {sample.doc_id: sample for sample in samples_of(folder, keys, run.checkpoint(mode, k))}
     asked = texts["instruct"]
     if asked != texts["thinking"] or not asked:
         raise ThinkSwitchError(
