@@ -17,6 +17,7 @@ from thinkswitch_plugin.judging.evaluation import Sampling, load_task
 from thinkswitch_plugin.merging.config import fit_layers, named_models, place_models
 from thinkswitch_plugin.recipe import load_recipe
 from thinkswitch_plugin.report.sweeps import points_of
+from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.search.ablation import collect, has_lambda, interpolated_layers
 from thinkswitch_plugin.search.pair import Pair, few_questions
 from thinkswitch_plugin.search.sweep import earlier, parse_sampling, parse_weights
@@ -136,6 +137,16 @@ def test_a_sweep_of_no_run_and_no_pair_is_one_sentence(command: Any, tmp_path: P
     for text in ("many", "²", "0", "-1", "1.5"):
         done = command(TS, "sweep", "--domain", "arithmetic", "--samples", text)
         assert done.returncode == 2 and "give a whole number above 0" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_figures_depend_on_the_evaluation_sets_of_a_folder_of_the_users_own(tmp_path: Path) -> None:
+    keys, data = load_recipe(Path("recipes/arithmetic.yaml")).keys, tmp_path / "sets"
+    pair = Pair(keys, {}, 0, "embedded", tmp_path, tmp_path, None, False, data=str(data))
+    files.write_json(data / "test.json", {"a": 1})
+    before = pair.task_hashes(Hashes(tmp_path))
+    files.write_json(data / "test.json", {"a": 2})
+    changed = {Path(path).name for path, found in pair.task_hashes(Hashes(tmp_path)).items() if found != before[path]}
+    assert changed == {"sets"} and "thinkswitch_tasks.py" in {Path(path).name for path in before}
 
 
 def test_a_config_that_cannot_be_made_of_the_pair_is_left_out_with_a_reason() -> None:

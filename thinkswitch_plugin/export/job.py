@@ -17,7 +17,6 @@ from typing import Any
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import is_local, resolve_seed
-from thinkswitch_plugin.data.task_files import task_files
 from thinkswitch_plugin.engines.servers import MAX_LORA_RANKS, adapter_rank
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.export.extract import WEIGHTS, cut, extract, losses, require_extractable, require_plain_name
@@ -118,8 +117,8 @@ def export(subject: Pair, base: Base, ranks: Sequence[int]) -> dict[str, Any]:
         template = combined_template(modes["instruct"], modes["thinking"], subject.keys.pair.chat_template_kwargs)
         files.write_text(out / "chat_template.jinja", template)
         hashes = Hashes(subject.home)
-        inputs = (base.folder, *modes.values(), *task_files(subject.keys.evaluation.task))
-        job = Job(subject, base, out, {str(path): str(hashes.of(path)) for path in inputs})
+        checkpoints = {str(path): str(hashes.of(path)) for path in (base.folder, *modes.values())}
+        job = Job(subject, base, out, checkpoints, subject.task_hashes(hashes))
         hashes.save()
         result = subject.described() | job.result(adapted, ranks)
         write_results(out / "export.json", result)
@@ -132,12 +131,13 @@ def export(subject: Pair, base: Base, ranks: Sequence[int]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Job:
-    """One export: the pair, its base, where the files go, and the hash of every checkpoint and task file by its path."""
+    """One export: the pair, its base, where the files go, and the hashes of the checkpoints and the task's files by their paths."""
 
     subject: Pair
     base: Base
     out: Path
     hashes: dict[str, str]
+    task: dict[str, str | None]
 
     def result(self, adapted: Sequence[str], ranks: Sequence[int]) -> dict[str, Any]:
         """The full checkpoints and the adapters of these modes at every rank, and the smallest rank that does as they do."""
@@ -242,7 +242,7 @@ class Job:
         settings = {
             "made_of": self.made_of(mode, rank),
             "evaluation": keys.evaluation.changing_figures(),
-            "task": {str(path): self.hashes[str(path)] for path in task_files(keys.evaluation.task)},
+            "task": self.task,
             "data": subject.data,
             **keys.pair.asked_with(mode),
             "answer": keys.labels.answer,

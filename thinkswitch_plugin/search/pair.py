@@ -108,7 +108,7 @@ class Pair:
         with locked(self.home):
             hashes = Hashes(self.home)
             inputs = {name: str(hashes.of(self.roles[name])) for name in sorted(set(used))}
-            task = {str(path): hashes.of(path) for path in task_files(self.keys.evaluation.task, data=self.data)}
+            task = self.task_hashes(hashes)
             hashes.save()
             yield Bench(
                 work=work,
@@ -134,6 +134,10 @@ class Pair:
         with files.atomic_folder(folder) as building:
             write_with_names(source, thinking, building)
         return folder
+
+    def task_hashes(self, hashes: Hashes) -> dict[str, str | None]:
+        """The hash of every file that the evaluation task is made of, by its path."""
+        return {str(path): hashes.of(path) for path in task_files(self.keys.evaluation.task, data=self.data)}
 
     def lacks(self, named: Iterable[str]) -> str | None:
         """Why a merge config that names these models cannot be made of this pair; None if it can."""
