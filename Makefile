@@ -18,6 +18,11 @@ $(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA RANK BASE LABELS TASK,$(if $
 SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITER LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR A B K SAMPLING \
 	TEMPLATE TASK LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS COMMIT
 $(foreach name,$(SETTINGS),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
+# A misspelt setting would be ignored and something else be run.
+KNOWN := $(SETTINGS) QUESTION BENCH COLUMNS RUN MAKE INSTALLED VENV SHELL $(filter THINKSWITCH_% HF_% OMP_% CUDA_% VLLM_% WANDB_%,$(.VARIABLES))
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+$(foreach name,$(filter-out $(KNOWN),$(GIVEN)),$(error $(name)= is not a setting; $(shell python3 -c 'import difflib, sys; \
+	print("did you mean", (difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1, 0) or ["DOMAIN"])[0] + "=?")' $(name) $(SETTINGS))))
 # A question is free text: taken as it is, never expanded, and read by the command from the environment.
 override QUESTION := $(value QUESTION)
 HASH := \#
@@ -26,6 +31,10 @@ $(foreach c,$(ODD),$(if $(findstring $c,$(value RUNS)$(value DOMAIN)$(value ITER
 $(if $(filter-out 1,$(words x$(RUNS)x$(DOMAIN)x$(ITERATIONS)x)),$(error RUNS=, DOMAIN= or ITERATIONS= holds a space))
 $(if $(findstring /,$(DOMAIN))$(filter .%,$(DOMAIN)),$(error DOMAIN= is a name, not a path))
 $(if $(RUNS),,$(error RUNS= is empty; name a folder))
+LEFT := $(ITERATIONS)
+$(foreach digit,0 1 2 3 4 5 6 7 8 9,$(eval LEFT := $(subst $(digit),,$(LEFT))))
+$(if $(LEFT),$(error ITERATIONS=$(ITERATIONS) is not a whole number))
+$(if $(filter eval,$(MAKECMDGOALS)),$(if $(MODEL),,$(error MODEL= is missing; name a checkpoint: make eval MODEL=folder DOMAIN=$(DOMAIN))))
 
 VENV := .venv
 # `thinkswitch iterate` says how it was called: then there is nothing to set up.

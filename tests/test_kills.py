@@ -280,7 +280,8 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence_and_its_cache_counts(
     assert checkpoint.resolve("org/model", None, "instruct") == (tmp_path / "abc123", "abc123")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(
-        ThinkSwitchError, match=r"org/model cannot be downloaded from the hub: .*Name or service not known; check"
+        ThinkSwitchError,
+        match=r"org/model is not a folder, and cannot be downloaded from the hub: .*Name or service not known; check",
     ):
         checkpoint.resolve("org/model", None, "instruct")
 

@@ -29,6 +29,7 @@ from thinkswitch_plugin.run import checkpoint
         ("RUNS=a:b", "holds :"),
         ("RUNS=a`touch {mark}`", "holds `"),
         ("RUNS=a b", "holds a space"),
+        ("ITERATIONS=two", "ITERATIONS=two is not a whole number"),
         ("RUNS=a#b", "holds #"),
         ("DOMAIN=../../elsewhere", "DOMAIN= is a name, not a path"),
         ("DOMAIN=..", "DOMAIN= is a name, not a path"),
@@ -45,6 +46,26 @@ def test_a_setting_that_make_or_a_shell_would_act_on_is_refused(
     if value:
         assert command("make", "--dry-run", "clean-run", **{name: value}).returncode != 0  # by the environment too
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["iterate", "DOMIAN=aime"], "DOMIAN= is not a setting; did you mean DOMAIN=?"),
+        (["sweep", "LAMDAS=0 0.5 1"], "LAMDAS= is not a setting; did you mean LAMBDAS=?"),
+        (["eval"], "MODEL= is missing; name a checkpoint: make eval MODEL=folder"),
+    ],
+)
+def test_a_misspelt_or_missing_setting_is_refused_before_anything_runs(
+    command: Any, words: list[str], says: str
+) -> None:
+    done = command("make", "--dry-run", *words)
+    assert done.returncode == 2 and says in done.stderr and not done.stdout
+
+
+def test_settings_of_the_engines_and_questions_with_an_equals_sign_pass(command: Any) -> None:
+    done = command("make", "--dry-run", "compare", "QUESTION=is a=b and c=d?", "OMP_NUM_THREADS=1", "HF_TOKEN=x")
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_the_makefile_lets_through_is_never_run(command: Any, tmp_path: Path) -> None:

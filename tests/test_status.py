@@ -246,5 +246,8 @@ def test_make_status_says_how_to_begin_and_exits_0(command: Any, tmp_path: Path)
     done = command("make", "status", f"RUNS={tmp_path / 'none'}", "DOMAIN=aime")
     assert done.returncode == 0 and f"make iterate DOMAIN=aime RUNS={tmp_path / 'none'}" in done.stdout
     assert not (tmp_path / "none").exists()
+    done = command("make", "status", "DOMAIN=aimee")
+    assert done.returncode == 2 and "There is no recipe recipes/aimee.yaml" in done.stderr
+    assert "Did you mean aime?" in done.stderr
     done = command("make", "status", "VENV=nowhere")
     assert done.returncode == 0 and done.stdout == "nothing is set up here yet; begin with: make iterate\n"

@@ -153,4 +153,4 @@ def _fetch(name: str, revision: str | None, what: str) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(FETCHED)))
     except failures as error:
-        raise not_fetched(f"The {what} checkpoint {name}", error) from None
+        raise not_fetched(f"The {what} checkpoint {name} is not a folder, and", error) from None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import console
+from thinkswitch_plugin.recipe import recipe_path
 from thinkswitch_plugin.run.execution import Seconds, is_done, place, seconds_of, work_path
 from thinkswitch_plugin.run.folder import NOTHING_MORE, Given, Run, open_run, settings_file
 from thinkswitch_plugin.run.hashes import Hashes, read_stamp
@@ -43,10 +44,11 @@ class Remembered(Hashes):
 def show_status(folder: Path, given: Given = NOTHING_MORE) -> None:
     """Print what of the run in `folder` is done, at work and left, and the next command.
 
-    Raises `ThinkSwitchError` if the run's own files are damaged.
+    Raises `ThinkSwitchError` if the run's own files are damaged, or there is neither a run nor a recipe of that name.
     """
     adaptive, holder = list(adaptive_lines(folder)), lock_holder(folder / ".lock")
     if not settings_file(folder).is_file():
+        recipe_path(folder.name)
         lines = adaptive or [f"There is no run in {folder} yet; begin one with: {next_command(folder)}"]
         if adaptive and holder is not None:
             lines.append(f"Now:    process {holder}{words_of(holder)}")
