@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from transformers import AutoTokenizer
 
 from tests import checkpoints
-from tests.conftest import ROOT, Command, once
+from tests.conftest import BIN, ROOT, Command, once
 from tests.report_run import make_run
 from tests.test_contract import CHATML, QWEN3_HYBRID, tokenizer_of
 from thinkswitch_plugin import files
@@ -21,10 +23,12 @@ from thinkswitch_plugin.demo.tokenizer import EMPTY_TRACE, build_tokenizer
 from thinkswitch_plugin.engine_args import ModeArguments
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.export.template import combine
+from thinkswitch_plugin.judging import compare
 from thinkswitch_plugin.judging.model import ThinkSwitchLM
 from thinkswitch_plugin.loop.check import pair as check_pair
 from thinkswitch_plugin.recipe import load_recipe, recipe_path
 from thinkswitch_plugin.report import write_report
+from thinkswitch_plugin.router.switch import Switch
 from thinkswitch_plugin.run import open_run
 from thinkswitch_plugin.run.table import find_stage
 from thinkswitch_plugin.training import distil
@@ -188,3 +192,28 @@ def test_the_loop_raises_a_hybrids_instruct_mode_and_keeps_its_thinking(hybrid_r
     for mode in ("instruct", "thinking"):
         made = AutoTokenizer.from_pretrained(hybrid_run / "iter-1" / mode)
         assert made.chat_template == build_tokenizer("hybrid").chat_template
+
+
+@pytest.mark.slow
+def test_compare_the_switch_and_a_sweep_ask_in_the_mode_that_is_wanted(
+    hybrid_run: Path, forked: Command, tmp_path: Path
+) -> None:
+    run = open_run(hybrid_run)
+    answers = compare.compare(hybrid_run, "7*3+4*2", engine="embedded")
+    assert [found.trace is not None for found in answers] == [False, False, True]
+    done = forked(
+        BIN / "thinkswitch", "sweep", "--domain", "arithmetic-hybrid", "--runs", hybrid_run.parent, "--iteration", "0"
+    )
+    assert done.returncode == 1 and "so there is nothing between them; of a hybrid's run, choose" in done.stderr
+    router: Any = SimpleNamespace(p_think=lambda texts: np.full(len(texts), 0.5))
+    folders = {mode: run.checkpoint(mode, 1) for mode in BOTH}
+    for threshold, thinks in ((0.0, True), (1.0, False)):
+        found = Switch(run, folders, router, threshold, {}).answer("7*3+4*2")
+        assert found.reply is not None and (found.reply.trace is not None) == thinks
+    for template, ratio in (("instruct", 0.0), ("thinking", 1.0)):
+        words = ["--domain", "arithmetic-hybrid", "--runs", hybrid_run.parent, "--iteration", "1", "--lambdas", "1"]
+        words += ["--template", template, "--limit", "20", "--out", tmp_path / template]
+        done = forked(BIN / "thinkswitch", "sweep", *words)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        (sweep,) = (tmp_path / template).glob("sweep*/sweep.json")
+        assert files.read_json(sweep)["points"][0]["think_ratio"] == ratio

@@ -178,7 +178,7 @@ class Fold:
             self.here / "requests.jsonl",
             [(question.prompt_id, question.turns) for question in self.questions],
             model="student",
-            how=batch.Asked(),
+            how=batch.Asked(arguments=self.job.recipe.keys.pair.arguments("instruct")),
             sampling=sampling_of(self.job.recipe.keys),
             seed=self.job.seed,
             stop=formats.STOP,

@@ -210,6 +210,11 @@ def find_pair(options: PairOptions) -> Pair:
             roles[name], _ = checkpoint.resolve(given, None, name)
     for role in roles.values():
         checkpoint.require_weights(role)
+    if roles["instruct"].resolve() == roles["thinking"].resolve():
+        raise ThinkSwitchError(
+            f"Both checkpoints are {roles['instruct']}, so there is nothing between them; of a hybrid's run, choose an "
+            "iteration from 1 on (ITER=1)."
+        )
     iteration = options.iteration if options.of_run else None
     home = options.folder if options.of_run else options.results
     pair = Pair(keys, roles, seed, engine, options.results, home, iteration, options.of_run, options.data, options.task)
