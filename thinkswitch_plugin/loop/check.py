@@ -232,7 +232,7 @@ def budget(
     }
     if questions is not None and keys.evaluation.max_tokens:
         each = min(questions, keys.evaluation.limit or questions) * repeats(keys.evaluation.task)
-        evaluated = 2 * (iterations + 1)
+        evaluated = 2 + (4 if keys.pair.hybrid else 2) * iterations  # a hybrid in both modes
         parts[f"for evaluating {evaluated} checkpoints ({each} answers × {keys.evaluation.max_tokens})"] = (
             evaluated * each * keys.evaluation.max_tokens
         )
