@@ -9,6 +9,8 @@ stage       only the stage at work
 engine      only the engine's own process
 everything  all processes of the run at once
 
+`--in-turn` makes one kill of each kind instead, each when another stage has begun to write.
+
 At the end of every run: the same pairs, tensors and scores as an undisturbed run, every answer
 that was on disk at a kill still there and asked once, and no process left. Exit code 1 otherwise.
 """
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,8 +38,17 @@ from thinkswitch_plugin.console import table
 from thinkswitch_plugin.run import MODES, open_run, stages, stamp_path
 from thinkswitch_plugin.run.hashes import read_stamp
 
+Plan = Sequence[tuple[str | None, str | None]]  # of each kill, the stage that is waited for and who dies; None: drawn
 ROOT = Path(__file__).resolve().parent.parent
 VICTIMS = ("parents", "make", "stage", "engine", "everything")
+# `--in-turn`: the stage that is waited for, and who dies.
+IN_TURN = (
+    ("generate", "make"),
+    ("train", "engine"),
+    ("merge-lora", "parents"),
+    ("rebuild", "stage"),
+    ("eval-instruct", "everything"),
+)
 STAGE_SECONDS = 12.0  # about one stage: uniform kills fall within two of them
 GRACE = 10.0  # seconds until everything of a killed run must have gone
 # What a stage writes first.
@@ -87,26 +99,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--in-turn", action="store_true", help="one kill of each kind, at successive stages")
     parser.add_argument("--undisturbed", type=Path, help="run folder of a finished run to compare with")
     options = parser.parse_args()
     started = time.monotonic()
+    plan: Plan = IN_TURN if options.in_turn else [(None, None)] * options.kills
     with tempfile.TemporaryDirectory(prefix="thinkswitch-chaos-") as folder:
-        outcome = chaos(Path(folder), options.kills, random.Random(options.seed), options.undisturbed)
+        outcome = chaos(Path(folder), plan, random.Random(options.seed), options.undisturbed)
     return show(outcome, time.monotonic() - started)
 
 
-def chaos(folder: Path, kills: int, rng: random.Random, undisturbed: Path | None) -> Outcome:
-    """Run, kill and compare until `kills` kills have been made and their run has ended."""
+def chaos(folder: Path, plan: Plan, rng: random.Random, undisturbed: Path | None) -> Outcome:
+    """Run, kill and compare until every kill of the plan has been made and its run has ended."""
     if undisturbed is None:
         process = start(folder / "undisturbed")
         if process.wait() != 0:
             raise SystemExit(f"chaos: the undisturbed run failed:\n{output_of(folder / 'undisturbed')}")
         undisturbed = folder / "undisturbed" / "arithmetic"
     outcome = Outcome()
-    while len(outcome.kills) < kills:
+    while len(outcome.kills) < len(plan):
         outcome.runs += 1
         runs = folder / f"run-{outcome.runs}"
-        one_run(runs, kills, rng, outcome)
+        one_run(runs, plan, rng, outcome)
         compare(undisturbed, runs / "arithmetic", outcome)
         files.remove(runs)
     return outcome
@@ -133,17 +147,18 @@ def output_of(runs: Path) -> str:
     return (runs / "output.txt").read_text(errors="replace")[-3000:]
 
 
-def one_run(runs: Path, kills: int, rng: random.Random, outcome: Outcome) -> None:
+def one_run(runs: Path, plan: Plan, rng: random.Random, outcome: Outcome) -> None:
     """The same command, killed again and again, until it ends by itself."""
     stored: dict[str, bytes] = {}
     generations = runs / "arithmetic" / "iter-1" / "generations.jsonl"
     while True:
         process = start(runs)
         began = time.monotonic()
-        if len(outcome.kills) < kills:
-            waited_for = aim(runs, rng, process)
+        waited_for, victim = "", None
+        if len(outcome.kills) < len(plan):
+            awaited, victim = plan[len(outcome.kills)]
+            waited_for = aim(runs, rng, process, awaited)
         else:
-            waited_for = ""
             process.wait()
         if process.poll() is not None:
             if process.returncode == 0:
@@ -154,7 +169,7 @@ def one_run(runs: Path, kills: int, rng: random.Random, outcome: Outcome) -> Non
                 raise SystemExit("chaos: given up")
             continue
         seconds = time.monotonic() - began
-        victim, stage = strike(runs, process, rng.choice(VICTIMS))
+        victim, stage = strike(runs, process, victim or rng.choice(VICTIMS))
         hit = time.monotonic()
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
@@ -181,20 +196,21 @@ def one_run(runs: Path, kills: int, rng: random.Random, outcome: Outcome) -> Non
     outcome.asked_again += generations.read_bytes().count(b"\n") - len(final)
 
 
-def aim(runs: Path, rng: random.Random, process: subprocess.Popen[bytes]) -> str:
-    """Wait for the instant of a kill, or for the run's end; what was waited for."""
+def aim(runs: Path, rng: random.Random, process: subprocess.Popen[bytes], awaited: str | None) -> str:
+    """Wait until a stage begins to write, or for a random instant, or for the run's end; what was waited for."""
     run = runs / "arithmetic"
     done = {path.stem for path in run.glob("iter-1/.stamps/*.json")}
     waiting = [stage for stage in SIGNS if stage not in done]
-    if not waiting or rng.random() < 0.5:
+    if not awaited and (not waiting or rng.random() < 0.5):
         with suppress(subprocess.TimeoutExpired):
             process.wait(rng.uniform(0, 2 * STAGE_SECONDS))
         return "an instant"
-    name = rng.choice(waiting)
+    name = awaited or rng.choice(waiting)
     while process.poll() is None and not any(size_of(found) for found in run.glob(SIGNS[name])):
         time.sleep(0.005)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(rng.choice((0.0, rng.uniform(0, 0.1), rng.uniform(0, 6))))
+    if not awaited:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(rng.choice((0.0, rng.uniform(0, 0.1), rng.uniform(0, 6))))
     return f"{name} to write"
 
 

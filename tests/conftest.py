@@ -6,7 +6,8 @@ import fcntl
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import hypothesis
@@ -24,20 +25,21 @@ for _name in [name for name in os.environ if name.startswith("THINKSWITCH_")]:
 hypothesis.settings.register_profile("thinkswitch", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("thinkswitch")
 
-# Files of tests that take minutes: begun last, one of them would keep a single core busy at the end. The first one makes
-# the tiny pair and the finished run; the next four need neither, and keep the other processes from waiting for them.
-FIRST = (
-    *("test_resume", "test_perception", "test_report_page", "test_rationales", "test_bad_input"),
-    *("test_adaptive", "test_labels", "test_real_domains", "test_sweep", "test_vllm", "test_export"),
+# What order keeps the processes of pytest-xdist busy, and from waiting for each other: the file that makes the tiny pair
+# and the finished run begins, those that need neither follow, and then those that do, the longest first.
+FIRST = "test_resume"
+LAST = (
+    *("test_vllm", "test_real_domains", "test_adaptive", "test_sweep", "test_labels", "test_export", "test_loop"),
+    *("test_switch", "test_prompt_embeds", "test_merge_lora", "test_compare", "test_cli", "test_readme", "test_cards"),
 )
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files of FIRST first, in that order."""
-    rank = {name: place for place, name in enumerate(FIRST)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    """Put FIRST first, and the files of LAST last, in that order."""
+    rank = {FIRST: -2} | {name: place for place, name in enumerate(LAST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, -1))
 
 
 def outside_make() -> dict[str, str]:
@@ -92,6 +94,13 @@ def forked() -> Command:
 
 
 @pytest.fixture(scope="session")
+def make(command: Command) -> Iterator[Command]:
+    """Run `make`, its stages in forks as `forked` does."""
+    with forks.served() as fork:
+        yield partial(command, "make", f"TS={fork} {BIN / 'thinkswitch'}")
+
+
+@pytest.fixture(scope="session")
 def finished_run(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of one iteration of the embedded domain, by `make iterate`.
 
@@ -114,12 +123,12 @@ def own_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="session")
-def exported(finished_run: Path, command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(finished_run: Path, forked: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The export of a finished run's pair, in a copy of the run, at a small and at the full rank."""
 
     def export(runs: Path) -> None:
         shutil.copytree(finished_run, runs / "arithmetic")
-        done = command(BIN / "thinkswitch", "export-loras", "--domain", "arithmetic", "--runs", runs, "--rank", "8 128")
+        done = forked(BIN / "thinkswitch", "export-loras", "--domain", "arithmetic", "--runs", runs, "--rank", "8 128")
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     return once(tmp_path_factory, "exported", export) / "arithmetic" / "iter-1" / "export"

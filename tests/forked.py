@@ -6,13 +6,18 @@ search path, use the `command` fixture.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import runpy
+import socket
+import socketserver
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 # Modules that take long to import; if one is missing, the command imports what it needs itself.
@@ -41,6 +46,39 @@ def run(
         return subprocess.CompletedProcess(list(words), process.exitcode, *said)
 
 
+@contextmanager
+def served() -> Iterator[str]:
+    """The beginning of a command line that has `run` run the rest of it, for a `make` whose stages are not to import engines.
+
+    What a command prints appears when it has ended; a kill of the command line does not reach the command.
+    """
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            done = run(*json.load(self.rfile))
+            self.wfile.write(json.dumps([done.returncode, done.stdout, done.stderr]).encode())
+
+    with tempfile.TemporaryDirectory() as folder:  # the path of a socket has to be short
+        address = f"{folder}/socket"
+        with socketserver.ThreadingUnixStreamServer(address, Handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield f"{sys.executable} -S {__file__} {address}"
+            server.shutdown()
+
+
+def ask(address: str, words: Sequence[str]) -> int:
+    """Have the process that serves at an address run a command; its exit code."""
+    with socket.socket(socket.AF_UNIX) as server:
+        server.connect(address)
+        server.sendall(json.dumps([words, str(Path.cwd()), dict(os.environ)]).encode())
+        server.shutdown(socket.SHUT_WR)
+        with server.makefile() as reply:
+            code, out, err = json.load(reply)
+    sys.stdout.write(out)
+    sys.stderr.write(err)
+    return int(code)
+
+
 def _run(words: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path) -> None:
     """The work of a fork: become the command."""
     os.chdir(cwd)
@@ -56,3 +94,7 @@ def _run(words: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path)
     else:
         sys.argv = words
         runpy.run_path(words[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    sys.exit(ask(sys.argv[1], sys.argv[2:]))

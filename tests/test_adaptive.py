@@ -218,7 +218,7 @@ def test_rows_of_another_shape_are_one_sentence(write_jsonl: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory, command: Command) -> tuple[Path, list[str | Path]]:
+def small(tmp_path_factory: pytest.TempPathFactory, forked: Command) -> tuple[Path, list[str | Path]]:
     """The folder of a small experiment, and the command that created it."""
     from thinkswitch_plugin.demo import cache, mixed
 
@@ -233,7 +233,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, command: Command) -> tuple[P
         *("--generations", folder / "generations.jsonl", "--overlay", folder / "small.overlay.yaml", "--folds", "2"),
         *("--engine", "embedded", "--conditions", "adaptive"),
     ]
-    done = command(*words, timeout=1500)
+    done = forked(*words, timeout=1500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder / "runs" / "arithmetic-mixed" / "adaptive", words
 

@@ -128,8 +128,8 @@ def test_a_gpu_recipe_without_a_gpu_says_what_is_missing_and_what_would_run(comm
 
 @pytest.mark.slow
 @pytest.mark.skipif(has_cuda(), reason="this machine has a GPU")
-def test_check_goes_through_everything_and_counts_what_would_stop_the_run(command: Any) -> None:
-    done = command(TS, "check", "--domain", "aime", "--tokens-per-second", "1000", PRICE_PER_HOUR="0.36")
+def test_check_goes_through_everything_and_counts_what_would_stop_the_run(forked: Any) -> None:
+    done = forked(TS, "check", "--domain", "aime", "--tokens-per-second", "1000", PRICE_PER_HOUR="0.36")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[1] for line in lines if line.startswith(("  ok", "  STOP"))] == [
@@ -156,6 +156,6 @@ def test_check_goes_through_everything_and_counts_what_would_stop_the_run(comman
 
 @pytest.mark.slow
 @pytest.mark.parametrize("domain", ["arithmetic", "arithmetic-mixed"])
-def test_check_finds_the_embedded_domains_ready(command: Any, domain: str) -> None:
-    done = command(TS, "check", "--domain", domain, ENGINE="embedded")
+def test_check_finds_the_embedded_domains_ready(forked: Any, domain: str) -> None:
+    done = forked(TS, "check", "--domain", domain, ENGINE="embedded")
     assert done.returncode == 0 and f"Ready: make iterate DOMAIN={domain}\n" in done.stdout

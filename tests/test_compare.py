@@ -56,7 +56,7 @@ def makefile(tmp_path: Path) -> Path:
     ],
 )
 def test_a_question_reaches_the_command_as_it_is(makefile: Path, command: Any, question: str, by: str) -> None:
-    words = ["make", "compare", "VENV=.venv"]
+    words = ["compare", "VENV=.venv"]
     if by == "command line":
         done = command(*words, f"QUESTION={question}", "ITER=2", cwd=makefile)
     else:
@@ -174,10 +174,10 @@ def test_a_server_of_the_users_own_is_asked(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.slow
-def test_the_embedded_pair_side_by_side(finished_run: Path, command: Any, tmp_path: Path) -> None:
+def test_the_embedded_pair_side_by_side(finished_run: Path, make: Any, tmp_path: Path) -> None:
     out = tmp_path / "answers.json"
-    words = ["make", "compare", "QUESTION=7*3+4*2", f"RUNS={finished_run.parent}", f"OUT={out}"]
-    done = command(*words)
+    words = ["compare", "QUESTION=7*3+4*2", f"RUNS={finished_run.parent}", f"OUT={out}"]
+    done = make(*words)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not set("\r\x1b") & set(done.stdout)
     titles = ["instruct before (iteration 0)", "instruct after (iteration 1)", "thinking (iteration 1)"]
@@ -190,6 +190,6 @@ def test_the_embedded_pair_side_by_side(finished_run: Path, command: Any, tmp_pa
         assert f"{answer['title']}: {answer['tokens']} tokens, " in done.stdout
     assert f"  trace ({thinking['trace_tokens']} tokens): {thinking['trace'][:5]}" in done.stdout
     real_make = os.environ.get("MAKE", "make")
-    code, shown = run_on_terminal([real_make, *words[1:]], COLUMNS="100")
+    code, shown = run_on_terminal([real_make, *words], COLUMNS="100")
     assert code == 0 and "\x1b[2m" in shown  # the trace is dim
     assert "instruct before" in shown and "7*3+4*2" in shown and "tokens" in shown

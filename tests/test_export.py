@@ -19,12 +19,21 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.engines.servers import adapter_rank, lora_arguments
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.export.extract import CONFIG, WEIGHTS, cut, extract, losses, require_extractable
+from thinkswitch_plugin.export.extract import (
+    CONFIG,
+    OUTSIDE_LAYERS,
+    WEIGHTS,
+    cut,
+    extract,
+    losses,
+    require_extractable,
+)
 from thinkswitch_plugin.export.job import Base, export, parse_ranks
 from thinkswitch_plugin.export.serve import both_modes
 from thinkswitch_plugin.export.table import keeps
 from thinkswitch_plugin.export.template import PROBES, SWITCH, combine, combined_template
 from thinkswitch_plugin.judging.samples import graded
+from thinkswitch_plugin.merging.mergekit_private import extracted_tensors
 from thinkswitch_plugin.recipe import load_recipe
 from thinkswitch_plugin.search.pair import Pair
 
@@ -106,8 +115,10 @@ def test_what_mergekit_cannot_carry_is_refused_before_any_work(
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
 
 
-def test_a_dense_checkpoint_can_be_exported(extracted: Path) -> None:
-    require_extractable(extracted / "a", extracted / "b")
+def test_of_a_dense_checkpoint_every_matrix_can_be_exported(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", qwen3(0)), write(tmp_path / "b", qwen3(1), shards=3)
+    require_extractable(a, b)
+    assert extracted_tensors(a, b, OUTSIDE_LAYERS) == {name for name in qwen3(1) if "_proj." in name}
 
 
 @pytest.mark.slow

@@ -376,7 +376,9 @@ def words(material: Path, runs: Path, *more: str) -> list[str | Path]:
 
 
 @pytest.fixture(scope="module")
-def labelled(material: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[int, bytes]]]:
+def labelled(
+    material: Path, tmp_path_factory: pytest.TempPathFactory, forked: Any
+) -> tuple[Path, dict[str, tuple[int, bytes]]]:
     """The folder of a labelling that was killed in the second fold and resumed; the state of the first fold at that time."""
     runs = tmp_path_factory.mktemp("runs")
     work = runs / "arithmetic-mixed" / "adaptive" / "seed-0" / "labels"
@@ -389,7 +391,7 @@ def labelled(material: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     first.wait()
     before = state(work / "fold-1" / "post")
     assert not (work / "fold-2" / "post" / "adapter").exists() and not (work / "labels.jsonl").exists()
-    again = subprocess.run(words(material, runs), cwd=ROOT, capture_output=True, text=True, timeout=900)
+    again = forked(*words(material, runs))
     assert again.returncode == 0, again.stderr[-3000:]
     assert again.stdout.count("$ ") == 1  # one training: that of the second fold
     return work, before

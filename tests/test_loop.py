@@ -98,13 +98,13 @@ def test_another_seed_in_the_same_folder_is_refused(finished_run: Path, command:
 
 
 def test_plain_axolotl_trains_an_iterations_config_to_the_same_adapter(
-    finished_run: Path, command: Any, tmp_path: Path
+    finished_run: Path, forked: Any, tmp_path: Path
 ) -> None:
     config = files.read_yaml(finished_run / "iter-1" / "axolotl.yaml")
     config |= {"output_dir": str(tmp_path / "adapter"), "dataset_prepared_path": str(tmp_path / "prepared")}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(config))
-    done = command(BIN / "axolotl", "train", path, "--launcher", "python", AXOLOTL_DO_NOT_TRACK="1")
+    done = forked(BIN / "axolotl", "train", path, "--launcher", "python", AXOLOTL_DO_NOT_TRACK="1")
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     first, again = (
         load_file(str(folder / "adapter_model.safetensors"))
@@ -118,7 +118,7 @@ def test_axolotl_stops_when_the_adapter_did_not_move(finished_run: Path, forked:
     config |= {
         "output_dir": str(tmp_path / "adapter"),
         "dataset_prepared_path": str(tmp_path / "prepared"),
-        "num_epochs": 1,
+        "max_steps": 2,
         "learning_rate": 0.0,
     }
     path = tmp_path / "recipe.yaml"
@@ -127,12 +127,12 @@ def test_axolotl_stops_when_the_adapter_did_not_move(finished_run: Path, forked:
     assert done.returncode != 0 and "the adapter did not move" in done.stdout + done.stderr
 
 
-def test_plain_mergekit_runs_a_merge_config_beside_a_pair(finished_run: Path, command: Any, tmp_path: Path) -> None:
+def test_plain_mergekit_runs_a_merge_config_beside_a_pair(finished_run: Path, forked: Any, tmp_path: Path) -> None:
     pair = files.read_json(finished_run / "iter-0" / "pair.json")
     for mode in ("instruct", "thinking"):
         (tmp_path / mode).symlink_to(Path(pair[mode]["path"]).resolve())
     shutil.copy(ROOT / "merge_configs" / "slerp.yaml", tmp_path)
-    done = command(BIN / "mergekit-yaml", "slerp.yaml", "rebuilt", cwd=tmp_path)
+    done = forked(BIN / "mergekit-yaml", "slerp.yaml", "rebuilt", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "rebuilt" / "chat_template.jinja").read_text() == (
         tmp_path / "thinking/chat_template.jinja"

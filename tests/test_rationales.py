@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -205,14 +206,16 @@ def test_memory_is_flat_with_traces_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["answer_only", "pre_thinking", "post_thinking", "both"])
+@pytest.mark.parametrize(
+    ("types", "expected"),
+    [(["answer_only"], {None: 32}), (["pre_thinking", "post_thinking"], {PRE: 32, POST: 32})],
+)
 def test_plain_axolotl_trains_with_each_dataset_type(
-    kind: str, student: Path, forked: Any, write_jsonl: Write, tmp_path: Path
+    types: list[str], expected: dict[Format | None, int], student: Path, forked: Any, write_jsonl: Write, tmp_path: Path
 ) -> None:
     """`axolotl train recipe.yaml` with only the plugin line: the adapter moves, on exactly the tokens of the turns."""
     rows = [rationale(f"{a}+{b}", str((a + b) % 10), f"{a}+{b}={(a + b) % 10}") for a in range(8) for b in range(4)]
     path = write_jsonl("rationales.jsonl", rows)
-    types = ["pre_thinking", "post_thinking"] if kind == "both" else [kind]
     recipe = {
         "base_model": str(student),
         "plugins": ["thinkswitch_plugin.ThinkSwitchPlugin"],
@@ -245,7 +248,5 @@ def test_plain_axolotl_trains_with_each_dataset_type(
 
     tokenizer = AutoTokenizer.from_pretrained(student)
     turns = [tokenizer.decode([t for t in labels if t != -100]) for labels in load_from_disk(str(prepared))["labels"]]
-    assert len(turns) == 32 * len(types)
     forms = [parse(turn.removesuffix("<|im_end|>")).form for turn in turns]
-    expected = {"answer_only": {None}, "pre_thinking": {PRE}, "post_thinking": {POST}, "both": {PRE, POST}}
-    assert set(forms) == expected[kind] and all(turn.endswith("<|im_end|>") for turn in turns)
+    assert Counter(forms) == expected and all(turn.endswith("<|im_end|>") for turn in turns)

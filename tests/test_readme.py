@@ -95,18 +95,18 @@ def test_source_files_named_in_the_documents_exist(path: str) -> None:
 
 
 @pytest.mark.slow
-def test_similarity_by_make(finished_run: Path, command: Any, tmp_path: Path) -> None:
+def test_similarity_by_make(finished_run: Path, make: Any, tmp_path: Path) -> None:
     pair = [f"{letter}={finished_run / 'iter-1' / mode}" for letter, mode in (("A", "instruct"), ("B", "thinking"))]
-    done = command("make", "similarity", *pair, f"OUT={tmp_path}")
+    done = make("similarity", *pair, f"OUT={tmp_path}")
     assert done.returncode == 0 and "σ" in done.stdout, done.stderr
     assert (tmp_path / "similarity.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
-def test_merge_as_readme_says_it(finished_run: Path, command: Any, tmp_path: Path) -> None:
+def test_merge_as_readme_says_it(finished_run: Path, forked: Any, tmp_path: Path) -> None:
     for mode in ("instruct", "thinking"):
         (tmp_path / mode).symlink_to(finished_run / "iter-1" / mode)
     config = ROOT / "merge_configs" / "thinkswitch.yaml"
-    done = command(ROOT / ".venv/bin/thinkswitch", "merge", config, "out", cwd=tmp_path)
+    done = forked(ROOT / ".venv/bin/thinkswitch", "merge", config, "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()

@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.conftest import BIN, ROOT
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.data.pairs import write_pairs
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.engines import servers
+from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.judging.samples import newest, samples_file
 from thinkswitch_plugin.merging.tensors import list_tensors
 
@@ -108,9 +110,8 @@ def scores(out: Path, name: str) -> dict[str, float]:
     return {metric: value for metric, value in results.items() if isinstance(value, float) and "stderr" not in metric}
 
 
-def test_the_aime_recipe_runs_whole_at_tiny_scale(tiny: Path, data: Path, command: Any, tmp_path: Path) -> None:
-    done = command(
-        "make",
+def test_the_aime_recipe_runs_whole_at_tiny_scale(tiny: Path, data: Path, make: Any, tmp_path: Path) -> None:
+    done = make(
         "iterate",
         "DOMAIN=aime",
         f"OVERLAY={tiny}",
@@ -135,8 +136,8 @@ def test_the_aime_recipe_runs_whole_at_tiny_scale(tiny: Path, data: Path, comman
         assert {info.dtype for info in list_tensors(run / "iter-1" / mode).values()} == {"BF16"}
 
 
-def test_the_template_domain_runs_at_once(finished_run: Path, command: Any, tmp_path: Path) -> None:
-    done = command("make", "iterate", "DOMAIN=template", "ITERATIONS=1", f"RUNS={tmp_path}", "ENGINE=embedded")
+def test_the_template_domain_runs_at_once(finished_run: Path, make: Any, tmp_path: Path) -> None:
+    done = make("iterate", "DOMAIN=template", "ITERATIONS=1", f"RUNS={tmp_path}", "ENGINE=embedded")
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     zero, one = files.read_json(tmp_path / "template" / "report.json")["iterations"]
     assert zero["instruct"]["n"] == 100
@@ -175,30 +176,33 @@ def test_k_samples_are_different_samples_with_hf(tiny: Path, data: Path, forked:
 
 
 @pytest.fixture(scope="module")
-def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """One real vLLM on the CPU, as lm-eval's model arguments."""
-    thinking = yaml.safe_load(tiny.read_text())["thinkswitch"]["pair"]["thinking"]
+def thinking(finished_run: Path) -> str:
+    """The tiny thinking checkpoint."""
+    return str(files.read_json(finished_run / "iter-0" / "pair.json")["thinking"]["path"])
+
+
+@pytest.fixture(scope="module")
+def server(thinking: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.Server]:
+    """One real vLLM on the CPU."""
     log = tmp_path_factory.mktemp("vllm") / "log"
-    keys = EngineKeys.model_validate({})
-    with servers.serving("vllm", thinking, keys, log, max_len=512) as started:
-        url = f"{started.base_url}/chat/completions"
-        yield [
-            "--model",
-            "local-chat-completions",
-            "--model_args",
-            f"model={thinking},base_url={url},num_concurrent=16,timeout=600,tokenizer_backend=none",
-        ]
+    with servers.serving("vllm", thinking, EngineKeys.model_validate({}), log, max_len=512) as started:
+        yield started
+
+
+def model_words(server: servers.Server, model: str) -> list[str]:
+    """The server as lm-eval's model arguments."""
+    where = f"base_url={server.base_url}/chat/completions,num_concurrent=16,timeout=600,tokenizer_backend=none"
+    return ["--model", "local-chat-completions", "--model_args", f"model={model},{where}"]
 
 
 @pytest.fixture(scope="module")
 def judged(
-    server: list[str], tiny: Path, data: Path, forked: Any, tmp_path_factory: pytest.TempPathFactory
+    server: servers.Server, thinking: str, data: Path, forked: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
     """lm-eval's files of every task by transformers, and by vLLM: one call each, since each takes long to start."""
-    thinking = yaml.safe_load(tiny.read_text())["thinkswitch"]["pair"]["thinking"]
     hf = ["--model", "hf", "--model_args", f"pretrained={thinking}", "--batch_size", "64"]
     folders = tmp_path_factory.mktemp("hf"), tmp_path_factory.mktemp("vllm")
-    for folder, model in zip(folders, (hf, server), strict=True):
+    for folder, model in zip(folders, (hf, model_words(server, thinking)), strict=True):
         lm_eval(forked, folder, data, GREEDY_TASKS, GREEDY, *model)
     return folders
 
@@ -214,11 +218,28 @@ def test_hf_and_a_vllm_server_give_the_same_scores(name: str, judged: tuple[Path
 
 @pytest.mark.vllm
 @pytest.mark.skipif(servers.vllm_python() is None, reason="vLLM is not installed: make setup-vllm")
-def test_k_samples_are_different_samples_with_vllm(server: list[str], data: Path, forked: Any, tmp_path: Path) -> None:
-    lm_eval(forked, tmp_path, data, ["thinkswitch_pubmedqa_k8"], SAMPLED, *server)
+def test_k_samples_are_different_samples_with_vllm(
+    server: servers.Server, thinking: str, data: Path, forked: Any, tmp_path: Path
+) -> None:
+    lm_eval(forked, tmp_path, data, ["thinkswitch_pubmedqa_k8"], SAMPLED, *model_words(server, thinking))
     texts = completions(tmp_path, "thinkswitch_pubmedqa_k8")
     assert {len(samples) for samples in texts.values()} == {8}
     assert sum(len(set(samples)) > 1 for samples in texts.values()) > 6
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(servers.vllm_python() is None, reason="vLLM is not installed: make setup-vllm")
+def test_pairs_from_vllm_equal_those_of_the_embedded_engine(
+    server: servers.Server, thinking: str, finished_run: Path, tmp_path: Path
+) -> None:
+    here, out = finished_run / "iter-1", tmp_path / "generations.jsonl"
+    keys = EngineKeys.model_validate({})
+    report = generate(here / "requests.jsonl", out, thinking, server.base_url, keys, log=tmp_path / "log")
+    assert (report.answered, report.failed) == (512, 0)
+    message = next(files.read_jsonl(out))[1]["response"]["body"]["choices"][0]["message"]
+    assert "</think>" in message["content"]  # raw text, the trace in it
+    write_pairs(here / "requests.jsonl", out, tmp_path / "pairs.jsonl", selection="first", answer_kind="digit")
+    assert (tmp_path / "pairs.jsonl").read_bytes() == (here / "pairs.jsonl").read_bytes()
 
 
 def test_the_tasks_are_found_outside_the_project_by_include_path(data: Path, command: Any, tmp_path: Path) -> None:

@@ -169,6 +169,9 @@ def test_quantised_weights_are_refused_everywhere(
 def test_masks_and_counters_are_not_quantised_weights(tmp_path: Path) -> None:
     tensors = {"mask": torch.ones(4, 4, dtype=torch.bool), "positions": torch.arange(8), "w": torch.ones(2, 2)}
     require_unquantised(write(tmp_path / "a", tensors, quantization_config=None))
+    packed = tensors | {"positions": torch.arange(8).view(2, 4)}
+    with pytest.raises(ThinkSwitchError, match=r"b holds quantised weights \(positions is stored as I64\)"):
+        require_unquantised(write(tmp_path / "b", packed))
 
 
 def test_what_mergekits_plan_leaves_out_is_refused_and_nothing_is_written(tmp_path: Path) -> None:

@@ -167,9 +167,9 @@ def test_a_config_that_cannot_be_made_of_the_pair_is_left_out_with_a_reason() ->
 
 
 @pytest.fixture(scope="module")
-def swept(own_run: Path, command: Any) -> Path:
+def swept(own_run: Path, make: Any) -> Path:
     """A sweep of five points of iteration 1, by Make."""
-    done = command("make", "sweep", "ITER=1", "LAMBDAS=0 0.2 0.5 0.9 1", f"RUNS={own_run.parent}")
+    done = make("sweep", "ITER=1", "LAMBDAS=0 0.2 0.5 0.9 1", f"RUNS={own_run.parent}")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return own_run / "iter-1" / "sweep"
 
@@ -216,7 +216,7 @@ def test_a_killed_sweep_goes_on_and_a_finer_one_keeps_the_points(swept: Path, ow
 
 
 @pytest.mark.slow
-def test_merging_in_memory_equals_mergekit_yaml(finished_run: Path, tmp_path: Path, command: Any) -> None:
+def test_merging_in_memory_equals_mergekit_yaml(finished_run: Path, tmp_path: Path, forked: Any) -> None:
     from transformers import AutoModelForCausalLM
 
     from thinkswitch_plugin.merging.in_memory import merge_into
@@ -229,7 +229,7 @@ def test_merging_in_memory_equals_mergekit_yaml(finished_run: Path, tmp_path: Pa
     for path in (Path("merge_configs/slerp.yaml"), Path("merge_configs/baselines/ties.yaml")):
         config = place_models(files.read_yaml(path), roles)
         files.write_yaml(tmp_path / "merge.yaml", config)
-        done = command(BIN / "mergekit-yaml", tmp_path / "merge.yaml", tmp_path / path.stem)
+        done = forked(BIN / "mergekit-yaml", tmp_path / "merge.yaml", tmp_path / path.stem)
         assert done.returncode == 0, done.stderr[-2000:]
         merge_into(model, config)
         for name, tensor in load_file(str(tmp_path / path.stem / "model.safetensors")).items():
@@ -237,9 +237,9 @@ def test_merging_in_memory_equals_mergekit_yaml(finished_run: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_layers_modules_and_baselines_by_make(own_run: Path, command: Any) -> None:
+def test_layers_modules_and_baselines_by_make(own_run: Path, make: Any) -> None:
     for target in ("ablate", "baselines"):
-        done = command("make", target, "ITER=1", "LIMIT=60", f"RUNS={own_run.parent}")
+        done = make(target, "ITER=1", "LIMIT=60", f"RUNS={own_run.parent}")
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     here = own_run / "iter-1" / "merges"
     layers = files.read_json(here / "layers" / "merges.json")["merges"]
@@ -256,9 +256,9 @@ def test_layers_modules_and_baselines_by_make(own_run: Path, command: Any) -> No
 
 
 @pytest.mark.slow
-def test_several_samples_and_sampling_settings_make_several_curves(own_run: Path, command: Any) -> None:
+def test_several_samples_and_sampling_settings_make_several_curves(own_run: Path, make: Any) -> None:
     words = ["LAMBDAS=0 1", "K=2", "SAMPLING=0.6/0.95 1.0", "LIMIT=20", f"OUT={own_run / 'sampled'}"]
-    done = command("make", "sweep", *words, f"RUNS={own_run.parent}")
+    done = make("sweep", *words, f"RUNS={own_run.parent}")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = files.read_json(own_run / "sampled" / "sweep" / "sweep.json")
     assert [(p["lambda"], p["temperature"], p["top_p"], p["k"]) for p in found["points"]] == [
@@ -270,7 +270,7 @@ def test_several_samples_and_sampling_settings_make_several_curves(own_run: Path
     assert len(found["curves"]) == 2
     assert all(p["mean@k"] <= p["pass@k"] for p in found["points"])
     # Another k is another curve of the same folder, and mixes with none.
-    done = command("make", "sweep", "LAMBDAS=0 1", *words[3:], f"RUNS={own_run.parent}")
+    done = make("sweep", "LAMBDAS=0 1", *words[3:], f"RUNS={own_run.parent}")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = files.read_json(own_run / "sampled" / "sweep" / "sweep.json")
     assert {c["sampling"] for c in found["curves"]} == {"T 0.6, top-p 0.95, k 2", "T 1, k 2", "the task's own"}
@@ -280,7 +280,7 @@ def test_several_samples_and_sampling_settings_make_several_curves(own_run: Path
 
 
 @pytest.mark.slow
-def test_the_bench_finds_equal_scores(command: Any, finished_run: Path) -> None:
-    done = command(BIN / "python", "-m", "experiments.bench_sweep", "--lambdas", "0.5", "--limit", "40")
+def test_the_bench_finds_equal_scores(forked: Any, finished_run: Path) -> None:
+    done = forked(BIN / "python", "-m", "experiments.bench_sweep", "--lambdas", "0.5", "--limit", "40")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert '"equal": true' in done.stdout.splitlines()[-1]

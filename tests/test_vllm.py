@@ -70,19 +70,6 @@ def test_vllm_knows_the_recipes_options_and_rounds_the_matrices_of_a_dense_model
         assert linear == (its.needs.gpu_gb == 8), (recipe, name)  # some roundings take the experts of a mixture only
 
 
-def test_pairs_from_vllm_equal_those_of_the_embedded_engine(finished_run: Path, tmp_path: Path) -> None:
-    here = finished_run / "iter-1"
-    teacher = files.read_json(finished_run / "iter-0" / "pair.json")["thinking"]["path"]
-    out = tmp_path / "generations.jsonl"
-    keys = EngineKeys.model_validate({})
-    report = generate(here / "requests.jsonl", out, teacher, "vllm", keys, log=tmp_path / "log")
-    assert (report.answered, report.failed) == (512, 0)
-    message = next(files.read_jsonl(out))[1]["response"]["body"]["choices"][0]["message"]
-    assert "</think>" in message["content"]  # raw text, the trace in it
-    write_pairs(here / "requests.jsonl", out, tmp_path / "pairs.jsonl", selection="first", answer_kind="digit")
-    assert (tmp_path / "pairs.jsonl").read_bytes() == (here / "pairs.jsonl").read_bytes()
-
-
 @pytest.fixture
 def special_tags(finished_run: Path, tmp_path: Path) -> Path:
     """The tiny thinking checkpoint with special tokens as tags; each request selects whether the template opens the trace."""

@@ -6,8 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import set_seed
-
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.engines.ask import Adapter
 from thinkswitch_plugin.engines.generate import generate
@@ -72,6 +70,8 @@ def answer(
 
     def work(_resume: bool) -> dict[str, Any]:
         if engine == "embedded":
+            from transformers import set_seed
+
             set_seed(seed)  # as far as it goes: answers depend on how batches are made up
         report = generate(
             requests,
