@@ -84,20 +84,26 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None
 
 
 @pytest.fixture(scope="session")
-def forked() -> Command:
+def forking() -> Iterator[Path]:
+    """A virtual environment whose engines run in forks of a process that has them loaded."""
+    with forks.environment(BIN.parent) as venv:
+        yield venv
+
+
+@pytest.fixture(scope="session")
+def forked(forking: Path) -> Command:
     """As `command`, for the scripts in BIN: in a fork of a process that has the engines loaded."""
 
     def run(*words: str | Path, cwd: Path = ROOT, timeout: float = 900, **env: str) -> subprocess.CompletedProcess[str]:
-        return forks.run(words, cwd, {**outside_make(), **env}, timeout)
+        return forks.run(words, cwd, {**outside_make(), **env}, timeout, f"{forking}/bin/python")
 
     return run
 
 
 @pytest.fixture(scope="session")
-def make(command: Command) -> Iterator[Command]:
-    """Run `make`, its stages in forks as `forked` does."""
-    with forks.served() as fork:
-        yield partial(command, "make", f"TS={fork} {BIN / 'thinkswitch'}")
+def make(command: Command, forking: Path) -> Command:
+    """Run `make`, its stages and their engines in forks as `forked` does."""
+    return partial(command, "make", f"VENV={forking}")
 
 
 @pytest.fixture(scope="session")

@@ -22,20 +22,25 @@ from pathlib import Path
 
 # Modules that take long to import; if one is missing, the command imports what it needs itself.
 ENGINES = ["torch", "transformers", "peft", "datasets", "lm_eval.tasks", "mergekit.merge", "axolotl.train"]
+SCRIPTS = ("thinkswitch", "axolotl", "lm_eval", "mergekit-yaml", "mergekit-extract-lora")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(ENGINES)
 
 
 def run(
-    words: Sequence[str | Path], cwd: Path, env: Mapping[str, str], timeout: float = 900
+    words: Sequence[str | Path],
+    cwd: Path,
+    env: Mapping[str, str],
+    timeout: float = 900,
+    executable: str = sys.executable,
 ) -> subprocess.CompletedProcess[str]:
     """Run a Python script, such as `.venv/bin/axolotl`, or `python -m MODULE`, with arguments; output captured, exit code not checked.
 
-    Raises `subprocess.TimeoutExpired` as `subprocess.run` does.
+    The commands that it starts are those beside `executable`. Raises `subprocess.TimeoutExpired` as `subprocess.run` does.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        process = CONTEXT.Process(target=_run, args=([str(word) for word in words], cwd, dict(env), out, err))
+        process = CONTEXT.Process(target=_run, args=([*map(str, words)], cwd, dict(env), out, err, executable))
         process.start()
         process.join(timeout)
         if process.exitcode is None:
@@ -47,22 +52,30 @@ def run(
 
 
 @contextmanager
-def served() -> Iterator[str]:
-    """The beginning of a command line that has `run` run the rest of it, for a `make` whose stages are not to import engines.
+def environment(venv: Path) -> Iterator[Path]:
+    """A virtual environment as `venv`, except that its engines run in forks: for a `make`, and for what a fork starts.
 
-    What a command prints appears when it has ended; a kill of the command line does not reach the command.
+    What a command prints appears when it has ended; a kill of the command does not reach its fork.
     """
-
-    class Handler(socketserver.StreamRequestHandler):
-        def handle(self) -> None:
-            done = run(*json.load(self.rfile))
-            self.wfile.write(json.dumps([done.returncode, done.stdout, done.stderr]).encode())
-
     with tempfile.TemporaryDirectory() as folder:  # the path of a socket has to be short
-        address = f"{folder}/socket"
+        mirror, address = Path(folder), f"{folder}/socket"
+        (mirror / "bin").mkdir()
+        for path in (*venv.iterdir(), *venv.glob("bin/*")):
+            if path.name in SCRIPTS:
+                script = mirror / "bin" / path.name
+                script.write_text(f'#!/bin/sh\nexec {sys.executable} -S {__file__} {address} {path} "$@"\n')
+                script.chmod(0o755)
+            elif path.name != "bin":
+                (mirror / path.relative_to(venv)).symlink_to(path)
+
+        class Handler(socketserver.StreamRequestHandler):
+            def handle(self) -> None:
+                done = run(*json.load(self.rfile), executable=f"{mirror}/bin/python")
+                self.wfile.write(json.dumps([done.returncode, done.stdout, done.stderr]).encode())
+
         with socketserver.ThreadingUnixStreamServer(address, Handler) as server:
             threading.Thread(target=server.serve_forever, daemon=True).start()
-            yield f"{sys.executable} -S {__file__} {address}"
+            yield mirror
             server.shutdown()
 
 
@@ -79,8 +92,9 @@ def ask(address: str, words: Sequence[str]) -> int:
     return int(code)
 
 
-def _run(words: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path) -> None:
+def _run(words: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path, executable: str) -> None:
     """The work of a fork: become the command."""
+    sys.executable = executable
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
