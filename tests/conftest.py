@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -98,6 +99,12 @@ def forked(forking: Path) -> Command:
         return forks.run(words, cwd, {**outside_make(), **env}, timeout, f"{forking}/bin/python")
 
     return run
+
+
+@pytest.fixture
+def forked_engines(forking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engines that a test starts by our functions run in forks."""
+    monkeypatch.setattr(sys, "executable", f"{forking}/bin/python")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,15 @@ RANKS = (4, 32)
 
 
 @pytest.fixture(scope="module")
-def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def extracted(forking: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two near Qwen3, `a` and `b`, and mergekit's own LoRA of b at every one of RANKS."""
     folder = tmp_path_factory.mktemp("extracted")
     write(folder / "a", qwen3(0))
     write(folder / "b", qwen3(1), shards=3)
-    for rank in RANKS:
-        extract(folder / "a", folder / "b", folder / f"rank-{rank}", rank, folder / "log")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", f"{forking}/bin/python")
+        for rank in RANKS:
+            extract(folder / "a", folder / "b", folder / f"rank-{rank}", rank, folder / "log")
     return folder
 
 

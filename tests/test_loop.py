@@ -164,9 +164,8 @@ def test_plain_lm_eval_finds_the_task_with_no_option(finished_run: Path, command
     assert results["mean@k,none"] > 0.9 and results["think_ratio,none"] == 1.0
 
 
-def test_a_lambda_that_stops_the_thinking_is_refused_and_the_old_pair_kept(
-    finished_run: Path, command: Any, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("forked_engines")
+def test_a_lambda_that_stops_the_thinking_is_refused_and_the_old_pair_kept(finished_run: Path, tmp_path: Path) -> None:
     from thinkswitch_plugin.args import EngineKeys, RebuildKeys
     from thinkswitch_plugin.errors import ThinkSwitchError
     from thinkswitch_plugin.loop.rebuild import Check, rebuild_thinking

@@ -56,6 +56,7 @@ def bfloat16_checkpoint(folder: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_engines")
 def test_a_bfloat16_checkpoint_trained_on_a_cpu_is_merged_in_bfloat16(
     tmp_path: Path, write_jsonl: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

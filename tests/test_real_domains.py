@@ -145,7 +145,7 @@ def test_the_template_domain_runs_at_once(finished_run: Path, make: Any, tmp_pat
 
 
 def test_an_evaluation_question_among_the_prompts_stops_the_run(
-    tiny: Path, data: Path, command: Any, tmp_path: Path
+    tiny: Path, data: Path, forked: Any, tmp_path: Path
 ) -> None:
     planted = tmp_path / "planted.jsonl"
     question = task.held_out(30)[4]
@@ -155,11 +155,11 @@ def test_an_evaluation_question_among_the_prompts_stops_the_run(
     overlay = tmp_path / "planted.yaml"
     overlay.write_text(yaml.safe_dump({"thinkswitch": {"prompts": {"path": str(planted)}}}))
     words = ["--domain", "aime", "--overlay", f"{tiny} {overlay}", "--runs", tmp_path, "--engine", "embedded"]
-    assert command(BIN / "thinkswitch", "begin", *words, THINKSWITCH_DATA=str(data)).returncode == 0
+    assert forked(BIN / "thinkswitch", "begin", *words, THINKSWITCH_DATA=str(data)).returncode == 0
     # Reported by the first stage of `make iterate`, and by the one that writes the requests, in case prompts changed.
     aime = tmp_path / "aime"
     for stage, made in ((["pair", aime], "iter-0/pair.json"), (["requests", aime, "1"], "iter-1/requests.jsonl")):
-        done = command(BIN / "thinkswitch", *stage, THINKSWITCH_DATA=str(data))
+        done = forked(BIN / "thinkswitch", *stage, THINKSWITCH_DATA=str(data))
         assert done.returncode != 0 and "1 training prompt(s) overlap with the evaluation set" in done.stderr
         assert f"{question}" in done.stderr and not (aime / made).exists()
 
