@@ -26,11 +26,11 @@ for _name in [name for name in os.environ if name.startswith("THINKSWITCH_")]:
 hypothesis.settings.register_profile("thinkswitch", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("thinkswitch")
 
-# What order keeps the processes of pytest-xdist busy, and from waiting for each other: the file that makes the tiny pair
-# and the finished run begins, those that need neither follow, and then those that do, the longest first.
-FIRST = "test_resume"
+# What order keeps the processes of pytest-xdist busy, and from waiting for each other: the file that has the tiny pair and
+# the finished run made begins, those that need neither follow, and then those that do, the longest first.
+FIRST = "test_loop"
 LAST = (
-    *("test_vllm", "test_real_domains", "test_adaptive", "test_sweep", "test_labels", "test_export", "test_loop"),
+    *("test_resume", "test_vllm", "test_real_domains", "test_adaptive", "test_labels", "test_sweep", "test_export"),
     *("test_switch", "test_prompt_embeds", "test_merge_lora", "test_compare", "test_cli", "test_readme", "test_cards"),
 )
 
