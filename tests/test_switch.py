@@ -263,6 +263,7 @@ def test_a_server_that_is_down_or_serves_something_else_is_a_sentence(judged_run
     assert served_name(server.url, "instruct", checkpoints, alone=False) == ("m", False)
     with pytest.raises(ThinkSwitchError, match="none of these is `thinking` or n"):  # it is known to be instruct
         served_name(server.url, "thinking", checkpoints, alone=True)
+    assert served_name(server.url, "thinking", checkpoints, alone=False, hybrid=True) == ("m", False)
 
 
 def test_a_question_that_a_server_refuses_is_in_the_output_with_its_reason(

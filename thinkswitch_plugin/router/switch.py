@@ -74,11 +74,13 @@ class Routed:
         return {**found, **{name: getattr(self.reply, name) for name in names}}
 
 
-def served_name(url: str, mode: str, checkpoints: Mapping[str, str], *, alone: bool) -> tuple[str, bool]:
+def served_name(
+    url: str, mode: str, checkpoints: Mapping[str, str], *, alone: bool, hybrid: bool = False
+) -> tuple[str, bool]:
     """The name under which a server answers for a mode, and whether it answers for both.
 
     Args:
-        alone: nothing else is asked there, so a server of one model needs no particular name.
+        alone, hybrid: nothing else is asked there, or its one model has both modes, so it needs no particular name.
 
     Raises `ThinkSwitchError` if no server answers there, or none of its models is the mode's.
     """
@@ -86,8 +88,8 @@ def served_name(url: str, mode: str, checkpoints: Mapping[str, str], *, alone: b
     both = set(MODES) <= set(served)
     name = next((name for name in (mode, checkpoints[mode]) if name in served), None)
     others = {name for other in MODES if other != mode for name in (other, checkpoints[other])}
-    if name is None and alone and len(served) == 1 and served[0] not in others:
-        (name,) = served
+    if name is None and len(served) == 1 and (hybrid or (alone and served[0] not in others)):
+        name = served[0]
     if name is None:
         raise ThinkSwitchError(
             f"The server at {url} serves {', '.join(served) or 'nothing'}; none of these is `{mode}` or "
@@ -146,10 +148,10 @@ class Switch:
                 from thinkswitch_plugin.engines.client import ServedModel
 
                 chosen = servers.choose(address)
-                name, both = served_name(chosen, mode, checkpoints, alone=len(set(addresses.values())) == 2)
+                keys, alone = opened.recipe.keys, len(set(addresses.values())) == 2
+                name, both = served_name(chosen, mode, checkpoints, alone=alone, hybrid=keys.pair.hybrid)
                 fields = {"chat_template_kwargs": {SWITCH: mode == "thinking"}} if both else {}
-                keys = opened.recipe.keys.engine
-                served[mode] = ServedModel(servers.connect(chosen, name), name, keys, fields)
+                served[mode] = ServedModel(servers.connect(chosen, name), name, keys.engine, fields)
         return cls(opened, checkpoints, router, default if threshold is None else threshold, served)
 
     def p_think(self, question: Question) -> float:
