@@ -190,10 +190,9 @@ def test_a_name_with_markup_in_it_is_escaped(written: Path) -> None:
     opened = open_run(written)
     judged = evaluations(opened)
     report = build_report(opened, judged) | {"domain": "<b>x</b>", "engine": '"><script>'}
-    from jinja2 import Environment, PackageLoader
+    from thinkswitch_plugin.report.templates import environment
 
-    environment = Environment(loader=PackageLoader("thinkswitch_plugin.report", "."), autoescape=True)
-    page = environment.get_template("page.html.j2").render(**content(opened, report, judged))
+    page = environment(html=True).get_template("page.html.j2").render(**content(opened, report, judged))
     assert "<b>x</b>" not in page and "&lt;b&gt;x&lt;/b&gt;" in page and '"><script>' not in page
 
 
@@ -259,17 +258,21 @@ def test_a_sweep_is_shown_where_there_is_one(tmp_path: Path) -> None:
     assert 'id="interpolation"' in page and "λ* =" in page and "iter-1 over λ" in page
 
 
-def test_a_significant_loss_is_marked_as_one(made: Path) -> None:
+def test_a_significant_loss_is_marked_as_one(made: Path, tmp_path: Path) -> None:
     opened = open_run(made)
     report = build_report(opened, evaluations(opened))
     for entry in report["iterations"][1:]:
         for found in entry["paired"]["instruct"]:
             found["won"], found["lost"] = found["lost"], found["won"]
             found["difference"] *= -1
-    instruct, thinking = (page.summary(report, mode) for mode in ("instruct", "thinking"))
-    assert (instruct["verdict"], instruct["direction"]) == ("more than noise", "worse")
-    assert (thinking["verdict"], thinking["direction"]) == ("within noise", "")
-    assert [c["direction"] for c in page.compared(report) if c["mode"] == "instruct"] == ["worse", "", "worse"]
+    page.write_page(opened, report, evaluations(opened), tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    badges = re.findall(r'<span class="badge (\w*)">([^<]*)</span>', text)
+    assert badges[:2] == [("worse", "more than noise"), ("", "within noise")], "instruct and thinking in the summary"
+    of_table = [re.findall(r'<span class="badge (\w*)">', row) for row in re.findall(r"<tr>.*?</tr>", text, re.DOTALL)]
+    instruct = [found[0] for found, row in zip(of_table, re.findall(r"<tr>.*?</tr>", text, re.DOTALL), strict=True)
+                if found and row.startswith('<tr><th scope="row">instruct')]  # fmt: skip
+    assert instruct == ["worse", "", "worse"]
 
 
 def test_the_table_says_what_its_scores_are(made: Path, several: Path) -> None:

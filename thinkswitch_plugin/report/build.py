@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import files
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.data.batch import Asked
 from thinkswitch_plugin.environment import hardware
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -121,3 +121,25 @@ def stage_seconds(run: Run) -> dict[int, dict[str, float]]:
         name = TIMED[stage.name]
         times[name] = round(times.get(name, 0.0) + files.read_json(path)["seconds"], 2)
     return found
+
+
+def write_report(run: Run) -> dict[str, Any]:
+    """Write `report.json`, `report.md`, `report.html` and the pictures, and print the headline table."""
+    from thinkswitch_plugin.report import page, pictures, tables, templates
+
+    judged = evaluations(run)
+    report = build_report(run, judged)
+    headline, header = tables.headline(report), tables.header(report)
+    rows = list(tables.rows(report))
+    shown = {"headline": headline, "header": header, "rows": rows, "hybrid": tables.about_hybrid(report)}
+    text = templates.markdown("report.md.j2", report=report, **shown)
+    files.write_json(run.folder / "report.json", report)
+    files.write_text(run.folder / "report.md", text)
+    for name, draw in pictures.OF_REPORT.items():
+        pictures.save(draw(report), run.folder / name)
+    page.write_page(run, report, judged, run.folder / "report.html")
+    title = f"{report['domain']}, seed {report['seed']}: {report['iterations'][0]['instruct']['n']} held-out questions"
+    console.print_table(title, header, rows, left=("checkpoint",))
+    console.say(f"  {headline}")
+    console.say(f"  {run.folder / 'report.html'}, report.md, report.json")
+    return {}

@@ -13,12 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.judging import paired
-from thinkswitch_plugin.report import pictures, search_pictures, tables
+from thinkswitch_plugin.report import pictures, search_pictures, tables, templates
 from thinkswitch_plugin.report import sweeps as of_sweeps
 from thinkswitch_plugin.report.build import Evaluation
 from thinkswitch_plugin.report.charts import inline
@@ -37,14 +36,7 @@ def write_page(run: Run, report: dict[str, Any], judged: Sequence[Evaluation], p
         report: what `report.json` holds.
         judged: what it was made of.
     """
-    environment = Environment(
-        loader=PackageLoader("thinkswitch_plugin.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    template = environment.get_template("page.html.j2")
+    template = templates.environment(html=True).get_template("page.html.j2")
     with files.atomic_file(path) as handle:
         for piece in template.generate(**content(run, report, judged)):
             handle.write(piece.encode())
@@ -56,13 +48,12 @@ def content(run: Run, report: dict[str, Any], judged: Sequence[Evaluation]) -> d
     style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return {
         "report": report,
-        "modes": list(report["iterations"][-1]["paired"]),
+        "modes": MODES,
         "headline": tables.headline(report),
         "hybrid": tables.about_hybrid(report),
         "header": tables.header(report),
         "rows": list(tables.rows(report)),
-        "summaries": [summary(report, mode) for mode in MODES],
-        "compared": list(compared(report)),
+        "paired": paired,
         "charts": charts(report),
         "sweeps": list(sweeps(run)),
         "costs": list(costs(report)),
@@ -85,45 +76,6 @@ def policy(style: str, script: str) -> str:
     return f"default-src 'none'; style-src {source(style)}; script-src {source(script)}; base-uri 'none'; form-action 'none'"
 
 
-def summary(report: dict[str, Any], mode: str) -> dict[str, Any]:
-    """One mode before and after, for the two fields at the top of the page."""
-    before, after = report["iterations"][0][mode], report["iterations"][-1][mode]
-    found = report["iterations"][-1]["paired"][mode][-1]
-    return {
-        "mode": mode,
-        "before": f"{100 * before['mean@k']:.1f}",
-        "after": f"{100 * after['mean@k']:.1f}",
-        "change": f"{100 * found['difference']:+z.1f}",
-        "interval": "{:+z.1f} to {:+z.1f}".format(*(100 * v for v in found["ci95"])),
-        "tokens": (f"{before['tokens']:.1f}", f"{after['tokens']:.1f}"),
-        "think_ratio": (f"{before['think_ratio']:.3f}", f"{after['think_ratio']:.3f}"),
-        "verdict": found["verdict"],
-        "direction": paired.direction(found),
-    }
-
-
-def compared(report: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every comparison of two iterations, as the page's table shows it."""
-    for entry in report["iterations"][1:]:
-        for mode in entry["paired"]:
-            for found in entry["paired"][mode]:
-                low, high = (100 * v for v in found["ci95"])
-                yield {
-                    "mode": mode,
-                    "iteration": entry["iteration"],
-                    "against": found["against"],
-                    "won": len(found["won"]),
-                    "lost": len(found["lost"]),
-                    "n": found["n"],
-                    "p": paired.p_value(found["p"]),
-                    "change": f"{100 * found['difference']:+z.1f}",
-                    "interval": f"{low:+z.1f} to {high:+z.1f}",
-                    "verdict": found["verdict"],
-                    "few": found["k"] == 1 and len(found["won"]) + len(found["lost"]) < paired.FEWEST,
-                    "direction": paired.direction(found),
-                }
-
-
 def charts(report: dict[str, Any]) -> dict[str, Any]:
     """The pictures of the page, by the same code as the files beside it, each with words for a screen reader."""
     panels = [
@@ -135,8 +87,10 @@ def charts(report: dict[str, Any]) -> dict[str, Any]:
         for panel in pictures.PANELS
     ]
     won = "; ".join(
-        f"{c['mode']} {c['iteration']} against {c['against']}: {c['won']} won, {c['lost']} lost"
-        for c in compared(report)
+        f"{mode} {entry['iteration']} against {c['against']}: {len(c['won'])} won, {len(c['lost'])} lost"
+        for entry in report["iterations"][1:]
+        for mode in entry["paired"]
+        for c in entry["paired"][mode]
     )
     minutes = "; ".join(
         f"iteration {entry['iteration']}: {sum(entry['seconds'].values()) / 60:.1f}" for entry in report["iterations"]
@@ -149,12 +103,8 @@ def charts(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def _series(report: dict[str, Any], mode: str, panel: str) -> str:
-    def shown(figures: dict[str, Any]) -> str:
-        if panel == "score":
-            return f"{100 * figures['mean@k']:.1f} %"
-        return f"{figures['tokens']:.1f}" if panel == "tokens" else f"{figures['think_ratio']:.3f}"
-
-    return ", ".join(shown(entry[mode]) for entry in report["iterations"])
+    forms = {"score": "{f[mean@k]:.1%}", "tokens": "{f[tokens]:.1f}", "think ratio": "{f[think_ratio]:.3f}"}
+    return ", ".join(forms[panel].format(f=entry[mode]).replace("%", " %") for entry in report["iterations"])
 
 
 def sweeps(run: Run) -> Iterator[dict[str, Any]]:
@@ -173,12 +123,7 @@ def sweeps(run: Run) -> Iterator[dict[str, Any]]:
             ),
             "header": of_sweeps.HEADER,
             "curves": [
-                {
-                    "sampling": curve["sampling"],
-                    "rows": of_sweeps.table_rows(result, curve),
-                    "words": curve["stages_in_words"],
-                    "sentence": of_sweeps.sentence(curve),
-                }
+                {**curve, "rows": of_sweeps.table_rows(result, curve), "sentence": of_sweeps.sentence(curve)}
                 for curve in result["curves"]
             ],
         }

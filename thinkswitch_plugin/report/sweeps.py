@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from thinkswitch_plugin import console
+from thinkswitch_plugin.report import templates
 from thinkswitch_plugin.report.tables import interval, percent
 
 HEADER = ["λ", "Mean@k", "95 %", "Pass@k", "Vote@k", "tokens", "think ratio", "truncated"]
@@ -62,16 +62,5 @@ def title_of(result: dict[str, Any]) -> str:
 
 def markdown(result: dict[str, Any]) -> str:
     """`sweep.md`."""
-    lines = [f"# {title_of(result)}", ""]
-    for curve in result["curves"]:
-        if len(result["curves"]) > 1:
-            lines += [f"## {curve['sampling']}", ""]
-        lines += [
-            *console.table(HEADER, table_rows(result, curve)),
-            "",
-            curve["stages_in_words"],
-            "",
-            sentence(curve),
-            "",
-        ]
-    return "\n".join(lines)
+    functions = {"rows": table_rows, "sentence": sentence}
+    return templates.markdown("sweep.md.j2", result=result, title=title_of(result), header=HEADER, **functions)

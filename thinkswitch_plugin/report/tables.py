@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from thinkswitch_plugin import console
 from thinkswitch_plugin.run import MODES
 from thinkswitch_plugin.run.folder import EVALUATED
 
@@ -18,6 +17,16 @@ def percent(share: float) -> str:
 def interval(limits: Sequence[float]) -> str:
     """A 95 % interval in per cent: `84.6–90.2`."""
     return "–".join(f"{100 * limit:.1f}" for limit in limits)
+
+
+def points(share: float) -> str:
+    """A difference in percentage points: `+37.8`."""
+    return f"{100 * share:+z.1f}"
+
+
+def points_span(limits: Sequence[float]) -> str:
+    """The interval of a difference, in percentage points: `+33.1 to +42.3`."""
+    return " to ".join(map(points, limits))
 
 
 def headline(report: dict[str, Any]) -> str:
@@ -59,13 +68,12 @@ def rows(report: dict[str, Any]) -> Iterator[list[str]]:
     first = report["iterations"][0]
     for entry in report["iterations"]:
         for name, s in evaluated(entry).items():
-            change = 100 * (s["mean@k"] - first[EVALUATED[name][1]]["mean@k"])
             yield [
                 str(entry["iteration"]),
                 name,
                 percent(s["mean@k"]),
                 interval(s["ci95"]),
-                "" if entry is first else f"{change:+z.1f}",
+                "" if entry is first else points(s["mean@k"] - first[EVALUATED[name][1]]["mean@k"]),
                 *([percent(s[name]) for name in ("pass@k", "vote@k")] if s["k"] > 1 else []),
                 f"{s['tokens']:.1f}",
                 f"{s['think_ratio']:.3f}",
@@ -89,74 +97,3 @@ def header(report: dict[str, Any]) -> list[str]:
         "answered",
         "truncated",
     ]
-
-
-MADE = ["iteration", "prompts", "pairs kept", "dropped", "selection", "λ", "think ratio at λ", "σ", "median angle"]
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """`report.md`: what changed, what was trained on, how it was rebuilt, how long it took."""
-    iterations = report["iterations"]
-    n, k = iterations[0]["instruct"]["n"], iterations[0]["instruct"]["k"]
-    seconds = (
-        [str(e["iteration"]), ", ".join(f"{name} {s:.0f}" for name, s in e["seconds"].items())] for e in iterations
-    )
-    lines = [
-        f"# {report['domain']}, seed {report['seed']}",
-        "",
-        headline(report),
-        "",
-        f"{n} held-out questions, {k} sample{'s' if k > 1 else ''} a question, engine {report['engine']}. "
-        "Change is in percentage points against iteration 0; see below the tables if it is more than noise."
-        + about_hybrid(report),
-        "",
-        *console.table(header(report), rows(report)),
-        "",
-        *console.table(MADE, (_made(entry) for entry in iterations[1:])),
-        "",
-        *comparisons(report),
-        "",
-        *console.table(["iteration", "seconds by stage"], seconds),
-        "",
-        f"In all {3600 * report['cost']['hours']:.0f} s of stages. "
-        + ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-        + ".",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def comparisons(report: dict[str, Any]) -> list[str]:
-    """Every iteration against the one before and against iteration 0, a list item each."""
-    return [
-        f"- {mode}, iteration {entry['iteration']} against {found['against']}: {found['sentence']}"
-        for entry in report["iterations"][1:]
-        for mode in entry["paired"]
-        for found in entry["paired"][mode]
-    ]
-
-
-def _made(entry: dict[str, Any]) -> list[str]:
-    pairs, merge = entry["pairs"], entry["merge"]
-    dropped = ", ".join(f"{n} {reason}" for reason, n in pairs["dropped"].items()) or "none"
-    return [
-        str(entry["iteration"]),
-        str(pairs["prompts"]),
-        str(pairs["kept"]),
-        dropped,
-        pairs["selection"],
-        f"{merge['lambda']:g}",
-        f"{merge['think_ratio']:.3f}",
-        f"{merge['sigma']:.4f}",
-        f"{merge['angle']['median']:.4f}",
-    ]
-
-
-def print_table(report: dict[str, Any]) -> None:
-    """The headline table on the terminal."""
-    console.print_table(
-        f"{report['domain']}, seed {report['seed']}: {report['iterations'][0]['instruct']['n']} held-out questions",
-        header(report),
-        rows(report),
-        left=("checkpoint",),
-    )
