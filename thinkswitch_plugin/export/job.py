@@ -278,4 +278,6 @@ class Job:
             "Think ratio": ratio,
         }
         about = f"The {mode} mode of a pair made by [ThinkSwitch](https://arxiv.org/abs/2606.01080), for its base."
-        cards.save(cards.compose(data, f"{keys.domain}: {mode} mode as a LoRA", about, facts), adapter / CARD)
+        files.write_text(
+            adapter / CARD, str(cards.compose(data, f"{keys.domain}: {mode} mode as a LoRA", about, facts))
+        )

@@ -16,7 +16,7 @@ from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import is_local, resolve_seed
 from thinkswitch_plugin.data.task_files import evaluation_set
 from thinkswitch_plugin.errors import first_line
-from thinkswitch_plugin.report import tables
+from thinkswitch_plugin.report import tables, templates
 from thinkswitch_plugin.run import MODES, Run, versions
 from thinkswitch_plugin.run.hashes import CARD, Hashes, read_stamp
 
@@ -55,7 +55,7 @@ def write_card(run: Run, k: int, mode: str, folder: Path, merge_yaml: str | None
     title = f"{keys.domain}: {mode} checkpoint after iteration {k}"
     about = f"{ABOUT[mode]}, by [ThinkSwitch](https://arxiv.org/abs/2606.01080)."
     rest = f"{merge}{RESULTS}\n\nNot evaluated yet.\n"
-    save(compose(data, title, about, facts(run, k, mode, parents), rest), folder / CARD)
+    files.write_text(folder / CARD, str(compose(data, title, about, facts(run, k, mode, parents), rest)))
 
 
 def compose(data: ModelCardData, title: str, about: str, rows: Mapping[str, Any], rest: str = "") -> ModelCard:
@@ -89,12 +89,7 @@ def complete_cards(run: Run) -> None:
             card.data.eval_results = eval_results(run.recipe.keys.evaluation.task, figures)
             card.data.metrics = ["accuracy"]
             card.text = f"{card.text.partition(RESULTS)[0].rstrip()}\n\n{RESULTS}\n\n{results(found, k, mode)}"
-            save(card, path)
-
-
-def save(card: ModelCard, path: Path) -> None:
-    """Write a card whole or not at all."""
-    files.write_text(path, str(card))
+            files.write_text(path, str(card))
 
 
 def eval_results(task: str, figures: dict[str, Any]) -> list[EvalResult]:
@@ -103,13 +98,11 @@ def eval_results(task: str, figures: dict[str, Any]) -> list[EvalResult]:
 
     k = figures["k"]
     dataset, name = evaluation_set(task)
-    shown = [
-        ("accuracy", f"Mean@{k}", figures["mean@k"], {"k": k, "questions": figures["n"], "ci95": figures["ci95"]}),
-        *([("pass@k", f"Pass@{k}", figures["pass@k"], {"k": k})] if k > 1 else []),
-        *([("vote@k", f"Vote@{k}", figures["vote@k"], {"k": k})] if k > 1 else []),
-        ("tokens", "Tokens a completion", figures["tokens"], None),
-        ("think_ratio", "Think ratio", figures["think_ratio"], None),
-    ]
+    of_mean = {"k": k, "questions": figures["n"], "ci95": figures["ci95"]}
+    shown: list[tuple[str, str, str, dict[str, Any] | None]] = [("accuracy", f"Mean@{k}", "mean@k", of_mean)]
+    if k > 1:
+        shown += [("pass@k", f"Pass@{k}", "pass@k", {"k": k}), ("vote@k", f"Vote@{k}", "vote@k", {"k": k})]
+    shown += [("tokens", "Tokens a completion", "tokens", None), ("think_ratio", "Think ratio", "think_ratio", None)]
     return [
         EvalResult(
             task_type="text-generation",
@@ -118,32 +111,24 @@ def eval_results(task: str, figures: dict[str, Any]) -> list[EvalResult]:
             dataset_name=name,
             metric_type=kind,
             metric_name=metric,
-            metric_value=round(value, 6),
+            metric_value=round(figures[name_in_report], 6),
             metric_args=arguments,
         )
-        for kind, metric, value, arguments in shown
+        for kind, metric, name_in_report, arguments in shown
     ]
 
 
 def results(found: dict[str, Any], k: int, mode: str) -> str:
     """The results section of a card: this checkpoint in a sentence, and the loop up to its iteration."""
-    s = found["iterations"][k][mode]
     upto = {**found, "iterations": found["iterations"][: k + 1]}
-    lines = [
-        "## Results",
-        "",
-        f"{tables.percent(s['mean@k'])} right (95 % interval {tables.interval(s['ci95'])}) on {s['n']} held-out questions, "
-        f"{s['k']} sample{'s' if s['k'] > 1 else ''} a question; {s['tokens']:.1f} tokens a completion, "
-        f"think ratio {s['think_ratio']:.3f}.",
-        "",
-        f"Against the starting pair: {found['iterations'][k]['paired'][mode][-1]['sentence']}",
-        "",
-        "The loop so far; change is in points against iteration 0:",
-        "",
-        *console.table(tables.header(upto), tables.rows(upto)),
-        "",
-    ]
-    return "\n".join(lines)
+    entry = upto["iterations"][k]
+    return templates.markdown(
+        "card_results.md.j2",
+        s=entry[mode],
+        against_start=entry["paired"][mode][-1]["sentence"],
+        header=tables.header(upto),
+        rows=tables.rows(upto),
+    )
 
 
 def parents_of(run: Run, k: int, mode: str) -> list[str]:

@@ -35,6 +35,15 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", dpi=150)
 
 
+def new_axes(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure in inches and its panels, row by row, without frames; panels in one column share their x axis."""
+    figure = new_figure(width, height)
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharex=columns == 1).flat)
+    for axes in panels:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write `path`.png and `path`.svg, each whole or not at all; equal data give equal files."""
     import matplotlib
@@ -43,6 +52,11 @@ def save(figure: Figure, path: Path) -> None:
         for kind, metadata in KINDS.items():
             with files.atomic_file(path.with_name(f"{path.name}.{kind}")) as handle:
                 figure.savefig(handle, format=kind, metadata=metadata)
+
+
+def score_name(k: int) -> str:
+    """What a score over k samples a question is called on an axis."""
+    return "accuracy, %" if k == 1 else f"Mean@{k}, %"
 
 
 PANELS = ("score", "tokens", "think ratio")
@@ -55,8 +69,7 @@ def iterations_picture(report: dict[str, Any], panels: Sequence[str] = PANELS) -
         report: what `report.json` holds.
         panels: which of `PANELS` to draw, from left to right.
     """
-    figure = new_figure(3.6 * len(panels), 2.9)
-    row: list[Axes] = list(figure.subplots(1, len(panels), squeeze=False)[0])
+    figure, row = new_axes(3.6 * len(panels), 2.9, columns=len(panels))
     numbers = [entry["iteration"] for entry in report["iterations"]]
     every = [evaluated(entry) for entry in report["iterations"]]
     for axes, panel in zip(row, panels, strict=True):
@@ -75,12 +88,8 @@ def iterations_picture(report: dict[str, Any], panels: Sequence[str] = PANELS) -
         axes.set_xticks(numbers)
         axes.set_xlim(numbers[0] - 0.2, numbers[-1] + 0.2)
         axes.set_xlabel("iteration")
-        axes.spines[["top", "right"]].set_visible(False)
-        if panel == "score":
-            k = report["iterations"][0]["instruct"]["k"]
-            axes.set_title("accuracy, %" if k == 1 else f"Mean@{k}, %", fontsize=10)
-        else:
-            axes.set_title({"tokens": "tokens an answer"}.get(panel, panel), fontsize=10)
+        named = score_name(report["iterations"][0]["instruct"]["k"])
+        axes.set_title({"score": named, "tokens": "tokens an answer"}.get(panel, panel), fontsize=10)
         if panel == "tokens":
             axes.set_ylim(bottom=0)
         elif panel == "think ratio":
@@ -102,33 +111,22 @@ def paired_picture(report: dict[str, Any]) -> Figure:
         for entry in report["iterations"][1:]
         for found in entry["paired"][mode][: None if entry is report["iterations"][-1] else 1]
     ]
-    figure = new_figure(4.4, 0.9 + 0.32 * len(bars))
-    axes = figure.subplots()
+    figure, (axes,) = new_axes(4.4, 0.9 + 0.32 * len(bars))
     at = range(len(bars))
     won, lost = [b[1] for b in bars], [b[2] for b in bars]
-    axes.barh(at, won, color=COLOURS[2], height=0.6, label="won")
-    axes.barh(at, [-n for n in lost], color=COLOURS[1], height=0.6, label="lost")
+    for numbers, sign, colour in ((won, 1, COLOURS[2]), (lost, -1, COLOURS[1])):
+        drawn = axes.barh(at, [sign * n for n in numbers], color=colour, height=0.6)
+        axes.bar_label(drawn, [str(n) for n in numbers], padding=3, fontsize=9)
     reach = max(1, *won, *lost)
-    for y in at:
-        axes.text(won[y] + 0.02 * reach, y, str(won[y]), va="center", fontsize=9)
-        axes.text(-lost[y] - 0.02 * reach, y, str(lost[y]), va="center", ha="right", fontsize=9)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(at, [b[0] for b in bars], fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(-1.25 * max(reach * 0.4, *lost), 1.25 * max(reach * 0.4, *won))
+    axes.set_xlim(-1.4 * max(reach * 0.4, *lost), 1.25 * max(reach * 0.4, *won))
     axes.set_xticks([])
     for words, side, shift in (("questions lost", "right", -4), ("questions won", "left", 4)):
-        axes.annotate(
-            words,
-            (0, 0),
-            (shift, 0),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            va="top",
-            ha=side,
-            fontsize=9,
-        )
-    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        axes.annotate(words, (0, 0), (shift, 0), **place, va="top", ha=side, fontsize=9)
+    axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(left=False)
     return figure
 
@@ -141,8 +139,7 @@ def time_picture(report: dict[str, Any]) -> Figure:
     """
     entries = report["iterations"]
     names = list(dict.fromkeys(name for entry in entries for name in entry["seconds"]))
-    figure = new_figure(4.4, 1.6 + 0.38 * len(entries))
-    axes = figure.subplots()
+    figure, (axes,) = new_axes(4.4, 1.6 + 0.38 * len(entries))
     left = [0.0] * len(entries)
     for name, colour in zip(names, ("#999999", *COLOURS) * len(names), strict=False):
         minutes = [entry["seconds"].get(name, 0.0) / 60 for entry in entries]
@@ -152,7 +149,6 @@ def time_picture(report: dict[str, Any]) -> Figure:
     axes.set_ylabel("iteration")
     axes.invert_yaxis()
     axes.set_xlabel("minutes")
-    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8, columnspacing=1.2, handlelength=1.2)
     return figure
 
@@ -180,52 +176,36 @@ def switch_picture(result: dict[str, Any]) -> Figure:
     """
     found = result["evaluation"]
     points, default = found["curve"], found["default"]
-    figure = new_figure(9, 3.8)
+    figure, (left, right) = new_axes(9, 3.8, columns=2)
     figure.suptitle(f"{switch_title(result)} ({found['n']} questions)", fontsize=10)
-    left, right = figure.subplots(1, 2)
+
+    def mark(axes: Axes, x: float, share: float, **style: Any) -> None:
+        axes.plot(x, 100 * share, linestyle="", zorder=4, **style)
+
     ends = [(found[mode]["tokens"], 100 * found[mode]["mean@k"]) for mode in MODE_STYLES]
     left.plot(*zip(*ends, strict=True), color="#777777", linestyle="--", linewidth=1.2, label="random mix")
-    left.plot(
-        [p["tokens"] for p in points], [100 * p["accuracy"] for p in points], color=COLOURS[2], label="router", zorder=3
-    )
-    for (mode, style), end in zip(MODE_STYLES.items(), ends, strict=True):
-        left.plot(*end, color=style["color"], marker=style["marker"], linestyle="", label=f"always {mode}", zorder=4)
-    left.plot(
-        found["oracle"]["tokens"],
-        100 * found["oracle"]["accuracy"],
-        color=COLOURS[3],
-        marker="^",
-        linestyle="",
-        label="oracle",
-        zorder=4,
-    )
-    star = {
-        "marker": "*",
-        "markersize": 14,
-        "color": COLOURS[2],
-        "markeredgecolor": "black",
-        "linestyle": "",
-        "zorder": 5,
-    }
-    left.plot(default["tokens"], 100 * default["accuracy"], label="default threshold", **star)
+    at, accuracy = [p["tokens"] for p in points], [100 * p["accuracy"] for p in points]
+    left.plot(at, accuracy, color=COLOURS[2], label="router", zorder=3)
+    for mode, style in MODE_STYLES.items():
+        always = {"color": style["color"], "marker": style["marker"], "label": f"always {mode}"}
+        mark(left, found[mode]["tokens"], found[mode]["mean@k"], **always)
+    mark(left, found["oracle"]["tokens"], found["oracle"]["accuracy"], color=COLOURS[3], marker="^", label="oracle")
+    star = {"marker": "*", "markersize": 14, "color": COLOURS[2], "markeredgecolor": "black"}
+    mark(left, default["tokens"], default["accuracy"], label="default threshold", **star)
     left.set_xlabel("tokens an answer")
-    left.set_ylabel("accuracy, %" if found["k"] == 1 else f"Mean@{found['k']}, %")
+    left.set_ylabel(score_name(found["k"]))
     left.set_xlim(left=0)
     left.legend(frameon=False, fontsize=8, loc="lower right")
-    seen = [p for p in points if "ahead_at_same_share" in p]
     for by, colour, line in (("share", COLOURS[2], "-"), ("tokens", COLOURS[0], "--")):
-        at = [100 * p["share"] for p in seen]
-        right.plot(
-            at, [100 * p[f"ahead_at_same_{by}"] for p in seen], color=colour, linestyle=line, label=f"at the same {by}"
-        )
-        wide = [p for p in seen if f"ahead_at_same_{by}_band" in p]
-        limits = [[100 * p[f"ahead_at_same_{by}_band"][side] for p in wide] for side in (0, 1)]
-        right.fill_between([100 * p["share"] for p in wide], *limits, color=colour, alpha=0.15, linewidth=0)
+        name = f"ahead_at_same_{by}"
+        seen, wide = ([p for p in points if key in p] for key in (name, f"{name}_band"))
+        at, ahead = [100 * p["share"] for p in seen], [100 * p[name] for p in seen]
+        right.plot(at, ahead, color=colour, linestyle=line, label=f"at the same {by}")
+        low, high = ([100 * p[f"{name}_band"][side] for p in wide] for side in (0, 1))
+        right.fill_between([100 * p["share"] for p in wide], low, high, color=colour, alpha=0.15, linewidth=0)
     right.axhline(0, color="black", linewidth=0.8)
-    right.plot(100 * default["share"], 100 * default["ahead_at_same_share"], **star)
+    mark(right, 100 * default["share"], default["ahead_at_same_share"], **star)
     right.set_xlabel("questions thought about, %")
     right.set_ylabel("points ahead of the random mix")
     right.legend(frameon=False, fontsize=8, title="bands: 95 %, all shares at once", title_fontsize=8)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
     return figure

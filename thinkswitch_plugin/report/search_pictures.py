@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from thinkswitch_plugin.report.pictures import COLOURS, new_figure
+from thinkswitch_plugin.report.pictures import COLOURS, new_axes, new_figure
 from thinkswitch_plugin.report.sweeps import points_of, title_of
 
 if TYPE_CHECKING:
@@ -36,18 +36,16 @@ def sweep_picture(result: dict[str, Any], size: tuple[float, float] = (7, 8), *,
         size: in inches; letters keep theirs.
         titled: say above it what was swept.
     """
-    figure = new_figure(*size)
-    panels = figure.subplots(3, 1, sharex=True)
+    figure, panels = new_axes(*size, rows=3)
     first = result["curves"][0]
     edges = [p["lambda"] for p in points_of(result, first)]
     for axes in panels:
         _shade(axes, first["stages"], edges[0], edges[-1])
-        axes.spines[["top", "right"]].set_visible(False)
     for curve, colour in zip(result["curves"], COLOURS * len(result["curves"]), strict=False):
         points = points_of(result, curve)
         at = [p["lambda"] for p in points]
         many = points[0]["k"] > 1
-        style = {"color": colour, "marker": "o", "markersize": 4}
+        style: dict[str, Any] = {"color": colour, "marker": "o", "markersize": 4}
         name = curve["sampling"] if len(result["curves"]) > 1 else None
         panels[0].plot(at, [100 * p["mean@k"] for p in points], **style, label=name or (many and "Mean@k") or None)
         panels[0].fill_between(
@@ -84,14 +82,8 @@ def _shade(axes: Axes, stages: dict[str, Any], start: float, end: float) -> None
         if right > left:
             axes.axvspan(left, right, color=colour, zorder=0)
             if axes.get_subplotspec().is_first_row():  # type: ignore[union-attr]
-                axes.annotate(
-                    name,
-                    ((left + right) / 2, 0.02),
-                    xycoords=("data", "axes fraction"),
-                    ha="center",
-                    fontsize=8,
-                    color="#555555",
-                )
+                words: dict[str, Any] = {"ha": "center", "fontsize": 8, "color": "#555555"}
+                axes.text((left + right) / 2, 0.02, name, transform=axes.get_xaxis_transform(), **words)
 
 
 def modules_picture(grid: dict[tuple[str, str], dict[str, Any]], title: str) -> Figure:
@@ -103,24 +95,19 @@ def modules_picture(grid: dict[tuple[str, str], dict[str, Any]], title: str) -> 
     import numpy as np
 
     sides = ("instruct", "mixed", "thinking")
+    shown = (
+        ("think ratio", "think_ratio", 1, 1, ".2f"),
+        ("score, %", "mean@k", 100, 100, ".1f"),
+        ("tokens", "tokens", 1, None, ".1f"),
+    )
     figure = new_figure(11, 3.8)
-    panels = figure.subplots(1, 3)
-    for axes, (name, key, scale, form) in zip(
-        panels,
-        (
-            ("think ratio", "think_ratio", 1, "{:.2f}"),
-            ("score, %", "mean@k", 100, "{:.1f}"),
-            ("tokens", "tokens", 1, "{:.1f}"),
-        ),
-        strict=True,
-    ):
+    for axes, (name, key, scale, most, form) in zip(figure.subplots(1, 3), shown, strict=True):
         values = np.array([[scale * grid[(a, f)][key] for f in sides] for a in sides])
-        top = {"think_ratio": 1.0, "mean@k": 100.0}.get(key, float(values.max()))
+        top = most or values.max()
         axes.imshow(values, cmap="cividis", vmin=0, vmax=top)
         for (i, j), value in np.ndenumerate(values):
-            axes.text(
-                j, i, form.format(value), ha="center", va="center", color="white" if value < 0.6 * top else "black"
-            )
+            colour = "white" if value < 0.6 * top else "black"
+            axes.text(j, i, format(value, form), ha="center", va="center", color=colour)
         axes.set_xticks(range(3), sides)
         axes.set_yticks(range(3), sides)
         axes.set_xlabel("FFN from")
