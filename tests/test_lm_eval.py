@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from tests.conftest import ROOT
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys, ThinkSwitchKeys
+from thinkswitch_plugin.data.batch import Asked
 from thinkswitch_plugin.demo import task as demo
 from thinkswitch_plugin.engines.embedded import EmbeddedEngine
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -238,10 +239,10 @@ def test_no_think_ratio_is_reported_where_lm_eval_removed_the_traces(
     assert "think_ratio" not in found and found["answered"] == 1.0
     assert "`think_end_token` in the model arguments removes the traces" in caplog.text
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
-    assert [v["has_trace"] for group in score.verdicts("digit", samples, opened=False) for v in group] == [None, None]
+    assert [v["has_trace"] for group in score.verdicts("digit", samples, Asked()) for v in group] == [None, None]
     assert simple_evaluate(checkpoint, "thinkswitch_arithmetic", tmp_path / "with")["think_ratio"] == 1.0
     (samples,) = (tmp_path / "with").rglob("samples_*.jsonl")
-    assert [v["has_trace"] for group in score.verdicts("digit", samples, opened=False) for v in group] == [True, True]
+    assert [v["has_trace"] for group in score.verdicts("digit", samples, Asked()) for v in group] == [True, True]
 
 
 def test_the_tasks_that_publishers_are_compared_with_run_in_lm_eval(

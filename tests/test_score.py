@@ -10,6 +10,7 @@ from tests.conftest import BIN
 from thinkswitch_plugin import files
 from thinkswitch_plugin.conventions import CONVENTIONS, Convention
 from thinkswitch_plugin.data import traces
+from thinkswitch_plugin.data.batch import Asked
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging import score
 
@@ -18,7 +19,7 @@ OUTPUTS = Path("../shared/data/outputs")
 
 
 def judged(path: Path, kind: str = "integer", opened: bool = False) -> list[dict[str, Any]]:
-    return [one for group in score.verdicts(kind, path, opened=opened) for one in group]
+    return [one for group in score.verdicts(kind, path, Asked(opened)) for one in group]
 
 
 def test_rows_of_every_format_are_judged_in_order(write_jsonl: Write, tmp_path: Path, command: Any) -> None:
@@ -148,7 +149,7 @@ def test_a_gold_answer_that_cannot_be_read_is_no_wrong_answer(write_jsonl: Write
     found = judged(path)
     assert [v["correct"] for v in found] == [None, True, False, None]
     assert [v.get("gold_not_read") for v in found] == ["\\frac{8}{21}", None, None, None]
-    score.score_file("integer", path, None, opened=False)
+    score.score_file("integer", path, None, Asked())
     shown = capsys.readouterr().out
     for line in ("| with a gold answer | 2 |", "| gold not read | 1 |", "| correct | 1 | 50.0 % |"):
         assert line in shown
@@ -202,7 +203,7 @@ def test_a_row_of_no_known_format_is_named(write_jsonl: Write, row: dict[str, An
 
 
 def verdicts(path: Path, convention: Convention | None) -> list[dict[str, Any]]:
-    return [one for group in score.verdicts("integer", path, opened=False, convention=convention) for one in group]
+    return [one for group in score.verdicts("integer", path, Asked(convention=convention)) for one in group]
 
 
 @pytest.mark.skipif(not OUTPUTS.is_dir(), reason="the real outputs are not here")
@@ -228,7 +229,7 @@ def test_real_outputs_agree_with_their_publishers(name: str, agree: int, graded:
 def test_no_trace_text_is_in_any_answer_of_real_outputs(path: Path) -> None:
     seen = 0
     for number, row in files.read_jsonl(path):
-        for done in score.completions_of(row, f"line {number}", opened=False):
+        for done in score.completions_of(row, f"line {number}", Asked()):
             if done.complete and done.answer:
                 seen += 1
                 assert not traces.has_tag(done.answer)

@@ -105,6 +105,7 @@ def score(
     file: Path,
 ) -> None:
     """Grade saved outputs again: JSONL rows, lm-eval sample files, OpenAI or vLLM batch files."""
+    from thinkswitch_plugin.data.batch import Asked
     from thinkswitch_plugin.judging.score import convention_named, kind_of, score_file
 
     if (task is None) == (answer is None):
@@ -114,7 +115,7 @@ def score(
         kind, convention = kind_of(task, answer), convention_named(names, trace_open, trace_close)
     except ThinkSwitchError as error:
         raise click.UsageError(str(error)) from None
-    score_file(kind, file, rows, opened="opened" in trace, convention=convention)
+    score_file(kind, file, rows, Asked("opened" in trace, convention))
 
 
 @main.command()

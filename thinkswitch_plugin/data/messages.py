@@ -58,15 +58,14 @@ def texts(message: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def reasoning_of(message: dict[str, Any]) -> str:
-    """The trace that a server returned apart, empty if it returned none. Raises `ValueError` as `texts`."""
+def parts(message: dict[str, Any]) -> tuple[str, str]:
+    """The trace that a server returned apart, and the content without it; empty if there is none.
+
+    Raises `ValueError` as `texts`.
+    """
     found = texts(message)
-    return next((found[name] for name in STORED if found.get(name, "").strip()), "")
-
-
-def content_of(message: dict[str, Any]) -> str:
-    """The text of a message's content without its trace. Raises `ValueError` as `texts`."""
-    return texts(message).get("content", "")
+    trace = next((found[name] for name in STORED if found.get(name, "").strip()), "")
+    return trace, found.get("content", "")
 
 
 def fault(message: dict[str, Any]) -> str | None:

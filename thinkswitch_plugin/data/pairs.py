@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.conventions import Convention
-from thinkswitch_plugin.data import answers, batch, formats
+from thinkswitch_plugin.data import answers, batch, formats, messages
 from thinkswitch_plugin.data.batch import Asked
-from thinkswitch_plugin.data.messages import content_of, reasoning_of
 from thinkswitch_plugin.data.repeats import repeats
 from thinkswitch_plugin.data.traces import Completion, Outcome, control_token, has_tag
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -180,8 +179,8 @@ class Guard:
         elif done.cut or done.outcome in (Outcome.FAILED, Outcome.EMPTY):
             return
         elif self.first is None:
-            message = row["response"]["body"]["choices"][0]["message"]
-            self.first = number, (reasoning_of(message) or content_of(message)).strip()[:BEGINNING]
+            trace, content = messages.parts(row["response"]["body"]["choices"][0]["message"])
+            self.first = number, (trace or content).strip()[:BEGINNING]
         self.whole += 1
 
     def require_traces(self) -> None:

@@ -25,9 +25,8 @@ from enum import StrEnum
 from typing import Any
 
 from thinkswitch_plugin.conventions import CONVENTIONS, ENDS, NONE, Convention
-from thinkswitch_plugin.data import marks
+from thinkswitch_plugin.data import marks, messages
 from thinkswitch_plugin.data.marks import Kind, Mark
-from thinkswitch_plugin.data.messages import content_of, reasoning_of
 
 # What ends a turn or opens another, and other tokens of chat formats: tokenized, it would be no text.
 _CONTROL = re.compile(
@@ -153,7 +152,7 @@ def split_message(
 ) -> Completion:
     """Split the `message` of an OpenAI chat completion; without a reasoning parser its `content` holds the trace."""
     cut = not finished(finish_reason)
-    reasoning, content = reasoning_of(message), content_of(message)
+    reasoning, content = messages.parts(message)
     if reasoning.strip():
         done = split_apart(reasoning, content, cut=cut)
     else:

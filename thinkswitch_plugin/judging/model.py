@@ -20,8 +20,7 @@ from lm_eval.api.model import LM
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
-from thinkswitch_plugin.data import batch
-from thinkswitch_plugin.data.messages import content_of
+from thinkswitch_plugin.data import batch, messages
 from thinkswitch_plugin.engines.ask import Adapter, Asker
 from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -149,7 +148,7 @@ class ThinkSwitchLM(LM):  # type: ignore[misc]
             if body is None:
                 problem = (row.get("error") or {}).get("message", problem)
                 continue
-            text = content_of(body["choices"][0]["message"])
+            _, text = messages.parts(body["choices"][0]["message"])
             found[batch.stored_id(row, answered, number)] = Answered.of(text, batch.completion_of(row, self.how))
         missing = [name for name in names if name not in found]
         if missing:

@@ -27,7 +27,7 @@ from thinkswitch_plugin import console, conventions, files
 from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.data import batch, messages
 from thinkswitch_plugin.data.task_files import answer_kind
-from thinkswitch_plugin.data.traces import Completion, Outcome, split, split_message
+from thinkswitch_plugin.data.traces import Completion, Outcome
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging import samples
 from thinkswitch_plugin.judging.verdict import verdict_on
@@ -35,20 +35,14 @@ from thinkswitch_plugin.judging.verdict import verdict_on
 NO_ANSWER = "no_readable_answer"
 
 
-def completions_of(
-    row: dict[str, Any], where: str, *, opened: bool, convention: Convention | None = None
-) -> list[Completion]:
+def completions_of(row: dict[str, Any], where: str, how: batch.Asked) -> list[Completion]:
     """The completions that one row of any known format holds.
-
-    Args:
-        opened, convention: as for `traces.split`.
 
     Raises `ThinkSwitchError` naming the row if it is of none.
     """
     if isinstance(row.get("resps"), list):
-        return [split(str(text), opened=opened, convention=convention) for text in samples.completions(row["resps"])]
+        return [how.split({"content": str(text)}, None) for text in samples.completions(row["resps"])]
     if "response" in row:
-        how = batch.Asked(opened, convention)
         choices = (batch.completion_body(row) or {"choices": [{}]})["choices"]
         return [batch.completion_of({"response": {"body": {"choices": [choice]}}}, how) for choice in choices]
     if not {"raw", "reasoning", "content"} & row.keys():
@@ -64,10 +58,7 @@ def completions_of(
     message = read if row.get("raw") is None else {"content": row["raw"]}
     if fault := messages.fault(message):
         raise ThinkSwitchError(f"{where}: {fault}.")
-    # A server that parsed the trace has taken it out.
-    opened = opened and not messages.reasoning_of(message)
-    finish_reason = row.get("finish_reason")
-    return [split_message(message, opened=opened, finish_reason=finish_reason, convention=convention)]
+    return [how.split(message, row.get("finish_reason"))]
 
 
 def gold_of(row: dict[str, Any]) -> str | None:
@@ -111,14 +102,12 @@ def verdict(kind: str, done: Completion, gold: str | None, letters: dict[str, st
     }
 
 
-def verdicts(
-    kind: str, path: Path, *, opened: bool, convention: Convention | None = None
-) -> Iterator[list[dict[str, Any]]]:
+def verdicts(kind: str, path: Path, how: batch.Asked) -> Iterator[list[dict[str, Any]]]:
     """The verdicts of every row, in order: one a row, or k where a row holds k samples."""
     removed = trace_removed(path)
     for number, row in files.read_jsonl(path):
         gold, letters = gold_of(row), letters_of(row)
-        done = completions_of(row, f"{path}, line {number}", opened=opened, convention=convention)
+        done = completions_of(row, f"{path}, line {number}", how)
         found = [verdict(kind, one, gold, letters) for one in done]
         yield [{**one, "has_trace": None} for one in found] if removed else found
 
@@ -171,7 +160,7 @@ def convention_named(names: Sequence[str], opening: str | None, closing: str | N
     return conventions.from_key(values[0]) if values else None
 
 
-def score_file(kind: str, path: Path, rows: Path | None, *, opened: bool, convention: Convention | None = None) -> None:
+def score_file(kind: str, path: Path, rows: Path | None, how: batch.Asked) -> None:
     """Print a table for a file of outputs and, on request, write the verdicts.
 
     Args:
@@ -183,7 +172,7 @@ def score_file(kind: str, path: Path, rows: Path | None, *, opened: bool, conven
     reasons: Counter[str] = Counter()
 
     with files.atomic_file(rows) if rows else nullcontext() as out:
-        for group in verdicts(kind, path, opened=opened, convention=convention):
+        for group in verdicts(kind, path, how):
             for one in group:
                 counts["completions"] += 1
                 counts["with a trace"] += one["has_trace"] is True

@@ -39,14 +39,10 @@ def words(data: dict[str, Any]) -> list[str]:
     ]
     for key, title in (("angle", "angle (rad)"), ("distance", "‖a−b‖/‖a‖"), ("sphere_gap", "SLERP − linear")):
         rows.append(f"  {title:18} " + " ".join(f"{data[key][part]:9.2g}" for part in ("min", "median", "max")))
-    rows.append(
-        f"SLERP and linear interpolation differ by at most {data['sphere_gap']['max']:.1%} of a tensor's norm "
-        f"for this pair (at λ = 0.5, in {data['sphere_gap']['where']})."
-        if data["sphere_gap"]["max"] >= 0.001
-        else f"SLERP and linear interpolation differ by at most {data['sphere_gap']['max']:.1g} of a tensor's norm "
-        f"for this pair (at λ = 0.5, in {data['sphere_gap']['where']})."
-    )
-    rows.append(
-        f"mergekit's slerp is itself linear (|cos| > {MERGEKIT_LINEAR}) in {data['linear_in_mergekit']:.0%} of the tensors."
-    )
+    most = data["sphere_gap"]["max"]
+    rows += [
+        f"SLERP and linear interpolation differ by at most {most:{'.1%' if most >= 0.001 else '.1g'}} of a tensor's norm "
+        f"for this pair (at λ = 0.5, in {data['sphere_gap']['where']}).",
+        f"mergekit's slerp is itself linear (|cos| > {MERGEKIT_LINEAR}) in {data['linear_in_mergekit']:.0%} of the tensors.",
+    ]
     return rows
