@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,9 +130,16 @@ class Answered(NamedTuple):
 
 
 def completions(
-    requests: Path, generations: Path, convention: Convention | None = None, report: PairReport | None = None
+    requests: Path,
+    generations: Path,
+    convention: Convention | None = None,
+    report: PairReport | None = None,
+    ids: Container[str] | None = None,
 ) -> Iterator[Answered]:
     """Yield every request, in order, with its completion; memory grows with ids only. Arguments as of `build_pairs`.
+
+    Args:
+        ids: only these requests; None for all.
 
     Raises `ThinkSwitchError` for a broken line, and at the end if (nearly) no completion has the trace that is expected.
     """
@@ -155,6 +162,8 @@ def completions(
 
     with files.rows_by_key(generations, key, torn_end=True) as stored_row:
         for _, request in files.read_jsonl(requests):
+            if ids is not None and request["custom_id"] not in ids:
+                continue
             how, found = batch.asked(request, convention), stored_row(request["custom_id"])
             done = found and batch.completion_of(found[1], how)
             if found and done and how.thinks:

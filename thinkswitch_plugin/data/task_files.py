@@ -30,32 +30,6 @@ def installed() -> Path | None:
     return next((module.resolve().parent for module in modules if module.is_file()), None)
 
 
-def answer_kind(name: str) -> str | None:
-    """How an lm-eval task of ours reads answers, by the function that it grades with: `grade_integer` -> integer.
-
-    Args:
-        name: the task, with or without `thinkswitch_`.
-
-    Returns:
-        A key of `KINDS`; None if the task grades in another way.
-
-    Raises `ThinkSwitchError` if there is no such task.
-    """
-    names, folders = (
-        dict.fromkeys((f"thinkswitch_{name}", name)),
-        [f for f in (places.find(places.TASKS), installed()) if f],
-    )
-    place = next(((n, f) for f in folders for n in names if (f / f"{n}.yaml").is_file()), None)
-    if place is None:
-        known = sorted({p.stem.removeprefix("thinkswitch_") for f in folders for p in f.glob("thinkswitch_*.yaml")})
-        raise ThinkSwitchError(
-            f"There is no task {name!r}; use one of {', '.join(known)}, a file of lm_eval_tasks/, or `--answer KIND`."
-            if known
-            else f"There is no task {name!r}, as no task files are installed; use `--answer KIND`."
-        )
-    return kind_of_task(*place)
-
-
 def kind_of_task(name: str, folder: Path | None = None) -> str | None:
     """A key of `KINDS` if it is one of our tasks and grades with one, otherwise None."""
     functions = (values.get("process_results") for values in _every(name, folder))

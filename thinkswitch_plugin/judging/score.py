@@ -23,10 +23,9 @@ from typing import Any
 
 import orjson
 
-from thinkswitch_plugin import console, conventions, files
+from thinkswitch_plugin import console, conventions, files, places
 from thinkswitch_plugin.conventions import Convention
-from thinkswitch_plugin.data import batch, messages
-from thinkswitch_plugin.data.task_files import answer_kind
+from thinkswitch_plugin.data import batch, messages, task_files
 from thinkswitch_plugin.data.traces import Completion, Outcome
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging import samples
@@ -127,13 +126,26 @@ def trace_removed(path: Path) -> bool:
 
 
 def kind_of(task: str | None, answer: str | None) -> str:
-    """How answers are read: as `answer` says, or as an lm-eval task of ours reads them.
+    """How answers are read: as `answer` says, or as an lm-eval task of ours grades them (`grade_integer` -> integer).
+
+    Args:
+        task: its name, with or without `thinkswitch_`.
 
     Raises `ThinkSwitchError` if there is no such task, or it does not grade by a kind.
     """
     if answer is not None:
         return answer
-    kind = answer_kind(task or "")
+    names = dict.fromkeys((f"thinkswitch_{task}", str(task)))
+    folders = [folder for folder in (places.find(places.TASKS), task_files.installed()) if folder]
+    place = next(((n, f) for f in folders for n in names if (f / f"{n}.yaml").is_file()), None)
+    if place is None:
+        known = sorted({p.stem.removeprefix("thinkswitch_") for f in folders for p in f.glob("thinkswitch_*.yaml")})
+        raise ThinkSwitchError(
+            f"There is no task {task!r}; use one of {', '.join(known)}, a file of lm_eval_tasks/, or `--answer KIND`."
+            if known
+            else f"There is no task {task!r}, as no task files are installed; use `--answer KIND`."
+        )
+    kind = task_files.kind_of_task(*place)
     if kind is None:
         raise ThinkSwitchError(
             f"The task {task!r} grades by a function of its own; use `--answer KIND` to grade its outputs."

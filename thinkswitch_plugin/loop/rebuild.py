@@ -69,9 +69,8 @@ class Traces:
 
 def count_traces(requests: Path, generations: Path, ids: Sequence[str], convention: Convention | None = None) -> Traces:
     """How often the completions of the requests with these ids think, of each the one that `pairs` takes."""
-    wanted = set(ids)
-    every = pairs.completions(requests, generations, convention)
-    found = [one.done for one in every if one.done and one.request["custom_id"] in wanted]
+    every = pairs.completions(requests, generations, convention, ids=set(ids))
+    found = [one.done for one in every if one.done]
     whole = [done for done in found if not done.cut and done.outcome is not Outcome.FAILED]
     return Traces(sum(done.closed_trace for done in whole), len(whole), len(ids))
 
