@@ -13,9 +13,9 @@ from thinkswitch_plugin.data.task_files import task_files
 from thinkswitch_plugin.environment import has_cuda
 from thinkswitch_plugin.judging.samples import read_rows, samples_file
 from thinkswitch_plugin.loop.work import merge_adapter
-from thinkswitch_plugin.perception.answering import load_model
 from thinkswitch_plugin.perception.label_job import LabelJob
 from thinkswitch_plugin.perception.labels import prepare_student
+from thinkswitch_plugin.perception.training import load_model
 from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.stamp import once
 

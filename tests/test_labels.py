@@ -29,7 +29,7 @@ from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.loop import check
-from thinkswitch_plugin.perception import answering, labels, training
+from thinkswitch_plugin.perception import labels, training
 from thinkswitch_plugin.perception.label_job import LabelJob, find_job, parse_baselines
 from thinkswitch_plugin.perception.label_material import Question, assign_folds, majority_references, read_material
 from thinkswitch_plugin.recipe import load_recipe
@@ -469,6 +469,6 @@ def test_vllm_with_the_adapter_answers_as_transformers_does(labelled: Any, tmp_p
     here = Hashes(tmp_path)
     adapter = fold / "post" / "adapter"
     trained = training.Trained(work.parent / "student", adapter)
-    answering.answer(trained, fold / "requests.jsonl", out, engine="vllm", keys=keys, hashes=here)
+    training.answer(trained, fold / "requests.jsonl", out, engine="vllm", keys=keys, hashes=here)
     served, embedded = (dict(labels.completions(path)) for path in (out, fold / "post" / "generations.jsonl"))
     assert served == embedded and len(served) == QUESTIONS // 2

@@ -33,7 +33,7 @@ from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint
 from thinkswitch_plugin.judging.figures import summarize
 from thinkswitch_plugin.judging.samples import read_samples
-from thinkswitch_plugin.perception.answering import load_model
+from thinkswitch_plugin.perception.training import load_model
 from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.router.make_switch import make_switch
 from thinkswitch_plugin.router.switch import Switch

@@ -28,7 +28,6 @@ from thinkswitch_plugin.data import answers, batch, formats
 from thinkswitch_plugin.data.formats import POST, PRE, Format
 from thinkswitch_plugin.data.prompts import write_requests
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.perception.answering import answer
 from thinkswitch_plugin.perception.label_job import LabelJob
 from thinkswitch_plugin.perception.label_material import (
     ASSUMES,
@@ -39,7 +38,7 @@ from thinkswitch_plugin.perception.label_material import (
     assign_folds,
     read_material,
 )
-from thinkswitch_plugin.perception.training import TYPES, Condition, train_condition
+from thinkswitch_plugin.perception.training import TYPES, Condition, answer, train_condition
 from thinkswitch_plugin.run import checkpoint, locked, versions
 from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.progress import duration

@@ -1,4 +1,4 @@
-"""Train one condition of an adaptive model: a student, rows in one or both formats, and what differs, by axolotl.
+"""Train one condition of an adaptive model by axolotl: a student, rows in one or both formats, and what differs; and ask it.
 
 post/axolotl.yaml    the complete config, which plain `axolotl train` runs as it is
 post/adapter/        what came of it
@@ -8,16 +8,23 @@ post/trained.json    what it depends on, and its seconds; written last
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from thinkswitch_plugin.args import PerceptionKeys
+from thinkswitch_plugin.args import EngineKeys, PerceptionKeys
 from thinkswitch_plugin.data.formats import POST, PRE, Format
+from thinkswitch_plugin.engines.ask import Adapter
+from thinkswitch_plugin.engines.generate import generate
+from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.recipe import Recipe, overlay, training_config
-from thinkswitch_plugin.run.checkpoint import MODULE
+from thinkswitch_plugin.run.checkpoint import MODULE, perception_of
 from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.stamp import once
 from thinkswitch_plugin.training import distil
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TYPES: dict[Format, str] = {PRE: "thinkswitch_plugin.pre_thinking", POST: "thinkswitch_plugin.post_thinking"}
 PLACES = ("base_model", "datasets", "dataset_prepared_path", "output_dir")  # known by content, not by path
@@ -112,3 +119,77 @@ def without_perception(values: dict[str, Any]) -> dict[str, Any]:
             rest = [entry for entry in kept.pop(name) or [] if MODULE not in named(entry)]
             kept |= {name: rest} if rest else {}
     return kept
+
+
+def load_model(student: Path, adapter: Path) -> PreTrainedModel:
+    """A student with an adapter on it, in memory and in the student's own precision, ready to generate.
+
+    Args:
+        student: the checkpoint folder that the adapter was trained on.
+        adapter: a PEFT adapter folder, with a perception module or without.
+    """
+    if perception_of(adapter) is not None:
+        from thinkswitch_plugin.perception.model import load
+
+        return load(student, adapter)
+    from thinkswitch_plugin.engines.embedded import with_adapter
+
+    merged: PreTrainedModel = with_adapter(student, adapter).merge_and_unload()
+    return merged
+
+
+def answer(
+    trained: Trained, requests: Path, out: Path, *, engine: str, keys: EngineKeys, hashes: Hashes, seed: int = 0
+) -> dict[str, Any]:
+    """Answer every request into `out`, unless it holds the answers of this student and adapter to them.
+
+    Answers that a killed attempt left are kept. Nothing is merged: the adapter lies on the student in
+    memory (peft), or in vLLM's.
+
+    Args:
+        engine: `vllm` or `embedded`.
+
+    Returns:
+        What its stamp holds (`generations.json` beside `generations.jsonl`): `seconds`, `tokens`, …
+
+    Raises:
+        ThinkSwitchError: as `generate`; a question got no answer; or the engine cannot serve the adapter.
+    """
+    student, adapter = trained.student, trained.adapter
+    if engine != "embedded" and perception_of(adapter) is not None:
+        raise ThinkSwitchError(
+            f"{adapter} has a perception module, which vLLM's adapters leave out; use ENGINE=embedded, or prompt "
+            "embeddings as docs/adaptive.md shows."
+        )
+    key = {
+        "student": hashes.of(student),
+        "adapter": hashes.of(adapter),
+        "requests": hashes.of(requests),
+        "engine": engine,
+        "vllm_args": keys.vllm_args if engine == "vllm" else [],
+    }
+    hashes.save()
+
+    def work(_resume: bool) -> dict[str, Any]:
+        if engine == "embedded":
+            from transformers import set_seed
+
+            set_seed(seed)  # as far as it goes: answers depend on how batches are made up
+        report = generate(
+            requests,
+            out,
+            str(student),
+            engine,
+            keys,
+            adapter=Adapter(adapter, partial(load_model, student, adapter)),
+            log=out.parent / "logs" / "answer.log",
+            title="answer",
+        )
+        if report.failed:
+            raise ThinkSwitchError(
+                f"{report.failed} of {report.requests} questions got no answer (see {out}); those that have one "
+                "keep it: run the same command again."
+            )
+        return {"questions": report.requests, "tokens": report.tokens}
+
+    return once(out.with_suffix(".json"), {"key": key}, (out,), work)

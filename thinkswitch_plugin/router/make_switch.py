@@ -3,7 +3,7 @@
     iter-2/switch/labels.jsonl    what each label prompt needs (`agreement.py`)
     iter-2/switch/router.skops    the router (`classifier.py`)
     iter-2/switch/switch.json     how it was chosen, the threshold, the curve (`curve.py`)
-    iter-2/switch/switch.md .png .svg    the same as tables (`tables.py`) and as a picture
+    iter-2/switch/switch.md .png .svg    the same as tables and as a picture
 
 Killed at any time, the same command continues with the answers that are missing. Router and threshold come from the
 label prompts alone; the evaluation's questions only measure them.
@@ -12,6 +12,7 @@ label prompts alone; the evaluation's questions only measure them.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,12 @@ from thinkswitch_plugin.judging.figures import Sample, interval, summarize
 from thinkswitch_plugin.judging.paired import compare
 from thinkswitch_plugin.judging.samples import samples_file, samples_of
 from thinkswitch_plugin.loop import work
+from thinkswitch_plugin.report import templates
+from thinkswitch_plugin.report.pictures import switch_title
+from thinkswitch_plugin.report.tables import percent, points, points_span
 from thinkswitch_plugin.router import curve
 from thinkswitch_plugin.router.agreement import Labels, label_by_agreement, read_labels
 from thinkswitch_plugin.router.classifier import Router, Trained, threshold_that_keeps, train
-from thinkswitch_plugin.router.tables import markdown
 from thinkswitch_plugin.run import MODES, Run, locked, versions
 from thinkswitch_plugin.run.hashes import Hashes
 
@@ -164,3 +167,36 @@ def stored_switch(run: Run, k: int) -> tuple[Router, float]:
             f"{folder} has no router yet; train one first: make switch DOMAIN={run.recipe.keys.domain} ITER={k}"
         )
     return Router.load(folder / "router.skops"), float(files.read_json(folder / "switch.json")["threshold"]["value"])
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """`switch.md` from `switch.json`."""
+    return templates.markdown(
+        "switch.md.j2", result=result, title=switch_title(result), points=_rows(result["evaluation"])
+    )
+
+
+def _rows(found: dict[str, Any]) -> Iterator[list[str]]:
+    """Always instruct, the router at about every tenth of thinking, always thinking, the default, the oracle."""
+
+    def always(mode: str, share: float) -> list[str]:
+        return _row(f"always {mode}", {**found[mode], "accuracy": found[mode]["mean@k"], "share": share})
+
+    seen = [p for p in found["curve"] if "ahead_at_same_share" in p and 0 < p["share"] < 1]
+    tenths = range(1, 10) if seen else ()
+    nearest = {min(range(len(seen)), key=lambda i: abs(10 * seen[i]["share"] - tenth)) for tenth in tenths}
+    yield always("instruct", 0.0)
+    yield from (_row("router", seen[i]) for i in sorted(nearest))
+    yield always("thinking", 1.0)
+    yield _row("router, default", found["default"])
+    yield _row("oracle", found["oracle"])
+
+
+def _row(name: str, point: dict[str, Any]) -> list[str]:
+    """What there is of a point; only the router's have a threshold and a comparison."""
+    cells = [name, "", percent(point["share"]), percent(point["accuracy"]), f"{point['tokens']:.1f}"]
+    if "threshold" not in point:
+        return [*cells, "", "", "", "", ""]
+    cells[1] = f"{point['threshold']:.3f}"
+    ahead = [(f"ahead_at_same_{by}", f"ahead_at_same_{by}_ci95") for by in curve.BY]
+    return [*cells, percent(point["mix"]), *(c for n, i in ahead for c in (points(point[n]), points_span(point[i])))]
