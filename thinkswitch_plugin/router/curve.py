@@ -46,7 +46,7 @@ class Judged:
         both = {"instruct": instruct, "thinking": thinking}
         return cls(
             p=p,
-            score={mode: np.array([np.mean(s.correct) for s in found]) for mode, found in both.items()},
+            score={mode: np.array([s.mean for s in found]) for mode, found in both.items()},
             tokens={mode: np.array([np.mean(s.tokens) for s in found]) for mode, found in both.items()},
             suffices=np.array([s.vote for s in instruct]),
         )
@@ -150,7 +150,9 @@ def compared(judged: Judged, think: NDArray[np.bool_]) -> dict[str, Any]:
 def area(judged: Judged) -> dict[str, Any]:
     """How far the router is ahead on the average over all shares (by the trapezoid rule), and its 95 % interval."""
     masks = [judged.p >= threshold for threshold in thresholds(judged.p)]
-    values = np.trapezoid([ahead(judged, mask) for mask in masks], [mask.mean() for mask in masks], axis=0)
+    steps = np.diff([mask.mean() for mask in masks]) / 2
+    weights = np.append(steps, 0) + np.append(0, steps)  # so that one mask's values are in memory at a time
+    values = np.asarray(sum(weight * ahead(judged, mask) for weight, mask in zip(weights, masks, strict=True)))
     return {"ahead": float(values.mean()), "ci95": bootstrapped(values.tolist())}
 
 
