@@ -120,7 +120,7 @@ def build_pairs(
             yield {"messages": turns, **ids, **({"trace": done.trace} if keep_trace else {})}
 
 
-class Answered(NamedTuple):
+class AnsweredRequest(NamedTuple):
     """A request, how its completion is read, its completion (None if there is none) and the tokens of that."""
 
     request: dict[str, Any]
@@ -135,7 +135,7 @@ def completions(
     convention: Convention | None = None,
     report: PairReport | None = None,
     ids: Container[str] | None = None,
-) -> Iterator[Answered]:
+) -> Iterator[AnsweredRequest]:
     """Yield every request, in order, with its completion; memory grows with ids only. Arguments as of `build_pairs`.
 
     Args:
@@ -168,7 +168,9 @@ def completions(
             done = found and batch.completion_of(found[1], how)
             if found and done and how.thinks:
                 guard.look_at(*found, done)
-            yield Answered(request, how, done, batch.tokens_of(batch.completion_body(found[1]) or {}) if found else 0)
+            yield AnsweredRequest(
+                request, how, done, batch.tokens_of(batch.completion_body(found[1]) or {}) if found else 0
+            )
     if report:
         guard.require_traces()
 
