@@ -104,3 +104,27 @@ def test_points_are_ordered_by_lambda_and_cut_answers_are_left_out_of_the_ratio(
     c = Curve.of(stored)
     assert c.weights.tolist() == [0.0, 1.0]
     assert c.think_ratio.tolist() == [0.0, 1.0]
+
+
+def test_a_difference_that_is_only_due_to_the_choice_is_corrected_away() -> None:
+    measured, fixed, covered = [], [], []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        score = (rng.random((6, 60)) < 0.5).astype(float)  # six points, none better than another
+        flat = np.ones((6, 60))
+        there = sweet_spot(Curve(np.linspace(0, 1, 6), score, flat, flat, flat), draws=100)["thinking"]
+        low, high = there["corrected_ci95"]
+        measured.append(there["difference"])
+        fixed.append(there["corrected"])
+        covered.append(low <= 0 <= high)
+    assert np.mean(measured) > 0.06
+    assert abs(np.mean(fixed)) < 0.5 * np.mean(measured)
+    assert np.mean(covered) > 0.85
+
+
+def test_a_difference_that_no_choice_could_exaggerate_stays_as_it_is() -> None:
+    score = np.stack([np.zeros(50), np.ones(50), np.full(50, 0.5)])
+    flat = np.ones((3, 50))
+    there = sweet_spot(Curve(np.array([0.0, 0.5, 1.0]), score, flat, flat, flat), draws=100)["thinking"]
+    assert there["corrected"] == there["difference"] == 0.5
+    assert there["corrected_ci95"] == [0.5, 0.5]

@@ -89,7 +89,7 @@ def is_cut(tokens: int, budget: int) -> bool:
     return tokens >= CUT_FROM * budget
 
 
-def think_ratio(closed: int, whole: int) -> float:
+def think_ratio(closed: float, whole: float) -> float:
     """Completions that closed a trace ÷ completions that were not cut; 0 if all were cut.
 
     Args:

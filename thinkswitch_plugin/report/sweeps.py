@@ -41,11 +41,17 @@ def sentence(curve: dict[str, Any]) -> str:
     text = f"λ* = {spot['lambda']:g} (95 % {low:g} to {high:g}): {100 * spot['mean@k']:.1f} % at {spot['tokens']:.1f} tokens"
     if spot["thinking"]:
         there = spot["thinking"]
-        below, above = (100 * v for v in there["difference_ci95"])
         text += (
             f"; λ = 1: {100 * there['mean@k']:.1f} % at {there['tokens']:.1f} tokens "
-            f"(difference {100 * there['difference']:+z.1f} points, {below:+z.1f} to {above:+z.1f})"
+            f"(difference {100 * there['difference']:+z.1f} points"
         )
+        if "corrected" in there:  # sweeps of earlier versions have none
+            below, above = (100 * v for v in there["corrected_ci95"])
+            text += (
+                f", {100 * there['corrected']:+z.1f} corrected for the choice of λ* on the same questions, "
+                f"95 % {below:+z.1f} to {above:+z.1f}"
+            )
+        text += ")"
     return text + "."
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from thinkswitch_plugin.judging.verdict import think_ratio
+
 Array = NDArray[np.float64]
 
 LOW, HALF, HIGH = 0.05, 0.5, 0.95
@@ -55,9 +57,9 @@ class Curve:
 
     @property
     def think_ratio(self) -> Array:
-        """Closed traces over completions that were not cut, a point; 0 where all were cut."""
-        whole = self.whole.sum(axis=1)
-        return np.divide(self.closed.sum(axis=1), whole, out=np.zeros(len(whole)), where=whole > 0)
+        """`verdict.think_ratio` of each point."""
+        counts = zip(self.closed.sum(axis=1), self.whole.sum(axis=1), strict=True)
+        return np.array([think_ratio(closed, whole) for closed, whole in counts], dtype=np.float64)
 
 
 def crossing(weights: Array, values: Array, level: float, *, last: bool = False) -> float | None:
@@ -112,12 +114,14 @@ def sweet_spot(curve: Curve, *, draws: int = DRAWS) -> dict[str, Any]:
 
     Returns:
         ``lambda``, its ``mean@k`` and ``tokens``; ``thinking``: the same at λ = 1, with the
-        paired difference in Mean@k and its 95 % bootstrap interval; ``interval``: 2.5 and
+        paired difference in Mean@k and its 95 % bootstrap interval, both as if λ* had been
+        given, and ``corrected`` and ``corrected_ci95``, see `corrected`; ``interval``: 2.5 and
         97.5 % of λ* over the draws; ``share``: how often each λ was picked.
     """
     index = pick(curve)
     questions = curve.resampled(draws)
-    picked = curve.weights[[pick(curve.take(q)) for q in questions]]
+    chosen = np.array([pick(curve.take(q)) for q in questions])
+    picked = curve.weights[chosen]
     values, counts = np.unique(picked, return_counts=True)
     found: dict[str, Any] = {
         "lambda": float(curve.weights[index]),
@@ -136,8 +140,32 @@ def sweet_spot(curve: Curve, *, draws: int = DRAWS) -> dict[str, Any]:
             "tokens": float(curve.tokens[thinking[0]].mean()),
             "difference": float(difference.mean()),
             "difference_ci95": [float(v) for v in np.quantile(means, [0.025, 0.975])],
+            **corrected(curve.score - curve.score[thinking[0]], index, questions, chosen),
         }
     return found
+
+
+def corrected(
+    differences: Array, index: int, questions: NDArray[np.int64], chosen: NDArray[np.int64]
+) -> dict[str, Any]:
+    """The difference to λ = 1 at λ*, less what it owes to λ* having been chosen on the same questions.
+
+    λ* is chosen anew on every draw. What it gains there beyond what the same λ has on all questions is
+    the optimism of the choice (Efron and Tibshirani 1993, §17.6); its mean over the draws is taken off.
+    The interval is that of the draws' own differences, the optimism taken off as well.
+
+    Args:
+        differences: to λ = 1, (points, questions).
+        index: the point of λ*.
+        questions, chosen: the draws, and the point that each of them chose.
+    """
+    on_draw = np.array([differences[c, q].mean() for c, q in zip(chosen, questions, strict=True)])
+    optimism = (on_draw - differences.mean(axis=1)[chosen]).mean()
+    interval = np.quantile(on_draw, [0.025, 0.975]) - optimism
+    return {
+        "corrected": float(differences[index].mean() - optimism),
+        "corrected_ci95": [float(v) for v in interval],
+    }
 
 
 def stages(curve: Curve, *, draws: int = DRAWS) -> dict[str, Any]:
