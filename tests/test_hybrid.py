@@ -166,7 +166,7 @@ def test_a_report_shows_each_checkpoint_of_a_hybrid_in_both_modes(tmp_path: Path
 
 
 @pytest.fixture(scope="session")
-def hybrid_run(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def hybrid_run(make: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One iteration of the embedded hybrid with half the prompts and half the questions, by `make iterate`."""
 
     def iterate(runs: Path) -> None:
@@ -174,7 +174,7 @@ def hybrid_run(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Pa
         half = {"thinkswitch": {"prompts": {"count": 256}, "evaluation": {"limit": 200}}}
         files.write_yaml(runs / "half.yaml", half)
         words = ("DOMAIN=arithmetic-hybrid", "ITERATIONS=1", "ENGINE=embedded", f"OVERLAY={runs / 'half.yaml'}")
-        done = command("make", "iterate", *words, f"RUNS={runs}", timeout=1800)
+        done = make("iterate", *words, f"RUNS={runs}", timeout=1800)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     return once(tmp_path_factory, "hybrid", iterate) / "arithmetic-hybrid"
