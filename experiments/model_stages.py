@@ -1,4 +1,4 @@
-"""The columns of docs/models.md that run engines on a tiny pair: train, merge-lora, export, loop, sweep by server.
+"""The columns of docs/models.md that run engines on a tiny pair: train, merge-lora, export, loop.
 
 axolotl, mergekit and peft run as in the loop, in forks of a process that has imported them.
 """
@@ -199,31 +199,3 @@ def loop(model: Any, roles: Roles, folder: Path) -> None:
         work.evaluate(run, 1, mode)
     found = files.read_json(run.iteration(1) / "pairs.json")
     assert found["pairs"] == len(QUESTIONS), f"pairs.json says {found}"
-
-
-def sweep_by_server(model: Any, roles: Roles, folder: Path) -> None:
-    """A point of a sweep as a checkpoint on disk, served by vLLM, which answers."""
-    from transformers import AutoTokenizer
-
-    from thinkswitch_plugin.data import batch
-    from thinkswitch_plugin.data.prompts import write_requests
-    from thinkswitch_plugin.engines.generate import generate
-
-    merged, keys = folder / "merged", recipe_for(roles["instruct"]).keys
-    if not merged.is_dir():
-        from experiments.models import merge
-
-        merge(model, dict(roles), folder)
-    tokenizer = AutoTokenizer.from_pretrained(roles["instruct"])
-    tokenizer.save_pretrained(merged)
-    write_requests(
-        folder / "asked.jsonl",
-        [(str(number), [{"role": "user", "content": question}]) for number, question in enumerate(QUESTIONS)],
-        model=str(merged),
-        how=batch.asked_of(tokenizer, keys.convention),
-        sampling=keys.sampling,
-        seed=0,
-    )
-    log = folder / "logs" / "vllm.log"
-    report = generate(folder / "asked.jsonl", folder / "answers.jsonl", str(merged), "vllm", keys.engine, log=log)
-    assert report.answered == len(QUESTIONS) and not report.failed, f"of {len(QUESTIONS)} questions: {report}"

@@ -389,14 +389,14 @@ COLUMNS: dict[str, Check] = {
 }
 
 
-ENGINES = ("sweep by server", "train", "merge-lora", "export", "loop")
+ENGINES = ("train", "merge-lora", "export", "loop")
 
 
 def checks(names: Iterable[str]) -> dict[str, Check]:
     """The columns of these names, and how each is tried."""
     from experiments import model_stages as stages
 
-    by_engines = (stages.sweep_by_server, stages.train, stages.merge_lora, stages.export, stages.loop)
+    by_engines = (stages.train, stages.merge_lora, stages.export, stages.loop)
     every = COLUMNS | dict(zip(ENGINES, by_engines, strict=True))
     return {name: every[name] for name in names}
 
