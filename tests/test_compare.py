@@ -56,7 +56,7 @@ def makefile(tmp_path: Path) -> Path:
     ],
 )
 def test_a_question_reaches_the_command_as_it_is(makefile: Path, command: Any, question: str, by: str) -> None:
-    words = ["compare", "VENV=.venv"]
+    words = ["make", "compare", "VENV=.venv"]
     if by == "command line":
         done = command(*words, f"QUESTION={question}", "ITER=2", cwd=makefile)
     else:
