@@ -70,7 +70,7 @@ endif
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines \
-	similarity labels adaptive switch export-loras serve control results chaos bench-engines bench-sweep bench-merge bench-export bench-faults \
+	similarity labels adaptive switch export-loras serve control results chaos bench-engines bench-sweep bench-live bench-merge bench-export bench-faults \
 	bench-pairs bench-report gpu-check screenshots fuzz bad-input traces models lines lint test-fast test
 
 ##@ Run
@@ -178,7 +178,7 @@ switch: setup ## train a router between instruct and thinking, and evaluate it o
 export-loras: setup ## export instruct and thinking as two LoRAs of one base: make export-loras ITER=1 RANK="8 16 32 64 128"
 	@$(TS) export-loras
 
-serve: setup ## start vLLM with both modes of an export, or with one checkpoint: make serve ITER=1; make serve MODEL=folder
+serve: setup ## start vLLM with both modes of an export, one checkpoint, or a λ: make serve ITER=1; MODEL=folder; LAMBDA=0.5
 	@$(TS) serve
 
 ##@ Prove
@@ -200,6 +200,9 @@ bench-engines: setup ## compare the embedded engine with lm-eval's hf backend an
 
 bench-sweep: setup ## compare an 11-point sweep in memory with mergekit-yaml + lm_eval per point
 	@$(VENV)/bin/python -m experiments.bench_sweep
+
+bench-live: setup setup-vllm ## compare an 11-point sweep in a running vLLM with a checkpoint and a start per point: make bench-live BENCH='--written "0 0.5 1"'
+	@$(VENV)/bin/python -m experiments.bench_live $(BENCH)
 
 bench-merge: setup ## time and memory of a merge at 4 B parameters, compared with mergekit (needs 50 GB of disk)
 	@$(VENV)/bin/python -m experiments.bench_merge $(BENCH)

@@ -30,7 +30,7 @@ from mergekit.io.tensor_writer import TensorWriter
 from safetensors import safe_open
 
 from thinkswitch_plugin import files
-from thinkswitch_plugin.loop.rebuild import MERGE_OPTIONS
+from thinkswitch_plugin.merging.command import MERGE_OPTIONS
 from thinkswitch_plugin.merging.config import place_models, set_lambda
 from thinkswitch_plugin.merging.tensors import list_tensors
 

@@ -23,7 +23,7 @@ from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint
 from thinkswitch_plugin.judging.figures import summarize
 from thinkswitch_plugin.judging.samples import samples_of
 from thinkswitch_plugin.loop import work
-from thinkswitch_plugin.loop.rebuild import merge
+from thinkswitch_plugin.merging.command import write_merge
 from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
 from thinkswitch_plugin.report import header, rows
 from thinkswitch_plugin.run import MODES, Run, locked, open_run
@@ -74,7 +74,7 @@ def run_control(run: Run, name: str) -> None:
             )
             files.write_yaml(here / "merge.yaml", merged)
             files.remove(out)
-            merge(here / "merge.yaml", out, here / "logs" / "merge.log")
+            write_merge(here / "merge.yaml", out, here / "logs" / "merge.log")
         keys = run.recipe.keys
         subject = Subject(str(out), keys.pair.arguments(mode))
         evaluate_checkpoint(subject, here / "eval" / mode, keys, run.engine, log=here / "logs" / f"{name}.log")

@@ -16,7 +16,8 @@ from thinkswitch_plugin.loop import check
 
 PACKAGE = ROOT / "thinkswitch_plugin"
 # CUDA devices, certificates and keys belong to other programs, and a key must not be part of values that are stored.
-MAY_READ = {PACKAGE / "environment.py"}
+# The worker runs inside vLLM, whose key is in its environment.
+MAY_READ = {PACKAGE / "environment.py", PACKAGE / "engines" / "live_worker.py"}
 
 MODULE, FUNCTION = 300, 60  # lines
 

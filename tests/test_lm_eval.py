@@ -22,6 +22,7 @@ from thinkswitch_plugin.args import EngineKeys, ThinkSwitchKeys
 from thinkswitch_plugin.data.batch import Asked
 from thinkswitch_plugin.demo import task as demo
 from thinkswitch_plugin.engines.embedded import EmbeddedEngine
+from thinkswitch_plugin.engines.live import LiveVllm
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging import figures, samples, score
 from thinkswitch_plugin.judging.evaluation import batch_size, evaluate, evaluate_checkpoint
@@ -332,15 +333,17 @@ def test_a_server_has_room_for_the_tasks_budget_whoever_asks(tmp_path: Path, mon
         rooms.append(max_len)
         raise ThinkSwitchError("no server in this test")
 
-    monkeypatch.setattr("thinkswitch_plugin.engines.ask.serving", serving)
+    for module in ("ask", "live"):
+        monkeypatch.setattr(f"thinkswitch_plugin.engines.{module}.serving", serving)
     keys = keys_for(1, backend="server")
     candidate = candidates.Candidate("points/x", {}, {})
     bench = candidates.Bench(
         tmp_path, checkpoint, checkpoint, "instruct", keys.evaluation, "vllm", keys.engine, "digit", None, {}, {}, {}
     )
+    engine = LiveVllm(checkpoint, keys.engine, tmp_path / "log")
     for ask in (
         lambda: evaluate_checkpoint(Subject(str(checkpoint)), tmp_path / "out", keys, "vllm", log=tmp_path / "log"),
-        lambda: candidates.answer(bench, candidate, tmp_path / "there", str(checkpoint), tmp_path / "log"),
+        lambda: candidates.answer(bench, candidate, tmp_path / "there", engine),
     ):
         with pytest.raises(ThinkSwitchError, match="no server in this test"):
             ask()

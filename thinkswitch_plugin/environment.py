@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 Variable = Literal[
-    "CUDA_VISIBLE_DEVICES", "OPENAI_API_KEY", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "VLLM_PYTHON"
+    "CUDA_VISIBLE_DEVICES",
+    "OPENAI_API_KEY",
+    "PYTHONPATH",
+    "SSL_CERT_FILE",
+    "REQUESTS_CA_BUNDLE",
+    "SSL_CERT_DIR",
+    "VLLM_PYTHON",
 ]
 
 

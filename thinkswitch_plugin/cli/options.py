@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,28 +74,41 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+WHOSE = (
+    DOMAIN,
+    RUNS,
+    click.option("--iteration", default=1, show_default=True, type=ITERATION),
+    INSTRUCT,
+    THINKING,
+    OVERLAY,
+    click.option("--out", type=FOLDER, help="Folder for the results, instead of the iteration of the run."),
+)
+
+
 def of_pair(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the pair that it works on, as `pair`: that of a run's iteration, or any two checkpoints."""
-
-    @together(
-        DOMAIN,
-        RUNS,
-        click.option("--iteration", default=1, show_default=True, type=ITERATION),
-        INSTRUCT,
-        THINKING,
+    return together(
+        *WHOSE,
         click.option("--seed", default=0, show_default=True, type=SEED, help="Used if there is no run."),
         ENGINE,
-        OVERLAY,
-        click.option("--out", type=FOLDER, help="Folder for the results, instead of the iteration of the run."),
         click.option("--limit", type=number, help="Evaluate on the first so many questions only."),
         DATA,
-    )
+    )(_with_pair(function))
+
+
+def of_served(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As `of_pair`, for a command that evaluates nothing; further options may be vLLM's."""
+    return together(*WHOSE)(_with_pair(function, {"seed": 0, "engine": "auto", "limit": None, "data": ""}))
+
+
+def _with_pair(function: Callable[..., Any], fixed: Mapping[str, Any] | None = None) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(**options: Any) -> None:
         from dataclasses import fields
 
         from thinkswitch_plugin.search.pair import PairOptions
 
+        options |= fixed or {}
         pair = PairOptions(
             **{field.name: options.pop(field.name) for field in fields(PairOptions) if field.name in options}
         )
@@ -104,6 +117,14 @@ def of_pair(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+TEMPLATE = click.option(
+    "--template",
+    type=click.Choice(["instruct", "thinking"]),
+    default="instruct",
+    show_default=True,
+    help="Whose tokenizer and chat template; the thinking one may open the trace and so hide the transition.",
+)
+
 # How candidates made of the pair are asked.
 of_candidates = together(
     click.option(
@@ -111,13 +132,7 @@ of_candidates = together(
         default="",
         help="Another lm-eval task than the recipe's, with that task's token budget: thinkswitch_ifeval, gsm8k, …",
     ),
-    click.option(
-        "--template",
-        type=click.Choice(["instruct", "thinking"]),
-        default="instruct",
-        show_default=True,
-        help="Whose tokenizer and chat template; the thinking one may open the trace and so hide the transition.",
-    ),
+    TEMPLATE,
     click.option("--sampling", default="", help='Temperature/top-p, such as "0.6/0.95 0.7/0.8".'),
     click.option("--samples", type=number, help="k samples a question (default: the task's own)."),
 )

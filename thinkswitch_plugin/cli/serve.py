@@ -9,7 +9,18 @@ from typing import Any
 import click
 
 from thinkswitch_plugin.cli.group import main
-from thinkswitch_plugin.cli.options import DOMAIN, ENGINE, FOLDER, ITERATION, OVERLAY, RUNS, SEED, number, of_pair
+from thinkswitch_plugin.cli.options import (
+    DOMAIN,
+    ENGINE,
+    FOLDER,
+    OVERLAY,
+    RUNS,
+    SEED,
+    TEMPLATE,
+    number,
+    of_pair,
+    of_served,
+)
 from thinkswitch_plugin.run import open_run
 
 EXPORT_RANK = 64
@@ -77,26 +88,41 @@ def export_loras(pair: Any, rank: str, base: str) -> None:
 
 
 @main.command(context_settings={"ignore_unknown_options": True})
-@DOMAIN
-@RUNS
-@click.option("--iteration", default=1, show_default=True, type=ITERATION)
-@click.option("--out", type=FOLDER, help="Folder of the export, instead of the iteration of the run.")
+@of_served
 @click.option("--model", default="", help="One checkpoint (folder or hub id) instead of an export.")
 @click.option("--rank", type=number, help="One of the exported ranks (default: the one found to be enough).")
+@click.option(
+    "--lambda", "weight", default="", help="Serve the pair interpolated at this λ, which `serve-lambda` moves."
+)
+@TEMPLATE
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(min=0, max=65535), help="0: any free one.")
-@OVERLAY
 @click.argument("extra", metavar="ARGUMENTS", nargs=-1, type=click.UNPROCESSED)
-def serve(domain: str, overlay: tuple[str, ...], **options: Any) -> None:
+def serve(pair: Any, weight: str, template: Any, model: str, **options: Any) -> None:
     """Serve both modes of an export from one copy of the weights, by vLLM, to this machine only.
 
     ARGUMENTS are further options of vLLM; they come last, so they count.
     """
+    if weight.strip():
+        from thinkswitch_plugin.export.live import serve_live
+        from thinkswitch_plugin.search.pair import find_pair
+        from thinkswitch_plugin.search.sweep import parse_weights
+
+        del options["rank"]
+        return serve_live(find_pair(pair), parse_weights(weight)[0], template, **options)
     from thinkswitch_plugin.export.serve import serve as serve_both
     from thinkswitch_plugin.recipe import recipe_of
 
-    out, runs, iteration = (options.pop(name) for name in ("out", "runs", "iteration"))
-    folder = out or runs / domain / f"iter-{iteration}"
-    serve_both(folder / "export", keys=recipe_of(domain, overlay).keys, **options)
+    serve_both(pair.results / "export", model=model, keys=recipe_of(pair.domain, pair.overlay).keys, **options)
+
+
+@main.command("serve-lambda")
+@of_served
+@click.argument("weight", type=float)
+def serve_lambda(pair: Any, weight: float) -> None:
+    """Move the λ of the server that `serve --lambda` started to WEIGHT, without a restart."""
+    from thinkswitch_plugin.export.live import move_lambda
+
+    move_lambda(pair.results, weight)
 
 
 @main.command()

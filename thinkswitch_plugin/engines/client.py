@@ -31,6 +31,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import processes
 
 LONGEST_PAUSE = 8.0
+WEIGHTS = "X-ThinkSwitch-Weights"  # a vLLM with other weights than these refuses to answer; see `live_worker.Guard`
 TIME_OUTS = 2  # a stalled connection deserves a second try, a prompt that is too long no more
 
 
@@ -77,10 +78,10 @@ class Client:
         self.waiting = asyncio.Lock()
         self.openai = openai.AsyncOpenAI(
             base_url=server.base_url,
-            api_key=connection.api_key() or "none",
+            api_key=server.token or connection.api_key() or "none",
             timeout=openai.Timeout(None, connect=connection.CONNECT_SECONDS),  # `ask` bounds the whole answer
             # On a connection of its own an answer cannot be taken for that of the next prompt.
-            default_headers={"Connection": "close"},
+            default_headers={"Connection": "close", **({WEIGHTS: server.weights} if server.weights else {})},
             http_client=openai.DefaultAsyncHttpxClient(**connection.transport(server.base_url)),
         )
 
@@ -171,6 +172,8 @@ class Client:
     def _require_possible(self, refusal: replies.Refusal, words: str, sent: dict[str, Any]) -> None:
         """Raise `ThinkSwitchError` for a refusal that every other prompt would meet too."""
         at = f"The server at {self.server.base_url}"
+        if refusal.status == 412 and self.server.weights:
+            raise ThinkSwitchError(f"{at} has other weights now ({words}).")
         if self.server.process is None and refusal.status in (0, 400, 404, 405, 422, 501):
             if "stream" not in sent and replies.wants_stream(words):
                 raise ThinkSwitchError(self._wants_stream(words))

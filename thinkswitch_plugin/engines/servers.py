@@ -22,10 +22,14 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import processes
 from thinkswitch_plugin.run.progress import Bar
 
-ENDING = 10.0  # seconds that an engine whose worker has died may take to end
 # The values of vLLM's --max-lora-rank (vllm/config/lora.py).
 MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-VLLM_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+VLLM_ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_SERVER_DEV_MODE": "0",  # endpoints that anyone who reaches the port could use, with or without a key
+}
 
 NO_VLLM = (
     "vLLM is not installed; run `make setup-vllm`, or point VLLM_PYTHON at the python of an environment that has it."
@@ -36,13 +40,16 @@ NO_VLLM = (
 class Server:
     """A server that answers at `base_url` (…/v1); `process` and `log` if it was started here.
 
-    `keeps_special` says whether it accepts vLLM's field that keeps special tokens in the text.
+    `keeps_special` says whether it accepts vLLM's field that keeps special tokens in the text. `token` and `weights` belong
+    to a vLLM whose weights change (`live.py`): its own key, and the id of the weights that are to answer.
     """
 
     base_url: str
     process: subprocess.Popen[bytes] | None = None
     log: Path | None = None
     keeps_special: bool = False
+    token: str = ""
+    weights: str = ""
 
     def require_alive(self, wait: float = 0) -> None:
         """Raise `ThinkSwitchError` if an engine that was started here has ended, or ends within `wait` seconds.
@@ -151,7 +158,15 @@ def lora_arguments(adapters: Mapping[str, Path]) -> list[str]:
 
 
 @contextmanager
-def serving(engine: str, model: str, keys: EngineKeys, log: Path, *, max_len: int | None = None) -> Iterator[Server]:
+def serving(
+    engine: str,
+    model: str,
+    keys: EngineKeys,
+    log: Path,
+    *,
+    max_len: int | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
     """Serve `model` for the length of the block; nothing of the engine is left afterwards.
 
     Args:
@@ -159,6 +174,7 @@ def serving(engine: str, model: str, keys: EngineKeys, log: Path, *, max_len: in
         model: checkpoint folder or hub id, also the name under which it is asked.
         log: the engine's output goes here.
         max_len: longest prompt plus completion, in tokens (vLLM).
+        env: more variables for the engine's environment.
 
     Raises `ThinkSwitchError` if there is no free port or the engine does not start, and as `connect`.
     """
@@ -170,7 +186,7 @@ def serving(engine: str, model: str, keys: EngineKeys, log: Path, *, max_len: in
     log.parent.mkdir(parents=True, exist_ok=True)
     console.say(f"  $ {' '.join(command)}")
     with log.open("ab") as handle:
-        process = processes.spawn(command, handle, VLLM_ENVIRONMENT)
+        process = processes.spawn(command, handle, {**VLLM_ENVIRONMENT, **(env or {})})
         try:
             _wait_until_ready(process, f"http://{LOOPBACK}:{port}/health", keys.start_timeout, engine, log)
             yield Server(f"http://{LOOPBACK}:{port}/v1", process, log, keeps_special=True)

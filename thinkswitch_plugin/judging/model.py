@@ -22,6 +22,7 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.data import batch, messages
 from thinkswitch_plugin.engines.ask import Adapter, Asker
+from thinkswitch_plugin.engines.embedded import EmbeddedEngine
 from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.samples import GENERATIONS, LM_EVAL_BUDGET, REQUESTS, question_id
@@ -130,7 +131,7 @@ class ThinkSwitchLM(LM):  # type: ignore[misc]
         if until:
             known["stop"] = [until] if isinstance(until, str) else list(until)
         unknown = sorted(known.keys() - set(SETTINGS))
-        if unknown and (self.engine == "embedded" or not isinstance(self.engine, str)):
+        if unknown and (self.engine == "embedded" or isinstance(self.engine, EmbeddedEngine)):
             raise ThinkSwitchError(
                 f"The task generates with `{unknown[0]}`, which is not supported in process; remove it from the task's "
                 "`generation_kwargs`, or set `thinkswitch.evaluation.backend: server`."

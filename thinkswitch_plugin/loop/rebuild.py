@@ -1,14 +1,16 @@
 """Rebuild the thinking checkpoint with mergekit, and check that it still thinks.
 
+Every λ is tried in memory (`merging/holding.py`); a checkpoint is written for the one that is accepted.
 The config used, with the real folders and λ in it, is kept as `iter-k/merge.yaml`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -20,17 +22,19 @@ from thinkswitch_plugin.data.pairs import FEWEST_TRACES
 from thinkswitch_plugin.data.traces import Outcome
 from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.engines.servers import choose
-from thinkswitch_plugin.environment import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging import verdict
+from thinkswitch_plugin.merging.command import write_merge
 from thinkswitch_plugin.merging.compatibility import Allowances, align_compatible
 from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
 from thinkswitch_plugin.merging.similarity import similarity
-from thinkswitch_plugin.run import checkpoint, processes
+from thinkswitch_plugin.run import checkpoint
+
+if TYPE_CHECKING:
+    from thinkswitch_plugin.engines.ask import Asker
+    from thinkswitch_plugin.merging.holding import Holder
 
 SMALL_SET = 100  # up to so many prompts, one may fail to think without failing the check
-# Shards that are written while the next one is computed; mergekit's default waits for each 5 GB.
-MERGE_OPTIONS = ("--copy-tokenizer", "--lazy-unpickle", "--async-write", "--out-shard-size", "1B")
 
 
 def asked_ids(requests: Path, limit: int | None = None) -> list[str]:
@@ -124,14 +128,30 @@ class Check:
                 return found
         return count_traces(self.reference_requests, self.reference, known, self.convention)
 
-    def candidate(self, folder: Path, weight: float, limit: int) -> Traces:
-        """Have a checkpoint that was merged with λ = `weight` answer the first `limit` requests."""
+    def holding(self, anchor: Path) -> AbstractContextManager[Holder]:
+        """The engine that holds one candidate after the other; all have the mode of the anchor."""
+        from thinkswitch_plugin.merging.holding import Subject, holding
+
+        keys = self.engine_keys
+        subject = Subject(
+            skeleton=anchor,
+            template=anchor,
+            keys=keys,
+            work=self.logs,
+            log=self.logs / "check.log",
+            batch=keys.concurrency,
+            budget=self.retry_max_tokens or 0,
+        )
+        return holding(choose("auto") if self.engine.startswith("http") else self.engine, subject)
+
+    def candidate(self, asker: Asker, weight: float, limit: int) -> Traces:
+        """Have a merge with λ = `weight`, which an engine holds, answer the first `limit` requests."""
         answers = self.logs / f"check-lambda-{weight:g}.jsonl"  # a killed attempt's answers count: the merge repeats
         generate(
             self.requests,
             answers,
-            str(folder),
-            choose("auto") if self.engine.startswith("http") else self.engine,
+            f"λ={weight:g}",
+            asker,
             self.engine_keys,
             limit=limit,
             retry_max_tokens=self.retry_max_tokens,
@@ -141,16 +161,10 @@ class Check:
         return count_traces(self.requests, answers, asked_ids(self.requests, limit), self.convention)
 
 
-def merge(config: Path, out: Path, log: Path) -> None:
-    """Run mergekit on a config, through `thinkswitch merge`, which knows our method too."""
-    command: list[str | Path] = ["thinkswitch", "merge", config, out, *MERGE_OPTIONS]
-    processes.run_logged(command + (["--cuda"] if has_cuda() else []), log, title="mergekit")
-
-
 def rebuild_thinking(
     instruct: Path, anchor: Path, keys: RebuildKeys, out: Path, check: Check, card: Callable[[Path, str], None]
 ) -> dict[str, Any]:
-    """Interpolate, measure the think ratio on training prompts, and accept or raise λ.
+    """Interpolate in memory, measure the think ratio on training prompts, raise λ until it is accepted, then write it.
 
     Args:
         instruct, anchor: the two checkpoints; the anchor is a thinking one.
@@ -169,36 +183,49 @@ def rebuild_thinking(
     nearness = similarity(instruct, anchor)
     source = places.find(keys.config)
     template = allow(files.read_yaml(source), keys.may_differ)
+    steps = [keys.lambda_, *(step for step in keys.lambda_steps if step > keys.lambda_)]
     tried: list[dict[str, Any]] = []
+    with check.holding(anchor) as holder:
+        for weight in steps:
+            roles = {"instruct": str(instruct), "thinking": str(anchor)}
+            config = place_models(set_lambda(template, weight, source), roles)
+            header = f"λ = {weight:g}. Runs by itself: thinkswitch merge THIS_FILE OUT"
+            files.write_yaml(out.with_name("merge.yaml"), config, header=header)
+            found = check.candidate(holder.hold(config), weight, keys.check_prompts)
+            tried.append({"lambda": weight, "think_ratio": found.ratio, "prompts": found.asked, "cut": found.cut})
+            console.say(
+                f"  λ {weight:g}: think ratio {found.ratio:.3f} on {found.asked} training prompts "
+                f"(original {before.ratio:.3f})"
+            )
+            if accepted := still_thinks(found, before, keys.min_think_ratio):
+                break
+    if not accepted:
+        raise _refusal(tried, before)
+    write_accepted(out, anchor, check.logs, lambda folder: card(folder, yaml.safe_dump(config, sort_keys=False)))
+    return {
+        "method": template["merge_method"],
+        "lambda": weight,
+        "anchor": str(anchor),
+        "think_ratio": found.ratio,
+        "think_ratio_original": before.ratio,
+        "tried": tried,
+        **nearness,
+    }
+
+
+def write_accepted(out: Path, anchor: Path, logs: Path, card: Callable[[Path], None]) -> None:
+    """Carry out `merge.yaml`, which lies beside `out`, as the checkpoint `out` with the mode of the anchor."""
     candidate = files.temporary_sibling(out)
-    for weight in [keys.lambda_, *(step for step in keys.lambda_steps if step > keys.lambda_)]:
-        roles = {"instruct": str(instruct), "thinking": str(anchor)}
-        config = place_models(set_lambda(template, weight, source), roles)
-        header = f"λ = {weight:g}. Runs by itself: thinkswitch merge THIS_FILE OUT"
-        files.write_yaml(out.with_name("merge.yaml"), config, header=header)
-        files.remove(candidate)
-        merge(out.with_name("merge.yaml"), candidate, check.logs / "merge.log")
-        checkpoint.adopt_mode(anchor, candidate)
-        found = check.candidate(candidate, weight, keys.check_prompts)
-        tried.append({"lambda": weight, "think_ratio": found.ratio, "prompts": found.asked, "cut": found.cut})
-        console.say(
-            f"  λ {weight:g}: think ratio {found.ratio:.3f} on {found.asked} training prompts (original {before.ratio:.3f})"
-        )
-        if still_thinks(found, before, keys.min_think_ratio):
-            card(candidate, yaml.safe_dump(config, sort_keys=False))
-            files.put_in_place(candidate, out)
-            return {
-                "method": template["merge_method"],
-                "lambda": weight,
-                "anchor": str(anchor),
-                "think_ratio": found.ratio,
-                "think_ratio_original": before.ratio,
-                "tried": tried,
-                **nearness,
-            }
     files.remove(candidate)
+    write_merge(out.with_name("merge.yaml"), candidate, logs / "merge.log")
+    checkpoint.adopt_mode(anchor, candidate)
+    card(candidate)
+    files.put_in_place(candidate, out)
+
+
+def _refusal(tried: Sequence[Mapping[str, Any]], before: Traces) -> ThinkSwitchError:
     shown = ", ".join(f"{t['lambda']:g} → {t['think_ratio']:.2f}, {t['cut']} of {t['prompts']} cut" for t in tried)
-    raise ThinkSwitchError(
+    return ThinkSwitchError(
         f"No λ keeps the rebuilt checkpoint thinking (λ → think ratio of what was not cut: {shown}; the "
         f"original has {before.ratio:.2f}, {before.cut} of {before.asked} cut). The last good pair is kept; raise "
         "`thinkswitch.rebuild.lambda`, add to `lambda_steps`, or train less; if the token limit cut most, raise "

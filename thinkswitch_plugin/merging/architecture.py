@@ -9,7 +9,7 @@ hold.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from mergekit.architecture import (
@@ -137,14 +137,19 @@ def expected(config: MergeConfiguration, checkpoints: Sequence[Path], aligned: A
     return found
 
 
-def require_covered(needed: Mapping[str, int], written: Mapping[str, TensorInfo], config_file: Path | str) -> None:
-    """Raise `ThinkSwitchError` if a tensor that a merge must write is not there or is smaller."""
-    missing = sorted(name for name in needed if name not in written)
+def require_planned(needed: Collection[str], planned: Collection[str], config_file: Path | str) -> None:
+    """Raise `ThinkSwitchError` if a tensor that a merge must write is not among those that it writes."""
+    missing = sorted(name for name in needed if name not in planned)
     if missing:
         raise ThinkSwitchError(
             f"{config_file}: mergekit would leave out {len(missing)} of {len(needed)} tensors ({shortened(missing)}); "
             "merge the whole model, with `models:` rather than `modules:` or `slices:`."
         )
+
+
+def require_covered(needed: Mapping[str, int], written: Mapping[str, TensorInfo], config_file: Path | str) -> None:
+    """Raise `ThinkSwitchError` if a tensor that a merge must write is not there or is smaller."""
+    require_planned(needed, written, config_file)
     smaller = sorted(name for name, size in needed.items() if written[name].elements < size)
     if smaller:
         raise ThinkSwitchError(

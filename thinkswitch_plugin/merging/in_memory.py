@@ -1,13 +1,13 @@
-"""A merge carried out in memory: mergekit plans and computes, a loaded model takes the tensors.
+"""A merge carried out in memory: mergekit plans and computes; a loaded model, or a running vLLM, takes the tensors.
 
-mergekit writes every tensor of a plan through one object, its `TensorWriter`. With a model in that object's place the
-same plan fills the model's parameters instead of a folder, so a point of a sweep costs no checkpoint on disk and equals
+mergekit writes every tensor of a plan through one object, its `TensorWriter`. With another object in its place the same
+plan fills a model's parameters, or is sent to vLLM, so a point of a sweep costs no checkpoint on disk and equals
 `mergekit-yaml`'s result (bit by bit at the same number of torch threads).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
-from transformers import AutoConfig, PreTrainedModel, set_seed
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, set_seed
 
+from thinkswitch_plugin.engines.live import EngineGoneError
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.merging.architecture import architecture, shortened
+from thinkswitch_plugin.merging.architecture import architecture, expected, require_planned, shortened
 from thinkswitch_plugin.merging.compatibility import Allowances, align_compatible
 from thinkswitch_plugin.merging.config import without_ours
 from thinkswitch_plugin.merging.kernel import all_finite
@@ -65,7 +66,7 @@ class ModelWriter:
             if place is None or place.shape != value.shape:
                 raise ThinkSwitchError(
                     f"The merged tensor {target} {list(value.shape)} has no place in the loaded model; "
-                    "have the candidates written to disk instead: `thinkswitch.evaluation.backend: server` in an overlay."
+                    "have vLLM answer instead: `thinkswitch.evaluation.backend: server` in an overlay."
                 )
             with torch.no_grad():
                 place.copy_(value)
@@ -105,42 +106,91 @@ def load(skeleton: Path, chosen: Mapping[str, Path], *, device: str) -> PreTrain
 
 
 def merge_into(model: PreTrainedModel, config: dict[str, Any], *, seed: int = 0) -> None:
-    """Carry out a merge config (as `thinkswitch merge` reads it) in place, in `model`.
+    """Carry out a merge config (as `thinkswitch merge` reads it) in place, in `model`; see `carry_out`."""
+    carry_out(config, lambda names: ModelWriter(model, names), model.config, device=str(model.device), seed=seed)
+
+
+class StreamWriter:
+    """Takes merged tensors and passes each on at once, in checkpoint layout.
+
+    Args:
+        send: called with the name and the tensor.
+    """
+
+    def __init__(self, send: Callable[[str, torch.Tensor], None]) -> None:
+        self.send = send
+
+    def save_tensor(self, name: str, tensor: torch.Tensor, clone: bool = False) -> None:
+        """Called by mergekit for every tensor. Raises `NonFiniteOutputError`."""
+        if not all_finite(tensor):
+            raise NonFiniteOutputError(name)
+        self.send(name, tensor)
+
+    def finalize(self) -> None:
+        """Called by mergekit at the end."""
+
+
+def carry_out(
+    config: dict[str, Any],
+    make: Callable[[set[str]], ModelWriter | StreamWriter],
+    model_config: PretrainedConfig,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+) -> None:
+    """Carry out a merge config (as `thinkswitch merge` reads it), its tensors written to an object instead of to files.
 
     The inputs are mapped from disk and stay open between calls, so a second merge of the
     same checkpoints reads them from the page cache.
 
     Args:
+        make: returns that object, from the names of all tensors that it will get.
+        model_config: of the model that is made.
         seed: for methods that draw at random (DARE, DELLA); mergekit-yaml's `--random-seed`.
 
     Raises:
-        ThinkSwitchError: the checkpoints do not match, mergekit refuses the config, or the merged tensors do not fit
-            the model or are not finite.
+        ThinkSwitchError: the checkpoints do not match, mergekit refuses the config or would leave a tensor out, or the
+            merged tensors do not fit the model or are not finite.
     """
     register()
     try:
         own, chosen = without_ours(config)
-        _carry_out(MergeConfiguration.model_validate(own), model, seed, tuple(chosen))
-    except ThinkSwitchError:
+        options = MergeOptions(quiet=True, random_seed=seed, device=device)
+        _carry_out(MergeConfiguration.model_validate(own), make, model_config, options, tuple(chosen))
+    except (ThinkSwitchError, EngineGoneError):
         raise
     except Exception as error:
         raise ThinkSwitchError(f"mergekit stopped: {sentence(error)}") from error
 
 
-def _carry_out(config: MergeConfiguration, model: PreTrainedModel, seed: int, may_differ: tuple[str, ...]) -> None:
-    device = str(model.device)
-    options = MergeOptions(quiet=True, random_seed=seed, device=device)
-    set_seed(seed)
+def _carry_out(
+    config: MergeConfiguration,
+    make: Callable[[set[str]], ModelWriter | StreamWriter],
+    model_config: PretrainedConfig,
+    options: MergeOptions,
+    may_differ: tuple[str, ...],
+) -> None:
+    set_seed(options.random_seed)
     LoaderCache().setup(options=options)
     allowed = Allowances(dtype=config.dtype is not None, may_differ=may_differ)
     folders = local_checkpoints(config)
     aligned = align_compatible(folders, allowed)
     assert aligned is not None
     use_layout(config, aligned)
+    needed = expected(config, folders, aligned)  # mergekit changes the config while it plans
     planner = MergePlanner(
-        config, architecture(config, options, aligned), options=options, out_model_config=model.config
+        config, architecture(config, options, aligned), options=options, out_model_config=model_config
     )
+    writers: list[ModelWriter | StreamWriter] = []
+
+    def covering(names: set[str]) -> ModelWriter | StreamWriter:
+        require_planned(needed, names | aligned.carried.keys(), f"{config.merge_method} in memory")
+        writers.append(make(names))
+        return writers[0]
+
     try:
-        compute(planner, device, lambda names: ModelWriter(model, names))
+        compute(planner, options.device, covering)
+        for name, stored in aligned.carried.items():
+            writers[0].save_tensor(name, stored.load())
     except NonFiniteOutputError as error:
         raise ThinkSwitchError(blame(error.name, folders, f"{config.merge_method} in memory")) from None

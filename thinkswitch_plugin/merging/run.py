@@ -135,9 +135,8 @@ def _check(
     safe = [folder for folder in checkpoints if not any(folder.glob("pytorch_model*"))]
     for folder in safe:
         list_tensors(folder)
-    slices = [s for part in (config, *(config.modules or {}).values()) for s in part.slices or []]
-    stacked = any(len({source.layer_range for source in s.sources}) != 1 or len(s.sources) == 1 for s in slices)
-    if stacked or not safe:
+    slices = _slices(config)
+    if _stacked(slices) or not safe:
         return None  # layers put together from unlike places
     whole = not slices or _is_whole(slices, safe[0])
     aligned = align_compatible(
@@ -150,6 +149,21 @@ def _check(
         ),
     )
     return aligned if len(safe) == len(checkpoints) else None
+
+
+def is_tensor_by_tensor(config: MergeConfiguration, checkpoints: Sequence[Path]) -> bool:
+    """Whether a merge has the tensors and the vocabulary of its checkpoints, each made of those of the same name."""
+    slices = _slices(config)
+    own = config.modules or config.tokenizer_source or config.tokenizer or _stacked(slices) or not checkpoints
+    return not own and (not slices or _is_whole(slices, checkpoints[0]))
+
+
+def _slices(config: MergeConfiguration) -> list[OutputSliceDefinition]:
+    return [piece for part in (config, *(config.modules or {}).values()) for piece in part.slices or []]
+
+
+def _stacked(slices: Sequence[OutputSliceDefinition]) -> bool:
+    return any(len({source.layer_range for source in s.sources}) != 1 or len(s.sources) == 1 for s in slices)
 
 
 def _is_whole(slices: Sequence[OutputSliceDefinition], checkpoint: Path) -> bool:

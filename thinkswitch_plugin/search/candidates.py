@@ -1,9 +1,8 @@
 """Evaluate merge configs one after the other with lm-eval: what a sweep and an ablation share.
 
-A candidate is a merge config that is never published. Where transformers answers, it lives
-only in memory: one model is loaded once and every candidate is merged into it in place.
-Where vLLM answers, it has to be a checkpoint, and one is on disk at a time. Either way its
-folder holds lm-eval's own samples file and
+A candidate is a merge config that is never published. It lives only in memory: one engine
+answers for all candidates, and is given the weights of each in turn (`merging/holding.py`).
+Its folder holds lm-eval's own samples file and
 
     candidate.json   {"settings": {…}, "seconds": 1.6, "figures": {"mean@k": …}, "questions": {…}}
 
@@ -21,17 +20,16 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
 from thinkswitch_plugin.conventions import Convention, as_metadata
 from thinkswitch_plugin.engine_args import TEMPLATE_KEY
-from thinkswitch_plugin.environment import has_cuda
 from thinkswitch_plugin.judging.evaluation import Sampling, batch_size, evaluate, quiet, uses_server
 from thinkswitch_plugin.judging.figures import Sample, interval, pass_at_k, summarize
 from thinkswitch_plugin.judging.samples import read_samples
 from thinkswitch_plugin.judging.verdict import how_read
-from thinkswitch_plugin.run import checkpoint
 from thinkswitch_plugin.run.progress import Bar
 from thinkswitch_plugin.run.stamp import folder_once, stored
 
 if TYPE_CHECKING:
-    from thinkswitch_plugin.engines.embedded import EmbeddedEngine
+    from thinkswitch_plugin.engines.ask import Asker
+    from thinkswitch_plugin.merging.holding import Subject
 
 STAMP = "candidate.json"
 
@@ -82,6 +80,26 @@ class Bench:
     task: dict[str, str | None]
     seed: int = 0
 
+    @property
+    def log(self) -> Path:
+        """Where lm-eval's output goes."""
+        return self.work / "logs" / "lm_eval.log"
+
+    @property
+    def subject(self) -> Subject:
+        """What holds the candidates needs to know."""
+        from thinkswitch_plugin.merging.holding import Subject
+
+        return Subject(
+            skeleton=self.skeleton,
+            template=self.template,
+            keys=self.engine_keys,
+            work=self.work,
+            log=self.log.with_name("vllm.log"),
+            batch=batch_size(self.evaluation, self.engine_keys),
+            seed=self.seed,
+        )
+
     def settings(self, candidate: Candidate) -> dict[str, Any]:
         """Everything a candidate's figures depend on; if one changes, it is evaluated again."""
         return {
@@ -111,18 +129,22 @@ def evaluate_all(bench: Bench, candidates: Sequence[Candidate], title: str) -> l
     """
     waiting = [candidate for candidate in candidates if finished(bench, candidate) is None]
     if waiting:
-        how = Served(bench) if uses_server(bench.evaluation, bench.engine) else InMemory(bench)
+        from thinkswitch_plugin.merging.holding import holding
+
+        engine = "vllm" if uses_server(bench.evaluation, bench.engine) else "embedded"
         bar = Bar(len(candidates), title, initial=len(candidates) - len(waiting), unit="candidate")
-        for candidate in waiting:
+        with holding(engine, bench.subject) as holder:
+            for candidate in waiting:
 
-            def build(building: Path, candidate: Candidate = candidate) -> dict[str, Any]:
-                how.evaluate(candidate, building)
-                task, template = bench.evaluation.task, str(bench.template)
-                samples = list(read_samples(building, task, template, bench.answer, bench.convention))
-                return {"figures": figures(samples), "questions": by_question(samples)}
+                def build(building: Path, candidate: Candidate = candidate) -> dict[str, Any]:
+                    with quiet(bench.log):  # the candidates have a bar of their own
+                        answer(bench, candidate, building, holder.hold(candidate.config))
+                    task, template = bench.evaluation.task, str(bench.template)
+                    samples = list(read_samples(building, task, template, bench.answer, bench.convention))
+                    return {"figures": figures(samples), "questions": by_question(samples)}
 
-            folder_once(bench.work / candidate.name, STAMP, {"settings": bench.settings(candidate)}, build)
-            bar.update(1)
+                folder_once(bench.work / candidate.name, STAMP, {"settings": bench.settings(candidate)}, build)
+                bar.update(1)
         bar.close()
     return [files.read_json(bench.work / c.name / STAMP) for c in candidates]
 
@@ -159,74 +181,13 @@ def by_question(samples: Sequence[Sample]) -> dict[str, list[float]]:
     }
 
 
-class InMemory:
-    """One model in this process, merged into in place, that answers there."""
-
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
-        self.log = bench.work / "logs" / "lm_eval.log"
-        self.settings: dict[str, Path] | None = None
-        self.engine: EmbeddedEngine | None = None
-
-    def load(self, settings: dict[str, Path]) -> EmbeddedEngine:
-        """Load the model to merge into, unless it is loaded with these settings; see `in_memory.load`."""
-        from thinkswitch_plugin.engines.embedded import EmbeddedEngine
-        from thinkswitch_plugin.merging.in_memory import load
-
-        if self.engine is None or settings != self.settings:
-            with quiet(self.log):
-                model = load(self.bench.skeleton, settings, device="cuda" if has_cuda() else "cpu")
-            together = batch_size(self.bench.evaluation, self.bench.engine_keys)
-            self.engine, self.settings = EmbeddedEngine(self.bench.template, model, together), settings
-        return self.engine
-
-    def evaluate(self, candidate: Candidate, out: Path) -> None:
-        """Merge, answer and grade one candidate; lm-eval's files and the answers go to `out`."""
-        from thinkswitch_plugin.merging.config import without_ours
-        from thinkswitch_plugin.merging.in_memory import merge_into
-
-        engine = self.load(without_ours(candidate.config)[1])
-        merge_into(engine.model, candidate.config, seed=self.bench.seed)
-        with quiet(self.log):  # the candidates have a bar of their own
-            answer(self.bench, candidate, out, engine, self.log)
-
-
-class Served:
-    """One candidate checkpoint on disk at a time, served by vLLM."""
-
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
-        self.log = bench.work / "logs" / "vllm.log"
-
-    def evaluate(self, candidate: Candidate, out: Path) -> None:
-        """Write the candidate, serve it, grade its answers, delete it."""
-        from thinkswitch_plugin.loop.rebuild import merge
-
-        config, merged = out / "merge.yaml", self.bench.work / ".candidate"
-        files.write_yaml(config, candidate.config)
-        files.remove(merged)  # what a killed call left
-        try:
-            merge(config, merged, self.bench.work / "logs" / "merge.log")
-            checkpoint.adopt_mode(self.bench.template, merged)
-            answer(self.bench, candidate, out, str(merged), self.log)
-        finally:
-            files.remove(merged)
-
-
-def answer(bench: Bench, candidate: Candidate, out: Path, model: EmbeddedEngine | str, log: Path) -> None:
-    """Have a candidate answer the task's questions.
-
-    Args:
-        model: the candidate in memory, or its checkpoint, which vLLM serves.
-    """
+def answer(bench: Bench, candidate: Candidate, out: Path, engine: Asker) -> None:
+    """Have an engine that holds a candidate answer the task's questions."""
     from transformers import AutoTokenizer
 
     from thinkswitch_plugin.judging.model import ThinkSwitchLM
 
     tokenizer = AutoTokenizer.from_pretrained(bench.template)
     how, name = how_read(tokenizer, bench.convention, bench.arguments), Path(candidate.name).name
-    served = isinstance(model, str)
-    lm = ThinkSwitchLM(
-        out, model if served else name, "vllm" if served else model, bench.engine_keys, tokenizer, how, log
-    )
+    lm = ThinkSwitchLM(out, name, engine, bench.engine_keys, tokenizer, how, bench.log)
     evaluate(lm, bench.evaluation, candidate.sampling, name=name)
