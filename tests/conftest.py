@@ -30,9 +30,9 @@ hypothesis.settings.load_profile("thinkswitch")
 # the finished run made begins, those that need neither follow, and then those that do, the longest first.
 FIRST = "test_loop"
 LAST = (
-    *("test_resume", "test_vllm", "test_real_domains", "test_adaptive", "test_labels", "test_sweep", "test_export"),
-    *("test_hybrid", "test_switch", "test_prompt_embeds", "test_merge_lora", "test_compare", "test_cli"),
-    *("test_readme", "test_cards"),
+    *("test_resume", "test_vllm", "test_live", "test_real_domains", "test_adaptive", "test_labels", "test_sweep"),
+    *("test_export", "test_hybrid", "test_switch", "test_prompt_embeds", "test_merge_lora", "test_compare"),
+    *("test_cli", "test_readme", "test_cards"),
 )
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
