@@ -16,10 +16,11 @@ from thinkswitch_plugin.engines.live import EngineGoneError, LiveVllm
 from thinkswitch_plugin.engines.servers import choose
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.config import allow, check_config, place_models, set_lambda
-from thinkswitch_plugin.merging.holding import Live, Subject, sending
+from thinkswitch_plugin.merging.holding import SERVED, Live, Subject, sending
 from thinkswitch_plugin.search.pair import Pair, Template
 
 STATE = "live.json"
+MODEL = "interpolated"  # its name for users
 
 
 def serve_live(pair: Pair, weight: float, template: Template, port: int, extra: Sequence[str]) -> None:
@@ -35,7 +36,8 @@ def serve_live(pair: Pair, weight: float, template: Template, port: int, extra: 
     choose("vllm")
     keys, work = pair.keys, pair.out / "serve"
     skeleton = pair.roles["thinking"]
-    options = keys.engine.model_copy(update={"port": port, "vllm_args": [*keys.engine.vllm_args, *extra]})
+    names = ["--served-model-name", str(work / SERVED), MODEL]
+    options = keys.engine.model_copy(update={"port": port, "vllm_args": [*keys.engine.vllm_args, *names, *extra]})
     subject = Subject(skeleton, pair.roles[template], options, work, work / "vllm.log", batch=1, seed=pair.seed)
     source = places.find(keys.rebuild.config)
     check_config(source)
@@ -46,7 +48,7 @@ def serve_live(pair: Pair, weight: float, template: Template, port: int, extra: 
         longest = max(keys.evaluation.max_tokens or 0, keys.sampling.max_tokens) + PROMPT_ROOM
         server = engine.ready(min(context_length(str(skeleton)), longest))
         note_server(work / STATE, engine, {"config": config, "roles": _folders(pair.roles), "seed": pair.seed})
-        console.say(f"λ = {weight:g} at {server.base_url}; the model is {engine.folder}, the key {server.token}")
+        console.say(f"λ = {weight:g} at {server.base_url}; the model is {MODEL}, the key {server.token}")
         console.say(
             "Move λ from another window: thinkswitch serve-lambda 0.6, with the same --domain, --runs and --iteration"
         )
@@ -76,7 +78,7 @@ def move_lambda(results: Path, weight: float) -> None:
     """
     path = results / "serve" / STATE
     if not path.is_file():
-        raise ThinkSwitchError(f"No server of {results} is running; start one: make serve LAMBDA={weight:g}")
+        raise ThinkSwitchError(f"No server of {results} is running; start one by `make serve LAMBDA={weight:g}`.")
     state = files.read_json(path)
     roles = {name: Path(folder) for name, folder in state["roles"].items()}
     engine = LiveVllm(Path(state["folder"]), EngineKeys.model_validate({}), path.with_name("vllm.log"))
@@ -86,7 +88,7 @@ def move_lambda(results: Path, weight: float) -> None:
         engine.ready(0)
     except EngineGoneError as error:
         raise ThinkSwitchError(
-            f"The server did not take the weights of λ = {weight:g}: {error}; stop it and start it again: make serve LAMBDA={weight:g}"
+            f"The server did not take the weights of λ = {weight:g}: {error}; stop it and start it again by `make serve LAMBDA={weight:g}`."
         ) from None
     console.say(f"  λ = {weight:g} at {state['url']}")
 

@@ -29,6 +29,8 @@ from thinkswitch_plugin.merging.run import is_tensor_by_tensor, local_checkpoint
 from thinkswitch_plugin.merging.settings import adopt, config_difference
 from thinkswitch_plugin.run import checkpoint
 
+SERVED = ".candidate"  # what vLLM is started on, in the folder of a job
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -113,7 +115,7 @@ class Live:
         self.shown = sys.stdout, sys.stderr
         self.settings: dict[str, Path] | None = None
         self.engine: LiveVllm | None = None
-        self.served = subject.work / ".candidate"  # what vLLM is started on
+        self.served = subject.work / SERVED
         self.written = subject.work / ".written"  # a merge that cannot be sent tensor by tensor
 
     def hold(self, config: dict[str, Any]) -> LiveVllm:
