@@ -241,9 +241,7 @@ class LiveVllm:
             listener.listen()
             listener.settimeout(0.1)
             expected = self._request()["workers"]
-            thread = threading.Thread(target=post, daemon=True)
-            stack.callback(thread.join)
-            thread.start()
+            threading.Thread(target=post, daemon=True).start()
             workers: list[socket.socket] = []
             connections = stack.enter_context(ExitStack())
             while len(workers) < expected:
@@ -257,7 +255,10 @@ class LiveVllm:
             sender = Sender(workers)
             source(sender)
             sender.end()
-            thread.join()
+            while not posted.done():
+                with suppress(TimeoutError):
+                    posted.result(1)
+                self._request(place="/health")  # an engine that has ended never answers a load
             posted.result()
 
     def _room_for(self, requests: Sequence[Request]) -> int:
