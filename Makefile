@@ -19,7 +19,7 @@ SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITER LAMBDAS LAMBDA MODEL
 	TEMPLATE TASK LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS COMMIT
 $(foreach name,$(SETTINGS),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
 # A misspelt setting would be ignored and something else be run.
-KNOWN := $(SETTINGS) QUESTION BENCH COLUMNS RUN MAKE INSTALLED VENV SHELL $(filter THINKSWITCH_% HF_% OMP_% CUDA_% VLLM_% WANDB_%,$(.VARIABLES))
+KNOWN := $(SETTINGS) QUESTION BENCH COLUMNS ROWS RUN MAKE INSTALLED VENV SHELL $(filter THINKSWITCH_% HF_% OMP_% CUDA_% VLLM_% WANDB_%,$(.VARIABLES))
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 $(foreach name,$(filter-out $(KNOWN),$(GIVEN)),$(error $(name)= is not a setting; $(shell python3 -c 'import difflib, sys; \
 	print("did you mean", (difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1, 0) or ["DOMAIN"])[0] + "=?")' $(name) $(SETTINGS))))

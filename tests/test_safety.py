@@ -63,6 +63,15 @@ def test_a_misspelt_or_missing_setting_is_refused_before_anything_runs(
     assert done.returncode == 2 and says in done.stderr and not done.stdout
 
 
+def test_every_setting_that_the_documents_and_the_makefile_name_is_known(command: Any) -> None:
+    text = "\n".join(path.read_text() for path in (*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "Makefile"))
+    lines = re.findall(r"make (?:-n )?[a-z][a-z-]*((?: [A-Z_]+=\S*)+)", text)
+    names = {name for line in lines for name in re.findall(r" ([A-Z_]+)=", line)}
+    assert {"DOMAIN", "COLUMNS", "TASK", "LAMBDA"} <= names
+    done = command("make", "--dry-run", "help", *(f"{name}=1" for name in sorted(names)))
+    assert done.returncode == 0, done.stderr
+
+
 def test_settings_of_the_engines_and_questions_with_an_equals_sign_pass(command: Any) -> None:
     done = command("make", "--dry-run", "compare", "QUESTION=is a=b and c=d?", "OMP_NUM_THREADS=1", "HF_TOKEN=x")
     assert done.returncode == 0, done.stderr
