@@ -47,7 +47,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def outside_make() -> dict[str, str]:
     """The environment without what a `make test` around the tests would tell the commands that they run."""
     hidden = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
-    return {name: value for name, value in os.environ.items() if name not in hidden}
+    told = (name for name in os.environ if name not in hidden and not name.startswith("THINKSWITCH_"))
+    return {name: os.environ[name] for name in told}
 
 
 @pytest.fixture(scope="session")

@@ -421,7 +421,7 @@ def test_refusals_are_one_sentence_and_write_nothing(own_run: Path, forked: Any,
         (["--base", other], "not a compatible pair"),
         (["--iteration", "2"], "no instruct checkpoint of iteration 2"),
         (["--overlay", "24gb"], "was begun with OVERLAY=''"),
-        (["--instruct", start, "--thinking", start, "--out", tmp_path / "out"], "nothing to export"),
+        (["--instruct", start, "--thinking", start, "--out", tmp_path / "out"], "nothing between them"),
     ):
         done = forked(BIN / "thinkswitch", *words, *extra)
         assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -78,10 +78,12 @@ def whole_loop(name: str, folder: Path, pair: tuple[Path, Path], data: Path) -> 
     """One iteration with the overlay of a pair, by the commands that Make calls, in this process."""
     words = ["--domain", "aime", "--runs", str(folder), "--engine", "embedded", "--iterations", "1"]
     words += ["--overlay", f"{name} {overlay(folder, pair)}", "--data", str(data)]
-    main(["begin", *words], standalone_mode=False)
     run = folder / "aime"
-    for stage, *rest in STAGES:
-        main([stage, str(run), *rest, "--data", str(data)], standalone_mode=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("THINKSWITCH_DATA", str(data))  # the commands set it for this process: no other test may see it
+        main(["begin", *words], standalone_mode=False)
+        for stage, *rest in STAGES:
+            main([stage, str(run), *rest, "--data", str(data)], standalone_mode=False)
     return run
 
 
