@@ -33,7 +33,7 @@ from thinkswitch_plugin.engines.client import ServedModel
 from thinkswitch_plugin.engines.servers import serving
 from thinkswitch_plugin.merging.command import write_merge
 from thinkswitch_plugin.merging.config import place_models, set_lambda
-from thinkswitch_plugin.merging.holding import Live, Subject
+from thinkswitch_plugin.merging.holding import Live, MergeJob
 from thinkswitch_plugin.run import checkpoint
 from thinkswitch_plugin.search.sweep import parse_weights
 
@@ -128,7 +128,7 @@ def live(pair: Path, weights: list[float], asked: list[dict[str, Any]], work: Pa
     """One server for all points."""
     way, keys = Way(), EngineKeys.model_validate({})
     with peak_memory(way):
-        holder = Live(Subject(pair / "thinking", pair / "instruct", keys, work, work / "vllm.log", batch=64))
+        holder = Live(MergeJob(pair / "thinking", pair / "instruct", keys, work, work / "vllm.log", batch=64))
         try:
             for weight in weights:
                 started = time.monotonic()

@@ -37,7 +37,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.export.live import move_lambda, note_server
 from thinkswitch_plugin.loop.rebuild import Check, rebuild_thinking
 from thinkswitch_plugin.merging.config import fit_layers, place_models, set_lambda
-from thinkswitch_plugin.merging.holding import Live, Subject, sending
+from thinkswitch_plugin.merging.holding import Live, MergeJob, sending
 from thinkswitch_plugin.merging.run import merge
 from thinkswitch_plugin.recipe import load_recipe
 from thinkswitch_plugin.run import checkpoint
@@ -275,7 +275,7 @@ def roles(finished_run: Path) -> dict[str, Path]:
 def holder(roles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     work = tmp_path_factory.mktemp("live")
     keys = EngineKeys.model_validate({})
-    subject = Subject(roles["thinking"], roles["thinking"], keys, work, work / "vllm.log", batch=64, budget=64)
+    subject = MergeJob(roles["thinking"], roles["thinking"], keys, work, work / "vllm.log", batch=64, budget=64)
     live = Live(subject)
     yield live
     live.close()
@@ -334,7 +334,7 @@ def test_what_a_running_server_holds_is_what_the_same_merge_has_on_disk(
         checkpoint.adopt_mode(roles["thinking"], tmp_path / mode)
         assert said[name, weight] == answers(EmbeddedEngine(tmp_path / mode, batch=64)), mode
     assert said["slerp.yaml", -1.0] != said["thinkswitch.yaml", 1.0]
-    assert all(path.is_symlink() for path in holder.subject.work.rglob("*.safetensors"))
+    assert all(path.is_symlink() for path in holder.job.work.rglob("*.safetensors"))
 
 
 @REAL
@@ -354,7 +354,7 @@ def test_the_real_server_asks_for_its_token_and_has_no_development_endpoints(hol
     assert [status(path, "wrong") for path in paths] == [401] * 6
     assert [status(path, server.token) for path in paths[1:5]] == [404] * 4
     assert server.base_url.startswith("http://127.0.0.1:")
-    log = holder.subject.log.read_text()
+    log = holder.job.log.read_text()
     assert server.token not in log
 
 

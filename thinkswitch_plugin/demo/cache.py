@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,7 @@ def ensure_pair(seed: int, instruct: Path, thinking: Path) -> None:
     def make(building: Path) -> None:
         prompts = task.training_prompts(seed, PROMPTS)
         train_pair(building, seed, exclude={*task.held_out(), *prompts})
-        with files.atomic_file(building / "prompts.jsonl") as handle:
-            for number, question in enumerate(prompts):
-                handle.write(files.dumps_line({"id": f"p{number:05d}", "prompt": question}))
+        _write_prompts(building, ({"prompt": question} for question in prompts))
 
     wanted = {"seed": seed, "prompts": PROMPTS, "held_out": task.HELD_OUT_SIZE, **asdict(PairSettings())}
     _ensure(instruct.parent, wanted, thinking, "tiny pair", make)
@@ -56,10 +54,7 @@ def ensure_words(keys: ThinkSwitchKeys, seed: int) -> None:
         prompts = words.questions(f"prompts-{seed}", WORDS_PROMPTS, exclude=held_out)
         model, tokenizer = smollm2.load(smollm2.fetch(folder.parent.parent / "smollm2"))
         train_pair(building, seed, model, tokenizer, exclude=held_out | {prompt.prompt for prompt in prompts})
-        with files.atomic_file(building / "prompts.jsonl") as handle:
-            for number, prompt in enumerate(prompts):
-                row = {"id": f"p{number:05d}", "prompt": prompt.prompt, "answer": prompt.answer}
-                handle.write(files.dumps_line(row))
+        _write_prompts(building, ({"prompt": prompt.prompt, "answer": prompt.answer} for prompt in prompts))
 
     wanted = {"seed": seed, "prompts": WORDS_PROMPTS, "held_out": words.HELD_OUT_SIZE, **asdict(WordsSettings())}
     _ensure(folder, wanted, folder / "thinking", "pair of SmolLM2-135M siblings", make)
@@ -107,6 +102,13 @@ def ensure(keys: ThinkSwitchKeys, seed: int) -> None:
             mixed.write_training_files(building, seed)
 
         _ensure(generations.parent, wanted, generations, "training files", make)
+
+
+def _write_prompts(folder: Path, rows: Iterable[dict[str, str]]) -> None:
+    """Write `prompts.jsonl`, each row with an id of its own."""
+    with files.atomic_file(folder / "prompts.jsonl") as handle:
+        for number, row in enumerate(rows):
+            handle.write(files.dumps_line({"id": f"p{number:05d}", **row}))
 
 
 def _ensure(folder: Path, wanted: dict[str, Any], witness: Path, what: str, make: Callable[[Path], None]) -> None:

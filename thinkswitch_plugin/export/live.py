@@ -16,7 +16,7 @@ from thinkswitch_plugin.engines.live import EngineGoneError, LiveVllm
 from thinkswitch_plugin.engines.servers import choose
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.config import allow, check_config, place_models, set_lambda
-from thinkswitch_plugin.merging.holding import SERVED, Live, Subject, sending
+from thinkswitch_plugin.merging.holding import SERVED, Live, MergeJob, sending
 from thinkswitch_plugin.search.pair import Pair, Template
 
 STATE = "live.json"
@@ -38,11 +38,11 @@ def serve_live(pair: Pair, weight: float, template: Template, port: int, extra: 
     skeleton = pair.roles["thinking"]
     names = ["--served-model-name", str(work / SERVED), MODEL]
     options = keys.engine.model_copy(update={"port": port, "vllm_args": [*keys.engine.vllm_args, *names, *extra]})
-    subject = Subject(skeleton, pair.roles[template], options, work, work / "vllm.log", batch=1, seed=pair.seed)
+    job = MergeJob(skeleton, pair.roles[template], options, work, work / "vllm.log", batch=1, seed=pair.seed)
     source = places.find(keys.rebuild.config)
     check_config(source)
     config = allow(files.read_yaml(source), keys.rebuild.may_differ)
-    holder = Live(subject)
+    holder = Live(job)
     try:
         engine = holder.hold(_placed(config, weight, pair.roles))
         longest = max(keys.evaluation.max_tokens or 0, keys.sampling.max_tokens) + PROMPT_ROOM
@@ -55,7 +55,7 @@ def serve_live(pair: Pair, weight: float, template: Template, port: int, extra: 
         while True:
             server.require_alive(wait=1)
     except EngineGoneError as error:
-        raise ThinkSwitchError(f"vLLM could not be given the weights: {error}; its log is {subject.log}.") from None
+        raise ThinkSwitchError(f"vLLM could not be given the weights: {error}; its log is {job.log}.") from None
     finally:
         files.remove(work / STATE)
         holder.close()

@@ -130,10 +130,10 @@ class Check:
 
     def holding(self, anchor: Path) -> AbstractContextManager[Holder]:
         """The engine that holds one candidate after the other; all have the mode of the anchor."""
-        from thinkswitch_plugin.merging.holding import Subject, holding
+        from thinkswitch_plugin.merging.holding import MergeJob, holding
 
         keys = self.engine_keys
-        subject = Subject(
+        job = MergeJob(
             skeleton=anchor,
             template=anchor,
             keys=keys,
@@ -142,7 +142,7 @@ class Check:
             batch=keys.concurrency,
             budget=self.retry_max_tokens or 0,
         )
-        return holding(choose("auto") if self.engine.startswith("http") else self.engine, subject)
+        return holding(choose("auto") if self.engine.startswith("http") else self.engine, job)
 
     def candidate(self, asker: Asker, weight: float, limit: int) -> Traces:
         """Have a merge with λ = `weight`, which an engine holds, answer the first `limit` requests."""

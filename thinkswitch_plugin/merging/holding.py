@@ -33,7 +33,7 @@ SERVED = ".candidate"  # what vLLM is started on, in the folder of a job
 
 
 @dataclass(frozen=True)
-class Subject:
+class MergeJob:
     """What all merges of one job have in common.
 
     Args:
@@ -70,13 +70,13 @@ class Holder(Protocol):
 
 
 @contextmanager
-def holding(engine: str, subject: Subject) -> Iterator[Holder]:
+def holding(engine: str, job: MergeJob) -> Iterator[Holder]:
     """Such an engine for the length of the block.
 
     Args:
         engine: `vllm`, or `embedded` for transformers in this process.
     """
-    holder: Holder = Live(subject) if engine == "vllm" else InProcess(subject)
+    holder: Holder = Live(job) if engine == "vllm" else InProcess(job)
     try:
         yield holder
     finally:
@@ -86,8 +86,8 @@ def holding(engine: str, subject: Subject) -> Iterator[Holder]:
 class InProcess:
     """One model in this process, merged into in place."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
+    def __init__(self, job: MergeJob) -> None:
+        self.job = job
         self.settings: dict[str, Path] | None = None
         self.engine: EmbeddedEngine | None = None
 
@@ -95,9 +95,9 @@ class InProcess:
         """As `Holder.hold`; the model is loaded again only if its settings change."""
         settings = without_ours(config)[1]
         if self.engine is None or settings != self.settings:
-            model = load(self.subject.skeleton, settings, device="cuda" if has_cuda() else "cpu")
-            self.engine, self.settings = EmbeddedEngine(self.subject.template, model, self.subject.batch), settings
-        merge_into(self.engine.model, config, seed=self.subject.seed)
+            model = load(self.job.skeleton, settings, device="cuda" if has_cuda() else "cpu")
+            self.engine, self.settings = EmbeddedEngine(self.job.template, model, self.job.batch), settings
+        merge_into(self.engine.model, config, seed=self.job.seed)
         return self.engine
 
     def close(self) -> None:
@@ -110,13 +110,13 @@ class InProcess:
 class Live:
     """One vLLM, started on the skeleton, whose weights are changed in place."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
+    def __init__(self, job: MergeJob) -> None:
+        self.job = job
         self.shown = sys.stdout, sys.stderr
         self.settings: dict[str, Path] | None = None
         self.engine: LiveVllm | None = None
-        self.served = subject.work / SERVED
-        self.written = subject.work / ".written"  # a merge that cannot be sent tensor by tensor
+        self.served = job.work / SERVED
+        self.written = job.work / ".written"  # a merge that cannot be sent tensor by tensor
 
     def hold(self, config: dict[str, Any]) -> LiveVllm:
         """As `Holder.hold`; another server is started only if a merge has other settings or another architecture."""
@@ -127,7 +127,7 @@ class Live:
             self.close()
             self._link(settings)
             self.engine, self.settings = self._server(self.served), settings
-        self.engine.hold(sending(config, self.served, self.subject.seed))
+        self.engine.hold(sending(config, self.served, self.job.seed))
         return self.engine
 
     def close(self) -> None:
@@ -139,11 +139,11 @@ class Live:
         files.remove(self.written)
 
     def _server(self, folder: Path) -> LiveVllm:
-        return LiveVllm(folder, self.subject.keys, self.subject.log, self.subject.budget, self.shown)
+        return LiveVllm(folder, self.job.keys, self.job.log, self.job.budget, self.shown)
 
     def _link(self, settings: dict[str, Path]) -> None:
         """A checkpoint with the settings and the mode of all merges, its weights those of the skeleton."""
-        skeleton = self.subject.skeleton.absolute()
+        skeleton = self.job.skeleton.absolute()
         files.remove(self.served)
         self.served.mkdir(parents=True)
         for path in skeleton.iterdir():
@@ -151,7 +151,7 @@ class Live:
                 (self.served / path.name).symlink_to(path)
         (self.served / "config.json").write_bytes((skeleton / "config.json").read_bytes())
         adopt(self.served, settings)
-        checkpoint.adopt_mode(self.subject.template, self.served)
+        checkpoint.adopt_mode(self.job.template, self.served)
 
     def _streams(self, config: dict[str, Any]) -> bool:
         """Whether a merge makes the skeleton's tensors in its dtype, so that a running server can take them one by one."""
@@ -161,16 +161,16 @@ class Live:
         return (
             is_tensor_by_tensor(parsed, checkpoints)
             and len(checkpoints) == len(parsed.referenced_models())
-            and (dtype is None or dtype == _dtype(self.subject.skeleton))
+            and (dtype is None or dtype == _dtype(self.job.skeleton))
         )
 
     def _hold_written(self, config: dict[str, Any]) -> LiveVllm:
         """Write a merge as a checkpoint and load that; a server is started on it where it is another kind of model."""
         files.remove(self.written)
-        source = self.subject.work / "logs" / "merge.yaml"
+        source = self.job.work / "logs" / "merge.yaml"
         files.write_yaml(source, config)
-        write_merge(source, self.written, self.subject.log.with_name("merge.log"))
-        checkpoint.adopt_mode(self.subject.template, self.written)
+        write_merge(source, self.written, self.job.log.with_name("merge.log"))
+        checkpoint.adopt_mode(self.job.template, self.written)
         here = self.engine.folder if self.engine else None
         if self.engine is None or here is None or not _same_model(here, self.written):
             self.engine = self._restarted()

@@ -29,7 +29,7 @@ from thinkswitch_plugin.run.stamp import folder_once, stored
 
 if TYPE_CHECKING:
     from thinkswitch_plugin.engines.ask import Asker
-    from thinkswitch_plugin.merging.holding import Subject
+    from thinkswitch_plugin.merging.holding import MergeJob
 
 STAMP = "candidate.json"
 
@@ -86,11 +86,11 @@ class Bench:
         return self.work / "logs" / "lm_eval.log"
 
     @property
-    def subject(self) -> Subject:
+    def job(self) -> MergeJob:
         """What holds the candidates needs to know."""
-        from thinkswitch_plugin.merging.holding import Subject
+        from thinkswitch_plugin.merging.holding import MergeJob
 
-        return Subject(
+        return MergeJob(
             skeleton=self.skeleton,
             template=self.template,
             keys=self.engine_keys,
@@ -133,7 +133,7 @@ def evaluate_all(bench: Bench, candidates: Sequence[Candidate], title: str) -> l
 
         engine = "vllm" if uses_server(bench.evaluation, bench.engine) else "embedded"
         bar = Bar(len(candidates), title, initial=len(candidates) - len(waiting), unit="candidate")
-        with holding(engine, bench.subject) as holder:
+        with holding(engine, bench.job) as holder:
             for candidate in waiting:
 
                 def build(building: Path, candidate: Candidate = candidate) -> dict[str, Any]:
