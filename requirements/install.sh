@@ -6,7 +6,17 @@
 set -eu
 venv=$1 list=$2
 stamp=$venv/.installed
-want=$({ cat "$list" pyproject.toml; ls lm_eval_tasks; } | cksum)
+want=$(cat "$list" pyproject.toml | cksum)
+# lm-eval finds tasks in its own folder; links there keep edits of this checkout live.
+link_tasks() {
+    for tasks in "$venv"/lib/python3*/site-packages/lm_eval/tasks; do
+        [ -d "$tasks" ] || continue
+        mkdir -p "$tasks/thinkswitch"
+        ln -sf "$PWD"/lm_eval_tasks/* "$tasks/thinkswitch/"
+        find "$tasks/thinkswitch" -xtype l -delete
+    done
+}
+link_tasks
 [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$want" ] && exit 0
 
 python=${PYTHON:-python3.11}
@@ -28,10 +38,7 @@ VIRTUAL_ENV=$venv "$venv/bin/python" -m uv pip install --quiet --no-deps --compi
 case $list in
 *train.txt)
     $pip install --no-deps --no-build-isolation --editable .
-    # lm-eval finds tasks in its own folder; links there keep edits of this checkout live.
-    tasks=$("$venv/bin/python" -c 'import importlib.util as u; print(u.find_spec("lm_eval").submodule_search_locations[0])')/tasks/thinkswitch
-    mkdir -p "$tasks"
-    for file in "$PWD"/lm_eval_tasks/*; do ln -sf "$file" "$tasks/"; done
+    link_tasks
     ;;
 esac
 printf '%s' "$want" >"$stamp"

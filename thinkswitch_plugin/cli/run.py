@@ -112,14 +112,16 @@ def verify(run: Path, given: Given) -> None:
 @RUNS
 @ENGINE
 @OVERLAY
+@click.option("--seed", default=0, show_default=True, type=SEED)
 @click.option("--iterations", default=2, show_default=True, type=click.IntRange(min=1))
 @click.option("--tokens-per-second", type=click.FloatRange(min=0, min_open=True), help="What your GPU generates.")
 @told
-def check(overlay: tuple[str, ...], given: Given, **options: Any) -> None:
+def check(domain: str, overlay: tuple[str, ...], given: Given, **options: Any) -> None:
     """Before a GPU hour is spent: machine, engines, hub, recipe, pair, prompts, time and money."""
     from thinkswitch_plugin.loop.check import check_domain
+    from thinkswitch_plugin.recipe import recipe_of
 
-    check_domain(overlays=overlay, price=given.price, **options)
+    check_domain(recipe_of(domain, overlay), price=given.price, **options)
 
 
 @main.command()

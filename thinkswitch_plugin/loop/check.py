@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from thinkswitch_plugin.judging.evaluation import uses_server
 from thinkswitch_plugin.merging.settings import config_difference
 from thinkswitch_plugin.merging.tensors import quantisation, quantised
 from thinkswitch_plugin.merging.vocabulary import describe_renamed, vocabulary_difference
-from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, iteration_config, recipe_of
+from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, iteration_config
 from thinkswitch_plugin.report import price_per_hour
 from thinkswitch_plugin.run import MODES, versions
 from thinkswitch_plugin.training import distil
@@ -45,15 +45,15 @@ MADE = {
 
 
 def check_domain(
-    domain: str,
+    recipe: Recipe,
     runs: Path,
     engine: str,
-    overlays: Sequence[str],
+    seed: int,
     iterations: int,
     tokens_per_second: float | None,
     price: str,
 ) -> None:
-    """Print the findings for a domain.
+    """Print the findings for a recipe.
 
     Args:
         engine: as the user names it.
@@ -61,7 +61,6 @@ def check_domain(
 
     Raises `ThinkSwitchError` if something would stop the run.
     """
-    recipe = recipe_of(domain, overlays)
     keys = recipe.keys
     counted: list[int] = []  # the questions, once they are loaded
     checks: dict[str, Callable[[], str]] = {
@@ -70,10 +69,10 @@ def check_domain(
         "disk": lambda: enough(files.free_space(runs), keys.needs.disk_gb, "two iterations need"),
         "engine": lambda: engine_found(keys, engine),
         "recipe": lambda: schema(recipe),
-        "pair": lambda: pair(keys),
-        "training": lambda: training(recipe),
-        "prompts": lambda: rendered_prompts(keys),
-        "questions": lambda: questions(keys, counted),
+        "pair": lambda: pair(keys, seed),
+        "training": lambda: training(recipe, seed),
+        "prompts": lambda: rendered_prompts(keys, seed),
+        "questions": lambda: questions(keys, counted, seed),
         "budget": lambda: budget(keys, iterations, tokens_per_second, counted[0] if counted else None, price),
     }
     failed = 0
@@ -84,12 +83,15 @@ def check_domain(
         except ThinkSwitchError as problem:
             failed += 1
             console.say(f"  STOP  {title}: {problem}")
+    domain = recipe.path.stem
     if failed:
         raise ThinkSwitchError(
             f"{failed} of {len(checks)} checks would stop `make iterate DOMAIN={domain}`; fix the lines marked STOP, "
             f"then run `make check DOMAIN={domain}` again."
         )
-    console.say(f"Ready: make iterate DOMAIN={domain}" + (f" OVERLAY='{' '.join(overlays)}'" if overlays else ""))
+    overlays = " ".join(map(str, recipe.overlays))
+    words = (f"OVERLAY='{overlays}'" if overlays else "", f"SEED={seed}" if seed else "")
+    console.say(" ".join(filter(None, (f"Ready: make iterate DOMAIN={domain}", *words))))
 
 
 def gpu(keys: ThinkSwitchKeys) -> str:
@@ -159,11 +161,11 @@ def validate(config: dict[str, Any], where: str) -> None:
         raise ThinkSwitchError(f"{where}: axolotl refuses it: {error}") from None
 
 
-def pair(keys: ThinkSwitchKeys) -> str:
+def pair(keys: ThinkSwitchKeys, seed: int = 0) -> str:
     """Hub access, and the two checkpoints' compatibility from their configs and tokenizers."""
     names = keys.pair.instruct, keys.pair.thinking
     folders = [
-        described(name, revision)
+        described(name, revision, seed)
         for name, revision in zip(names, (keys.pair.revision_instruct, keys.pair.revision_thinking), strict=True)
     ]
     configs = [files.read_json(folder / "config.json") for folder in folders]
@@ -173,17 +175,17 @@ def pair(keys: ThinkSwitchKeys) -> str:
     difference = config_difference(*configs, may_differ=keys.rebuild.may_differ) or vocabulary_difference(*folders)
     if difference:
         raise ThinkSwitchError(f"no compatible pair: {difference}")
-    distil.require_switch(keys.pair, {mode: resolve_seed(name, 0) for mode, name in zip(MODES, names, strict=True)})
+    distil.require_switch(keys.pair, {mode: resolve_seed(name, seed) for mode, name in zip(MODES, names, strict=True)})
     if keys.pair.hybrid:
         return f"{keys.pair.instruct} is a hybrid; its chat template tells the two modes apart"
     alike = f"{' and '.join(names)} have one architecture, size and vocabulary"
     return "; ".join(filter(None, (alike, describe_renamed(*folders))))
 
 
-def described(name: str, revision: str | None) -> Path:
+def described(name: str, revision: str | None, seed: int) -> Path:
     """A folder with config and tokenizer of a checkpoint. Raises `ThinkSwitchError` if they cannot be downloaded."""
     if is_local(name):
-        return Path(resolve_seed(name, 0))
+        return Path(resolve_seed(name, seed))
     from huggingface_hub import snapshot_download
 
     wanted = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
@@ -193,23 +195,23 @@ def described(name: str, revision: str | None) -> Path:
         raise not_fetched(name, error) from None
 
 
-def training(recipe: Recipe) -> str:
+def training(recipe: Recipe, seed: int) -> str:
     """What the recipe would train of the instruct checkpoint, from its config and tokenizer."""
     pair = recipe.keys.pair
-    distil.require_trainable(recipe, resolve_seed(pair.instruct, 0), pair.revision_instruct)
+    distil.require_trainable(recipe, resolve_seed(pair.instruct, seed), pair.revision_instruct)
     return "the answer and the end of its turn, behind the prompt that is asked; all that LoRA is asked to reach"
 
 
-def rendered_prompts(keys: ThinkSwitchKeys) -> str:
+def rendered_prompts(keys: ThinkSwitchKeys, seed: int = 0) -> str:
     """Two rendered prompts."""
-    chosen, commit = prompts.prompts_of_iteration(keys.prompts, 0, 1)
+    chosen, commit = prompts.prompts_of_iteration(keys.prompts, seed, 1)
     shown = "\n".join(f"          {prompt_id}: {text[:300]!r}" for prompt_id, text in chosen[:2])
     return f"{len(chosen)}, of commit {commit or '(a local file)'}\n{shown}"
 
 
-def questions(keys: ThinkSwitchKeys, counted: list[int]) -> str:
+def questions(keys: ThinkSwitchKeys, counted: list[int], seed: int = 0) -> str:
     """The evaluation set, and that no training prompt is in it; how many they are is put into `counted`."""
-    chosen, _ = prompts.prompts_of_iteration(keys.prompts, 0, 1)
+    chosen, _ = prompts.prompts_of_iteration(keys.prompts, seed, 1)
     counted.append(require_uncontaminated(chosen, keys.evaluation))
     return f"{keys.evaluation.task} loads, {counted[0]} questions; no training prompt is in it"
 
