@@ -4,7 +4,7 @@ To work offline, set THINKSWITCH_DATA to a folder that contains `aime_2026`, `ai
 `ifeval`, or those of them that are used, as .jsonl, .csv or .parquet, with the columns of the hub's datasets.
 
 lm-eval passes the model arguments of the run to each `NAME_dataset`. A `grade_KIND` reads answers by the
-rules for that kind in docs/grading.md.
+rules for that kind in docs/grading.md; an `agreement_KIND` does so for a domain without gold answers.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from thinkswitch_plugin.answer_kinds import KINDS
 from thinkswitch_plugin.data import answers, benchmarks, sources
 from thinkswitch_plugin.data.benchmarks import AimeRow, GpqaRow, IfevalRow, PubMedQARow, check_rows
+from thinkswitch_plugin.data.task_files import AGREEMENT
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.figures import question_metrics
 from thinkswitch_plugin.judging.samples import completions
@@ -136,12 +137,19 @@ def _graded(kind: str, doc: dict[str, Any], results: list[Any]) -> dict[str, Any
     return reported
 
 
+def _agreeing(kind: str, doc: dict[str, Any], results: list[Any]) -> dict[str, Any]:
+    """The metrics of one question that has no gold answer, only the majority answer of the thinking checkpoint."""
+    reported = _graded(kind, doc, results)
+    agreement = {AGREEMENT: reported["mean@k"]} if "mean@k" in reported else {}
+    return agreement | {name: reported[name] for name in ("think_ratio", "answered") if name in reported}
+
+
 def __getattr__(name: str) -> Any:
-    """`grade_KIND` for each kind of answer: the metrics of one question."""
-    kind = name.removeprefix("grade_")
-    if kind == name or kind not in KINDS:
+    """`grade_KIND` and `agreement_KIND` for each kind of answer: the metrics of one question."""
+    function, _, kind = name.partition("_")
+    if function not in ("grade", AGREEMENT) or kind not in KINDS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return partial(_graded, kind)
+    return partial(_graded if function == "grade" else _agreeing, kind)
 
 
 def grade_arithmetic_mixed(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:

@@ -315,10 +315,34 @@ def test_verify_of_an_unfinished_run_says_what_is_left(place: Path, capsys: pyte
 def test_a_stamp_says_what_was_written_read_and_by_which_command(place: Path) -> None:
     iterate()
     stamp = files.read_json(Path("runs/arithmetic/iter-1/.stamps/merge-lora.json"))
-    wrote = "runs/arithmetic/iter-1/instruct/model.safetensors"
-    assert stamp["outputs"][wrote] == hashlib.sha256(Path(wrote).read_bytes()).hexdigest()
-    assert set(stamp["inputs"]) >= {"runs/arithmetic/iter-1/adapter", "runs/arithmetic/iter-1/axolotl.yaml"}
+    wrote = Path("iter-1/instruct/model.safetensors")
+    assert stamp["outputs"][str(wrote)] == hashlib.sha256(("runs/arithmetic" / wrote).read_bytes()).hexdigest()
+    assert set(stamp["inputs"]) >= {"iter-1/adapter", "iter-1/axolotl.yaml"}
     assert stamp["seed"] == 0 and stamp["command"].split()[0] == "thinkswitch" and stamp["versions"]["python"]
+
+
+def test_a_run_that_was_moved_or_copied_verifies_and_has_nothing_to_do(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(iterate(2, keep="last")) == 20
+    shutil.copytree("runs", "archive/2026")  # with new times and inodes
+    shutil.move("runs", "moved")
+    for new in (Path("archive/2026"), place / "moved"):
+        verify(new / "arithmetic")
+        assert "20 stages fit their stamps" in capsys.readouterr().out
+        begin.begin_run("arithmetic", new, 0, "embedded", 2)
+        assert "Nothing to do" in capsys.readouterr().out
+    replace(RECIPE, "learning_rate: 0.001", "learning_rate: 0.002")()
+    assert {stage.name for stage in run.forget_stale(run.open_run(new / "arithmetic"))[1]} == {"train"}
+
+
+def test_a_run_of_an_earlier_version_whose_stamps_hold_longer_paths_has_nothing_to_do(place: Path) -> None:
+    iterate(2, keep="last")
+    for path in Path("runs").rglob("*.json"):
+        if ".stamps" in path.parts:
+            path.write_text(path.read_text().replace('"iter-', '"runs/arithmetic/iter-'))
+    verify(Path("runs/arithmetic"))
+    assert iterate(2, keep="last") == []
 
 
 def test_damaged_stamps_and_memory_cost_only_their_own_stage(place: Path) -> None:

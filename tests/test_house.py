@@ -94,13 +94,14 @@ def domain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_domain_is_a_recipe_its_rows_and_a_task(domain: Path) -> None:
-    keys = recipe.recipe_of("sums").keys
+    sums = recipe.recipe_of("sums")
+    keys = sums.keys
     assert prompts.read_prompts(keys.prompts, 0)[0][1] == ("p00001", "1 plus 1")
     assert task_files.kind_of_task("sums") == "exact"
     assert task_files.evaluation_set("sums") == ("sums", "sums")
     assert task_files.evaluation_set("thinkswitch_aime_k8") == ("MathArena/aime_2026", "AIME 2026")
     assert "8, of commit (a local file)" in check.rendered_prompts(keys)
-    assert check.questions(keys, []) == "sums loads, 20 questions; no training prompt is in it"
+    assert check.questions(sums, []) == "sums loads, 20 questions; no training prompt is in it"
     chosen, _ = prompts.prompts_of_iteration(keys.prompts, 0, 1)
     how = batch.Asked()
     asked = {"model": "m", "how": how, "sampling": keys.sampling, "seed": 0}

@@ -19,7 +19,9 @@ RUN_BY = {
     "make status": "test_status.py::test_make_status_says_how_to_begin_and_exits_0",
     "make compare QUESTION='7*3+4*2'": "test_compare.py::test_the_embedded_pair_side_by_side",
     "make verify": "test_resume.py::test_a_finished_run_verifies_and_its_cards_say_where_it_comes_from",
-    "make iterate DOMAIN=template ITERATIONS=1": "test_real_domains.py::test_the_template_domain_runs_at_once",
+    "thinkswitch init mine --prompts questions.csv --gold answer --gpu 24gb": (
+        "test_init.py::test_what_is_written_passes_the_checks_that_need_no_model"
+    ),
     "make sweep ITER=1": "test_sweep.py::swept",
     "make ablate ITER=1": "test_sweep.py::test_layers_modules_and_baselines_by_make",
     "make baselines ITER=1": "test_sweep.py::test_layers_modules_and_baselines_by_make",

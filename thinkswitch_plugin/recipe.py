@@ -30,10 +30,15 @@ class Recipe:
     overlays: tuple[Path, ...] = ()
 
 
-def recipe_path(domain: str) -> Path:
-    """Where the recipe of a domain lies. Raises `ThinkSwitchError` if there is none."""
+def require_domain_name(domain: str) -> None:
+    """Raise `ThinkSwitchError` if a domain cannot have this name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", domain):
         raise ThinkSwitchError(f"DOMAIN={domain!r} is not a domain name; use letters, digits, `-` and `_`.")
+
+
+def recipe_path(domain: str) -> Path:
+    """Where the recipe of a domain lies. Raises `ThinkSwitchError` if there is none."""
+    require_domain_name(domain)
     path = places.find(f"{places.RECIPES}/{domain}.yaml")
     if path.is_dir():
         raise ThinkSwitchError(f"{path} is a folder; a file is expected there.")

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from thinkswitch_plugin import console, places
+from thinkswitch_plugin.answer_kinds import KINDS
 from thinkswitch_plugin.cli.group import main
 from thinkswitch_plugin.cli.options import DOMAIN, ENGINE, FOLDER, INSTRUCT, OVERLAY, RUNS, SEED, THINKING, told
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -62,6 +63,35 @@ def iterate(**options: Any) -> None:
     ours = f"'{sys.executable}' -m thinkswitch_plugin.cli"
     settings = [f"{name.upper()}={value}" for name, value in options.items()]
     os.execvp("make", ["make", "-f", str(places.HOME / "Makefile"), "iterate", f"INSTALLED={ours}", *settings])
+
+
+@main.command()
+@click.argument("name", default="mine")
+@click.option("--gpu", type=click.Choice(["8gb", "24gb", "several"]), default="8gb", show_default=True)
+@click.option("--prompts", required=True, help="JSONL, CSV or Parquet file with a prompt a row, or a hub dataset.")
+@click.option("--column", default="", help="Column with the prompt (default: prompt, problem or question).")
+@click.option("--gold", default="", help="Column with the right answer; without one, agreement is evaluated.")
+@click.option("--answer", type=click.Choice(list(KINDS)), help="How a final answer is read (default: as --gold shows).")
+@click.option("--config", help="Configuration of the dataset on the hub.")
+@click.option("--split", default="train", show_default=True, help="Split of the dataset on the hub.")
+@click.option("--held-out", type=click.IntRange(min=4), help="Rows for the evaluation (default: a fifth, at most 200).")
+def init(name: str, gpu: str, answer: str | None, **data: Any) -> None:
+    """Write a recipe, prompts and an lm-eval task for a domain of your own, called NAME, into the current folder."""
+    from thinkswitch_plugin.loop.new_domain import Data, write_domain
+
+    write_domain(name, gpu, Data(answer=answer or "", **data))
+
+
+@main.command()
+@DOMAIN
+@ENGINE
+@OVERLAY
+@click.option("--samples", default=8, show_default=True, type=click.IntRange(min=1), help="Answers a question.")
+def reference(overlay: tuple[str, ...], **options: Any) -> None:
+    """For a domain without gold answers: the thinking checkpoint's majority answer to each question held out."""
+    from thinkswitch_plugin.loop.reference import make_reference
+
+    make_reference(overlays=overlay, **options)
 
 
 @main.command()

@@ -15,6 +15,9 @@ from typing import Any
 
 from thinkswitch_plugin.answer_kinds import KINDS
 from thinkswitch_plugin.data.statements import stated
+from thinkswitch_plugin.errors import ThinkSwitchError
+
+FEWEST_VOTES = 3  # from which on it is not by chance that no vote had two equal answers
 
 
 def exact(text: str) -> str | None:
@@ -79,3 +82,29 @@ def majority(found: Sequence[str | None]) -> str | None:
     """The most frequent answer (the earliest of equals), None if there is none at all."""
     counts = Counter(a for a in found if a is not None)
     return counts.most_common(1)[0][0] if counts else None
+
+
+class Votes:
+    """Whether votes could be held: in free text no two answers are alike, so any of them would win."""
+
+    def __init__(self) -> None:
+        self.held = self.agreed = 0  # votes over several answers; those in which two were alike
+
+    def count(self, found: Sequence[str | None]) -> None:
+        """Count one vote."""
+        there = [one for one in found if one is not None]
+        self.held += len(there) > 1
+        self.agreed += len(set(there)) < len(there)
+
+    def require_agreement(self, kind: str, instead: str) -> None:
+        """Raise `ThinkSwitchError` if whole texts were compared and no two of them were alike.
+
+        Args:
+            kind: how the answers were read, a key of `KINDS`.
+            instead: what to do, as part of a sentence.
+        """
+        if KINDS[kind].whole and self.held >= FEWEST_VOTES and not self.agreed:
+            raise ThinkSwitchError(
+                f"In {self.held} votes over several answers no two were alike, so these answers are free text, which has no "
+                f"majority; {instead}, or name how a final answer is read (integer, decision, choice) as `answer`."
+            )

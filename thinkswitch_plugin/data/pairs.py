@@ -98,6 +98,7 @@ def build_pairs(
     if not generations.exists():
         raise ThinkSwitchError(f"{generations} does not exist; generate it first.")
     found = completions(requests, generations, convention, report)
+    votes = answers.Votes()
     for _, group in itertools.groupby(found, key=lambda one: batch.prompt_id(one.request)):
         report.prompts += 1
         complete = []
@@ -108,7 +109,10 @@ def build_pairs(
                 complete.append((one.request, one.done))
             else:
                 report.dropped[outcome] += 1
-        chosen, reason = select([str(done.answer) for _, done in complete], selection, answer_kind)
+        texts = [str(done.answer) for _, done in complete]
+        chosen, reason = select(texts, selection, answer_kind)
+        if selection == "vote":
+            votes.count([answers.extract(answer_kind, text) for text in texts])
         if len(complete) > len(chosen):
             report.dropped[reason] += len(complete) - len(chosen)
         report.kept += len(chosen)
@@ -118,6 +122,7 @@ def build_pairs(
             turns = [*request["body"]["messages"], {"role": "assistant", "content": done.answer}]
             ids = {"custom_id": request["custom_id"], "prompt_id": batch.prompt_id(request)}
             yield {"messages": turns, **ids, **({"trace": done.trace} if keep_trace else {})}
+    votes.require_agreement(answer_kind, "set `thinkswitch.labels.selection: first`")
 
 
 class AnsweredRequest(NamedTuple):

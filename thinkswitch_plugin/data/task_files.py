@@ -14,6 +14,9 @@ from thinkswitch_plugin import places
 from thinkswitch_plugin.answer_kinds import KINDS
 from thinkswitch_plugin.errors import ThinkSwitchError, reason
 
+MODULE = "thinkswitch_tasks"  # holds the functions that our task files name
+AGREEMENT = "agreement"  # what a task without gold answers reports; its functions are called agreement_KIND
+
 
 class _AnyTag(yaml.SafeLoader):
     """Reads task files, whose `!function` tags name Python functions, without calling anything."""
@@ -26,16 +29,49 @@ def installed() -> Path | None:
     """The folder of our tasks that lm-eval finds without an option (a checkout links its own), None if there is none."""
     spec = find_spec("lm_eval")
     roots = [Path(root) for root in (spec and spec.submodule_search_locations) or ()]
-    modules = [root / "tasks" / "thinkswitch" / "thinkswitch_tasks.py" for root in roots]
+    modules = [root / "tasks" / "thinkswitch" / f"{MODULE}.py" for root in roots]
     return next((module.resolve().parent for module in modules if module.is_file()), None)
+
+
+def place(name: str) -> Path:
+    """The YAML file of a task in `lm_eval_tasks/`: the user's own, that of the checkout, or that of an installed wheel."""
+    path = places.find(f"{places.TASKS}/{name}.yaml")
+    shipped = None if path.is_file() else installed()
+    return shipped / path.name if shipped and (shipped / path.name).is_file() else path
 
 
 def kind_of_task(name: str, folder: Path | None = None) -> str | None:
     """A key of `KINDS` if it is one of our tasks and grades with one, otherwise None."""
+    kind = _grades_by(name, folder).removeprefix("grade_").removeprefix(f"{AGREEMENT}_")
+    return kind if kind in KINDS else None
+
+
+def measures_agreement(name: str) -> bool:
+    """Whether one of our tasks has no gold answers, and compares with the majority of the thinking checkpoint's."""
+    return _grades_by(name).startswith(f"{AGREEMENT}_")
+
+
+def reference_files(name: str) -> tuple[Path, Path]:
+    """The questions of a task without gold answers, and the file with the reference answers to them.
+
+    Raises `ThinkSwitchError` if the task does not name both.
+    """
+    for values in _every(name):
+        files = (values.get("dataset_kwargs") or {}).get("data_files") or {}
+        questions = (values.get("metadata") or {}).get("questions")
+        if questions and files.get("test"):
+            return places.find(questions), Path(files["test"])
+    raise ThinkSwitchError(
+        f"{place(name)} must name its questions as `metadata.questions` and the reference answers as "
+        "`dataset_kwargs.data_files.test`; `thinkswitch init` writes such a task."
+    )
+
+
+def _grades_by(name: str, folder: Path | None = None) -> str:
+    """The name of the function that grades in one of our tasks; empty if there is none."""
     functions = (values.get("process_results") for values in _every(name, folder))
     function = next((str(value["function"]) for value in functions if isinstance(value, dict)), "")
-    kind = function.rpartition(".")[2].removeprefix("grade_")
-    return kind if kind in KINDS else None
+    return function.rpartition(".")[2]
 
 
 def task_files(name: str, folder: Path | None = None, data: str = "") -> tuple[Path, ...]:
@@ -59,8 +95,7 @@ def task_files(name: str, folder: Path | None = None, data: str = "") -> tuple[P
             elif Path(text).suffix in (".json", ".jsonl", ".csv", ".parquet"):
                 visit(places.find(text))
 
-    file = f"{name}.yaml"
-    visit(folder / file if folder else places.find(f"{places.TASKS}/{file}"))
+    visit(folder / f"{name}.yaml" if folder else place(name))
     if data:
         found[Path(data)] = None
     return tuple(found)
@@ -74,8 +109,7 @@ def load(name: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager, get_task_dict
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    tasks = places.find(places.TASKS)
-    manager = TaskManager(include_path=str(tasks), include_defaults=not is_ours(name))
+    manager = TaskManager(include_path=str(place(name).parent), include_defaults=not is_ours(name))
     if name not in manager.all_tasks:
         raise ThinkSwitchError(
             f"lm-eval knows no task {name!r}; put its YAML into lm_eval_tasks/, or name one that `lm_eval ls tasks` lists."
@@ -90,7 +124,7 @@ def load(name: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
 
 def is_ours(name: str) -> bool:
     """Whether a task lies in the folder of our tasks."""
-    return (places.find(places.TASKS) / f"{name}.yaml").is_file()
+    return place(name).is_file()
 
 
 def repeats(name: str) -> int:

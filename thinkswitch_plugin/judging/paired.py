@@ -20,8 +20,11 @@ FEWEST = 6  # changed questions; with five, even all won, p = 2 · .5⁵ = .0625
 NOISE, MORE = "within noise", "more than noise"
 
 
-def compare(before: Sequence[Sample], after: Sequence[Sample]) -> dict[str, Any]:
+def compare(before: Sequence[Sample], after: Sequence[Sample], score: str = "accuracy") -> dict[str, Any]:
     """Two evaluations, paired by question.
+
+    Args:
+        score: what Mean@1 is called in the sentence.
 
     Returns:
         ``n`` questions that both hold, of ``k`` samples; ``won`` and ``lost``, their doc_ids; ``p_of_vote``, of the
@@ -65,7 +68,7 @@ def compare(before: Sequence[Sample], after: Sequence[Sample]) -> dict[str, Any]
         "interval": method,
         "verdict": MORE if p < LEVEL else NOISE,
     }
-    return {**found, "sentence": sentence(found)}
+    return {**found, "sentence": sentence(found, score)}
 
 
 def newcombe(both: int, won: int, lost: int, n: int) -> list[float]:
@@ -91,7 +94,7 @@ def newcombe(both: int, won: int, lost: int, n: int) -> list[float]:
     return [p - q - distance(p - p_low, q_high - q), p - q + distance(p_high - p, q - q_low)]
 
 
-def sentence(found: dict[str, Any]) -> str:
+def sentence(found: dict[str, Any], score: str = "accuracy") -> str:
     """A comparison in words: `163 questions won and 12 lost of 400 (exact McNemar p < .001): more than noise. …`."""
     won, lost = len(found["won"]), len(found["lost"])
     low, high = (100 * v for v in found["ci95"])
@@ -101,7 +104,7 @@ def sentence(found: dict[str, Any]) -> str:
     if found["k"] > 1:
         test = f"{found['test']} over questions {p_value(found['p'])}"
         return f"Mean@{found['k']} {change}; {test}): {found['verdict']}. By vote, {changed} ({mcnemar})."
-    text = f"{changed} ({mcnemar}): {found['verdict']}. Accuracy {change})."
+    text = f"{changed} ({mcnemar}): {found['verdict']}. {score.capitalize()} {change})."
     if won + lost < FEWEST:
         few = f"Only {won + lost} changed" if won + lost else "None changed"
         text += f" {few}, and fewer than {FEWEST} cannot reach p < .05: too few to tell."

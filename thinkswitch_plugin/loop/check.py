@@ -22,6 +22,7 @@ from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.environment import has_cuda, variable
 from thinkswitch_plugin.errors import ThinkSwitchError, not_fetched
 from thinkswitch_plugin.judging.evaluation import uses_server
+from thinkswitch_plugin.loop.reference import require_reference
 from thinkswitch_plugin.merging.settings import config_difference
 from thinkswitch_plugin.merging.tensors import quantisation, quantised
 from thinkswitch_plugin.merging.vocabulary import describe_renamed, vocabulary_difference
@@ -72,7 +73,7 @@ def check_domain(
         "pair": lambda: pair(keys, seed),
         "training": lambda: training(recipe, seed),
         "prompts": lambda: rendered_prompts(keys, seed),
-        "questions": lambda: questions(keys, counted, seed),
+        "questions": lambda: questions(recipe, counted, seed),
         "budget": lambda: budget(keys, iterations, tokens_per_second, counted[0] if counted else None, price),
     }
     failed = 0
@@ -209,8 +210,10 @@ def rendered_prompts(keys: ThinkSwitchKeys, seed: int = 0) -> str:
     return f"{len(chosen)}, of commit {commit or '(a local file)'}\n{shown}"
 
 
-def questions(keys: ThinkSwitchKeys, counted: list[int], seed: int = 0) -> str:
+def questions(recipe: Recipe, counted: list[int], seed: int = 0) -> str:
     """The evaluation set, and that no training prompt is in it; how many they are is put into `counted`."""
+    keys = recipe.keys
+    require_reference(recipe, seed)
     chosen, _ = prompts.prompts_of_iteration(keys.prompts, seed, 1)
     counted.append(require_uncontaminated(chosen, keys.evaluation))
     return f"{keys.evaluation.task} loads, {counted[0]} questions; no training prompt is in it"

@@ -10,6 +10,7 @@ from typing import Any
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.data.batch import Asked
+from thinkswitch_plugin.data.task_files import AGREEMENT, measures_agreement
 from thinkswitch_plugin.environment import hardware
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.figures import Sample, summarize
@@ -64,6 +65,7 @@ def build_report(run: Run, judged: Sequence[Evaluation]) -> dict[str, Any]:
     samples = {(e.iteration, e.mode): e.samples for e in judged}
     names = run.evaluated(run.iterations)
     samples |= {(0, name): samples[0, asked_as] for name, (_, asked_as) in names.items()}
+    score = AGREEMENT if measures_agreement(run.recipe.keys.evaluation.task) else "accuracy"
     iterations = []
     for k in range(run.iterations + 1):
         here = run.iteration(k)
@@ -79,7 +81,7 @@ def build_report(run: Run, judged: Sequence[Evaluation]) -> dict[str, Any]:
             entry["merge"] = rebuilt
             entry["paired"] = {
                 name: [
-                    {"against": earlier, **compare(samples[earlier, name], samples[k, name])}
+                    {"against": earlier, **compare(samples[earlier, name], samples[k, name], score)}
                     for earlier in sorted({k - 1, 0}, reverse=True)
                 ]
                 for name in names
@@ -92,6 +94,7 @@ def build_report(run: Run, judged: Sequence[Evaluation]) -> dict[str, Any]:
         "domain": run.recipe.keys.domain,
         "seed": run.seed,
         "engine": run.engine,
+        **({} if score == "accuracy" else {"score": score}),
         "iterations": iterations,
         "versions": versions(),
         "hardware": hardware(),

@@ -86,20 +86,20 @@ def complete_cards(run: Run) -> None:
                 continue
             figures = found["iterations"][k][mode]
             card.data.model_name = f"thinkswitch-{run.recipe.keys.domain}-{mode}-{k}"
-            card.data.eval_results = eval_results(run.recipe.keys.evaluation.task, figures)
-            card.data.metrics = ["accuracy"]
+            card.data.eval_results = eval_results(run.recipe.keys.evaluation.task, figures, tables.score_of(found))
+            card.data.metrics = [tables.score_of(found)]
             card.text = f"{card.text.partition(RESULTS)[0].rstrip()}\n\n{RESULTS}\n\n{results(found, k, mode)}"
             files.write_text(path, str(card))
 
 
-def eval_results(task: str, figures: dict[str, Any]) -> list[EvalResult]:
+def eval_results(task: str, figures: dict[str, Any], score: str = "accuracy") -> list[EvalResult]:
     """A checkpoint's figures as the hub's model index holds them."""
     from huggingface_hub import EvalResult
 
     k = figures["k"]
     dataset, name = evaluation_set(task)
     of_mean = {"k": k, "questions": figures["n"], "ci95": figures["ci95"]}
-    shown: list[tuple[str, str, str, dict[str, Any] | None]] = [("accuracy", f"Mean@{k}", "mean@k", of_mean)]
+    shown: list[tuple[str, str, str, dict[str, Any] | None]] = [(score, f"Mean@{k}", "mean@k", of_mean)]
     if k > 1:
         shown += [("pass@k", f"Pass@{k}", "pass@k", {"k": k}), ("vote@k", f"Vote@{k}", "vote@k", {"k": k})]
     shown += [("tokens", "Tokens a completion", "tokens", None), ("think_ratio", "Think ratio", "think_ratio", None)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thinkswitch_plugin import files
-from thinkswitch_plugin.report.tables import evaluated
+from thinkswitch_plugin.report.tables import evaluated, score_of
 from thinkswitch_plugin.run.folder import OTHER_MODE
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ def save(figure: Figure, path: Path) -> None:
                 figure.savefig(handle, format=kind, metadata=metadata)
 
 
-def score_name(k: int) -> str:
+def score_name(k: int, score: str = "accuracy") -> str:
     """What a score over k samples a question is called on an axis."""
-    return "accuracy, %" if k == 1 else f"Mean@{k}, %"
+    return f"{score}, %" if k == 1 else f"Mean@{k}, %"
 
 
 PANELS = ("score", "tokens", "think ratio")
@@ -88,7 +88,7 @@ def iterations_picture(report: dict[str, Any], panels: Sequence[str] = PANELS) -
         axes.set_xticks(numbers)
         axes.set_xlim(numbers[0] - 0.2, numbers[-1] + 0.2)
         axes.set_xlabel("iteration")
-        named = score_name(report["iterations"][0]["instruct"]["k"])
+        named = score_name(report["iterations"][0]["instruct"]["k"], score_of(report))
         axes.set_title({"score": named, "tokens": "tokens an answer"}.get(panel, panel), fontsize=10)
         if panel == "tokens":
             axes.set_ylim(bottom=0)

@@ -29,18 +29,24 @@ def points_span(limits: Sequence[float]) -> str:
     return " to ".join(map(points, limits))
 
 
+def score_of(report: dict[str, Any]) -> str:
+    """What the score of one answer a question is called: `accuracy`, or `agreement` if there are no gold answers."""
+    return str(report.get("score", "accuracy"))
+
+
 def headline(report: dict[str, Any]) -> str:
     """What the run came to, in one sentence."""
     first, last = report["iterations"][0], report["iterations"][-1]
     k = last["iteration"]
     samples = last["instruct"]["k"]
+    right = " right" if score_of(report) == "accuracy" else " as the first thinking checkpoint mostly answers"
     parts = []
     for mode in MODES:
         before, after = first[mode], last[mode]
         verdict = last["paired"][mode][-1]["verdict"]
         parts.append(
             f"{mode} {'gets' if samples == 1 else f'has a Mean@{samples} of'} {100 * after['mean@k']:.1f} %"
-            f"{' right' if samples == 1 else ''} ({100 * before['mean@k']:.1f} % before, {verdict}) "
+            f"{right if samples == 1 else ''} ({100 * before['mean@k']:.1f} % before, {verdict}) "
             f"with {after['tokens']:.1f} tokens an answer"
         )
     n = last["instruct"]["n"]
@@ -88,7 +94,7 @@ def header(report: dict[str, Any]) -> list[str]:
     return [
         "iteration",
         "checkpoint",
-        "accuracy" if k == 1 else f"Mean@{k}",
+        score_of(report) if k == 1 else f"Mean@{k}",
         "95 % interval",
         "change",
         *([f"Pass@{k}", f"Vote@{k}"] if k > 1 else []),

@@ -30,7 +30,7 @@ def is_done(run: Run, stage: Stage, hashes: Hashes) -> bool:
     path, needed = stamp_path(run, stage), (*stage.outputs, *stage.needs)
     if not (path.is_file() and all(output.exists() for output in needed)):
         return False  # before anything is read
-    return stamp.stored(path, stage.depends_on(hashes)) is not None
+    return stamp.stored(path, stage.depends_on(hashes), folder=run.folder) is not None
 
 
 def execute(run: Run, name: str, iteration: int, work: Work) -> None:

@@ -25,6 +25,15 @@ def read_stamp(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def within(value: Any, folder: Path) -> Any:
+    """JSON values with every path inside a run folder written from that folder on, so that the run may be moved."""
+    if isinstance(value, str):
+        return value.removeprefix(f"{folder}/")
+    if isinstance(value, dict):
+        return {within(key, folder): within(item, folder) for key, item in value.items()}
+    return [within(item, folder) for item in value] if isinstance(value, list | tuple) else value
+
+
 class Hashes:
     """sha256 of files and folders, remembered by size and times so that nothing is read twice.
 
@@ -37,10 +46,11 @@ class Hashes:
         Args:
             trust: take a file that looks unchanged as unchanged; else everything is read.
         """
+        self.folder = folder
         self.memory = folder / ".stamps" / "hashes.json"
-        self.known: dict[str, list[Any]] = (read_stamp(self.memory) or {}) if trust else {}
+        self.known: dict[str, list[Any]] = within(read_stamp(self.memory) or {}, folder) if trust else {}
         self.prunings = folder / ".stamps" / "pruned.json"
-        self.pruned: dict[str, str] = read_stamp(self.prunings) or {}
+        self.pruned: dict[str, str] = within(read_stamp(self.prunings) or {}, folder)
         self.changed = False
 
     def of(self, path: Path) -> str | None:
@@ -50,19 +60,22 @@ class Hashes:
         """
         if path.is_dir():
             digest = hashlib.sha256()
-            for file, found in self.files(path, parts_only=True).items():
-                digest.update(f"{Path(file).relative_to(path)}\0{found}\0".encode())
+            for file, found in self._files(path, parts_only=True).items():
+                digest.update(f"{file.relative_to(path)}\0{found}\0".encode())
             return digest.hexdigest()
         return self._file(path) if path.is_file() else None
 
-    def files(self, path: Path, *, parts_only: bool = False) -> dict[str, str]:
-        """The hash of a file, or of every file of a folder (but cards) by its path, pruned ones among them.
+    def name(self, path: Path) -> str:
+        """A path as stamps hold it: from the run folder on if it lies in there."""
+        return str(path.relative_to(self.folder) if path.is_relative_to(self.folder) else path)
 
-        Args:
-            parts_only: leave out what `of` does not count.
-        """
-        if path.is_file():
-            return {str(path): self._file(path)}
+    def files(self, path: Path) -> dict[str, str]:
+        """The hash of a file, or of every file of a folder (but cards) by its name in stamps, pruned ones among them."""
+        found = {path: self._file(path)} if path.is_file() else self._files(path)
+        return {self.name(file): hashed for file, hashed in found.items()}
+
+    def _files(self, path: Path, *, parts_only: bool = False) -> dict[Path, str]:
+        """The files of a folder; `parts_only` leaves out what `of` does not count."""
         from thinkswitch_plugin.run.checkpoint import FETCHED
 
         # What the hub's client adds to a checkpoint's folder later, or git keeps there, makes no other checkpoint of it.
@@ -74,24 +87,29 @@ class Hashes:
 
         every = (file for file in path.rglob("*") if file.is_file() and file.name != CARD)
         there = {file: self._file(file) for file in every if not parts_only or counts(file)}
-        gone = {Path(f): h for f, h in self.pruned.items() if path in Path(f).parents}
-        return {str(file): found for file, found in sorted((gone | there).items())}
+        gone = {file: self.pruned[self.name(file)] for file in self._pruned_of(path)}
+        return dict(sorted((gone | there).items()))
 
-    def missing(self, path: Path) -> list[str]:
+    def _pruned_of(self, path: Path) -> list[Path]:
+        """The files of a folder that were pruned."""
+        return [file for name in self.pruned if path in (file := self.folder / name).parents]
+
+    def missing(self, path: Path) -> list[Path]:
         """The files of a folder that were pruned and are not there again."""
-        return [f for f in self.pruned if path in Path(f).parents and not Path(f).is_file()]
+        return [file for file in self._pruned_of(path) if not file.is_file()]
 
     def prune(self, paths: Iterable[Path]) -> None:
         """Delete files, and remember their hashes first."""
         chosen = list(paths)
-        self.pruned |= {str(p): self._file(p) for p in chosen}
+        self.pruned |= {self.name(p): self._file(p) for p in chosen}
         files.write_json(self.prunings, self.pruned)
         for path in chosen:
             path.unlink()
 
     def forget_pruned(self, path: Path) -> None:
         """What lay at `path` is made anew: its pruned files count no longer."""
-        kept = {f: h for f, h in self.pruned.items() if path not in Path(f).parents}
+        made = {self.name(file) for file in self._pruned_of(path)}
+        kept = {name: found for name, found in self.pruned.items() if name not in made}
         if kept != self.pruned:
             self.pruned = kept
             files.write_json(self.prunings, kept)
@@ -100,7 +118,7 @@ class Hashes:
         status = path.stat()
         # The change time cannot be set back, so a file of equal size copied with its old time is seen.
         mark = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-        found = self.known.get(str(path))
+        found = self.known.get(self.name(path))
         if isinstance(found, list) and found[:-1] == mark:
             return str(found[-1])
         return self._read(path, mark)
@@ -109,7 +127,7 @@ class Hashes:
         with path.open("rb") as handle:
             found = hashlib.file_digest(handle, "sha256").hexdigest()
         if time.time_ns() - mark[2] > CLOCK_TICK:
-            self.known[str(path)] = [*mark, found]
+            self.known[self.name(path)] = [*mark, found]
             self.changed = True
         return found
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import files
-from thinkswitch_plugin.run.hashes import read_stamp
+from thinkswitch_plugin.run.hashes import read_stamp, within
 
 Key = Mapping[str, Any]  # plain JSON values by name
 Part = Callable[[Key], Any]
@@ -28,9 +28,15 @@ def whole(key: Key) -> Key:
     return key
 
 
-def stored(stamp: Path, key: Key, outputs: Iterable[Path] = ()) -> dict[str, Any] | None:
-    """The stamp of work that is done and still true, None otherwise."""
+def stored(stamp: Path, key: Key, outputs: Iterable[Path] = (), folder: Path | None = None) -> dict[str, Any] | None:
+    """The stamp of work that is done and still true, None otherwise.
+
+    Args:
+        folder: of the run; earlier versions wrote its path in front of those inside it.
+    """
     found = read_stamp(stamp)
+    if folder is not None:
+        found = within(found, folder)
     if found is None or any(name not in found or found[name] != value for name, value in key.items()):
         return None
     return found if all(output.exists() for output in outputs) else None

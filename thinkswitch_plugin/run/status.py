@@ -19,7 +19,7 @@ from thinkswitch_plugin import console
 from thinkswitch_plugin.recipe import recipe_path
 from thinkswitch_plugin.run.execution import Seconds, is_done, place, seconds_of, work_path
 from thinkswitch_plugin.run.folder import NOTHING_MORE, Given, Run, open_run, settings_file
-from thinkswitch_plugin.run.hashes import Hashes, read_stamp
+from thinkswitch_plugin.run.hashes import Hashes, read_stamp, within
 from thinkswitch_plugin.run.progress import amount, duration
 from thinkswitch_plugin.run.table import Stage, stages, stamp_path
 
@@ -90,7 +90,11 @@ def state_of(run: Run, stage: Stage, hashes: Hashes) -> str:
     try:
         return LEFT if stamp is None else DONE if is_done(run, stage, hashes) else CHANGED
     except NotRemembered:
-        return UNCHECKED if stamp is not None and stamp.get("values") == stage.values else CHANGED
+        return (
+            UNCHECKED
+            if stamp is not None and within(stamp.get("values"), run.folder) == within(stage.values, run.folder)
+            else CHANGED
+        )
 
 
 def table(every: list[Stage], states: dict[tuple[str, int], str], seconds: Seconds) -> Iterator[str]:

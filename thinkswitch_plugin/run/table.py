@@ -9,8 +9,8 @@ of one iteration, which says what is read and written there and which settings c
 and its stamp records them:
 
     runs/arithmetic/iter-1/.stamps/pairs.json
-    {"stage": "pairs", "values": {"selection": "first", …}, "inputs": {"…/generations.jsonl": "9f8e…"},
-     "outputs": {"…/pairs.jsonl": "41c0…", …}, "seconds": 0.2, "seed": 0, "command": "thinkswitch pairs …", …}
+    {"stage": "pairs", "values": {"selection": "first", …}, "inputs": {"iter-1/generations.jsonl": "9f8e…"},
+     "outputs": {"iter-1/pairs.jsonl": "41c0…", …}, "seconds": 0.2, "seed": 0, "command": "thinkswitch pairs …", …}
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, Literal
 from thinkswitch_plugin import places
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run.folder import MODES, Run
-from thinkswitch_plugin.run.hashes import Hashes
+from thinkswitch_plugin.run.hashes import Hashes, within
 
 TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja")
 REPORT_PICTURES = ("iterations", "paired", "time")
@@ -73,8 +73,9 @@ class Stage:
         return key.get("inputs"), found
 
     def depends_on(self, hashes: Hashes) -> dict[str, Any]:
-        """The settings and the hashes of the inputs, as the stamp records them."""
-        return {"values": self.values, "inputs": {str(p): hashes.of(p) for p in self.inputs}}
+        """The settings and the hashes of the inputs, as the stamp records them: paths are from the run folder on."""
+        values: dict[str, Any] = within(self.values, hashes.folder)
+        return {"values": values, "inputs": {hashes.name(path): hashes.of(path) for path in self.inputs}}
 
 
 def stamp_path(run: Run, stage: Stage) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 from thinkswitch_plugin import console
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run.folder import NOTHING_MORE, Given, Run, open_run
-from thinkswitch_plugin.run.hashes import CARD, Hashes, read_stamp
+from thinkswitch_plugin.run.hashes import CARD, Hashes, read_stamp, within
 from thinkswitch_plugin.run.table import Stage, stages, stamp_path
 
 
@@ -32,7 +32,7 @@ def verify(folder: Path, given: Given = NOTHING_MORE) -> None:
             f"{folder}: {len(problems)} things do not match; `make iterate` runs again what has another "
             "recipe or input. To repair a damaged file, delete it first."
         )
-    pruned = sum(not Path(file).is_file() for file in hashes.pruned)
+    pruned = sum(not (folder / file).is_file() for file in hashes.pruned)
     console.say(
         f"{folder}: {len(done)} stages fit their stamps ({len(hashes.known)} files read"
         + (f", {pruned} pruned" if pruned else "")
@@ -43,7 +43,7 @@ def verify(folder: Path, given: Given = NOTHING_MORE) -> None:
 def misfits(run: Run, stage: Stage, hashes: Hashes) -> Iterator[str]:
     """What of one finished stage does not fit its stamp, a line each."""
     path, name = stamp_path(run, stage), f"{stage.name} of iteration {stage.iteration}"
-    stamp = read_stamp(path)
+    stamp = within(read_stamp(path), run.folder)
     if stamp is None:
         yield f"{path}: damaged"
         return
@@ -56,12 +56,13 @@ def misfits(run: Run, stage: Stage, hashes: Hashes) -> Iterator[str]:
             yield f"{file}: not written by {name}"
         elif wrote[file] != there[file]:
             yield f"{file}: changed since {name} wrote it"
+    now = stage.depends_on(hashes)
     read = stamp.get("inputs") or {}
-    for source in stage.inputs:
-        if str(source) not in read or read[str(source)] != hashes.of(source):
+    for source, found in now["inputs"].items():
+        if source not in read or read[source] != found:
             yield f"{source}: not what {name} read"
     before = stamp.get("values") or {}
-    for key, value in stage.values.items():
+    for key, value in now["values"].items():
         if before.get(key) != value:
             yield f"{run.recipe.path}: `{key}` is not what {name} was done with"
     if stamp.get("seed") != run.seed:

@@ -1,0 +1,232 @@
+"""`thinkswitch init`: a recipe, its prompts and an lm-eval task for a domain of the user's own.
+
+recipes/mine.yaml                      the recipe: that of `aime`, with the user's prompts in it
+recipes/mine/prompts.jsonl, test.jsonl the rows to train on, and those held out for the evaluation
+lm_eval_tasks/mine.yaml                the task that evaluates
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from thinkswitch_plugin import console, files, places
+from thinkswitch_plugin.args import PromptKeys
+from thinkswitch_plugin.data import answers, contamination, prompts, sources, task_files
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.recipe import load_recipe, require_domain_name
+
+GPU_RECIPE, TASK = "aime", "thinkswitch_template"
+GUESSED_KINDS = ("decision", "choice", "integer")  # in this order; what none of them reads is compared as it stands
+ENDINGS = {
+    "decision": "Please reason step by step, and put your final answer (yes, no or maybe) within \\boxed{}.",
+    "choice": "Please reason step by step, and put the letter of your final answer within \\boxed{}.",
+    "integer": "Please reason step by step, and put your final answer within \\boxed{}.",
+}
+FEWEST, FEWEST_HELD_OUT, MOST_HELD_OUT = 10, 4, 200  # rows
+MANY = 60  # training prompts from which on three epochs do what eight do for the fifteen of `aime`
+TASK_FUNCTIONS = '''"""The functions that the tasks in this folder name; ThinkSwitch's own tasks have them too."""
+
+from lm_eval.tasks.thinkswitch.thinkswitch_tasks import __getattr__, think_ratio  # noqa: F401
+'''
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the rows of a domain come from, as the user named it.
+
+    Attributes:
+        prompts: a JSONL, CSV or Parquet file, or a dataset on the hub.
+        column: holds the prompt; empty if its name says so.
+        gold: the column with the right answers; empty if there are none.
+        answer: how a final answer is read, a key of `KINDS`; empty if the right answers show it.
+        config, split: of a dataset on the hub.
+        held_out: rows for the evaluation; None for a fifth of them, at most 200.
+    """
+
+    prompts: str
+    column: str = ""
+    gold: str = ""
+    answer: str = ""
+    config: str | None = None
+    split: str = "train"
+    held_out: int | None = None
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """The keys under `thinkswitch.prompts` that name the rows."""
+        path = Path(self.prompts)
+        if path.exists() or path.suffix in sources.SUFFIXES or self.prompts.startswith((".", "/", "~")):
+            return {"path": self.prompts}
+        return {"hub": self.prompts, "config": self.config, "split": self.split}
+
+
+def write_domain(name: str, gpu: str, data: Data) -> None:
+    """Write the files of a new domain into the current folder and print what to do next.
+
+    Args:
+        gpu: `8gb`, `24gb` or `several`.
+
+    Raises `ThinkSwitchError`: a bad name, a file that exists, or rows that cannot be used.
+    """
+    require_domain_name(name)
+    recipe, rows = Path(places.RECIPES, f"{name}.yaml"), Path(places.RECIPES, name)
+    task, overlay = Path(places.TASKS, f"{name}.yaml"), Path(places.RECIPES, f"{name}-gpus.overlay.yaml")
+    for path in (recipe, rows, task, *([overlay] if gpu == "several" else [])):
+        if path.exists():
+            raise ThinkSwitchError(f"{path} exists already; give another name, or delete it first.")
+    train, test, kind, dropped = split(data)
+    ending = f"\n\n{ENDINGS[kind]}" if kind in ENDINGS else ""
+    for file, chosen in (("prompts.jsonl", train), ("test.jsonl", test)):
+        files.write_text(rows / file, "".join(files.dumps_line(row).decode() for row in chosen))
+    files.write_text(recipe, recipe_text(name, kind, ending, len(train)))
+    files.write_text(task, task_text(name, kind, ending, rows / "test.jsonl", bool(data.gold)))
+    functions = Path(places.TASKS, f"{task_files.MODULE}.py")
+    if not functions.is_file():
+        files.write_text(functions, TASK_FUNCTIONS)
+    if gpu == "several":
+        files.write_text(overlay, overlay_text(name))
+    load_recipe(recipe)
+    written = [f"{recipe}: Qwen3-4B Instruct and Thinking; change `base_model` and `thinkswitch.pair` for another pair"]
+    written += [f"{rows}/prompts.jsonl: {len(train)} prompts", f"{rows}/test.jsonl: {len(test)} held out{dropped}"]
+    written += [f"{task}: reads final answers as `{kind}`"] + ([str(overlay)] if gpu == "several" else [])
+    overlays = {"8gb": "", "24gb": "24gb", "several": f"24gb {name}-gpus"}[gpu]
+    chosen = f" --overlay '{overlays}'" if overlays else ""
+    for line in (*written, "Next:", *next_commands(name, chosen, reference=not data.gold)):
+        console.say(f"  {line}")
+
+
+def next_commands(name: str, overlays: str, reference: bool) -> list[str]:
+    """What to type after `init`."""
+    words = [*(["reference"] if reference else []), "check", "iterate"]
+    return [f"  thinkswitch {word} --domain {name}{overlays}" for word in words]
+
+
+def split(data: Data) -> tuple[list[dict[str, str]], list[dict[str, str]], str, str]:
+    """The rows to train on, those held out, the kind of answer, and what was left out, in words.
+
+    Raises `ThinkSwitchError` naming the row that cannot be used, or that there are too few.
+    """
+    keys = PromptKeys(**data.source, template="{{" + prompt_column(data) + "}}")  # type: ignore[arg-type]
+    found, _ = prompts.read_prompts(keys, 0)
+    golds = prompts.read_field(keys, 0, data.gold) if data.gold else {}
+    if len(found) < FEWEST:
+        raise ThinkSwitchError(
+            f"{data.prompts} has {len(found)} prompts; give at least {FEWEST}, of which a part is held out."
+        )
+    held = data.held_out if data.held_out is not None else min(MOST_HELD_OUT, max(FEWEST_HELD_OUT, len(found) // 5))
+    if held >= len(found):
+        raise ThinkSwitchError(
+            f"--held-out {held} leaves none of the {len(found)} prompts to train on; hold out fewer."
+        )
+    kind = data.answer or guessed_kind(list(golds.values()))
+    for prompt_id, value in golds.items():
+        if answers.gold(kind, value) is None:
+            raise ThinkSwitchError(f"{data.prompts}, prompt {prompt_id}: {answers.unread(kind, value)}; use --answer.")
+    chosen = set(random.Random(0).sample(range(len(found)), held))
+    test = [found[place] for place in sorted(chosen)]
+    rest = [one for place, one in enumerate(found) if place not in chosen]
+    ending = ENDINGS.get(kind, "")
+    asked = [(name, f"{text} {ending}") for name, text in rest]
+    alike = {one.prompt_id for one in contamination.overlaps(asked, [f"{text} {ending}" for _, text in test])}
+    train = [{"id": name, "prompt": text} for name, text in rest if name not in alike]
+    if not train:
+        raise ThinkSwitchError(f"{data.prompts}: every prompt repeats one that is held out; give prompts that differ.")
+    left_out = f" ({len(alike)} rows left out: they repeat one of these)" if alike else ""
+    held_rows = [{"id": name, "prompt": text, **({"answer": golds[name]} if golds else {})} for name, text in test]
+    return train, held_rows, kind, left_out
+
+
+def prompt_column(data: Data) -> str:
+    """The column that holds the prompt. Raises `ThinkSwitchError` if that is not clear."""
+    if "path" in data.source:
+        row = next((row for _, row in sources.read_file(Path(data.source["path"]))), None)
+    else:
+        row = next(iter(sources.load_hub(data.prompts, data.config, data.split, None)[0]), None)
+    if row is None:
+        raise ThinkSwitchError(f"{data.prompts} has no rows.")
+    texts = [name for name, value in row.items() if isinstance(value, str) and name != data.gold]
+    named = data.column or next((name for name in prompts.QUESTION_FIELDS if name in texts), None)
+    column = named or (texts[0] if len(texts) == 1 else None)
+    for option, name in (("--column", column), ("--gold", data.gold)):
+        if name is None or (name and name not in row):
+            fault = f"no column {name!r}" if name else "several columns that may hold the prompt"
+            raise ThinkSwitchError(f"{data.prompts} has {fault}; name one by {option}: {', '.join(row)}.")
+    if not re.fullmatch(r"[A-Za-z_]\w*", str(column)):
+        raise ThinkSwitchError(f"{data.prompts}: rename the column {column!r} to letters, digits and `_`.")
+    return str(column)
+
+
+def guessed_kind(golds: list[str]) -> str:
+    """The first kind that reads every right answer; `exact` if none does or there are none."""
+    every = ((kind, all(answers.gold(kind, value) is not None for value in golds)) for kind in GUESSED_KINDS)
+    return next((kind for kind, reads in every if reads and golds), "exact")
+
+
+def recipe_text(name: str, kind: str, ending: str, count: int) -> str:
+    """The recipe of `aime`, which has what a GPU needs, with the prompts, the answers and the task of a domain."""
+    text = places.find(f"{places.RECIPES}/{GPU_RECIPE}.yaml").read_text(encoding="utf-8")
+    _, _, body = text.partition("base_model:")
+    template = orjson.dumps("{{prompt}}" + ending).decode()
+    rows = f"  prompts:\n    path: recipes/{name}/prompts.jsonl\n    template: {template}\n    count: {count}\n"
+    voting = kind != "exact"  # a vote over free text has no majority
+    changes = {
+        rf"runs/{GPU_RECIPE}/": f"runs/{name}/",
+        rf"domain: {GPU_RECIPE}\b": f"domain: {name}",
+        r"  prompts:\n(?:    .*\n)+": rows.replace("\\", "\\\\"),
+        r"answer: integer": f"answer: {kind}",
+        rf"task: thinkswitch_{GPU_RECIPE}\b": f"task: {name}",
+    }
+    if not voting:
+        changes |= {r"selection: vote": "selection: first", r"samples: 4": "samples: 1"}
+    if count >= MANY:
+        changes |= {r"num_epochs: 8 .*": "num_epochs: 3"}
+    for pattern, new in changes.items():
+        body = re.sub(pattern, new, body)
+    return f"# {name}: Qwen3-4B Instruct and Thinking, 2507. All keys: docs/recipes.md, `thinkswitch keys`.\nbase_model:{body}"
+
+
+def task_text(name: str, kind: str, ending: str, rows: Path, gold: bool) -> str:
+    """The task of the template with the questions of a domain; without right answers it reports agreement."""
+    text = task_files.place(TASK).read_text(encoding="utf-8")
+    changes = {
+        r"^#.*\n": f"# The task of recipes/{name}.yaml.\n",
+        rf"task: {TASK}\b": f"task: {name}",
+        r"test: \S+\}.*": f"test: {rows}}}",
+        r'doc_to_text: .*"': "doc_to_text: " + orjson.dumps("{{prompt}}" + ending).decode(),
+        r"  do_sample: false\n  max_gen_toks: 64": "  do_sample: true\n  temperature: 0.6\n  top_p: 0.95\n  top_k: 20\n"
+        "  max_gen_toks: 8192\n  seed: null",
+        r'until: \["<\|im_end\|>"\]': 'until: ["<|im_end|>", "<|endoftext|>"]',
+        r"grade_exact": f"grade_{kind}",
+    }
+    if not gold:
+        changes |= {
+            r"test\.jsonl": "reference.jsonl",
+            r"  version: 1.0": f"  version: 1.0\n  questions: {rows}  # `thinkswitch reference` answers them",
+            rf"grade_{kind}": f"agreement_{kind}",
+            r"  - \{metric: mean@k.*\n": "  - {metric: agreement, aggregation: mean, higher_is_better: true}\n",
+            r"  - \{metric: (?:pass|vote)@k.*\n": "",
+        }
+    for pattern, new in changes.items():
+        text = re.sub(pattern, new.replace("\\", "\\\\"), text)
+    return text
+
+
+def overlay_text(name: str) -> str:
+    """What several GPUs add to the overlay `24gb`: vLLM holds a copy of a checkpoint on each."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
+        gpus = max(2, len(listed.splitlines()))
+    except (OSError, subprocess.CalledProcessError):
+        gpus = 2
+    return (
+        f"# For {gpus} GPUs with 24 GB or more: OVERLAY='24gb {name}-gpus'. axolotl trains on all that are visible.\n"
+        f"thinkswitch:\n  engine:\n    concurrency: {8 * gpus}\n"
+        f'    vllm_args: [--gpu-memory-utilization, "0.92", --data-parallel-size, "{gpus}"]  # the number of GPUs\n'
+    )

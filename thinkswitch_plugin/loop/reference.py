@@ -1,0 +1,134 @@
+"""`thinkswitch reference`: what a domain without gold answers is compared with.
+
+The thinking checkpoint answers each question that is held out several times; its majority answer takes the place of a
+gold answer, so the score is called `agreement`. Nobody labels anything.
+
+    recipes/mine/reference.jsonl
+    {"id": "p00003", "prompt": "What is …?", "answer": "113", "votes": 7, "samples": 8}
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from thinkswitch_plugin import console, files
+from thinkswitch_plugin.args import ThinkSwitchKeys, resolve_seed
+from thinkswitch_plugin.data import answers, batch, pairs, prompts, task_files
+from thinkswitch_plugin.engines import servers
+from thinkswitch_plugin.engines.generate import generate
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.judging.verdict import final_answer
+from thinkswitch_plugin.recipe import Recipe, recipe_of
+from thinkswitch_plugin.run import checkpoint, locked
+from thinkswitch_plugin.run.hashes import Hashes, read_stamp
+from thinkswitch_plugin.run.stamp import once
+
+STAMP = "reference.json"
+
+
+def make_reference(domain: str, engine: str, samples: int, overlays: Sequence[str] = (), seed: int = 0) -> None:
+    """Write the reference answers of a domain's evaluation task, unless they are there and still true.
+
+    Args:
+        samples: answers a question; one if the recipe decodes greedily, as they would all be the same.
+
+    Raises `ThinkSwitchError`: the task has gold answers, or the answers are free text.
+    """
+    recipe = recipe_of(domain, overlays)
+    keys = recipe.keys
+    if not task_files.measures_agreement(keys.evaluation.task):
+        raise ThinkSwitchError(
+            f"{recipe.path}: the task {keys.evaluation.task} has gold answers and needs no reference."
+        )
+    questions, out = task_files.reference_files(keys.evaluation.task)
+    if keys.pair.embedded:
+        from thinkswitch_plugin.demo import cache
+
+        cache.ensure(keys, seed)
+    name = resolve_seed(keys.pair.thinking, seed)
+    teacher, _ = checkpoint.resolve(name, keys.pair.revision_thinking, "thinking")
+    work, hashes = folder(out), Hashes(folder(out))
+    asked = keys.model_copy(
+        update={
+            "prompts": keys.prompts.model_copy(
+                update={"path": str(questions), "hub": None, "outside": None, "shuffle": False}
+            ),
+            "sampling": keys.sampling.model_copy(update={"samples": samples if keys.sampling.temperature > 0 else 1}),
+        }
+    )
+    with locked(work):
+        key = {
+            "thinking": name,
+            "weights": hashes.of(teacher),
+            "questions": hashes.of(questions),
+            "prompts": asked.prompts.model_dump(),
+            "sampling": asked.sampling.model_dump(),
+            "answer": task_files.kind_of_task(keys.evaluation.task),
+        }
+        hashes.save()
+        scratch = (work / "requests.jsonl", work / "generations.jsonl")
+        answer = partial(answer_questions, asked, str(teacher), servers.choose(engine), out, seed)
+        done = once(work / STAMP, key, (out,), lambda _: answer(), scratch=scratch)
+    left_out = done["questions"] - done["answered"]
+    dropped = f"; {left_out} left out, as no answer to them can be read" if left_out else ""
+    console.say(f"{out}: the majority answers of {name} to {done['answered']} questions{dropped}")
+
+
+def answer_questions(keys: ThinkSwitchKeys, teacher: str, engine: str, out: Path, seed: int) -> dict[str, int]:
+    """Ask a checkpoint the questions that `keys.prompts` names and write its majority answers to `out`; return counts."""
+    from transformers import AutoTokenizer
+
+    work, questions = folder(out), Path(str(keys.prompts.path))
+    requests, generations = work / "requests.jsonl", work / "generations.jsonl"
+    how = batch.asked_of(AutoTokenizer.from_pretrained(teacher), keys.convention, keys.pair.arguments("thinking"))
+    every, _ = prompts.read_prompts(keys.prompts, seed)
+    turns = [(prompt_id, prompts.messages(keys.prompts, text)) for prompt_id, text in every]
+    prompts.write_requests(requests, turns, model=teacher, how=how, sampling=keys.sampling, seed=seed)
+    generate(requests, generations, teacher, engine, keys.engine, log=work / "reference.log")
+    rows = {str(row.get(keys.prompts.id)): row for _, row in files.read_jsonl(questions)}
+    found = list(majorities(requests, generations, keys))
+    with files.atomic_file(out) as handle:
+        for prompt_id, winner, votes in found:
+            if winner is not None:
+                row = {**rows[prompt_id], "answer": winner, "votes": votes, "samples": keys.sampling.samples}
+                handle.write(files.dumps_line(row))
+    return {"questions": len(found), "answered": sum(winner is not None for _, winner, _ in found)}
+
+
+def majorities(requests: Path, generations: Path, keys: ThinkSwitchKeys) -> Iterator[tuple[str, str | None, int]]:
+    """Each question's id, majority answer (None if no answer can be read) and how many samples gave it.
+
+    Raises `ThinkSwitchError` at the end if the answers are free text.
+    """
+    votes, kind = answers.Votes(), task_files.kind_of_task(keys.evaluation.task) or keys.labels.answer
+    every = pairs.completions(requests, generations, keys.convention)
+    for prompt_id, group in itertools.groupby(every, key=lambda one: batch.prompt_id(one.request)):
+        found = [final_answer(kind, one.done) if one.done else None for one in group]
+        votes.count(found)
+        winner = answers.majority(found)
+        yield prompt_id, winner, found.count(winner) if winner is not None else 0
+    votes.require_agreement(kind, "evaluate it by a task of your own with `thinkswitch.evaluation.task`")
+
+
+def folder(reference: Path) -> Path:
+    """Where the requests and answers behind a file of reference answers lie."""
+    return reference.with_suffix("")
+
+
+def require_reference(recipe: Recipe, seed: int) -> None:
+    """Raise `ThinkSwitchError` unless the reference answers, if the task needs them, are those of the recipe's checkpoint."""
+    task = recipe.keys.evaluation.task
+    if not task_files.measures_agreement(task):
+        return
+    _, out = task_files.reference_files(task)
+    made = (read_stamp(folder(out) / STAMP) or {}).get("thinking")
+    command = f"`thinkswitch reference --domain {recipe.keys.domain}`"
+    if not out.is_file() or made is None:
+        raise ThinkSwitchError(f"{out} is not there yet: {task} has no gold answers; run {command} first.")
+    if made != resolve_seed(recipe.keys.pair.thinking, seed):
+        raise ThinkSwitchError(
+            f"{out} holds answers of {made}, which is not the recipe's thinking checkpoint; run {command}."
+        )
