@@ -42,4 +42,7 @@ case $list in
     ;;
 esac
 printf '%s' "$want" >"$stamp"
-echo "setup: done"
+case $list in
+*train.txt) echo "setup: done; the commands lie in $venv/bin (\`. $venv/bin/activate\` puts \`thinkswitch\` on the PATH)" ;;
+*) echo "setup: done" ;;
+esac

@@ -19,6 +19,7 @@ from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.data.task_files import task_files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.loop import begin
+from thinkswitch_plugin.run.folder import of_run
 from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.verify import verify
 
@@ -392,3 +393,20 @@ def test_too_little_disk_is_said_before_a_stage_that_writes_a_checkpoint(
         match=r"merge-lora of iteration 1 writes about 8\.0 GB into runs/arithmetic, and 5\.0 GB are free",
     ):
         run.execute(opened, "merge-lora", 1, lambda: pytest.fail("work was begun"))
+
+
+def test_a_runs_own_checkpoints_are_named_by_mode_and_iteration(place: Path) -> None:
+    iterate()
+    folder = Path("runs/arithmetic")
+    named = {
+        name: of_run(folder, name, "instruct", 1) for name in ("", "instruct", "thinking", "instruct-0", "org/model")
+    }
+    assert named == {
+        "": "",
+        "instruct": "",
+        "thinking": "runs/arithmetic/iter-1/thinking",
+        "instruct-0": ".cache/arithmetic/seed-0/instruct",
+        "org/model": "org/model",
+    }
+    with pytest.raises(ThinkSwitchError, match="runs/arithmetic has no thinking checkpoint of iteration 2"):
+        of_run(folder, "thinking-2", "instruct", 1)

@@ -35,7 +35,7 @@ def test_axolotl_finds_our_commands(command: Any) -> None:
     [
         (["begin", "--domain", "arithmetik", "--runs", "{tmp}"], "There is no recipe recipes/arithmetik.yaml"),
         (["begin", "--domain", "../x", "--runs", "{tmp}"], "is not a domain name"),
-        (["begin", "--domain", "arithmetic", "--runs", "{tmp}", "--engine", "gpt"], "ENGINE=gpt is unknown"),
+        (["begin", "--domain", "arithmetic", "--runs", "{tmp}", "--engine", "gpt"], "--engine gpt is unknown"),
         (["pairs", "{tmp}/none", "1"], "is not a run folder"),
         (["merge", "{tmp}/none.yaml", "{tmp}/out"], "none.yaml does not exist"),
     ],
@@ -103,7 +103,7 @@ def test_every_error_ends_with_the_next_command(sentence: str, printed: str) -> 
     [
         (
             "ModuleNotFoundError(name='mergekit.merge')",
-            "mergekit is not installed here; `pip install 'thinkswitch[loop]'`",
+            "mergekit is not installed here; in a clone of the project `make setup`",
         ),
         ("torch.OutOfMemoryError('CUDA out of memory')", "the model and its working memory do not fit on the GPU"),
     ],
@@ -151,7 +151,7 @@ def test_check_goes_through_everything_and_counts_what_would_stop_the_run(forked
     assert total in (1_310_720, 1_310_720 + 6 * 30 * 8192)  # with the questions, where the hub answers
     hours = total / 1000 / 3600
     assert f"{hours:.1f} h at 1000 tokens/s (as you gave it), {0.36 * hours:.2f} at 0.36 an hour" in done.stdout
-    assert "checks would stop `make iterate DOMAIN=aime`" in done.stderr
+    assert "checks would stop `thinkswitch iterate --domain aime`" in done.stderr
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+CLOSED = "client has been closed"  # what the hub's client says if its first try found no network
 AGAIN = "run the same command again"
 
 
@@ -34,6 +35,8 @@ def not_fetched(what: str, error: BaseException) -> ThinkSwitchError:
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
+    if CLOSED in str(error):
+        return "the hub cannot be reached"
     return ((str(error).strip().splitlines() or [""])[0] or type(error).__name__)[:200].rstrip(".")
 
 

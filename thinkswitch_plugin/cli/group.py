@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
+import os
+import re
 from typing import Any
 
 import click
@@ -16,6 +19,21 @@ NO_GPU_MEMORY = (
     "`thinkswitch.engine.concurrency` or `evaluation.batch_size`, or use vLLM with the recipe's quantization (ENGINE=vllm, or `make serve` and --url), "
     f"and {AGAIN}."
 )
+SECTIONS = {
+    "Run": ("init", "check", "iterate", "reference", "recipes", "keys"),
+    "Look": ("status", "compare", "eval-model", "score"),
+    "Tune λ, the weight of the thinking checkpoint": ("sweep", "judge-merges", "merge", "similarity"),
+    "Think only where it pays": ("switch", "answer", "labels"),
+    "Serve": ("export-loras", "serve", "serve-lambda"),
+    "Publish": ("push", "export-gguf"),
+    "Prove": ("verify",),
+}
+STAGES = "The stages of `iterate`, each by itself on a run folder"
+# Make targets whose command has another name, and those whose command takes the run's folder.
+RENAMED = {"eval": "eval-model"}
+OF_FOLDER = ("status", "verify", "compare", "report", "switch")
+OPTIONS = {"A": "instruct", "B": "thinking", "K": "samples", "ITER": "iteration", "PRICE_PER_HOUR": "price"}
+SETTINGS = (*OPTIONS, "DOMAIN", "RUNS", "SEED", "ENGINE", "ITERATIONS", "OVERLAY", "KEEP", "MODEL", "OUT", "TASK")
 PREFIX = "THINKSWITCH"  # of the environment variables that stand for options
 
 
@@ -25,8 +43,8 @@ def sentence_of(error: Exception) -> str | None:
         return with_next_command(str(error))
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("thinkswitch_plugin"):
         return (
-            f"{error.name.partition('.')[0]} is not installed here; `pip install 'thinkswitch[loop]'` brings all that the "
-            f"commands need (from a checkout: `make setup`). Then {AGAIN}."
+            f"{error.name.partition('.')[0]} is not installed here; in a clone of the project `make setup`, or "
+            f"`pip install '.[loop]'`, brings all that the commands need. Then {AGAIN}."
         )
     if isinstance(error, RuntimeError) and type(error).__name__ == "OutOfMemoryError":  # torch's, not imported here
         return NO_GPU_MEMORY
@@ -41,6 +59,37 @@ def sentence_of(error: Exception) -> str | None:
     return None
 
 
+def typed_make() -> bool:
+    """Whether the user typed `make …`; `thinkswitch iterate` runs Make too, with INSTALLED=."""
+    return "MAKELEVEL" in os.environ and not os.environ.get("INSTALLED")
+
+
+def option(setting: str) -> str:
+    """The option that a setting of Make is."""
+    return OPTIONS.get(setting, setting.lower().replace("_", "-"))
+
+
+def as_typed(sentence: str) -> str:
+    """A sentence with Make's commands and settings as those of `thinkswitch`, as far as it has them."""
+
+    def command(match: re.Match[str]) -> str:
+        name, settings = RENAMED.get(match[1], match[1]), dict(re.findall(r"([A-Z_]+)=(\S+)", match[2]))
+        if name not in main.commands:
+            return match[0]
+        folder = ""
+        if name in OF_FOLDER:
+            folder = f" {settings.pop('RUNS', 'runs')}/{settings.pop('DOMAIN', 'DOMAIN')}"
+        options = (f" --{option(key)} {value}" for key, value in settings.items())
+        return f"`thinkswitch {name}{folder}{''.join(options)}`"
+
+    sentence = re.sub(r"`make ([a-z-]+)((?: [A-Z_]+=[^`\s]+)*)`", command, sentence)
+    return re.sub(
+        rf"(?<![\w`])({'|'.join(SETTINGS)})=(?=([^\s;,)]?))",
+        lambda m: f"--{option(m[1])}{' ' if m[2] else ''}",
+        sentence,
+    )
+
+
 class Group(click.Group):
     """Prints our errors as one sentence and exits 1; its commands take their options from the environment too."""
 
@@ -51,6 +100,25 @@ class Group(click.Group):
             click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
             click.Option(["--owner"], default="", hidden=True),  # process id of the `make` that the user started
         ]
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find a command; a misspelt one is refused with the nearest name."""
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], self.commands, n=1)
+            hint = f"Did you mean {close[0]}?" if close else f"`{ctx.command_path} --help` lists them."
+            ctx.fail(f"There is no command {args[0]}. {hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands by what one wants to do; those of the loop's stages come last."""
+        left = [name for name in self.list_commands(ctx) if not any(name in names for names in SECTIONS.values())]
+        for title, names in {**SECTIONS, STAGES: left}.items():
+            there = [(name, self.commands[name]) for name in names if name in self.commands]
+            if there:
+                with formatter.section(title):
+                    formatter.write_dl([(name, found.get_short_help_str(limit=1000)) for name, found in there])
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
         """Give a command's options one prefix, whatever the command."""
@@ -76,7 +144,7 @@ class Group(click.Group):
             sentence = sentence_of(error)
             if sentence is None or debug:
                 raise
-            click.echo(f"thinkswitch: {sentence}", err=True)
+            click.echo(f"thinkswitch: {sentence if typed_make() else as_typed(sentence)}", err=True)
             ctx.exit(1)
 
 

@@ -53,8 +53,12 @@ OVERLAY = click.option(
     "--overlay", default="", type=words, help="Overlays to apply to the recipe: names or paths, separated by spaces."
 )
 DATA = click.option("--data", default="", callback=hand_on, help="Folder with evaluation sets, in place of the hub.")
-INSTRUCT = click.option("--instruct", default="", help="Another instruct checkpoint (folder or hub id).")
-THINKING = click.option("--thinking", default="", help="Another thinking checkpoint (folder or hub id).")
+INSTRUCT = click.option(
+    "--instruct", default="", help="Another instruct checkpoint: a folder, a hub id, or `instruct-0` of the run."
+)
+THINKING = click.option(
+    "--thinking", default="", help="Another thinking checkpoint: a folder, a hub id, or `thinking-1` of the run."
+)
 
 
 def told(function: Callable[..., Any]) -> Callable[..., Any]:

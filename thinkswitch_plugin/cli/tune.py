@@ -10,7 +10,7 @@ import click
 from thinkswitch_plugin import console
 from thinkswitch_plugin.answer_kinds import KINDS
 from thinkswitch_plugin.cli.group import main
-from thinkswitch_plugin.cli.options import FOLDER, of_candidates, of_pair
+from thinkswitch_plugin.cli.options import FOLDER, ITERATION, RUNS, of_candidates, of_pair
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 
@@ -70,15 +70,24 @@ def merge(arguments: tuple[str, ...]) -> None:
 @main.command()
 @click.argument("first")
 @click.argument("second")
+@click.option("--domain", default="arithmetic", show_default=True, help="Whose run `instruct` and `thinking` are of.")
+@RUNS
+@click.option("--iteration", type=ITERATION, help="Whose checkpoints (default: the last iteration).")
 @click.option("--out", type=FOLDER, default="similarity", show_default=True, help="Where the files go.")
-def similarity(first: str, second: str, out: Path) -> None:
-    """How near two checkpoints (folders or hub ids) are: angles, distances and σ -> similarity.json, .png, .svg."""
+def similarity(first: str, second: str, domain: str, runs: Path, iteration: int | None, out: Path) -> None:
+    """How near two checkpoints are (folders, hub ids, `instruct`, `thinking-0` …): angles, distances, σ -> similarity.json.
+
+    Pictures are written too.
+    """
     if not (first and second):
         raise click.UsageError("name two checkpoints: make similarity A=folder B=folder")
-    from thinkswitch_plugin.report.similarity import report_similarity
     from thinkswitch_plugin.run import checkpoint
+    from thinkswitch_plugin.run.folder import of_run
 
-    folders = [checkpoint.resolve(name, None, which)[0] for name, which in ((first, "first"), (second, "second"))]
+    named = [of_run(runs / domain, name, "", iteration) for name in (first, second)]
+    folders = [checkpoint.resolve(name, None, which)[0] for name, which in zip(named, ("first", "second"), strict=True)]
+    from thinkswitch_plugin.report.similarity import report_similarity
+
     report_similarity(folders[0], folders[1], out)
 
 

@@ -27,6 +27,7 @@ from thinkswitch_plugin.judging.verdict import how_read
 from thinkswitch_plugin.recipe import recipe_of
 from thinkswitch_plugin.run import MODES, Run, checkpoint, open_run, settings_file
 from thinkswitch_plugin.run.checkpoint import Subject
+from thinkswitch_plugin.run.folder import of_run
 from thinkswitch_plugin.run.progress import Bar
 
 SHOWN_TRACE = (500, 200)  # characters of a trace that are shown, of its start and of its end
@@ -80,7 +81,7 @@ def compare(
     Raises:
         ThinkSwitchError: no run, no such iteration, weights that were pruned, a question that cannot be asked.
     """
-    instruct, thinking = others.get("instruct", ""), others.get("thinking", "")
+    instruct, thinking = (of_run(folder, others.get(mode, ""), mode, iteration) for mode in MODES)
     run = open_run(folder) if settings_file(folder).is_file() else None
     if run is None and not (instruct and thinking):
         raise ThinkSwitchError(

@@ -83,8 +83,8 @@ def write_domain(name: str, gpu: str, data: Data) -> None:
             raise ThinkSwitchError(f"{path} exists already; give another name, or delete it first.")
     train, test, kind, dropped = split(data)
     ending = f"\n\n{ENDINGS[kind]}" if kind in ENDINGS else ""
-    for file, chosen in (("prompts.jsonl", train), ("test.jsonl", test)):
-        files.write_text(rows / file, "".join(files.dumps_line(row).decode() for row in chosen))
+    for file, part in (("prompts.jsonl", train), ("test.jsonl", test)):
+        files.write_text(rows / file, "".join(files.dumps_line(row).decode() for row in part))
     files.write_text(recipe, recipe_text(name, kind, ending, len(train)))
     files.write_text(task, task_text(name, kind, ending, rows / "test.jsonl", bool(data.gold)))
     functions = Path(places.TASKS, f"{task_files.MODULE}.py")
@@ -113,7 +113,7 @@ def split(data: Data) -> tuple[list[dict[str, str]], list[dict[str, str]], str, 
 
     Raises `ThinkSwitchError` naming the row that cannot be used, or that there are too few.
     """
-    keys = PromptKeys(**data.source, template="{{" + prompt_column(data) + "}}")  # type: ignore[arg-type]
+    keys = PromptKeys(**data.source, template="{{" + prompt_column(data) + "}}")
     found, _ = prompts.read_prompts(keys, 0)
     golds = prompts.read_field(keys, 0, data.gold) if data.gold else {}
     if len(found) < FEWEST:

@@ -33,7 +33,9 @@ CONSTANT = "constant"
 HIGHEST = 1 - 1e-9  # so that threshold 1 never thinks
 # What skops does not know by itself and a router may hold: the MLP's optimizer, private in scikit-learn 1.9.
 ALLOWED = ("sklearn.neural_network._stochastic_optimizers.AdamOptimizer",)
-MISSING = "the router needs scikit-learn and skops; run `make setup`, or `pip install 'thinkswitch[loop]'`."
+MISSING = (
+    "the router needs scikit-learn and skops; run `make setup`, or `pip install '.[loop]'` in a clone of the project."
+)
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def _fetch(name: str, revision: str | None, what: str) -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError
 
-    failures = (HfHubHTTPError, httpx.HTTPError, OSError, ValueError)
+    failures = (HfHubHTTPError, httpx.HTTPError, OSError, ValueError, RuntimeError)
     with suppress(*failures):  # the fetch itself says what is wrong, or all of it is there
         info = HfApi().model_info(name, revision=revision, files_metadata=True)
         needed = sum(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,6 +106,36 @@ class Run:
         """The thinking checkpoint that iteration k interpolates with."""
         previous = self.recipe.keys.rebuild.anchor == "previous"
         return self.checkpoint("thinking", k - 1 if previous else 0)
+
+
+def of_run(folder: Path, name: str, mode: str, iteration: int | None) -> str:
+    """A checkpoint that a user names in place of a run's own: `instruct`, `thinking`, or one of an iteration (`instruct-0`).
+
+    Args:
+        folder: of the run.
+        mode: whose place it takes; the run's own checkpoint of it is given back as "".
+        iteration: whose checkpoints are meant if the name has no number; None for the last one's.
+
+    Raises `ThinkSwitchError` if the run has no such checkpoint. Any other name, a folder's among them, stays as it is.
+    """
+    match = re.fullmatch(r"(instruct|thinking)(?:-(\d+))?", name)
+    if match is None or Path(name).is_dir():
+        return name
+    if not settings_file(folder).is_file():
+        raise ThinkSwitchError(
+            f"{name} means a checkpoint of the run {folder}, which is not there; run `make iterate DOMAIN={folder.name}` "
+            "first, or name a checkpoint's folder or hub id."
+        )
+    if name == mode:
+        return ""
+    run = open_run(folder)
+    k = int(match[2]) if match[2] else run.iterations if iteration is None else iteration
+    found = run.checkpoint(match[1], k)
+    if not (Path(found) / "config.json").is_file():
+        raise ThinkSwitchError(
+            f"{name}: {folder} has no {match[1]} checkpoint of iteration {k}; `make status` shows what is done."
+        )
+    return found
 
 
 def settings_file(folder: Path) -> Path:

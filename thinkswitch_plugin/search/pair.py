@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,8 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import Allowances, require_compatible
 from thinkswitch_plugin.merging.vocabulary import renamed_tokens, write_with_names
 from thinkswitch_plugin.recipe import overlay_path, recipe_of
-from thinkswitch_plugin.run import Run, checkpoint, locked, open_run, settings_file, versions
+from thinkswitch_plugin.run import MODES, Run, checkpoint, locked, open_run, settings_file, versions
+from thinkswitch_plugin.run.folder import of_run
 from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.search.candidates import Bench
 
@@ -184,6 +185,8 @@ def find_pair(options: PairOptions) -> Pair:
     Raises:
         ThinkSwitchError: no such run or iteration, other overlays than the run's, or the two checkpoints do not match.
     """
+    instruct, thinking = (of_run(options.folder, getattr(options, mode), mode, options.iteration) for mode in MODES)
+    options = replace(options, instruct=instruct, thinking=thinking)
     both = bool(options.instruct and options.thinking)
     roles: dict[str, Path] = {}
     if settings_file(options.folder).is_file():

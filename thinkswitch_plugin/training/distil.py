@@ -43,7 +43,11 @@ def require_trainable(recipe: Recipe, checkpoint: str, revision: str | None = No
     try:
         require_reach(values, checkpoint)
         require_template(values, checkpoint, recipe.keys.prompts.system)
-    except (OSError, ValueError) as error:  # what transformers raises for files that are missing or broken
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # what transformers raises for files that are missing or broken
         raise ThinkSwitchError(
             f"The config or the tokenizer of {checkpoint} cannot be loaded ({reason(error)}); check the folder, or the "
             "hub id, the network and your access to it."
@@ -67,7 +71,7 @@ def require_switch(keys: PairKeys, checkpoints: Mapping[str, str]) -> None:
             for mode, name in checkpoints.items()
         }
         problem = switches.fault(keys, tokenizers) if all(t.chat_template for t in tokenizers.values()) else None
-    except (OSError, ValueError, TypeError, TemplateError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError, TemplateError) as error:
         raise ThinkSwitchError(
             f"A tokenizer or a chat template of the pair cannot be used ({reason(error)})."
         ) from None
