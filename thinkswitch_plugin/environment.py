@@ -2,6 +2,7 @@
 
 The variables are not settings of ThinkSwitch: CUDA defines which devices a program may see, OpenSSL and requests name the
 trusted certificates, and a key must not travel in values that are printed or stored, so it is read where it is sent.
+Make sets MAKELEVEL, and `thinkswitch iterate` INSTALLED for the Makefile.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any, Literal
 
 Variable = Literal[
     "CUDA_VISIBLE_DEVICES",
+    "INSTALLED",
+    "MAKELEVEL",
     "OPENAI_API_KEY",
     "PYTHONPATH",
     "SSL_CERT_FILE",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import errno
-import os
 import re
 from typing import Any
 
 import click
 
 from thinkswitch_plugin import __version__, console
+from thinkswitch_plugin.environment import variable
 from thinkswitch_plugin.errors import AGAIN, ThinkSwitchError, with_next_command
 from thinkswitch_plugin.run import processes, progress
 
@@ -61,7 +61,7 @@ def sentence_of(error: Exception) -> str | None:
 
 def typed_make() -> bool:
     """Whether the user typed `make …`; `thinkswitch iterate` runs Make too, with INSTALLED=."""
-    return "MAKELEVEL" in os.environ and not os.environ.get("INSTALLED")
+    return variable("MAKELEVEL") is not None and not variable("INSTALLED")
 
 
 def option(setting: str) -> str:
