@@ -123,6 +123,7 @@ RECIPE = "recipes/arithmetic.yaml"
         (replace(RECIPE, "answer: digit", "answer: integer"), AFTER_GENERATE),
         (replace(RECIPE, "output_dir: runs", "output_dir: elsewhere"), set()),
         (replace(RECIPE, "# greedy", "# greedily"), set()),
+        (replace(RECIPE, "adapter: qlora", "adapter: qlora\nwandb_project: x\nuse_trackio: true"), set()),
         (replace(RECIPE, "  rebuild:", "  engine: {concurrency: 8, timeout: 5}\n  rebuild:"), set()),
     ],
 )

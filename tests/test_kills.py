@@ -297,3 +297,14 @@ def test_a_checkpoint_that_does_not_fit_is_not_fetched(monkeypatch: pytest.Monke
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=4_000_000_000))
     with pytest.raises(ThinkSwitchError, match=r"org/model writes about 8\.0 GB into .*, and 4\.0 GB are free"):
         checkpoint.resolve("org/model", None, "instruct")
+
+
+def test_the_losses_of_a_training_are_those_that_the_trainer_logged(tmp_path: Path) -> None:
+    state = tmp_path / "trainer_state.json"
+    assert distil.training_losses(state) == []
+    history = [{"step": n, "loss": 1 / n, "epoch": n / 9} for n in range(1, 500)] + [
+        {"step": 500, "train_runtime": 9.0}
+    ]
+    files.write_json(state, {"log_history": history})
+    found = distil.training_losses(state)
+    assert found[:2] == [[1, 1.0], [4, 0.25]] and len(found) == 167 and found[-1][0] == 499

@@ -33,6 +33,9 @@ def test_report_shows_instruct_better_and_thinking_kept(finished_run: Path) -> N
     assert {"generate", "pairs", "train", "merge_lora", "merge", "eval"} <= set(one["seconds"])
     assert one["merge"]["method"] == "slerp" and one["merge"]["lambda"] >= 0.9
     assert report["versions"]["axolotl"] and report["seed"] == 0
+    (first, begun), (last, ended) = one["losses"][0], one["losses"][-1]
+    assert first < last and begun > ended > 0
+    assert not (finished_run / "iter-1" / "adapter" / "trainer_state.json").exists()
 
 
 def test_pairs_are_the_teachers_answers_without_a_trace(finished_run: Path) -> None:

@@ -103,7 +103,7 @@ def test_no_error_and_no_request_whatever_is_clicked(opened: Opened) -> None:
 
 def test_charts_are_drawn(opened: Opened) -> None:
     charts = opened.page.locator("svg.chart")
-    assert charts.count() == 6  # score, tokens, think ratio, won and lost, the sweep, time
+    assert charts.count() == 7  # score, tokens, think ratio, won and lost, the sweep, time, loss
     for chart in charts.all():
         box = chart.bounding_box()
         assert box["width"] > 200 and box["height"] > 60
@@ -277,6 +277,9 @@ def test_axe_finds_nothing_serious(chromium: Any, run: Path, several: Path, sche
         assert serious == []
         assert len(found.response["passes"]) > 20, "axe has looked"
         assert shown.page.evaluate("document.documentElement.scrollWidth") <= width, "nothing is wider than the screen"
+        hidden = "rows => rows.filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.getAttribute('aria-label'))"
+        assert size == "desk" or shown.page.locator(".scroll").evaluate_all(hidden) == [], "no column is off the screen"
+        assert shown.page.locator("td:not([data-label])").count() == 0
         assert shown.complaints == []
         context.close()
 

@@ -12,19 +12,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from axolotl.integrations.base import BasePlugin
 from axolotl.loaders import load_tokenizer
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from thinkswitch_plugin.args import PerceptionKeys
 from thinkswitch_plugin.environment import without_gpu_kernels
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run.checkpoint import MODULE
-from thinkswitch_plugin.training.distil import change, require_moved
+from thinkswitch_plugin.training.distil import TRAINER_STATE, change, require_moved
 from thinkswitch_plugin.training.reach import require_reach
+
+
+class KeepLog(TrainerCallback):  # type: ignore[misc]
+    """Writes `trainer_state.json` beside the adapter, as the trainer does only for its checkpoints."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Write it once, after the last step."""
+        if state.is_world_process_zero:
+            state.save_to_json(str(Path(args.output_dir) / TRAINER_STATE))
 
 
 class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]
@@ -74,6 +84,10 @@ class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]
             from thinkswitch_plugin.perception.model import attach
 
             attach(model, keys, load_tokenizer(cfg))
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
+        """Keep the trainer's log beside the adapter, for the loss in the report."""
+        return [KeepLog()]
 
     def post_train(self, cfg: Any, model: Any) -> None:
         """Stop with an error if the adapter did not move."""

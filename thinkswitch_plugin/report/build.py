@@ -18,6 +18,8 @@ from thinkswitch_plugin.judging.paired import compare
 from thinkswitch_plugin.judging.samples import graded, samples_file
 from thinkswitch_plugin.run import MODES, TABLE, Run, stages, stamp_path, versions
 from thinkswitch_plugin.run.folder import EVALUATED
+from thinkswitch_plugin.run.hashes import read_stamp
+from thinkswitch_plugin.run.table import find_stage
 
 TIMED = {row.name: row.timed for row in TABLE}
 
@@ -86,6 +88,8 @@ def build_report(run: Run, judged: Sequence[Evaluation]) -> dict[str, Any]:
                 ]
                 for name in names
             }
+            if losses := training_losses(run, k):
+                entry["losses"] = losses
         entry["seconds"] = seconds.get(k, {})
         iterations.append(entry)
     total = sum(sum(stage.values()) for stage in seconds.values())
@@ -124,6 +128,12 @@ def stage_seconds(run: Run) -> dict[int, dict[str, float]]:
         name = TIMED[stage.name]
         times[name] = round(times.get(name, 0.0) + files.read_json(path)["seconds"], 2)
     return found
+
+
+def training_losses(run: Run, k: int) -> list[list[float]]:
+    """(step, training loss) of iteration k, from the stamp of its training; empty if that has none."""
+    stamp = read_stamp(stamp_path(run, find_stage(run, "train", k))) or {}
+    return (stamp.get("notes") or {}).get("losses") or []
 
 
 def write_report(run: Run) -> dict[str, Any]:

@@ -95,7 +95,13 @@ def charts(report: dict[str, Any]) -> dict[str, Any]:
     minutes = "; ".join(
         f"iteration {entry['iteration']}: {sum(entry['seconds'].values()) / 60:.1f}" for entry in report["iterations"]
     )
+    ends = "; ".join(
+        f"iteration {entry['iteration']}: from {entry['losses'][0][1]:.3f} to {entry['losses'][-1][1]:.3f}"
+        for entry in report["iterations"]
+        if "losses" in entry
+    )
     return {
+        "loss": inline(pictures.loss_picture(report), "loss", f"Training loss. {ends}") if ends else None,
         "iterations": panels,
         "paired": inline(pictures.paired_picture(report), "paired", f"Questions won and lost. {won}"),
         "time": inline(pictures.time_picture(report), "time", f"Minutes by stage. {minutes} in all"),

@@ -72,10 +72,11 @@ def iterations_picture(report: dict[str, Any], panels: Sequence[str] = PANELS) -
     figure, row = new_axes(3.6 * len(panels), 2.9, columns=len(panels))
     numbers = [entry["iteration"] for entry in report["iterations"]]
     every = [evaluated(entry) for entry in report["iterations"]]
+    gap = 0.03 * (numbers[-1] - numbers[0] + 0.4)  # iterations; a marker of 5 points takes less of an axis of 3 inches
     for axes, panel in zip(row, panels, strict=True):
-        for shift, name in zip((-0.03, 0.03, 0.06, -0.06), every[-1], strict=False):
+        for shift, name in zip((-gap / 2, gap / 2, 1.5 * gap, -1.5 * gap), every[-1], strict=False):
             figures = [found[name] for found in every if name in found]
-            # Shifted, so that equal values do not hide each other.
+            # Shifted by more than a marker, so that equal values do not hide each other.
             at = [number + shift for number, found in zip(numbers, every, strict=True) if name in found]
             line: dict[str, Any] = {**STYLES[name], "markersize": 5, "linewidth": 1.5, "label": name}
             if panel == "score":
@@ -86,7 +87,7 @@ def iterations_picture(report: dict[str, Any], panels: Sequence[str] = PANELS) -
             else:
                 axes.plot(at, [s["think_ratio" if panel == "think ratio" else "tokens"] for s in figures], **line)
         axes.set_xticks(numbers)
-        axes.set_xlim(numbers[0] - 0.2, numbers[-1] + 0.2)
+        axes.set_xlim(numbers[0] - max(0.2, 2 * gap), numbers[-1] + max(0.2, 2 * gap))
         axes.set_xlabel("iteration")
         named = score_name(report["iterations"][0]["instruct"]["k"], score_of(report))
         axes.set_title({"score": named, "tokens": "tokens an answer"}.get(panel, panel), fontsize=10)
@@ -150,6 +151,24 @@ def time_picture(report: dict[str, Any]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlabel("minutes")
     figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize=8, columnspacing=1.2, handlelength=1.2)
+    return figure
+
+
+def loss_picture(report: dict[str, Any]) -> Figure:
+    """Training loss over the steps, a line an iteration.
+
+    Args:
+        report: what `report.json` holds, with `losses` of an iteration.
+    """
+    figure, (axes,) = new_axes(4.4, 2.6)
+    shown = [entry for entry in report["iterations"] if "losses" in entry]
+    for entry, colour in zip(shown, COLOURS * len(shown), strict=False):
+        steps, losses = zip(*entry["losses"], strict=True)
+        axes.plot(steps, losses, color=colour, linewidth=1.5, label=f"iteration {entry['iteration']}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=9)
     return figure
 
 

@@ -15,6 +15,7 @@ and its stamp records them:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,6 +27,8 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run.folder import MODES, Run
 from thinkswitch_plugin.run.hashes import Hashes, within
 
+# axolotl's keys that say where a training is logged; they do not change what is trained.
+TRACKING = re.compile(r"(use_|hf_)?(wandb|mlflow|comet|trackio|otel|tensorboard|swanlab)(_|$)")
 TEMPLATE_FILES = ("tokenizer_config.json", "chat_template.jinja")
 REPORT_PICTURES = ("iterations", "paired", "time")
 REPORT_FILES = (
@@ -170,7 +173,7 @@ def _train(run: Run, k: int) -> Stage:
     inputs = (here / "pairs.jsonl", Path(learner))
     config = iteration_config(run.recipe, base_model=learner, pairs=inputs[0], here=here, seed=run.seed)
     values = {
-        "axolotl": {key: v for key, v in config.items() if key != "thinkswitch"},
+        "axolotl": {key: v for key, v in config.items() if key != "thinkswitch" and not TRACKING.match(key)},
         "axolotl_args": keys.axolotl_args,
         "min_change": keys.min_adapter_change,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from thinkswitch_plugin.run import checkpoint, processes
 if TYPE_CHECKING:
     from torch import Tensor
 
+TRAINER_STATE = "trainer_state.json"
+MOST_LOSSES = 200  # that a stamp holds of one training
 # What axolotl and its engines are told in every stage of ours.
 ENGINE_ENV = {
     "AXOLOTL_DO_NOT_TRACK": "1",
@@ -90,7 +93,8 @@ def train(config: dict[str, Any], here: Path, *, options: Sequence[str], minimum
         minimum: how far the adapter must have moved; see `require_moved`.
 
     Returns:
-        `adapter_change`, and `resumed_from`: the trainer's checkpoint that a killed attempt had left, or None.
+        `adapter_change`; `resumed_from`, the trainer's checkpoint that a killed attempt had left, or None; `losses`, see
+        `training_losses`.
 
     Raises:
         ThinkSwitchError: axolotl fails or the adapter did not move.
@@ -120,9 +124,18 @@ def train(config: dict[str, Any], here: Path, *, options: Sequence[str], minimum
     require_moved(moved, minimum, building)
     for checkpoint_folder in building.glob("checkpoint-*"):
         files.remove(checkpoint_folder)
+    losses = training_losses(building / TRAINER_STATE)
+    files.remove(building / TRAINER_STATE)  # not a part of the adapter
     files.put_in_place(building, adapter)
     files.remove(prepared)
-    return {"adapter_change": moved, "resumed_from": before[-1].name if before else None}
+    return {"adapter_change": moved, "resumed_from": before[-1].name if before else None, "losses": losses}
+
+
+def training_losses(state: Path) -> list[list[float]]:
+    """(step, training loss) as the trainer logged them, at most `MOST_LOSSES` evenly spread; none if it kept no log."""
+    history = files.read_json(state).get("log_history", []) if state.is_file() else []
+    found = [[row["step"], row["loss"]] for row in history if "loss" in row and "step" in row]
+    return found[:: math.ceil(len(found) / MOST_LOSSES) or 1]
 
 
 def whole_checkpoints(building: Path) -> list[Path]:
@@ -131,7 +144,7 @@ def whole_checkpoints(building: Path) -> list[Path]:
     kept = []
     for folder in sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-"))):
         try:
-            files.read_json(folder / "trainer_state.json")  # the trainer writes this last
+            files.read_json(folder / TRAINER_STATE)  # the trainer writes this last
         except ThinkSwitchError:
             files.remove(folder)
         else:
