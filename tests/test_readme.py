@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NEEDS_A_GPU = "On a GPU"  # the section whose commands do
 FIRST_PAGES = ("README.md", "docs/getting-started.md")
-PAGES = sorted(str(p.relative_to(ROOT)) for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+PAGES = sorted(
+    str(p.relative_to(ROOT)) for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md"))
+)
 # What runs a command of the first pages: a test or fixture that starts it, at a small size if the real one takes long.
 RUN_BY = {
     "make iterate": "conftest.py::finished_run",
@@ -112,3 +114,14 @@ def test_merge_as_readme_says_it(finished_run: Path, forked: Any, tmp_path: Path
     done = forked(ROOT / ".venv/bin/thinkswitch", "merge", config, "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_every_thinkswitch_command_of_the_examples_exists_with_its_options() -> None:
+    from thinkswitch_plugin.cli import main
+
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("examples/*.md")))
+    typed = [line.split() for _, line in commands(text) if line.startswith("thinkswitch ")]
+    assert len(typed) >= 6
+    for _, name, *words in typed:
+        known = {option for parameter in main.commands[name].params for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, name
