@@ -18,7 +18,7 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("name", type=click.Choice(["shuffled", "true-labels", "undistilled", "rounded"]))
+@click.argument("name", type=click.Choice(["shuffled", "own-answers", "true-labels", "undistilled", "rounded"]))
 @click.argument("run", type=FOLDER)
 def control(name: str, run: Path) -> None:
     """A control experiment on iteration 1 of a finished run -> controls/NAME/."""

@@ -16,6 +16,8 @@ from typing import Any
 
 from thinkswitch_plugin import console, files, places
 from thinkswitch_plugin.data.prompts import read_field
+from thinkswitch_plugin.data.traces import without_end
+from thinkswitch_plugin.engine_args import TEMPLATE_KEY
 from thinkswitch_plugin.engines.ask import ask_in_order, asking
 from thinkswitch_plugin.engines.replies import Unanswered
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -45,6 +47,12 @@ def run_control(run: Run, name: str) -> None:
     """
     work.require_finished(run, 1)
     mode, title = NAMES[name]
+    start = {role: run.checkpoint(role, 0) for role in MODES}
+    if name == "undistilled" and start["instruct"] == start["thinking"]:
+        raise ThinkSwitchError(
+            f"{run.folder} starts from a hybrid, and a checkpoint interpolated with itself is itself: the control "
+            "`undistilled` is iteration 0 of the report."
+        )
     here = run.folder / "controls" / name
     on_cpu = run.recipe.keys.merge_on == "cpu"
     with locked(run.folder):
@@ -70,7 +78,7 @@ def run_control(run: Run, name: str) -> None:
             config = places.find(run.recipe.keys.rebuild.config)
             merged = place_models(
                 set_lambda(allow(files.read_yaml(config), run.recipe.keys.rebuild.may_differ), weight, config),
-                {mode: run.checkpoint(mode, 0) for mode in MODES},
+                start,
             )
             files.write_yaml(here / "merge.yaml", merged)
             files.remove(out)
@@ -110,15 +118,15 @@ def own_answers(run: Run, wanted: list[str]) -> list[str]:
     Raises `ThinkSwitchError` if one of them is not answered.
     """
     model, requests = run.checkpoint("instruct", 0), run.iteration(1) / "requests.jsonl"
-    bodies = {
-        row["custom_id"]: row["body"] | {"model": model, "temperature": 0} for _, row in files.read_jsonl(requests)
-    }
+    asked = {"model": model, "temperature": 0, TEMPLATE_KEY: run.recipe.keys.pair.arguments("instruct")}
+    bodies = {row["custom_id"]: row["body"] | asked for _, row in files.read_jsonl(requests)}
     log = run.folder / "controls" / "own-answers" / "logs" / "generate.log"
     with asking(run.engine, model, run.recipe.keys.engine, log=log) as asker:
         replies = ask_in_order(asker, [bodies[one] for one in wanted])
     if unanswered := next((reply for reply in replies if isinstance(reply, Unanswered)), None):
         raise ThinkSwitchError(f"{model} gave no answer through {run.engine}: {unanswered}.")
-    return [str(reply["choices"][0]["message"]["content"]) for reply in replies if isinstance(reply, dict)]
+    said = [str(reply["choices"][0]["message"]["content"]) for reply in replies if isinstance(reply, dict)]
+    return [without_end(text) for text in said]
 
 
 def print_results(folders: list[Path]) -> None:

@@ -1,6 +1,6 @@
-"""The columns of docs/models.md that run engines on a tiny pair: train, merge-lora, export, loop.
+"""The columns of docs/models.md that run engines on a tiny pair: sweep by server, train, merge-lora, export, loop.
 
-axolotl, mergekit and peft run as in the loop, in forks of a process that has imported them.
+axolotl, mergekit and peft run as in the loop, in forks of a process that has imported them; vLLM is started.
 """
 
 from __future__ import annotations
@@ -17,8 +17,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from experiments.model_merges import loaded, merge_config, merged_folder, read
+from experiments.model_pairs import Model
 from tests import forked
 from thinkswitch_plugin import files
+from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.engines.ask import Asker, ask_in_order
 from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.merging.lora import lora_target
 from thinkswitch_plugin.recipe import Recipe, iteration_config, load_recipe
@@ -28,8 +32,9 @@ from thinkswitch_plugin.training import distil
 
 ROOT = Path(__file__).parents[1]
 RANK = 64  # no matrix of a tiny model has more
+SMALL = ["--gpu-memory-utilization", "0.05", "--max-num-seqs", "4"]
 QUESTIONS = [f"{a}+{b}" for a in range(4) for b in range(4)]
-Roles = Mapping[str, Path]
+Roles = dict[str, Path]
 
 
 def run_engine(command: Sequence[str | Path], log: Path, *, env: Mapping[str, str] | None = None, title: str) -> float:
@@ -61,7 +66,41 @@ def recipe_for(instruct: Path) -> Recipe:
     return replace(recipe, axolotl=values)
 
 
-def train(model: Any, roles: Roles, folder: Path) -> None:
+def sweep_by_server(model: Model, roles: Roles, folder: Path) -> None:
+    """A point of a sweep in a running vLLM: it is given what the merge on disk holds, and answers as that does."""
+    from thinkswitch_plugin.engines.embedded import EmbeddedEngine
+    from thinkswitch_plugin.engines.live_worker import Digest, of_folder
+    from thinkswitch_plugin.merging.holding import Live, MergeJob, holding
+    from thinkswitch_plugin.merging.in_memory import load
+
+    require_compatible(roles["instruct"], roles["thinking"])
+    keys, work = EngineKeys.model_validate({"vllm_args": SMALL}), folder / "server"
+    job = MergeJob(roles["thinking"], roles["thinking"], keys, work, work / "vllm.log", batch=1, budget=8)
+    with holding("vllm", job) as holder:
+        assert isinstance(holder, Live)
+        engine = holder.hold(merge_config(roles))
+        engine.count_digests = True
+        answers = first_tokens(engine)
+    merged = merged_folder(model, roles, folder)
+    counted = Digest()
+    list(counted.of(of_folder(str(merged))))
+    assert engine.digests == [str(counted)], f"the server was given {engine.digests}, the merge on disk is {counted}"
+    expected = first_tokens(EmbeddedEngine(roles["thinking"], load(merged, {}, device="cpu")))
+    assert answers == expected, f"the server answers {answers}, transformers {expected}"
+
+
+def first_tokens(asker: Asker) -> list[str]:
+    """What a checkpoint writes first to a few questions."""
+    bodies = [
+        {"messages": [{"role": "user", "content": q}], "max_tokens": 8, "temperature": 0, "stop": ["<|im_end|>"]}
+        for q in QUESTIONS[:4]
+    ]
+    replies = ask_in_order(asker, bodies)
+    assert all(isinstance(reply, dict) for reply in replies), replies
+    return [str(reply["choices"][0]["message"]["content"]) for reply in replies if isinstance(reply, dict)]
+
+
+def train(model: Model, roles: Roles, folder: Path) -> None:
     """`thinkswitch train`: the adapter has moved, and every loss is finite."""
     require_compatible(roles["instruct"], roles["thinking"])
     recipe = recipe_for(roles["instruct"])
@@ -81,9 +120,8 @@ def train(model: Any, roles: Roles, folder: Path) -> None:
     assert losses and all(map(math.isfinite, losses)), f"losses are {losses}"
 
 
-def merge_lora(model: Any, roles: Roles, folder: Path) -> None:
+def merge_lora(model: Model, roles: Roles, folder: Path) -> None:
     """`thinkswitch merge-lora`: every matrix is its parent's plus its LoRA, all else is as it was, and it loads."""
-    from experiments.models import loaded, read
     from thinkswitch_plugin.loop.work import merge_adapter
 
     if not (folder / "adapter").is_dir():
@@ -110,7 +148,7 @@ def merge_lora(model: Any, roles: Roles, folder: Path) -> None:
     assert all("expert" in name for name in changed - trained), f"{sorted(changed - trained)[:3]} changed"
 
 
-def export(model: Any, roles: Roles, folder: Path) -> None:
+def export(model: Model, roles: Roles, folder: Path) -> None:
     """`thinkswitch export-loras` at full rank: base and adapter give the checkpoint, but for the loss that is stated."""
     from thinkswitch_plugin.engines.embedded import with_adapter
     from thinkswitch_plugin.export.extract import cut, extract, losses, require_extractable
@@ -160,7 +198,7 @@ def teach(checkpoint: Path, out: Path, answer: str) -> None:
     tokenizer.save_pretrained(out)
 
 
-def loop(model: Any, roles: Roles, folder: Path) -> None:
+def loop(model: Model, roles: Roles, folder: Path) -> None:
     """One iteration of every stage with a thinking checkpoint that thinks, by the functions that `make iterate` calls."""
     from thinkswitch_plugin.loop import work
 

@@ -6,6 +6,7 @@ search path, use the `command` fixture.
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -17,11 +18,14 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Modules that take long to import; if one is missing, the command imports what it needs itself.
-ENGINES = ["torch", "transformers", "peft", "datasets", "lm_eval.tasks", "mergekit.merge", "axolotl.train"]
+ENGINES = [
+    *("torch", "transformers", "peft", "datasets", "lm_eval.tasks", "mergekit.merge"),
+    *("axolotl.train", "axolotl.cli.train", "axolotl.core.builders", "axolotl.cli.merge_lora"),
+]
 SCRIPTS = ("thinkswitch", "axolotl", "lm_eval", "mergekit-yaml", "mergekit-extract-lora")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(ENGINES)
@@ -94,6 +98,11 @@ def ask(address: str, words: Sequence[str]) -> int:
 
 def _run(words: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path, executable: str) -> None:
     """The work of a fork: become the command."""
+    gc.freeze()  # to collect garbage among what was loaded before would copy all of it
+    with suppress(ImportError):
+        from multiprocess import context  # `datasets` would spawn a process that loads the engines again
+
+        context._concrete_contexts["spawn"] = context._concrete_contexts["fork"]
     sys.executable = executable
     os.chdir(cwd)
     os.environ.clear()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, Lfm2Config, Qwen3MoeConfig, SmolLM3Config
 
-from experiments.models import EXPERTS, Model, make_pair
+from experiments.model_pairs import EXPERTS, Model, make_pair
 from tests.checkpoints import qwen3, read, write
 from tests.conftest import BIN, ROOT
 from thinkswitch_plugin import files

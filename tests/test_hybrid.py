@@ -11,6 +11,7 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
+from experiments.controls import own_answers, run_control
 from tests import checkpoints
 from tests.conftest import BIN, ROOT, Command, once
 from tests.report_run import make_run
@@ -217,3 +218,13 @@ def test_compare_the_switch_and_a_sweep_ask_in_the_mode_that_is_wanted(
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         (sweep,) = (tmp_path / template).glob("sweep*/sweep.json")
         assert files.read_json(sweep)["points"][0]["think_ratio"] == ratio
+
+
+@pytest.mark.slow
+def test_controls_of_a_hybrid_ask_it_without_thinking_and_refuse_an_interpolation_with_itself(hybrid_run: Path) -> None:
+    run = open_run(hybrid_run)
+    wanted = [row["custom_id"] for _, row in files.read_jsonl(hybrid_run / "iter-1" / "pairs.jsonl")][:20]
+    answers = own_answers(run, wanted)
+    assert len(answers) == 20 and all(len(answer) == 1 for answer in answers)
+    with pytest.raises(ThinkSwitchError, match="a checkpoint interpolated with itself is itself"):
+        run_control(run, "undistilled")

@@ -9,14 +9,19 @@ from types import ModuleType
 import pytest
 import torch
 
-from experiments.models import COLUMNS, EXPERTS, MODELS, Model, make_pair, merge_config, read, table, try_all
+from experiments.model_merges import merge_config, read
+from experiments.model_pairs import EXPERTS, MODELS, Model, make_pair
+from experiments.models import COLUMNS, note_of, table, try_all
 from thinkswitch_plugin import files
+from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.environment import without_gpu_kernels
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.export.extract import require_extractable
 from thinkswitch_plugin.merging.compatibility import require_compatible
+from thinkswitch_plugin.merging.holding import Live, MergeJob
 from thinkswitch_plugin.merging.similarity import similarity
 from thinkswitch_plugin.recipe import load_recipe, recipe_path
+from thinkswitch_plugin.run.checkpoint import adopt_mode
 from thinkswitch_plugin.training.distil import require_trainable
 
 OK = dict.fromkeys(COLUMNS, "ok")
@@ -62,6 +67,32 @@ def test_an_unknown_architecture_is_refused_before_training_and_export(tmp_path:
         require_trainable(load_recipe(recipe_path("arithmetic")), str(roles["instruct"]))
     with pytest.raises(ThinkSwitchError, match="does not know the `model_type` novel"):
         require_extractable(roles["instruct"], roles["thinking"])
+
+
+def test_a_server_is_not_started_for_what_cannot_be_merged(tmp_path: Path) -> None:
+    for name, message in (("an architecture that transformers does not know", "novel"), ("DeepSeek-V3, FP8", "fp8")):
+        roles = make_pair(row(name), tmp_path / message)
+        job = MergeJob(roles["thinking"], roles["thinking"], EngineKeys(), tmp_path, tmp_path / "log", batch=1)
+        with pytest.raises(ThinkSwitchError, match=message):
+            Live(job)
+
+
+def test_a_vision_language_checkpoint_is_trained_only_with_its_processor_which_its_merges_keep(tmp_path: Path) -> None:
+    roles = make_pair(row("Gemma 3, vision-language"), tmp_path)
+    recipe, instruct = load_recipe(recipe_path("arithmetic")), roles["instruct"]
+    require_trainable(recipe, str(instruct))
+    (tmp_path / "merged").mkdir()
+    adopt_mode(instruct, tmp_path / "merged")
+    assert (tmp_path / "merged" / "preprocessor_config.json").is_file()
+    (instruct / "preprocessor_config.json").unlink()
+    with pytest.raises(ThinkSwitchError, match=r"processor, and that cannot be loaded \(.+\); copy its `preprocessor"):
+        require_trainable(recipe, str(instruct))
+
+
+def test_refusals_that_differ_in_names_alone_share_a_note(tmp_path: Path) -> None:
+    said = f"{tmp_path}/instruct: it would take model.layers.0.mlp.up_proj.bias of Qwen2ForCausalLM apart, 57 % of it"
+    note = note_of(said, row("Qwen2.5"), tmp_path)
+    assert note == "{checkpoint}: it would take {tensor} of {architecture} apart, {share} % of it"
 
 
 def test_a_cell_that_was_not_tried_says_so() -> None:

@@ -26,7 +26,8 @@ from thinkswitch_plugin.merging.command import write_merge
 from thinkswitch_plugin.merging.config import without_ours
 from thinkswitch_plugin.merging.in_memory import StreamWriter, carry_out, load, merge_into
 from thinkswitch_plugin.merging.run import is_tensor_by_tensor, local_checkpoints
-from thinkswitch_plugin.merging.settings import adopt, config_difference
+from thinkswitch_plugin.merging.settings import adopt, config_difference, require_known
+from thinkswitch_plugin.merging.tensors import require_unquantised
 from thinkswitch_plugin.run import checkpoint
 
 SERVED = ".candidate"  # what vLLM is started on, in the folder of a job
@@ -108,9 +109,14 @@ class InProcess:
 
 
 class Live:
-    """One vLLM, started on the skeleton, whose weights are changed in place."""
+    """One vLLM, started on the skeleton, whose weights are changed in place.
+
+    Raises `ThinkSwitchError` for a skeleton that is quantised, or that transformers does not know.
+    """
 
     def __init__(self, job: MergeJob) -> None:
+        require_unquantised(job.skeleton)
+        require_known(job.skeleton)
         self.job = job
         self.shown = sys.stdout, sys.stderr
         self.settings: dict[str, Path] | None = None

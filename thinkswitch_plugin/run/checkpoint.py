@@ -22,6 +22,7 @@ MODE_FILES = (
     "added_tokens.json",
     "chat_template*",
     "generation_config.json",
+    "*processor_config.json",  # of a vision-language model
 )
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"  # of a PEFT adapter

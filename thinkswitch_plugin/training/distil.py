@@ -32,8 +32,8 @@ ENGINE_ENV = {
 def require_trainable(recipe: Recipe, checkpoint: str, revision: str | None = None) -> None:
     """Refuse a recipe that cannot train this checkpoint as described; this needs only its config and tokenizer.
 
-    Raises `ThinkSwitchError` for an architecture that transformers does not know, the chat template, or a mixture's
-    experts; see `contract` and `reach`.
+    Raises `ThinkSwitchError` for an architecture that transformers does not know, the chat template, a mixture's
+    experts (see `contract` and `reach`), or a processor for images that cannot be loaded.
     """
     os.environ["AXOLOTL_DO_NOT_TRACK"] = "1"  # before axolotl is imported, which would report its use
     from thinkswitch_plugin.merging.settings import require_known
@@ -45,6 +45,7 @@ def require_trainable(recipe: Recipe, checkpoint: str, revision: str | None = No
         require_known(Path(checkpoint))
     try:
         require_reach(values, checkpoint)
+        require_processor(checkpoint, revision)
         require_template(values, checkpoint, recipe.keys.prompts.system)
     except (
         OSError,
@@ -54,6 +55,24 @@ def require_trainable(recipe: Recipe, checkpoint: str, revision: str | None = No
         raise ThinkSwitchError(
             f"The config or the tokenizer of {checkpoint} cannot be loaded ({reason(error)}); check the folder, or the "
             "hub id, the network and your access to it."
+        ) from None
+
+
+def require_processor(checkpoint: str, revision: str | None) -> None:
+    """Refuse a vision-language checkpoint whose processor cannot be loaded: axolotl loads it even for rows of text."""
+    from axolotl.loaders.constants import MULTIMODAL_AUTO_MODEL_MAPPING
+    from transformers import AutoProcessor, PretrainedConfig
+
+    config, _ = PretrainedConfig.get_config_dict(checkpoint, revision=revision)
+    if config.get("model_type") not in MULTIMODAL_AUTO_MODEL_MAPPING:
+        return
+    try:
+        AutoProcessor.from_pretrained(checkpoint, revision=revision)
+    except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
+        raise ThinkSwitchError(
+            f"{checkpoint} is a vision-language model, which axolotl trains with its processor, and that cannot be loaded "
+            f"({reason(error)}); copy its `preprocessor_config.json` and the like from the original checkpoint, or "
+            "install what is missing."
         ) from None
 
 

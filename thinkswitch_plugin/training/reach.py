@@ -42,7 +42,11 @@ def find_experts(checkpoint: str | Path, revision: str | None = None) -> Experts
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd)
     }
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    fused = [name for name, parameter in model.named_parameters() if parameter.ndim > 2 and name not in convolutions]
+    fused = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 2 and name not in convolutions and AFTER_THE_LAYER.match(name)
+    ]
     if not fused:
         return None
     names = dict.fromkeys(AFTER_THE_LAYER.sub("", name) for name in fused)
