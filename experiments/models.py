@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 from experiments.model_merges import merge, similarity, sweep_in_memory
@@ -98,6 +98,12 @@ def table(rows: dict[str, dict[str, str]]) -> str:
     return "\n".join([*lines, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))]).rstrip() + "\n"
 
 
+def rows_of(words: Collection[str]) -> list[Model]:
+    """The rows of these names, or else all whose names hold one of the words; every row where there are none."""
+    named = [model for model in MODELS if model.name in words]
+    return named or [m for m in MODELS if not words or any(word.lower() in m.name.lower() for word in words)]
+
+
 def main() -> int:
     """Print the table, and write it into a document if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,19 +112,23 @@ def main() -> int:
     parser.add_argument(
         "--results", type=Path, help="JSON file that keeps the cells, for columns and rows tried by other calls."
     )
-    parser.add_argument("names", nargs="*", help="Rows whose name holds one of these words (default: all).")
+    parser.add_argument("names", nargs="*", help="Rows of these names, or with these words in them (default: all).")
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "fork")  # a spawned engine loads vLLM once more
     from thinkswitch_plugin.engines.servers import NO_VLLM, vllm_python
 
-    columns = checks(options.columns.split(","))
+    asked = options.columns.split(",")
+    if unknown := set(asked) - {*COLUMNS, *ENGINES}:
+        parser.error(f"there is no column {unknown.pop()!r}; the columns are {', '.join((*COLUMNS, *ENGINES))}")
+    if not rows_of(options.names):
+        parser.error(f"no row has any of {options.names} in its name")
+    columns = checks(asked)
     if vllm_python() is None and columns.pop(SERVED, None):
         print(f"{SERVED} is left as it is: {NO_VLLM}", file=sys.stderr)
     kept = files.read_json(options.results) if options.results and options.results.is_file() else {}
     rows = {model.name: kept.get(model.name, {}) for model in MODELS}
-    for model in MODELS:
-        if options.names and not any(word.lower() in model.name.lower() for word in options.names):
-            continue
+    for model in rows_of(options.names):
         with tempfile.TemporaryDirectory() as folder:
             found = try_all(model, Path(folder), columns)
         rows[model.name] = {**rows[model.name], **found}

@@ -154,12 +154,15 @@ def test_a_merge_into_another_layout_or_dtype_is_refused(tmp_path: Path) -> None
         lora.require_same_layout(parent, write_checkpoint(tmp_path / "fused", qwen3(1)))
 
 
-def test_vectors_that_a_merge_cast_are_the_parents_again(tmp_path: Path) -> None:
-    vector = "model.layers.0.mlp.gate.e_score_correction_bias"
+@pytest.mark.parametrize("shards", [1, 3])
+def test_what_no_lora_touches_is_the_parents_again_after_a_merge(tmp_path: Path, shards: int) -> None:
+    vector, head = "model.layers.0.mlp.gate.e_score_correction_bias", "mtp.layers.0.self_attn.q_proj.weight"
     bfloat16 = {name: tensor.to(torch.bfloat16) for name, tensor in qwen3(0).items()}
-    parent = write_checkpoint(tmp_path / "parent", bfloat16 | {vector: torch.tensor([1.001, 2.002])}, shards=2)
-    merged = write_checkpoint(tmp_path / "merged", bfloat16 | {vector: torch.ones(2, dtype=torch.bfloat16)}, shards=3)
-    lora.restore_vectors(parent, merged)
+    own = {vector: torch.tensor([1.001, 2.002]), head: torch.ones(4, 4)}
+    parent = write_checkpoint(tmp_path / "parent", bfloat16 | own, shards=2)
+    cast = {vector: torch.ones(2, dtype=torch.bfloat16)}
+    merged = write_checkpoint(tmp_path / "merged", bfloat16 | cast, shards=shards)
+    lora.restore(parent, merged)
     lora.require_same_layout(parent, merged)
     assert equal(read(merged), read(parent))
     assert not list(merged.glob("*.partial"))

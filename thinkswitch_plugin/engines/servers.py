@@ -200,8 +200,9 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float
         while time.monotonic() - started <= timeout:
             if process.poll() is not None:
                 raise ThinkSwitchError(
-                    f"The {engine} engine ended while starting (exit code {process.returncode}); "
-                    f"its log, {log}, says:\n{processes.cause(log)}"
+                    f"The {engine} engine ended while starting (exit code {process.returncode}): {processes.fault(log)}; "
+                    f"its log is {log}. Where vLLM cannot run a model, transformers can answer: ENGINE=embedded, and for a sweep "
+                    "`thinkswitch.evaluation.backend: hf` in an overlay."
                 )
             with suppress(OSError), direct.open(url, timeout=2) as reply:
                 if reply.status == 200:

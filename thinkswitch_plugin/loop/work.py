@@ -165,7 +165,7 @@ def merge_adapter(
         on_cpu: keep the GPU out of it, where its memory cannot hold the model.
         rounded: use axolotl's default merge, which passes every matrix through NF4.
     """
-    from thinkswitch_plugin.merging.lora import merge_config, require_same_layout, restore_vectors
+    from thinkswitch_plugin.merging.lora import merge_config, require_same_layout, restore
     from thinkswitch_plugin.training import distil
 
     building = files.temporary_sibling(out.with_name(f"{out.name}-merge"))
@@ -183,7 +183,7 @@ def merge_adapter(
     with files.atomic_folder(out) as folder:
         for file in (building / "merged").iterdir():
             file.replace(folder / file.name)
-        restore_vectors(Path(parent), folder)
+        restore(Path(parent), folder)
         require_same_layout(Path(parent), folder)
         checkpoint.adopt_mode(Path(parent), folder)
         if card is not None:

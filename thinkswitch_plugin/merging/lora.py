@@ -61,24 +61,36 @@ def lora_target(name: str) -> str | None:
     return f"{found.group(1)}.weight" if found else None
 
 
-def restore_vectors(parent: Path, merged: Path) -> None:
-    """Put vectors that a merge wrote in another dtype back as the parent stores them.
+def restore(parent: Path, merged: Path) -> None:
+    """Put back, as the parent stores it, what a `legacy` merge changes although no LoRA touches it.
 
-    `legacy` casts a whole model to one dtype; GLM's and DeepSeek's routers keep a vector in float32 beside bfloat16
-    matrices. No LoRA touches a vector, so nothing is lost. One shard is in memory at a time.
+    It casts a whole model to one dtype (GLM's and DeepSeek's routers keep a vector in float32 beside bfloat16 matrices),
+    and leaves out what the model class has no place for (heads for multi-token prediction). One shard is in memory at a
+    time.
     """
     from safetensors.torch import load_file, save_file
 
+    from thinkswitch_plugin.merging.layout import Layout, skeleton
+
     before, after = list_weights(parent), list_weights(merged)
     vectors = [name for name, info in after.items() if name in before and len(info.shape) == 1]
-    cast = {name for name in vectors if after[name].dtype != before[name].dtype}
-    for shard in sorted({after[name].file for name in cast}):
+    places = {name: after[name].file for name in vectors if after[name].dtype != before[name].dtype}
+    lost = before.keys() - after.keys()
+    model = skeleton(parent) if lost else None
+    if model is not None:
+        places |= dict.fromkeys(lost & {*Layout(model, before).ignored}, max(info.file for info in after.values()))
+    for shard in sorted(set(places.values())):
         tensors = load_file(str(shard))
         with reading() as read:
-            tensors |= {name: read(before[name]) for name in cast & tensors.keys()}
+            tensors |= {name: read(before[name]) for name, file in places.items() if file == shard}
         whole = files.temporary_sibling(shard)
         save_file(tensors, str(whole), metadata={"format": "pt"})
         files.put_in_place(whole, shard)
+    index = merged / "model.safetensors.index.json"
+    if index.is_file() and places:
+        values = files.read_json(index)
+        values["weight_map"] |= {name: file.name for name, file in places.items()}
+        files.write_json(index, values)
 
 
 def require_same_layout(parent: Path, merged: Path) -> None:

@@ -23,7 +23,11 @@ from thinkswitch_plugin.run.progress import Bar, last_tqdm
 TAIL_LINES = 15
 CAUSE_LINES, CAUSE_WIDTH = 4, 300
 # `RuntimeError: no memory`, `torch.OutOfMemoryError: …`, `Killed`; what a process or a time in front of it says aside.
-_NAMES_AN_ERROR = re.compile(r"\b[\w.]*(?:Error|Exception)\b: .*|\bKilled\b.*|\bSegmentation fault\b.*")
+_NAMES_AN_ERROR = re.compile(
+    r"\b[\w.]*(?:Error|Exception)\b: .*|\bValue error, .*|\bKilled\b.*|\bSegmentation fault\b.*"
+)
+# What vLLM and pydantic write beside the error itself.
+_POINTS_AT_ANOTHER = re.compile(r"Engine core initialization failed|\d+ validation errors? for ")
 ENGINE_BARS = {"TQDM_MININTERVAL": "0.5"}  # a log of hours must not be a log of bars
 HANDLED: set[int] = set()  # signals that `end_on_signals` has taken over
 HELD_LOCKS: set[int] = set()  # descriptors that a supervisor keeps open until its engine has gone
@@ -113,11 +117,21 @@ def tail(log: Path, lines: int = TAIL_LINES) -> str:
 
 def cause(log: Path) -> str:
     """The last lines of a server's log that name an error, indented, without their tracebacks; else its last lines."""
+    return "\n".join(f"    {line}" for line in _errors(log)[-CAUSE_LINES:]) or tail(log, CAUSE_LINES)
+
+
+def fault(log: Path) -> str:
+    """The last error that a server's log names, in one line; else its last line."""
+    return (_errors(log) or _last_lines(log) or ["it wrote nothing"])[-1][:CAUSE_WIDTH].strip().rstrip(".")
+
+
+def _errors(log: Path) -> list[str]:
     said = {}
     for line in _last_lines(log):
-        if found := _NAMES_AN_ERROR.search(line):
+        found = _NAMES_AN_ERROR.search(line)
+        if found and not _POINTS_AT_ANOTHER.search(line):
             said[found.group()] = line[:CAUSE_WIDTH]  # once, whichever process repeats it
-    return "\n".join(f"    {line}" for line in list(said.values())[-CAUSE_LINES:]) or tail(log, CAUSE_LINES)
+    return list(said.values())
 
 
 def _last_lines(log: Path) -> list[str]:
