@@ -158,7 +158,7 @@ def test_a_checkpoint_that_is_its_base_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_losses_do_not_depend_on_how_experts_are_stored(tmp_path: Path) -> None:
-    zero = {f"base_model.model.model.layers.0.self_attn.q_proj.lora_{n}.weight": torch.zeros(32, 32) for n in "AB"}
+    zero = {f"base_model.model.model.layers.0.self_attn.q_proj.lora_{n}.weight": torch.zeros(64, 64) for n in "AB"}
     (tmp_path / "lora").mkdir()
     save_file(zero, str(tmp_path / "lora" / WEIGHTS))
     found = []
