@@ -13,10 +13,12 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     PretrainedConfig,
@@ -24,6 +26,14 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from tests.checkpoints import read
+from thinkswitch_plugin import files
+from thinkswitch_plugin.cli import main
+from thinkswitch_plugin.merging.tensors import list_tensors
+
+STAGES = [["pair"], ["eval", "0", "instruct"], ["eval", "0", "thinking"]]
+STAGES += [[name, "1"] for name in ("requests", "generate", "pairs", "train", "merge-lora", "rebuild")]
+STAGES += [["eval", "1", "instruct"], ["eval", "1", "thinking"], ["report"]]
 HIDDEN = 320  # a dimension for each token
 SIZES: dict[str, Any] = {
     "hidden_size": HIDDEN,
@@ -133,3 +143,37 @@ def qwen3_30b(folder: Path) -> tuple[Path, Path]:
         )
         made.append(checkpoint(folder / mode, config, tokens, chain))
     return made[0], made[1]
+
+
+def whole_loop(domain: str, overlay: str, folder: Path, data: Path) -> Path:
+    """One iteration of a domain with overlays, by the commands that Make calls, in this process."""
+    words = ["--domain", domain, "--runs", str(folder), "--engine", "embedded", "--iterations", "1"]
+    words += ["--overlay", overlay, "--data", str(data)]
+    run = folder / domain
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("THINKSWITCH_DATA", str(data))  # the commands set it for this process: no other test may see it
+        main(["begin", *words], standalone_mode=False)
+        for stage, *rest in STAGES:
+            main([stage, str(run), *rest, "--data", str(data)], standalone_mode=False)
+    return run
+
+
+def require_method(run: Path, *, right: float) -> None:
+    """The teacher's answers were trained without their traces, and the rebuilt thinking checkpoint thinks.
+
+    `right` is the share of the questions that the thinking checkpoint answers correctly.
+    """
+    rows = [row["messages"][-1]["content"] for _, row in files.read_jsonl(run / "iter-1" / "pairs.jsonl")]
+    assert rows == ["7"] * 4
+    zero, one = files.read_json(run / "report.json")["iterations"]
+    for iteration in (zero, one):
+        assert iteration["thinking"]["think_ratio"] == 1.0
+        assert iteration["thinking"]["mean@k"] == right
+        assert iteration["instruct"]["think_ratio"] == 0.0
+        assert iteration["thinking"]["truncated"] == iteration["instruct"]["truncated"] == 0.0
+    for mode in ("instruct", "thinking"):
+        folder, parent = (Path(files.read_json(run / "iter-0" / "pair.json")[mode]["path"]), run / "iter-1" / mode)
+        assert {name: info.dtype for name, info in list_tensors(folder).items()} == dict.fromkeys(read(parent), "BF16")
+        before, after = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(parent)
+        assert before.get_vocab() == after.get_vocab()
+        assert before.chat_template == after.chat_template and before.eos_token == after.eos_token

@@ -13,22 +13,18 @@ from transformers import AutoTokenizer
 
 from tests import paper_pairs
 from tests.checkpoints import read
+from tests.paper_pairs import require_method, whole_loop
 from thinkswitch_plugin import files
-from thinkswitch_plugin.cli import main
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.export.template import combined_template
 from thinkswitch_plugin.loop import check
 from thinkswitch_plugin.merging.compatibility import align_compatible, require_compatible
-from thinkswitch_plugin.merging.tensors import list_tensors
 from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.search.pair import PairOptions, find_pair
 from thinkswitch_plugin.search.sweep import parse_sampling, sweep
 
 QUESTIONS = 3
-STAGES = [["pair"], ["eval", "0", "instruct"], ["eval", "0", "thinking"]]
-STAGES += [[name, "1"] for name in ("requests", "generate", "pairs", "train", "merge-lora", "rebuild")]
-STAGES += [["eval", "1", "instruct"], ["eval", "1", "thinking"], ["report"]]
 
 
 @pytest.fixture(scope="module")
@@ -74,37 +70,6 @@ def overlay(folder: Path, pair: tuple[Path, Path]) -> Path:
     return path
 
 
-def whole_loop(name: str, folder: Path, pair: tuple[Path, Path], data: Path) -> Path:
-    """One iteration with the overlay of a pair, by the commands that Make calls, in this process."""
-    words = ["--domain", "aime", "--runs", str(folder), "--engine", "embedded", "--iterations", "1"]
-    words += ["--overlay", f"{name} {overlay(folder, pair)}", "--data", str(data)]
-    run = folder / "aime"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("THINKSWITCH_DATA", str(data))  # the commands set it for this process: no other test may see it
-        main(["begin", *words], standalone_mode=False)
-        for stage, *rest in STAGES:
-            main([stage, str(run), *rest, "--data", str(data)], standalone_mode=False)
-    return run
-
-
-def require_method(run: Path) -> None:
-    """The teacher's answers were trained without their traces, and the rebuilt thinking checkpoint thinks."""
-    rows = [row["messages"][-1]["content"] for _, row in files.read_jsonl(run / "iter-1" / "pairs.jsonl")]
-    assert rows == ["7"] * 4
-    zero, one = files.read_json(run / "report.json")["iterations"]
-    for iteration in (zero, one):
-        assert iteration["thinking"]["think_ratio"] == 1.0
-        assert iteration["thinking"]["mean@k"] == 1.0
-        assert iteration["instruct"]["think_ratio"] == 0.0
-        assert iteration["thinking"]["truncated"] == iteration["instruct"]["truncated"] == 0.0
-    for mode in ("instruct", "thinking"):
-        folder, parent = (Path(files.read_json(run / "iter-0" / "pair.json")[mode]["path"]), run / "iter-1" / mode)
-        assert {name: info.dtype for name, info in list_tensors(folder).items()} == dict.fromkeys(read(parent), "BF16")
-        before, after = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(parent)
-        assert before.get_vocab() == after.get_vocab()
-        assert before.chat_template == after.chat_template and before.eos_token == after.eos_token
-
-
 def adapted(run: Path) -> set[str]:
     """The parts of the names of the modules that the adapter changes."""
     with safe_open(run / "iter-1" / "adapter" / "adapter_model.safetensors", "pt") as handle:
@@ -115,9 +80,9 @@ def adapted(run: Path) -> set[str]:
 def test_llama_and_r1_go_through_the_whole_loop(
     llama_r1: tuple[Path, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = whole_loop("llama-r1", tmp_path, llama_r1, data)
+    run = whole_loop("aime", f"llama-r1 {overlay(tmp_path, llama_r1)}", tmp_path, data)
     assert "<|reserved_special_token_5|> / <think> (269)" in capsys.readouterr().out
-    require_method(run)
+    require_method(run, right=1.0)
     assert files.read_yaml(run / "iter-1" / "axolotl.yaml")["eot_tokens"] == ["<|eot_id|>"]
     assert adapted(run) >= {"q_proj", "down_proj"}
     asked = AutoTokenizer.from_pretrained(run / "iter-1" / "thinking").apply_chat_template(
@@ -129,8 +94,8 @@ def test_llama_and_r1_go_through_the_whole_loop(
 @pytest.mark.slow
 def test_qwen3_30b_goes_through_the_whole_loop_with_its_experts(data: Path, tmp_path: Path) -> None:
     pair = paper_pairs.qwen3_30b(tmp_path / "pair")
-    run = whole_loop("qwen3-30b", tmp_path, pair, data)
-    require_method(run)
+    run = whole_loop("aime", f"qwen3-30b {overlay(tmp_path, pair)}", tmp_path, data)
+    require_method(run, right=1.0)
     before, after = read(pair[0]), read(run / "iter-1" / "instruct")
     experts = {name for name in before if ".mlp.experts." in name}
     assert any(name.endswith("layers.1.mlp.experts.3.down_proj.weight") for name in experts)  # as on the hub

