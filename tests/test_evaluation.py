@@ -65,6 +65,17 @@ def test_summary_of_several_samples_a_question() -> None:
     assert 0.3 <= low <= 0.5 <= high <= 0.7
 
 
+def test_questions_that_name_their_stratum_are_also_summed_up_by_it() -> None:
+    def row(number: int, answer: str, **doc: str) -> Row:
+        return Row(number, {"question": "?", **doc}, "4", [answer], "", {})
+
+    rows = [row(0, "4", stratum="easy"), row(1, "5", stratum="hard"), row(2, "4", stratum="hard")]
+    ended = [Ended("stop", 2)]
+    graded = [grade_question(one, ended, "exact", Asked()) for one in rows]
+    assert summarize(graded)["strata"] == {"easy": {"n": 1, "mean@k": 1.0}, "hard": {"n": 2, "mean@k": 0.5}}
+    assert "strata" not in summarize([grade_question(row(0, "4"), ended, "exact", Asked())])
+
+
 def test_cut_completions_are_left_out_of_the_think_ratio() -> None:
     whole, cut = sample([True]), Sample(1, [False], [None], [False], [64], [True])
     figures = summarize([whole, cut])

@@ -20,7 +20,7 @@ DRAWN_AT_ONCE = 4_000_000  # questions; a bootstrap draws the same in parts as i
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One question with its k graded completions."""
+    """One question with its k graded completions; `stratum` is the part of the questions that its document names."""
 
     doc_id: int
     correct: list[bool] = field(default_factory=list)
@@ -28,6 +28,7 @@ class Sample:
     closed_trace: list[bool] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     truncated: list[bool] = field(default_factory=list)
+    stratum: str | None = None
 
     def add(self, verdict: Verdict, tokens: int = 0) -> None:
         """Add one completion and its tokens."""
@@ -92,7 +93,8 @@ def summarize(samples: Sequence[Sample]) -> dict[str, Any]:
     """The figures of one checkpoint as `report.json` holds them.
 
     ``ci95``: Wilson for k = 1 and where all questions' means are equal, bootstrap over questions (10,000
-    draws, seed 0) otherwise.
+    draws, seed 0) otherwise. ``strata``: n and Mean@k of each part of the questions, if their documents name one in
+    a field `stratum`.
     Raises `ThinkSwitchError` if there is no sample.
     """
     if not samples:
@@ -100,6 +102,11 @@ def summarize(samples: Sequence[Sample]) -> dict[str, Any]:
     n, k = len(samples), len(samples[0].correct)
     means = [s.mean for s in samples]
     whole = sum(s.whole for s in samples)
+    strata: dict[str, list[float]] = {}
+    for sample in samples:
+        if sample.stratum is not None:
+            strata.setdefault(sample.stratum, []).append(sample.mean)
+    by_stratum = {name: {"n": len(part), "mean@k": sum(part) / len(part)} for name, part in sorted(strata.items())}
     return {
         "n": n,
         "k": k,
@@ -111,6 +118,7 @@ def summarize(samples: Sequence[Sample]) -> dict[str, Any]:
         "think_ratio": think_ratio(sum(s.closed for s in samples), whole),
         "truncated": 1 - whole / (n * k),
         "answered": sum(s.answered for s in samples) / (n * k),
+        **({"strata": by_stratum} if by_stratum else {}),
     }
 
 

@@ -158,7 +158,7 @@ def grade_question(row: Row, ended: list[Ended], kind: str, how: batch.Asked) ->
             f"Question {row.doc_id} (from 0) cannot be graded: {answers.unread(kind, row.gold)}; correct it in the "
             "task's data."
         )
-    sample = Sample(row.doc_id)
+    sample = Sample(row.doc_id, stratum=row.doc.get("stratum"))
     for text, (finish_reason, tokens) in zip(row.texts, ended, strict=True):
         sample.add(verdict_on(kind, how.split({"content": text}, finish_reason), row.gold), tokens)
     return sample

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from thinkswitch_plugin.report.build import price_per_hour, write_report
-from thinkswitch_plugin.report.tables import header, rows
+from thinkswitch_plugin.report.tables import header, rows, strata
 
-__all__ = ["header", "price_per_hour", "rows", "write_report"]
+__all__ = ["header", "price_per_hour", "rows", "strata", "write_report"]

@@ -53,6 +53,7 @@ def content(run: Run, report: dict[str, Any], judged: Sequence[Evaluation]) -> d
         "hybrid": tables.about_hybrid(report),
         "header": tables.header(report),
         "rows": list(tables.rows(report)),
+        "strata": tables.strata(report),
         "paired": paired,
         "charts": charts(report),
         "sweeps": list(sweeps(run)),
