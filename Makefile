@@ -19,7 +19,7 @@ SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITER LAMBDAS LAMBDA MODEL
 	TEMPLATE TASK LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS COMMIT
 $(foreach name,$(SETTINGS),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
 # A misspelt setting would be ignored and something else be run.
-KNOWN := $(SETTINGS) QUESTION BENCH COLUMNS ROWS RUN MAKE INSTALLED VENV SHELL $(filter THINKSWITCH_% HF_% OMP_% CUDA_% VLLM_% WANDB_%,$(.VARIABLES))
+KNOWN := $(SETTINGS) QUESTION BENCH COLUMNS ROWS RUN MAKE INSTALLED VENV TS SHELL $(filter THINKSWITCH_% HF_% OMP_% CUDA_% VLLM_% WANDB_%,$(.VARIABLES))
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 $(foreach name,$(filter-out $(KNOWN),$(GIVEN)),$(error $(name)= is not a setting; $(shell python3 -c 'import difflib, sys; \
 	print("did you mean", (difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1, 0) or ["DOMAIN"])[0] + "=?")' $(name) $(SETTINGS))))
@@ -31,6 +31,7 @@ $(foreach c,$(ODD),$(if $(findstring $c,$(value RUNS)$(value DOMAIN)$(value ITER
 $(if $(filter-out 1,$(words x$(RUNS)x$(DOMAIN)x$(ITERATIONS)x)),$(error RUNS=, DOMAIN= or ITERATIONS= holds a space))
 $(if $(findstring /,$(DOMAIN))$(filter .%,$(DOMAIN)),$(error DOMAIN= is a name, not a path))
 $(if $(RUNS),,$(error RUNS= is empty; name a folder))
+$(if $(filter grouped-target,$(.FEATURES)),,$(error GNU make $(MAKE_VERSION) is too old; install 4.3 or newer))
 LEFT := $(ITERATIONS)
 $(foreach digit,0 1 2 3 4 5 6 7 8 9,$(eval LEFT := $(subst $(digit),,$(LEFT))))
 $(if $(LEFT),$(error ITERATIONS=$(ITERATIONS) is not a whole number))
@@ -41,6 +42,9 @@ VENV := .venv
 INSTALLED ?=
 TS   := $(or $(INSTALLED),$(VENV)/bin/thinkswitch)
 RUN  := $(RUNS)/$(DOMAIN)
+DRY  := $(findstring n,$(firstword -$(MAKEFLAGS)))
+# What is left of the loop, one stage a line, without the name of the command.
+PLAN = env -u MAKEFLAGS $(MAKE_COMMAND) -f $(firstword $(MAKEFILE_LIST)) -sn loop TS=
 
 # Settings reach the commands through the environment, never through a shell's command line: THINKSWITCH_<OPTION>
 # stands for an option of `thinkswitch`, and an empty one counts as left out.
@@ -68,7 +72,6 @@ export HF_HUB_OFFLINE ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.DELETE_ON_ERROR:
 .PHONY: help setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines \
 	similarity labels adaptive switch export-loras serve control results chaos bench-engines bench-sweep bench-live bench-merge bench-export bench-faults \
 	bench-pairs bench-report gpu-check screenshots fuzz bad-input traces models lines lint test-fast test
@@ -77,20 +80,20 @@ endif
 
 iterate: setup ## run the whole method, or continue it after a kill or a change: make iterate DOMAIN=arithmetic ITERATIONS=2 SEED=0 ENGINE=auto KEEP=all|last|n
 	@$(TS) begin
-	@$(MAKE) --silent --no-print-directory loop
+	@$(if $(DRY),$(MAKE) --silent --no-print-directory loop,plan="$$($(PLAN))" && THINKSWITCH_PLAN="$$plan" exec $(TS) stages)
 
 loop: $(RUN)/.stamps/report.json ;
 
 stamp = $(RUN)/iter-$(1)/.stamps/$(2).json
+both = $(call stamp,$(1),eval-instruct) $(call stamp,$(1),eval-thinking)
 
 $(call stamp,0,pair):
 	$(TS) pair "$$RUN"  # the compatible pair to start from
-$(call stamp,0,eval-instruct): $(call stamp,0,pair)
-	$(TS) eval "$$RUN" 0 instruct  # the starting pair, evaluated (lm-eval)
-$(call stamp,0,eval-thinking): $(call stamp,0,eval-instruct)
-	$(TS) eval "$$RUN" 0 thinking
+$(call both,0) &: $(call stamp,0,pair)
+	$(TS) eval "$$RUN" 0  # the starting pair, evaluated (lm-eval), both with one engine
+.PRECIOUS: $(call both,0)
 
-# $(1) is the iteration, $(2) the stamp of the pair that it starts from.
+# $(1) is the iteration, $(2) the stamps of the pair that it starts from.
 define ITERATION
 $(call stamp,$(1),requests): $(2)
 	$(TS) requests "$$$$RUN" $(1)  # task prompts -> requests.jsonl
@@ -104,18 +107,17 @@ $(call stamp,$(1),merge-lora): $(call stamp,$(1),train)
 	$(TS) merge-lora "$$$$RUN" $(1)  # merge in full precision (axolotl) -> instruct/
 $(call stamp,$(1),rebuild): $(call stamp,$(1),merge-lora)
 	$(TS) rebuild "$$$$RUN" $(1)  # interpolate and check (mergekit SLERP) -> thinking/
-$(call stamp,$(1),eval-instruct): $(call stamp,$(1),rebuild)
-	$(TS) eval "$$$$RUN" $(1) instruct  # lm-eval -> eval/instruct/
-$(call stamp,$(1),eval-thinking): $(call stamp,$(1),eval-instruct)
-	$(TS) eval "$$$$RUN" $(1) thinking  # lm-eval -> eval/thinking/
+$(call both,$(1)) &: $(call stamp,$(1),rebuild)
+	$(TS) eval "$$$$RUN" $(1)  # lm-eval -> eval/instruct/, eval/thinking/
+.PRECIOUS: $(call both,$(1))
 endef
 COUNT := 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20
 STEPS := $(wordlist 1,$(ITERATIONS),$(COUNT))
 before = $(words $(wordlist 2,$(1),$(COUNT)))
-$(eval $(call ITERATION,1,$(call stamp,0,eval-thinking)))
-$(foreach k,$(wordlist 2,20,$(STEPS)),$(eval $(call ITERATION,$(k),$(call stamp,$(call before,$(k)),eval-thinking))))
+$(eval $(call ITERATION,1,$(call both,0)))
+$(foreach k,$(wordlist 2,20,$(STEPS)),$(eval $(call ITERATION,$(k),$(call both,$(call before,$(k))))))
 
-$(RUN)/.stamps/report.json: $(call stamp,$(lastword $(STEPS)),eval-thinking)
+$(RUN)/.stamps/report.json: $(call both,$(lastword $(STEPS)))
 	$(TS) report "$$RUN"  # what changed -> report.html, report.json, report.md, pictures
 
 check: setup ## find problems before spending a GPU hour: make check DOMAIN=aime

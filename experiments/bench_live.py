@@ -3,27 +3,30 @@
 Both ways answer the same questions at the same points under greedy decoding, one way after the other on this machine,
 for the embedded pair and for a pair of middle size with random bfloat16 weights. All texts have to be equal. A point
 costs what passes before its first question: live, the weights of the point, and its share of the one start; written,
-a merge, a start and a stop.
+a merge, a start and a stop. Further parts compare the texts alone: a small mixture of experts, the embedded pair with
+the weights rounded by vLLM (online quantization), and with two workers (tensor parallelism).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Qwen3MoeConfig
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
@@ -40,6 +43,8 @@ from thinkswitch_plugin.search.sweep import parse_weights
 PAIR = Path(".cache/arithmetic/seed-0")
 SOURCE = Path("merge_configs/slerp.yaml")
 ROOM = 512
+PARTS = ("embedded", "middle", "experts", "rounded", "workers")
+ROUNDED = ("--dtype", "bfloat16", "--quantization", "fp8_per_tensor")
 LARGE = 4_022_468_096  # parameters of Qwen3-4B
 
 
@@ -56,6 +61,32 @@ class Way:
         """Seconds a point without answering, starts included, in a sweep of so many points."""
         starts = sum(self.starts) / points if len(self.starts) == 1 else mean(self.starts)
         return mean(self.points) + starts
+
+
+@dataclass(frozen=True)
+class Part:
+    """One comparison: a pair, how many questions are asked, tokens of an answer, and what vLLM is told."""
+
+    title: str
+    pair: Path
+    questions: int
+    tokens: int
+    options: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+def part_of(name: str, place: Path, options: argparse.Namespace) -> Part:
+    """A part by its name; a pair of random weights is made in `place`."""
+    if name == "middle":
+        return Part("middle size", random_pair(place, middle(options.parameters)), 4, 8)
+    if name == "experts":
+        return Part("mixture of experts", random_pair(place, experts()), 20, 8)
+    if name == "rounded":
+        return Part("embedded pair, rounded", PAIR, 20, 64, ROUNDED)
+    if name == "workers":
+        apart = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}  # else vLLM wants a NUMA node for each
+        return Part("embedded pair, two workers", PAIR, 20, 64, ("--tensor-parallel-size", "2"), apart)
+    return Part("embedded pair", PAIR, options.questions, 64)
 
 
 @contextmanager
@@ -85,25 +116,43 @@ def peak_memory(way: Way) -> Iterator[None]:
         thread.join()
 
 
-def make_middle(out: Path, parameters: int) -> None:
-    """Two checkpoints of about so many parameters with random bfloat16 weights, σ as that of the real pair."""
-    for mode in ("instruct", "thinking"):
-        config = AutoConfig.from_pretrained(PAIR / mode)
-        config.hidden_size, config.intermediate_size, config.head_dim = 1024, 3072, 64
-        config.num_attention_heads, config.num_key_value_heads, config.vocab_size = 16, 8, 8192
-        layer = 1024 * 64 * 48 + 3 * 1024 * 3072
-        config.num_hidden_layers = max(2, round((parameters - 1024 * 8192) / layer))
-        config.layer_types = ["full_attention"] * config.num_hidden_layers
-        config.dtype, config.tie_word_embeddings = "bfloat16", True
+def middle(parameters: int) -> PretrainedConfig:
+    """A dense model of about so many parameters."""
+    config = AutoConfig.from_pretrained(PAIR / "thinking")
+    config.hidden_size, config.intermediate_size, config.head_dim = 1024, 3072, 64
+    config.num_attention_heads, config.num_key_value_heads, config.vocab_size = 16, 8, 8192
+    layer = 1024 * 64 * 48 + 3 * 1024 * 3072
+    config.num_hidden_layers = max(2, round((parameters - 1024 * 8192) / layer))
+    config.layer_types = ["full_attention"] * config.num_hidden_layers
+    config.tie_word_embeddings = True
+    return config
+
+
+def experts() -> PretrainedConfig:
+    """A small mixture of experts with the vocabulary of the embedded pair."""
+    dense = AutoConfig.from_pretrained(PAIR / "thinking")
+    return Qwen3MoeConfig(
+        **{name: getattr(dense, name) for name in ("vocab_size", "eos_token_id", "pad_token_id", "head_dim")},
+        **{"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 64, "num_hidden_layers": 4},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 8, "num_experts_per_tok": 2},
+        max_position_embeddings=dense.max_position_embeddings,
+    )
+
+
+def random_pair(out: Path, config: PretrainedConfig) -> Path:
+    """Two checkpoints with random bfloat16 weights; they differ by a fifth of each tensor's spread."""
+    config.dtype = "bfloat16"
+    for seed, mode in enumerate(("instruct", "thinking"), 1):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        torch.manual_seed(len(mode))
+        torch.manual_seed(seed)
         with torch.no_grad():
             for tensor in model.parameters():
                 tensor.mul_(8.0 if tensor.ndim > 1 else 1.0)  # else every prompt gets the same answer
                 tensor.add_(torch.randn_like(tensor) * tensor.float().std().nan_to_num().clamp(1e-3) * 0.2)
         model.save_pretrained(out / mode)
         checkpoint.adopt_mode(PAIR / mode, out / mode)
+    return out
 
 
 def bodies(questions: int, tokens: int) -> list[dict[str, Any]]:
@@ -124,9 +173,9 @@ def config_at(pair: Path, weight: float) -> dict[str, Any]:
     return dict(place_models(set_lambda(files.read_yaml(SOURCE), weight, SOURCE), roles))
 
 
-def live(pair: Path, weights: list[float], asked: list[dict[str, Any]], work: Path) -> Way:
+def live(pair: Path, weights: list[float], asked: list[dict[str, Any]], work: Path, keys: EngineKeys) -> Way:
     """One server for all points."""
-    way, keys = Way(), EngineKeys.model_validate({})
+    way = Way()
     with peak_memory(way):
         holder = Live(MergeJob(pair / "thinking", pair / "instruct", keys, work, work / "vllm.log", batch=64))
         try:
@@ -145,9 +194,9 @@ def live(pair: Path, weights: list[float], asked: list[dict[str, Any]], work: Pa
     return way
 
 
-def written(pair: Path, weights: list[float], asked: list[dict[str, Any]], work: Path) -> Way:
+def written(pair: Path, weights: list[float], asked: list[dict[str, Any]], work: Path, keys: EngineKeys) -> Way:
     """A checkpoint and a server for every point."""
-    way, keys = Way(), EngineKeys.model_validate({})
+    way = Way()
     merged, log = work / "merged", work / "vllm.log"
     with peak_memory(way):
         for weight in weights:
@@ -166,21 +215,27 @@ def written(pair: Path, weights: list[float], asked: list[dict[str, Any]], work:
     return way
 
 
-def compare(name: str, pair: Path, options: Any, asked: list[dict[str, Any]], work: Path) -> dict[str, Any]:
-    """Both ways on one pair, as a table; what the last line of JSON says of it."""
-    weights, rewritten = parse_weights(options.lambdas), parse_weights(options.written or options.lambdas)
+def compare(part: Part, weights: list[float], rewritten: list[float], work: Path) -> dict[str, Any]:
+    """Both ways on one pair, as a table; what the last line of JSON says of it.
+
+    Args:
+        weights, rewritten: λ of all points, and of those that are written too.
+    """
     work.mkdir(parents=True)
-    ways = {"live": live(pair, weights, asked, work), "written": written(pair, rewritten, asked, work)}
-    first, second = ways.values()
-    parameters = sum(tensor.numel() for tensor in AutoModelForCausalLM.from_pretrained(pair / "thinking").parameters())
+    keys, asked = EngineKeys.model_validate({"vllm_args": list(part.options)}), bodies(part.questions, part.tokens)
+    with patch.dict(os.environ, part.variables):
+        first = live(part.pair, weights, asked, work, keys)
+        second = written(part.pair, rewritten, asked, work, keys)
+    model = AutoModelForCausalLM.from_pretrained(part.pair / "thinking")
+    parameters = sum(tensor.numel() for tensor in model.parameters())
     equal = [first.texts[weight] == second.texts[weight] for weight in rewritten]
     different = len({json.dumps(texts) for texts in first.texts.values()})
     print(
-        f"{name}: {parameters:,} parameters, {len(weights)} points live, {len(rewritten)} written, {len(asked)} questions"
+        f"{part.title}: {parameters:,} parameters, {len(weights)} points live, {len(rewritten)} written, {len(asked)} questions"
     )
     print(f"  {'':8} {'start':>8} {'a point':>9} {'both, a point':>14} {'peak memory':>12}")
     found: dict[str, Any] = {"parameters": parameters, "points": len(weights), "written": len(rewritten)}
-    for label, way in ways.items():
+    for label, way in (("live", first), ("written", second)):
         overhead = way.overhead(len(weights))
         print(f"  {label:8} {mean(way.starts):6.1f} s {mean(way.points):7.2f} s {overhead:12.2f} s {way.peak:9.2f} GB")
         found[label + "_seconds"] = {
@@ -197,29 +252,43 @@ def compare(name: str, pair: Path, options: Any, asked: list[dict[str, Any]], wo
     return {**found, "ratio": round(ratio, 1), "equal": all(equal), "different": different}
 
 
+def estimate(tiny: dict[str, Any], large: dict[str, Any]) -> float:
+    """Seconds a point of Qwen3-4B live on this machine, in proportion to its parameters."""
+    small, more = (found["live_seconds"]["point"] for found in (tiny, large))
+    per_parameter = (more - small) / (large["parameters"] - tiny["parameters"])
+    return float(small + per_parameter * (LARGE - tiny["parameters"]))
+
+
 def main() -> None:
-    """Print both tables and one line of JSON; exit 1 if a text differs."""
+    """Print a table for each part and one line of JSON; exit 1 if a text differs."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lambdas", default="0 0.1 … 1")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--lambdas", default="0 0.1 … 1", help="of the embedded pair and of the middle size")
     parser.add_argument("--written", default="", help="only these points are written too (default: all)")
     parser.add_argument("--parameters", type=int, default=250_000_000, help="of the middle size")
-    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--questions", type=int, default=200, help="to the embedded pair")
     options = parser.parse_args()
     if not PAIR.is_dir():
         sys.exit("bench-live: no embedded pair yet; run `make pair` first.")
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         here = Path(temporary)
-        tiny = compare("embedded pair", PAIR, options, bodies(options.questions, 64), here / "tiny")
-        make_middle(here / "pair", options.parameters)
-        middle = compare("middle size", here / "pair", options, bodies(4, 8), here / "middle")
-    small, large = (found["live_seconds"]["point"] for found in (tiny, middle))
-    per_parameter = (large - small) / (middle["parameters"] - tiny["parameters"])
-    estimate = small + per_parameter * (LARGE - tiny["parameters"])
-    print(
-        f"Qwen3-4B, in proportion to its parameters: {estimate:.0f} s a point live on this machine, without the start"
-    )
-    print(json.dumps({"tiny": tiny, "middle": middle, "estimate_4b_seconds": round(estimate, 1)}))
-    if not (tiny["equal"] and middle["equal"]):
+        for name in options.parts:
+            if name in ("embedded", "middle"):
+                weights = parse_weights(options.lambdas)
+                rewritten = parse_weights(options.written) if options.written else weights
+            else:
+                weights = rewritten = [0.0, 0.5, 1.0]
+            part = part_of(name, here / "pair" / name, options)
+            found[name] = compare(part, weights, rewritten, here / name)
+    if {"embedded", "middle"} <= found.keys():
+        found["estimate_4b_seconds"] = round(estimate(found["embedded"], found["middle"]), 1)
+        print(
+            "Qwen3-4B, in proportion to its parameters: "
+            f"{found['estimate_4b_seconds']:.0f} s a point live on this machine, without the start"
+        )
+    print(json.dumps(found))
+    if not all(part["equal"] for part in found.values() if isinstance(part, dict)):
         sys.exit(1)
 
 

@@ -35,6 +35,7 @@ import orjson
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.console import table
+from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import MODES, open_run, stages, stamp_path
 from thinkswitch_plugin.run.hashes import read_stamp
 
@@ -247,20 +248,20 @@ def strike(runs: Path, process: subprocess.Popen[bytes], victim: str) -> tuple[s
         for pid, words in there.items()
         if pid not in supervisors | below and any(w.endswith("/thinkswitch") for w in words[:3])
     }
+    forks = {pid for pid in at_work if parent(pid) in at_work}  # each is a fork of what `make` started
     stage = "make"
-    for words in at_work.values():
-        at = next(i for i, w in enumerate(words) if w.endswith("/thinkswitch"))
-        stage = words[at + 1]
-        if stage == "eval":
-            stage = f"eval-{words[at + 4]} of iteration {words[at + 3]}"
+    if forks:
+        with suppress(ThinkSwitchError, OSError):
+            work = files.read_json(runs / "arithmetic" / ".stamps" / "at-work.json")
+            stage = f"{work['stage']} of iteration {work['iteration']}"
     if victim == "engine" and not engines:
         victim = "stage"
-    if victim == "stage" and not at_work:
+    if victim == "stage" and not forks:
         victim = "parents"
     chosen = {
         "parents": set(there) - supervisors - below,
         "make": {process.pid},
-        "stage": set(at_work),
+        "stage": forks,
         "engine": engines,
         "everything": set(there),
     }[victim]

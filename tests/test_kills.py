@@ -102,6 +102,7 @@ def test_exit_codes_are_those_of_a_shell() -> None:
 
 
 COMMAND = """
+import os
 import signal
 import time
 for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -120,8 +121,8 @@ cli.main()
 """
 
 
-def a_command(tmp_path: Path, body: str, limit: str = "", **env: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-c", COMMAND.format(body=body), "work"]
+def a_command(tmp_path: Path, body: str, limit: str = "", command: str = "work", **env: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", COMMAND.format(body=body), command]
     if limit:
         words = ["sh", "-c", f'ulimit -f {limit}; exec "$@"', "sh", *words]
     return subprocess.Popen(
@@ -131,14 +132,22 @@ def a_command(tmp_path: Path, body: str, limit: str = "", **env: str) -> subproc
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
+@pytest.mark.parametrize("command", ["work", "stages"])
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_is_one_sentence_and_leaves_no_half_file(tmp_path: Path, sign: signal.Signals, code: int) -> None:
-    process = a_command(tmp_path, "handle.write(b'x'); handle.flush(); time.sleep(60)")
+def test_a_signal_is_one_sentence_and_leaves_no_half_file(
+    tmp_path: Path, sign: signal.Signals, code: int, command: str
+) -> None:
+    body = "handle.write(b'x'); handle.flush(); time.sleep(60)"
+    process = a_command(tmp_path, body, command=command, THINKSWITCH_PLAN="work")
     assert process.stdout is not None and process.stdout.readline() == "at work\n"
-    process.send_signal(sign)
+    if sign == signal.SIGINT:
+        os.killpg(process.pid, sign)  # as a terminal does
+    else:
+        process.send_signal(sign)  # as `make` does
     _, errors = process.communicate()
     assert process.returncode == code
     assert errors.strip() == "thinkswitch: stopped; run the same command again to continue."
@@ -151,6 +160,18 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(tmp_path: Path) -> 
     assert process.returncode == 1 and len(errors.strip().splitlines()) == 1
     assert "the disk has no room left" in errors and "run the same command again" in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_ends_when_the_process_that_it_is_a_fork_of_is_killed(tmp_path: Path) -> None:
+    process = a_command(
+        tmp_path, "print(os.getpid(), flush=True); time.sleep(60)", command="stages", THINKSWITCH_PLAN="work"
+    )
+    assert process.stdout is not None and process.stdout.readline() == "at work\n"
+    fork = int(process.stdout.readline())
+    assert fork != process.pid and alive(fork)
+    process.kill()
+    process.communicate(timeout=10)  # its output is closed when the last of the two has ended
+    assert not alive(fork)
 
 
 def test_a_stage_ends_when_the_make_that_started_it_is_killed(tmp_path: Path) -> None:

@@ -35,12 +35,16 @@ from thinkswitch_plugin.engines.replies import Unanswered
 from thinkswitch_plugin.engines.servers import vllm_python
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.export.live import move_lambda, note_server
+from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint
+from thinkswitch_plugin.judging.samples import samples_of
+from thinkswitch_plugin.judging.served import IN_REQUESTS, Served, one_server_holds, told_of
 from thinkswitch_plugin.loop.rebuild import Check, rebuild_thinking
 from thinkswitch_plugin.merging.config import fit_layers, place_models, set_lambda
 from thinkswitch_plugin.merging.holding import Live, MergeJob, sending
 from thinkswitch_plugin.merging.run import merge
 from thinkswitch_plugin.recipe import load_recipe
-from thinkswitch_plugin.run import checkpoint
+from thinkswitch_plugin.run import MODES, checkpoint
+from thinkswitch_plugin.run.checkpoint import Subject
 
 
 def REAL(test: Any) -> Any:
@@ -274,7 +278,7 @@ def roles(finished_run: Path) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def holder(roles: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     work = tmp_path_factory.mktemp("live")
-    keys = EngineKeys.model_validate({})
+    keys = EngineKeys.model_validate({"vllm_args": [IN_REQUESTS]})
     subject = MergeJob(roles["thinking"], roles["thinking"], keys, work, work / "vllm.log", batch=64, budget=64)
     live = Live(subject)
     yield live
@@ -414,6 +418,48 @@ def test_a_rebuild_through_vllm_tries_its_lambdas_live_and_writes_the_checkpoint
     assert [one["lambda"] for one in found["tried"]] == [-1.0, before["lambda"]] and len(written) == 1
     assert found["tried"][1] == before["tried"][-1]
     assert digest_of(tmp_path / "thinking") == digest_of(here / "thinking")
+
+
+@REAL
+def test_one_server_evaluates_both_checkpoints_of_an_iteration_as_each_is_evaluated_by_itself(
+    finished_run: Path, holder: Live, roles: dict[str, Path], tmp_path: Path
+) -> None:
+    keys = load_recipe(ROOT / "recipes" / "arithmetic.yaml").keys
+    judged = keys.evaluation.model_copy(update={"backend": "server", "limit": 40})
+    keys, served = keys.model_copy(update={"evaluation": judged}), Served(keys.engine)
+    served.engine = holder.hold(placed("slerp.yaml", roles, 0.5))
+    process = served.engine.ready(512).process
+    for mode in MODES:
+        place, name = tmp_path / mode, str(roles[mode])
+        evaluate_checkpoint(Subject(name), place, keys, "vllm", log=tmp_path / "log", served=served)
+        before = samples_of(finished_run / "iter-0" / "eval" / mode, keys, name)[:40]
+        assert samples_of(place, keys, name) == before
+    assert served.engine.server is not None and served.engine.server.process is process
+
+
+@pytest.mark.slow
+def test_a_server_answers_only_for_checkpoints_that_differ_in_what_requests_tell_it(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    pair = files.read_json(finished_run / "iter-0" / "pair.json")
+    thinking, instruct = (Path(pair[mode]["path"]).absolute() for mode in ("thinking", "instruct"))
+    assert one_server_holds(thinking, instruct) and one_server_holds(instruct, instruct)
+    assert not one_server_holds(thinking, Path("Qwen/Qwen3-4B"))
+    told = told_of(thinking)
+    assert told["temperature"] == 1.0 and "<think>" in told["chat_template"]
+    for file, old, new, same in (
+        ("generation_config.json", '"do_sample": false', '"do_sample": true, "top_k": 20', True),
+        ("generation_config.json", '"eos_token_id": 2', '"eos_token_id": 3', False),
+        ("config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05', False),
+        ("tokenizer.json", '"content": "<think>"', '"content": "<thought>"', False),
+    ):
+        shutil.copytree(thinking, tmp_path / "other")
+        text = (tmp_path / "other" / file).read_text()
+        assert old in text, file
+        (tmp_path / "other" / file).write_text(text.replace(old, new))
+        assert one_server_holds(instruct, tmp_path / "other") is same, file
+        assert told_of(tmp_path / "other")["top_k"] == (20 if same else 0)
+        shutil.rmtree(tmp_path / "other")
 
 
 @REAL

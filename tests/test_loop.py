@@ -90,8 +90,8 @@ def test_the_plan_reads_as_the_method(command: Any, tmp_path: Path) -> None:
     words = [
         line.split("thinkswitch ")[1].split()[0] for line in done.stdout.splitlines() if "bin/thinkswitch " in line
     ]
-    once = ["requests", "generate", "pairs", "train", "merge-lora", "rebuild", "eval", "eval"]
-    assert words == ["begin", "pair", "eval", "eval", *once, *once, "report"]
+    once = ["requests", "generate", "pairs", "train", "merge-lora", "rebuild", "eval"]
+    assert words == ["begin", "pair", "eval", *once, *once, "report"]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -18,7 +18,7 @@ from thinkswitch_plugin import cli
 from thinkswitch_plugin.loop import work
 from thinkswitch_plugin.recipe import load_recipe
 from thinkswitch_plugin.report import pictures
-from thinkswitch_plugin.run import TABLE, Given, Run, stages, stamp_path
+from thinkswitch_plugin.run import TABLE, Given, Run, locked, processes, stages, stamp_path
 from thinkswitch_plugin.run.folder import MOST_ITERATIONS
 from thinkswitch_plugin.run.table import REPORT_PICTURES
 
@@ -35,7 +35,9 @@ def test_make_runs_the_commands_of_the_table_in_its_order(opened: Run, command: 
     expected = []
     for stage in stages(opened):
         row = rows[stage.name]
-        expected.append([row.command, *([] if row.single else [str(stage.iteration)]), *([row.mode] * bool(row.mode))])
+        words = [row.command, *([] if row.single else [str(stage.iteration)])]
+        if words not in expected:  # one command does both modes
+            expected.append(words)
     done = command(*MAKE, "-n", "loop", f"RUNS={opened.folder.parent}")
     found = [
         line.split("bin/thinkswitch ")[1].partition("  #")[0].replace('"$RUN" ', "").replace(' "$RUN"', "").split()
@@ -54,6 +56,14 @@ def test_makes_targets_are_the_stamps_of_the_table(opened: Run, command: Any) ->
         stamp_path(opened, stage).rename(opened.folder / "away")
         assert command(*words).returncode == 1, stage.title
         (opened.folder / "away").rename(stamp_path(opened, stage))
+
+
+def test_a_plan_of_make_is_carried_out_line_by_line_until_one_fails(forked: Any, tmp_path: Path) -> None:
+    plan = 'recipes  # what there is\nverify "$RUN"\nrecipes\n'
+    done = forked(BIN / "thinkswitch", "stages", THINKSWITCH_PLAN=plan, RUN=str(tmp_path / "none"))
+    assert done.returncode == 1 and done.stdout.count("arithmetic-mixed") == 1
+    assert f"{tmp_path / 'none'} is not a run folder" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert forked(BIN / "thinkswitch", "stages").returncode == 0  # nothing is left to do
 
 
 def test_make_has_rules_for_as_many_iterations_as_a_run_may_have() -> None:
@@ -82,6 +92,27 @@ def test_what_the_environment_says_reaches_the_run(opened: Run, monkeypatch: pyt
     assert told == [Given(keep="last", price="0.35", data="mine")]
     assert CliRunner().invoke(cli.main, ["report", "runs/arithmetic", "--data", "other"]).exit_code == 0
     assert told[1].data == os.environ["THINKSWITCH_DATA"] == "other"  # where lm-eval's tasks look
+
+
+def test_both_modes_of_an_evaluation_are_one_command_with_one_engine_and_one_lock(
+    opened: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, str]] = []
+    engines = set()
+
+    def evaluate(run: Run, k: int, mode: str, served: object) -> None:
+        asked.append((k, mode))
+        engines.add(served)
+        with locked(run.folder, patience=0):  # as the stage itself takes it
+            pass
+
+    monkeypatch.setattr(work, "evaluate", evaluate)
+    monkeypatch.setattr(cli.run, "open_run", lambda *_: opened)
+    monkeypatch.setattr(cli.run, "execute", lambda run, name, k, do: do())
+    assert CliRunner().invoke(cli.main, ["eval", "runs/arithmetic", "1"]).exit_code == 0
+    assert asked == [(1, "instruct"), (1, "thinking")] and len(engines) == 1
+    assert CliRunner().invoke(cli.main, ["eval", "runs/arithmetic", "2", "thinking"]).exit_code == 0
+    assert asked[2:] == [(2, "thinking")] and not processes.HELD_LOCKS
 
 
 def test_a_command_without_its_iteration_is_wrong_usage() -> None:

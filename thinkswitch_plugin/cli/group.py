@@ -113,7 +113,8 @@ class Group(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands by what one wants to do; those of the loop's stages come last."""
-        left = [name for name in self.list_commands(ctx) if not any(name in names for names in SECTIONS.values())]
+        shown = [name for name in self.list_commands(ctx) if not self.commands[name].hidden]
+        left = [name for name in shown if not any(name in names for names in SECTIONS.values())]
         for title, names in {**SECTIONS, STAGES: left}.items():
             there = [(name, self.commands[name]) for name in names if name in self.commands]
             if there:

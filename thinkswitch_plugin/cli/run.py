@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from contextlib import closing
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -17,16 +18,16 @@ from thinkswitch_plugin.answer_kinds import KINDS
 from thinkswitch_plugin.cli.group import main
 from thinkswitch_plugin.cli.options import DOMAIN, ENGINE, FOLDER, INSTRUCT, OVERLAY, RUNS, SEED, THINKING, told
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.run import MODES, TABLE, Given, execute, open_run
+from thinkswitch_plugin.run import MODES, TABLE, Given, execute, locked, open_run
 from thinkswitch_plugin.run.table import Row
 
 
 def add_stage(command: str, rows: dict[str | None, Row]) -> None:
-    """A command for a stage of the table: RUN, ITERATION unless a run has it once, MODE if there are two."""
+    """A command for a stage of the table: RUN, ITERATION unless a run has it once, MODE if there are two (else both)."""
     first = next(iter(rows.values()))
     work = told(partial(do_stage, rows))
     if first.mode:
-        work = click.argument("mode", type=click.Choice(list(MODES)))(work)
+        work = click.argument("mode", required=False, type=click.Choice(list(MODES)))(work)
     if not first.single:
         work = click.argument("iteration", type=click.IntRange(min=0))(work)
     main.command(command, help=first.help)(click.argument("run", type=FOLDER)(work))
@@ -35,13 +36,16 @@ def add_stage(command: str, rows: dict[str | None, Row]) -> None:
 def do_stage(
     rows: dict[str | None, Row], run: Path, iteration: int = 0, mode: str | None = None, *, given: Given
 ) -> None:
-    """Do one stage of a run."""
+    """Do one stage of a run, or both modes of it with one engine."""
+    from thinkswitch_plugin.judging.served import Served
     from thinkswitch_plugin.loop import work
 
-    opened, row = open_run(run, given), rows[mode]
-    k = opened.iterations if row.when == "end" else iteration
-    do = partial(getattr(work, row.work), opened, k, *([mode] if mode else []))
-    execute(opened, row.name, k, do)
+    opened = open_run(run, given)
+    with locked(opened.folder), closing(Served(opened.recipe.keys.engine)) as served:
+        for row in rows.values() if mode is None else [rows[mode]]:
+            k = opened.iterations if row.when == "end" else iteration
+            do = partial(getattr(work, row.work), opened, k, *([row.mode, served] if row.mode else []))
+            execute(opened, row.name, k, do)
 
 
 for name, group in groupby(TABLE, lambda row: row.command):

@@ -18,6 +18,7 @@ from thinkswitch_plugin.judging.verdict import how_read
 
 if TYPE_CHECKING:
     from thinkswitch_plugin.judging.model import ThinkSwitchLM
+    from thinkswitch_plugin.judging.served import Served
     from thinkswitch_plugin.run.checkpoint import Subject
 
 SEEDS = {"random_seed": 0, "numpy_seed": 1234, "torch_seed": 1234}  # lm_eval's own defaults
@@ -71,7 +72,14 @@ class Sampling:
 
 
 def evaluate_checkpoint(
-    subject: Subject, out: Path, keys: ThinkSwitchKeys, engine: str, *, log: Path, resume: bool = False
+    subject: Subject,
+    out: Path,
+    keys: ThinkSwitchKeys,
+    engine: str,
+    *,
+    log: Path,
+    resume: bool = False,
+    served: Served | None = None,
 ) -> None:
     """Evaluate one checkpoint on the recipe's task; lm-eval's files and the stored answers go to `out`, whole or not at all.
 
@@ -79,6 +87,7 @@ def evaluate_checkpoint(
         log: what lm-eval, and a vLLM that is started here, print.
         resume: continue with the answers that a killed attempt left beside `out`, or with `out` if it is whole; they
             are of the same checkpoint.
+        served: the vLLM that answers for several checkpoints; None starts one for this checkpoint, if vLLM is to answer.
 
     Raises:
         ThinkSwitchError: there is no such task, or a question has no answer.
@@ -105,12 +114,14 @@ def evaluate_checkpoint(
     elif lora:
         template = ["--chat-template", str(lora / "chat_template.jinja")]
         asked = asked.model_copy(update={"vllm_args": [*asked.vllm_args, *template]})
+    elif served is not None:
+        answering = served.checkpoint(Path(checkpoint), log)
     how = how_read(tokenizer, keys.convention, subject.arguments)
     lm = ThinkSwitchLM(building, checkpoint, answering, asked, tokenizer, how, log, adapter)
     try:
         evaluate(lm, keys.evaluation, name=str(lora or checkpoint))
     finally:
-        if not isinstance(answering, str):
+        if isinstance(answering, EmbeddedEngine):
             answering.close()
     files.put_in_place(building, out)
 

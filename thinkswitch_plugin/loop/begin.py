@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from thinkswitch_plugin import console, files, places
@@ -129,17 +130,18 @@ def evaluate_model(domain: str, model: str, engine: str, out: Path, overlays: Se
     from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint
     from thinkswitch_plugin.judging.figures import summarize
     from thinkswitch_plugin.judging.samples import samples_of
+    from thinkswitch_plugin.judging.served import Served
     from thinkswitch_plugin.run import checkpoint
 
     keys = recipe_of(domain, overlays).keys
     folder, _ = checkpoint.resolve(model, None, "evaluated")
     target = out / domain / checkpoint.folder_name(model)
     modes = MODES if any(map(keys.pair.arguments, MODES)) else ("",)
-    with locked(target):
+    with locked(target), closing(Served(keys.engine)) as served:
         for mode in modes:
             subject = checkpoint.Subject(str(folder), keys.pair.arguments(mode) if mode else {})
             place, log = target / mode, target / "logs" / f"{folder.name}{mode and f'-{mode}'}.log"
-            evaluate_checkpoint(subject, place / "lm-eval", keys, servers.choose(engine), log=log)
+            evaluate_checkpoint(subject, place / "lm-eval", keys, servers.choose(engine), log=log, served=served)
             figures = summarize(samples_of(place / "lm-eval", keys, str(folder)))
             files.write_json(place / "figures.json", figures)
             if mode:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.recipe import iteration_config
 from thinkswitch_plugin.report import cards
 from thinkswitch_plugin.run import Run, checkpoint, processes
+
+if TYPE_CHECKING:
+    from thinkswitch_plugin.judging.served import Served
 
 
 def prepare_pair(run: Run, _k: int = 0) -> None:
@@ -214,14 +217,20 @@ def rebuild(run: Run, k: int) -> None:
     files.write_json(here / "rebuild.json", result)
 
 
-def evaluate(run: Run, k: int, mode: str) -> None:
-    """lm-eval evaluates one checkpoint (a hybrid in both modes): its files, and the stored answers, under `eval/`."""
+def evaluate(run: Run, k: int, mode: str, served: Served | None = None) -> None:
+    """lm-eval evaluates one checkpoint (a hybrid in both modes): its files, and the stored answers, under `eval/`.
+
+    Args:
+        served: the vLLM that answers, if it is to answer for more than this checkpoint.
+    """
     from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint
 
     here = run.iteration(k)
     for name, subject in run.subjects(mode, k).items():
         log = here / "logs" / f"eval-{name}.log"
-        evaluate_checkpoint(subject, here / "eval" / name, run.recipe.keys, run.engine, log=log, resume=True)
+        evaluate_checkpoint(
+            subject, here / "eval" / name, run.recipe.keys, run.engine, log=log, resume=True, served=served
+        )
 
 
 def report(run: Run, k: int) -> dict[str, Any]:

@@ -178,7 +178,7 @@ class Live:
         write_merge(source, self.written, self.job.log.with_name("merge.log"))
         checkpoint.adopt_mode(self.job.template, self.written)
         here = self.engine.folder if self.engine else None
-        if self.engine is None or here is None or not _same_model(here, self.written):
+        if self.engine is None or here is None or not same_model(here, self.written):
             self.engine = self._restarted()
         else:
             self.engine.hold(self.written)
@@ -202,7 +202,7 @@ def _dtype(folder: Path) -> str:
     return str(AutoConfig.from_pretrained(folder).dtype).removeprefix("torch.")
 
 
-def _same_model(first: Path, second: Path) -> bool:
+def same_model(first: Path, second: Path) -> bool:
     """Whether one server can hold either checkpoint."""
     configs = [files.read_json(folder / "config.json") for folder in (first, second)]
     return config_difference(*configs) is None and _dtype(first) == _dtype(second)

@@ -181,9 +181,15 @@ def read_settings(path: Path) -> Settings:
 def locked(folder: Path, patience: float = LOCK_PATIENCE) -> Iterator[None]:
     """Keep a second command out of a folder; the kernel frees the lock when its owner and its engines have gone.
 
+    A command that holds the lock may take it again.
+
     Raises `ThinkSwitchError` if another command still holds it after `patience` seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    held = folder.resolve()
+    if held in processes.HELD_LOCKS:
+        yield
+        return
     with (folder / ".lock").open("a") as handle:
         deadline = time.monotonic() + patience
         while True:
@@ -196,8 +202,8 @@ def locked(folder: Path, patience: float = LOCK_PATIENCE) -> Iterator[None]:
                         f"Another command is at work in {folder}; wait for it, or give this one its own RUNS=."
                     ) from None
                 time.sleep(0.1)
-        processes.HELD_LOCKS.add(handle.fileno())
+        processes.HELD_LOCKS[held] = handle.fileno()
         try:
             yield
         finally:
-            processes.HELD_LOCKS.discard(handle.fileno())
+            del processes.HELD_LOCKS[held]

@@ -30,7 +30,7 @@ _NAMES_AN_ERROR = re.compile(
 _POINTS_AT_ANOTHER = re.compile(r"Engine core initialization failed|\d+ validation errors? for ")
 ENGINE_BARS = {"TQDM_MININTERVAL": "0.5"}  # a log of hours must not be a log of bars
 HANDLED: set[int] = set()  # signals that `end_on_signals` has taken over
-HELD_LOCKS: set[int] = set()  # descriptors that a supervisor keeps open until its engine has gone
+HELD_LOCKS: dict[Path, int] = {}  # by folder: descriptors that a supervisor keeps open until its engine has gone
 
 
 class Interrupted(KeyboardInterrupt):
@@ -94,7 +94,7 @@ def spawn(
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        pass_fds=tuple(HELD_LOCKS),
+        pass_fds=tuple(HELD_LOCKS.values()),
         env={**os.environ, **(env or {})},
     )
 

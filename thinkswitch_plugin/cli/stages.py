@@ -1,0 +1,96 @@
+"""The stages that `make iterate` runs, in forks of one process, so that their imports are paid for once.
+
+Make decides which stages run, and in which order: its plan (`make -n loop`) is what is read here,
+
+    eval "$RUN" 1  # lm-eval -> eval/instruct/, eval/thinking/
+
+and each line is carried out by a fork, as if it were a command of its own: what a stage holds in memory ends with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
+from types import FrameType
+
+import click
+
+from thinkswitch_plugin.cli.group import main
+from thinkswitch_plugin.environment import has_cuda
+from thinkswitch_plugin.run import processes
+from thinkswitch_plugin.run.supervise import PR_SET_PDEATHSIG
+
+# Between them they import torch, transformers, mergekit and lm-eval.
+IMPORTED = (
+    "thinkswitch_plugin.engines.embedded",
+    "thinkswitch_plugin.merging.holding",
+    "thinkswitch_plugin.judging.model",
+    "lm_eval.tasks",
+)
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@main.command(hidden=True)
+@click.option("--plan", default="", help="What `make -n loop TS=` prints.")
+def stages(plan: str) -> None:
+    """Carry out the lines of a plan, each in a fork of this process; stop at the first that fails."""
+    lines = (shlex.split(line, comments=True) for line in plan.splitlines())
+    waiting = [[os.path.expandvars(word) for word in words] for words in lines if words]
+    if len(waiting) > 1 and not has_cuda():  # a process that has seen a GPU cannot use it in its forks
+        for name in IMPORTED:
+            with suppress(ModuleNotFoundError):  # the stage that needs it says so
+                import_module(name)
+    for words in waiting:
+        if code := in_a_fork(words):
+            sys.exit(code)
+
+
+def in_a_fork(words: Sequence[str]) -> int:
+    """Carry out a command of ours in a fork of this process; its exit code, as a shell counts it."""
+    parent = os.getpid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until there is someone to pass them on to
+    child = os.fork()
+    if not child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+        become(words)
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        if number != signal.SIGINT:  # a terminal sends that one to the child too
+            os.kill(child, number)
+
+    before = {sign: signal.signal(sign, pass_on) for sign in ENDING if signal.getsignal(sign) is not signal.SIG_IGN}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+    try:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+    return code if code >= 0 else 128 - code
+
+
+def become(words: Sequence[str]) -> None:
+    """End this process as the command ends."""
+    sys.argv = ["thinkswitch", *words]
+    code = 1
+    try:
+        main(list(words))
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except processes.Interrupted as signalled:  # before the command looks after that itself
+        code = 128 + signalled.number
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
