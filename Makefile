@@ -42,7 +42,7 @@ VENV := .venv
 INSTALLED ?=
 TS   := $(or $(INSTALLED),$(VENV)/bin/thinkswitch)
 RUN  := $(RUNS)/$(DOMAIN)
-DRY  := $(findstring n,$(firstword -$(MAKEFLAGS)))
+DRY  := $(strip $(foreach flag,n q t,$(findstring $(flag),$(firstword -$(MAKEFLAGS)))))
 # What is left of the loop, one stage a line, without the name of the command.
 PLAN = env -u MAKEFLAGS $(MAKE_COMMAND) -f $(firstword $(MAKEFILE_LIST)) -sn loop TS=
 
