@@ -31,9 +31,9 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.cli import main
 from thinkswitch_plugin.merging.tensors import list_tensors
 
-STAGES = [["pair"], ["eval", "0", "instruct"], ["eval", "0", "thinking"]]
+STAGES = [["pair"], ["eval", "0"]]
 STAGES += [[name, "1"] for name in ("requests", "generate", "pairs", "train", "merge-lora", "rebuild")]
-STAGES += [["eval", "1", "instruct"], ["eval", "1", "thinking"], ["report"]]
+STAGES += [["eval", "1"], ["report"]]
 HIDDEN = 320  # a dimension for each token
 SIZES: dict[str, Any] = {
     "hidden_size": HIDDEN,

@@ -170,8 +170,8 @@ def test_a_stage_ends_when_the_process_that_it_is_a_fork_of_is_killed(tmp_path: 
     fork = int(process.stdout.readline())
     assert fork != process.pid and alive(fork)
     process.kill()
-    process.communicate(timeout=10)  # its output is closed when the last of the two has ended
-    assert not alive(fork)
+    process.communicate(timeout=10)
+    assert wait_for(lambda: not alive(fork), 10)
 
 
 def test_a_stage_ends_when_the_make_that_started_it_is_killed(tmp_path: Path) -> None:
