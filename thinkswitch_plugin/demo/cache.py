@@ -122,5 +122,5 @@ def _ensure(folder: Path, wanted: dict[str, Any], witness: Path, what: str, make
                 f"{folder} contains files that the embedded domain did not create; move them away, or set another "
                 f"folder for the {what} in the recipe (without `embedded: true`, the checkpoints in that folder are used)."
             )
-        console.say(f"  making the {what} in {folder}, up to a few minutes on two cores; kept for later runs")
+        console.say(f"  making the {what} in {folder}, once; later runs use it again")
         folder_once(folder, SETTINGS, wanted, make, (witness,))
