@@ -16,7 +16,8 @@ $(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA RANK BASE LABELS TASK,$(if $
 
 # What a setting may contain: `value` reads it before Make would expand a $(shell …) in it.
 SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITER LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR A B K SAMPLING \
-	TEMPLATE TASK LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS COMMIT
+	TEMPLATE TASK LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS COMMIT GPUS CLUSTER \
+	GOAL NODES SBATCH DRY
 $(foreach name,$(SETTINGS),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
 # A misspelt setting would be ignored and something else be run.
 KNOWN := $(SETTINGS) QUESTION BENCH COLUMNS ROWS RUN MAKE INSTALLED VENV TS SHELL $(filter THINKSWITCH_% HF_% OMP_% CUDA_% VLLM_% WANDB_%,$(.VARIABLES))
@@ -49,7 +50,7 @@ PLAN = env -u MAKEFLAGS $(MAKE_COMMAND) -f $(firstword $(MAKEFILE_LIST)) -sn loo
 # Settings reach the commands through the environment, never through a shell's command line: THINKSWITCH_<OPTION>
 # stands for an option of `thinkswitch`, and an empty one counts as left out.
 $(foreach name,DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY MODEL SAMPLING TEMPLATE TASK LIMIT OUT LAMBDAS RANK BASE PORT \
-	QUESTION FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS KEEP,$(eval export THINKSWITCH_$(name) = $$($(name))))
+	QUESTION FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS KEEP GPUS CLUSTER,$(eval export THINKSWITCH_$(name) = $$($(name))))
 export THINKSWITCH_ITERATION = $(ITER)
 export THINKSWITCH_INSTRUCT = $(A)
 export THINKSWITCH_THINKING = $(B)
@@ -72,8 +73,8 @@ export HF_HUB_OFFLINE ?= 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines \
-	similarity labels adaptive switch export-loras serve control results chaos bench-engines bench-sweep bench-live bench-merge bench-export bench-faults \
+.PHONY: help submit-slurm setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines \
+	similarity labels adaptive switch export-loras serve control results chaos bench-engines bench-sweep bench-live bench-merge bench-export bench-faults bench-cluster \
 	bench-pairs bench-report gpu-check screenshots fuzz bad-input traces models lines lint test-fast test
 
 ##@ Run
@@ -183,6 +184,16 @@ export-loras: setup ## export instruct and thinking as two LoRAs of one base: ma
 serve: setup ## start vLLM with both modes of an export, one checkpoint, or a λ: make serve ITER=1; MODEL=folder; LAMBDA=0.5
 	@$(TS) serve
 
+##@ Run elsewhere
+
+submit-slurm: ## submit a target as a Slurm job, on several nodes with Ray: make submit-slurm GOAL=sweep DOMAIN=aime NODES=4 SBATCH="--gpus-per-node=8" DRY=1
+	@script=$(HERE)recipes/cluster/slurm.sbatch; \
+	set -- sbatch --job-name="$${GOAL:-iterate}-$$DOMAIN" --nodes="$${NODES:-1}" $$SBATCH "$$script" "$${GOAL:-iterate}"; \
+	for name in $(filter-out GOAL NODES SBATCH DRY,$(GIVEN)); do set -- "$$@" "$$name=$$(printenv $$name)"; done; \
+	if [ -n "$$DRY" ]; then printf "'%s' " "$$@"; echo; cat "$$script"; \
+	elif command -v sbatch >/dev/null; then "$$@"; \
+	else echo "submit-slurm: sbatch is not installed here; run this on a login node of a Slurm cluster, or add DRY=1 to print the command" >&2; exit 1; fi
+
 ##@ Prove
 
 verify: setup ## read all files of a run and check that they still fit together: make verify DOMAIN=aime
@@ -212,8 +223,11 @@ bench-merge: setup ## time and memory of a merge at 4 B parameters, compared wit
 bench-export: setup ## time and memory of extracting a LoRA from a few layers of 4 B shape
 	@$(VENV)/bin/python -m experiments.bench_export $(BENCH)
 
-bench-faults: setup ## send 10,000 requests through a server that fails in every way, and check that each is accounted for once
-	@$(VENV)/bin/python -m experiments.bench_faults
+bench-faults: setup ## send 10,000 requests through a server that fails in every way, and check that each is accounted for once: make bench-faults BENCH="--in-flight 64 4000"
+	@$(VENV)/bin/python -m experiments.bench_faults $(BENCH)
+
+bench-cluster: setup ## compare a sweep on three Ray nodes, one of which is lost, with the same sweep without (needs a run, and ray)
+	@$(VENV)/bin/python -m experiments.bench_cluster --domain "$$DOMAIN" --runs "$$RUNS" $(BENCH)
 
 bench-pairs: setup ## memory and speed of building pairs from 100,000 generations of 20 kB (needs 2.6 GB in TMPDIR)
 	@$(VENV)/bin/python -m experiments.bench_pairs

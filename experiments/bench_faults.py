@@ -1,5 +1,8 @@
 """`make bench-faults`: 10,000 requests through a server that fails; is every one accounted for once?
 
+`BENCH="--in-flight 64 1000 4000"` measures the client instead: its CPU time for each request, with so many of them
+waiting at a server that answers after a fixed time.
+
 The server (faulty_server.py) refuses, stalls, answers 429, 500 and 503, sends half an answer, broken
 JSON, HTML, nothing, text in another encoding, answers twice and out of order, and dies and returns.
 """
@@ -8,19 +11,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import random
+import resource
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from tests.faulty_server import FOREVER, HARMLESS, MODEL, ONCE, FaultyServer
-from thinkswitch_plugin import files
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.data import batch
 from thinkswitch_plugin.engines.generate import generate
+
+PER_SECOND = 260  # requests that the client sends in a second; a server waits long enough for all to be in flight
 
 
 def prompts(count: int, seed: int = 0) -> Iterator[str]:
@@ -64,10 +72,7 @@ def run(count: int, folder: Path, keys: EngineKeys, *, die_after: tuple[int, ...
     """Ask everything, ask again, and account for both times."""
     asked = list(prompts(count))
     requests, out = folder / "requests.jsonl", folder / "generations.jsonl"
-    with files.atomic_file(requests) as handle:
-        for n, text in enumerate(asked):
-            body = {"model": MODEL, "messages": [{"role": "user", "content": text}], "max_tokens": 10}
-            handle.write(files.dumps_line({"custom_id": f"p{n}", "body": body}))
+    write_requests(requests, asked)
     with FaultyServer(die_after=die_after, away=away) as server:
         started = time.monotonic()
         generate(requests, out, MODEL, server.url, keys, log=folder / "log")
@@ -86,6 +91,50 @@ def run(count: int, folder: Path, keys: EngineKeys, *, die_after: tuple[int, ...
     return result
 
 
+def write_requests(path: Path, texts: Sequence[str]) -> None:
+    """A batch file with one request for each text."""
+    with files.atomic_file(path) as handle:
+        for n, text in enumerate(texts):
+            body = {"model": MODEL, "messages": [{"role": "user", "content": text}], "max_tokens": 10}
+            handle.write(files.dumps_line({"custom_id": f"p{n}", "body": body}))
+
+
+def _serve(pipe: Connection) -> None:
+    """A server in a process of its own, so that its CPU time is not the client's; it ends when something arrives."""
+    with FaultyServer() as server:
+        pipe.send(server.url)
+        pipe.recv()
+        pipe.send((server.most_connections, server.asked.total(), sum(n > 1 for n in server.asked.values())))
+
+
+def load(in_flight: int, count: int, folder: Path) -> dict[str, Any]:
+    """CPU milliseconds of the client for each request, with `in_flight` of them waiting for their answers."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
+    url = ours.recv()
+    requests, out = folder / f"requests-{in_flight}.jsonl", folder / f"generations-{in_flight}.jsonl"
+    write_requests(requests, [f"wait:{in_flight / PER_SECOND:g} {n}" for n in range(count)])
+    keys = EngineKeys(concurrency=in_flight, timeout=600)  # type: ignore[call-arg]
+    started, before = time.monotonic(), time.process_time()
+    report = generate(requests, out, MODEL, url, keys, log=folder / "log")
+    spent, seconds = time.process_time() - before, time.monotonic() - started
+    ours.send("end")
+    most, asked, twice = ours.recv()
+    process.join()
+    return {
+        "in flight": in_flight,
+        "requests": count,
+        "answered": report.answered,
+        "most connections": most,
+        "HTTP requests": asked,
+        "asked twice": twice,
+        "CPU ms a request": round(1000 * spent / count, 2),
+        "seconds": round(seconds, 1),
+    }
+
+
 def is_whole(result: dict[str, Any]) -> bool:
     """Whether every request is accounted for exactly once, with its own answer."""
     nothing = ("missing", "twice", "unknown", "answers of another prompt", "stored answers asked again")
@@ -101,10 +150,19 @@ def main() -> None:
     """Print a table, and the same as one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=10_000)
-    count = parser.parse_args().requests
-    keys = EngineKeys(concurrency=128, timeout=5, outage=60)  # type: ignore[call-arg]
-    deaths = tuple(count * share // 100 for share in (5, 25, 45, 65, 85))
+    parser.add_argument("--in-flight", type=int, nargs="+", default=[])
+    given = parser.parse_args()
+    count = given.requests
     with tempfile.TemporaryDirectory() as temporary:
+        if given.in_flight:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+            rows = [load(n, count, Path(temporary)) for n in given.in_flight]
+            for line in console.table(list(rows[0]), [[str(value) for value in row.values()] for row in rows]):
+                print(line)
+            print(json.dumps({"in flight": rows}))
+            return
+        keys = EngineKeys(concurrency=128, timeout=5, outage=60)  # type: ignore[call-arg]
+        deaths = tuple(count * share // 100 for share in (5, 25, 45, 65, 85))
         result = run(count, Path(temporary), keys, die_after=deaths)
     for name, value in result.items():
         print(f"| {name} | {value} |")

@@ -63,7 +63,7 @@ class FaultyServer:
         self.seen: list[dict[str, Any]] = []
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
-        self.deaths = 0
+        self.deaths = self.most_connections = 0
         self.port = 0
         self.open_connections: set[asyncio.StreamWriter] = set()
         self.started = threading.Event()
@@ -86,7 +86,7 @@ class FaultyServer:
     async def _run(self) -> None:
         self.loop, self.ended, self.dying = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
         while not self.ended.is_set():
-            server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, backlog=1024, ssl=self.tls)
+            server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, backlog=4096, ssl=self.tls)
             self.port = server.sockets[0].getsockname()[1]
             self.started.set()
             waits = [asyncio.create_task(event.wait()) for event in (self.ended, self.dying)]
@@ -105,6 +105,7 @@ class FaultyServer:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.open_connections.add(writer)
+        self.most_connections = max(self.most_connections, len(self.open_connections))
         try:
             while head := (await reader.readuntil(b"\r\n\r\n")).decode():
                 length = next((int(h.split(":")[1]) for h in head.splitlines() if h.lower().startswith("content-l")), 0)
@@ -134,6 +135,9 @@ class FaultyServer:
 
     async def _answer(self, writer: asyncio.StreamWriter, prompt: str) -> None:
         fault, _, times = prompt.split()[0].partition(":")
+        if fault == "wait":  # a number of seconds
+            await asyncio.sleep(float(times))
+            times = ""
         strikes = bool(times) and (times == "*" or self.asked[prompt] <= int(times))
         if strikes:
             await self._fail(writer, fault, prompt)

@@ -179,6 +179,10 @@ def test_options_that_say_only_how_vllm_uses_the_machine_ask_nothing_again() -> 
     assert EngineKeys(vllm_args=args).answering_options() == ["--quantization", "fp8"]
     args = ["--enforce-eager", "-q", "fp8", "--gpu_memory_utilization", "0.9", "-tp", "2", "--seed", "-1"]
     assert EngineKeys(vllm_args=args).answering_options() == ["-q", "fp8", "--seed", "-1"]
+    over_nodes = (
+        "-dp 8 -dpl 4 --data-parallel-backend ray --data_parallel_rpc_port=1 --nnodes 2 --node-rank 0 -asc 2 -q fp8"
+    )
+    assert EngineKeys(vllm_args=over_nodes.split()).answering_options() == ["-q", "fp8"]
 
 
 def test_what_lies_beside_a_checkpoint_makes_no_other_checkpoint_of_it(tmp_path: Path) -> None:

@@ -18,10 +18,13 @@ from experiments import bench_faults
 from tests.faulty_server import FaultyServer
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.conventions import NONE
+from thinkswitch_plugin.data.pairs import completions
 from thinkswitch_plugin.demo.tokenizer import build_tokenizer
 from thinkswitch_plugin.engines import client, embedded, replies, servers
 from thinkswitch_plugin.engines.ask import ask_in_order
-from thinkswitch_plugin.engines.generate import PROMPT_ROOM, generate, prompt_room, repair
+from thinkswitch_plugin.engines.generate import PROMPT_ROOM, generate, prompt_room
+from thinkswitch_plugin.engines.stored import StoredAnswers, repair
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 Write = Callable[[str, Sequence[object]], Path]
@@ -235,6 +238,45 @@ def test_a_server_that_stays_away_stops_the_run_with_its_answers_kept(write_json
     assert dead.answered.total() - keys.concurrency <= len(repair(out)) <= dead.answered.total()
 
 
+def answered_once(out: Path, texts: Sequence[str]) -> bool:
+    """Whether the file holds the right answer to every prompt, each once."""
+    rows = [row for _, row in files.read_jsonl(out)]
+    said = {row["custom_id"]: row["response"]["body"]["choices"][0]["message"]["content"] for row in rows}
+    return len(rows) == len(texts) and said == {f"p{i}-s0": f"echo: {text}" for i, text in enumerate(texts)}
+
+
+def test_of_two_servers_one_that_dies_is_left_out_and_takes_part_again_when_it_is_back(
+    write_jsonl: Write, tmp_path: Path
+) -> None:
+    texts = [f"wait:0.05 {i}" for i in range(500)]
+    requests, out = write_jsonl("requests.jsonl", requests_for(texts)), tmp_path / "g.jsonl"
+    keys = EngineKeys(concurrency=16, timeout=10)  # type: ignore[call-arg]
+    with FaultyServer(die_after=(60,), away=0.3) as dying, FaultyServer() as other:
+        report = generate(requests, out, "m", f"{dying.url},{other.url}", keys, log=tmp_path / "log")
+    assert (report.answered, report.failed, dying.deaths) == (500, 0, 1) and answered_once(out, texts)
+    assert dying.answered.total() > 60 + keys.concurrency and other.answered.total() > 200
+    assert max((dying.asked + other.asked).values()) <= 3
+
+
+def test_a_server_whose_engine_is_dead_or_that_is_not_there_loses_no_request(
+    write_jsonl: Write, tmp_path: Path
+) -> None:
+    texts = [f"answer {i}" for i in range(60)]
+    requests, out = write_jsonl("requests.jsonl", requests_for(texts)), tmp_path / "g.jsonl"
+    vllm = (200, {"data": [{"id": "m", "owned_by": "vllm"}]})
+    dead: dict[str, tuple[int, object]] = {"/v1/models": vllm, "/health": (503, "")}  # a data-parallel rank was killed
+    with (
+        FaultyServer(models={"/v1/models": vllm, "/health": (200, "")}) as good,
+        FaultyServer(models=dead, refuse=lambda _: (500, {"error": {"message": "EngineCore died"}})) as broken,
+        FaultyServer(die_after=(20,), return_at_all=False) as killed,
+    ):
+        every = f"{broken.url},http://127.0.0.1:9/v1,{killed.url},{good.url}"
+        report = generate(requests, out, "m", every, KEYS, log=tmp_path / "log")
+    assert (report.answered, report.failed) == (60, 0) and answered_once(out, texts)
+    assert good.answered.total() + killed.answered.total() >= 60
+    assert len(broken.seen) <= 3 * KEYS.concurrency  # only what was in flight before its /health was asked
+
+
 def test_a_second_answer_on_the_connection_is_never_taken_for_the_next_prompts(
     write_jsonl: Write, tmp_path: Path
 ) -> None:
@@ -315,7 +357,47 @@ def test_engine_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(servers, "vllm_python", lambda: None)
     assert servers.choose("auto") == "embedded"
     assert servers.choose("http://127.0.0.1:8000/v1/") == "http://127.0.0.1:8000/v1"
+    assert servers.choose("http://a/v1, https://b:81/v1/,http://a/v1") == "http://a/v1,https://b:81/v1"
+    with pytest.raises(ThinkSwitchError, match="'b:81/v1' is not an address"):
+        servers.choose("http://a/v1,b:81/v1")
     with pytest.raises(ThinkSwitchError, match="make setup-vllm"):
         servers.choose("vllm")
     with pytest.raises(ThinkSwitchError, match="ENGINE=llama is unknown"):
         servers.choose("llama")
+
+
+def test_answers_in_several_files_are_resumed_by_reading_only_the_files_that_are_not_complete(
+    server: Answering, write_jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"q{i}" for i in range(95)]
+    requests, out = write_jsonl("requests.jsonl", requests_for(texts)), tmp_path / "generations"
+    keys = KEYS.model_copy(update={"rows_per_file": 10})
+    arrived, append = [0], StoredAnswers.append
+
+    def killed(self: StoredAnswers, place: int, line: bytes, *, answered: bool) -> None:
+        append(self, place, line, answered=answered)
+        arrived[0] += 1
+        if arrived[0] == 57:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(StoredAnswers, "append", killed)
+        generate(requests, out, "m", url(server), keys, log=tmp_path / "log")
+    last = sorted(out.glob("*.jsonl"))[-1]
+    last.write_bytes(last.read_bytes()[:-7])  # the line that was being written
+    read: list[str] = []
+    monkeypatch.setattr("thinkswitch_plugin.engines.stored.repair", lambda path: read.append(path.name) or repair(path))
+    server.seen.clear()
+    report = generate(requests, out, "m", url(server), keys, log=tmp_path / "log")
+    assert report.already_stored == 56 and len(server.seen) == report.answered == 39
+    assert 1 <= len(read) <= 3 and "00000.jsonl" not in read
+    assert [path.name for path in sorted(out.glob("*.jsonl"))] == [f"{n:05}.jsonl" for n in range(10)]
+    assert answered_once(out, texts)
+    found = [one.request["custom_id"] for one in completions(requests, out, NONE)]
+    assert found == [f"p{i}-s0" for i in range(95)]
+    read.clear()
+    assert generate(requests, out, "m", url(server), keys, log=tmp_path / "log").already_stored == 95 and read == []
+    part = out / "00003.jsonl"
+    part.write_bytes(part.read_bytes() + b"{broken\n")
+    with pytest.raises(ThinkSwitchError, match=r"generations/00003\.jsonl, line 11"):
+        list(files.read_jsonl(out))

@@ -109,6 +109,14 @@ def test_another_seed_or_engine_for_the_same_folder_is_refused(fresh: run.Run) -
     assert begin.begin_run("arithmetic", runs, 0, "auto", 2).engine == "embedded"
 
 
+def test_a_server_may_move_or_be_joined_by_others_in_the_same_run(fresh: run.Run) -> None:
+    runs, old = fresh.folder.parent / "served", "http://127.0.0.1:1/v1"
+    first = begin.begin_run("arithmetic", runs, 0, old, 1)
+    moved = begin.begin_run("arithmetic", runs, 0, f"http://10.0.0.2:80/v1,{old}", 1)
+    assert run.open_run(moved.folder).engine == f"http://10.0.0.2:80/v1,{old}"
+    assert [stage.values for stage in run.stages(moved)] == [stage.values for stage in run.stages(first)]
+
+
 def test_another_overlay_for_the_same_folder_is_refused_and_none_means_the_same(fresh: run.Run) -> None:
     runs = fresh.folder.parent
     with pytest.raises(ThinkSwitchError, match="was begun with OVERLAY=''"):

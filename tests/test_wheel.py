@@ -52,7 +52,7 @@ def test_the_wheel_names_every_file_recipe_merge_config_and_task_of_the_checkout
     shown = thinkswitch(installed, tmp_path, "recipes").stdout
     assert {line.split()[0] for line in shown.splitlines()} == {p.stem for p in (ROOT / "recipes").glob("*.yaml")}
     for folder, home in (("merge_configs", "thinkswitch_plugin/shipped"), ("recipes", "thinkswitch_plugin/shipped")):
-        wanted = {p.relative_to(ROOT) for p in (ROOT / folder).rglob("*") if p.suffix in (".yaml", ".jsonl")}
+        wanted = {p.relative_to(ROOT) for p in (ROOT / folder).rglob("*") if p.suffix in (".yaml", ".jsonl", ".sbatch")}
         assert {
             p.relative_to(installed / home) for p in (installed / home / folder).rglob("*.*") if p.suffix != ".py"
         } == wanted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 
@@ -54,3 +55,8 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
 def say(text: str) -> None:
     """One line for the user, at once."""
     print(text, flush=True)
+
+
+def notice(text: str) -> None:
+    """One line about how the work goes; on the standard error, since the standard output may be data."""
+    print(text, file=sys.stderr, flush=True)

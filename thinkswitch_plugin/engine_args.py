@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -14,6 +15,22 @@ def option_name(word: str) -> str:
     return word.partition("=")[0].replace("_", "-")
 
 
+def addresses(engine: str) -> list[str]:
+    """The base URLs that `ENGINE=` names, separated by commas; none for an engine that is started here."""
+    return engine.split(",") if engine.startswith(("http://", "https://")) else []
+
+
+def identity(engine: str) -> str:
+    """What of `ENGINE=` a run remembers: a server may move, and the recipe names the model that answers."""
+    return "server" if addresses(engine) else engine
+
+
+def option_values(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The name of every option and the word that is its value, if it has one: `--name value` or `--name=value`."""
+    for word, after in zip(words, [*words[1:], ""], strict=False):
+        yield option_name(word), word.partition("=")[2] or after
+
+
 # Options of vLLM that affect its speed, but not its answers.
 MACHINE_OPTIONS = (
     "--gpu-memory-utilization",
@@ -22,14 +39,48 @@ MACHINE_OPTIONS = (
     "-tp",
     "--pipeline-parallel-size",
     "-pp",
-    "--data-parallel-size",
-    "-dp",
+    "--distributed-executor-backend",
+    "--api-server-count",
+    "-asc",
+    "--nnodes",
+    "-n",
+    "--node-rank",
+    "-r",
+    "--master-addr",
+    "--master-port",
+    "--headless",
     "--max-num-seqs",
     "--max-num-batched-tokens",
     "--swap-space",
     "--cpu-offload-gb",
     "--enforce-eager",
 )
+DATA_PARALLEL = ("--data-parallel-", "-dp")  # how all of vLLM's options for data parallelism begin
+
+
+# Options of torchrun, of `accelerate launch` and of `axolotl train` that say only where its processes run.
+LAUNCH_OPTIONS = re.compile(
+    r"--(launcher|nproc-per-node|nnodes|node-rank|master-(addr|port)|local-addr|rdzv-[a-z]+|max-restarts"
+    r"|monitor-interval|standalone|run-path|log-dir|tee|redirects|start-method|num-processes|num-machines|machine-rank"
+    r"|main-process-(ip|port)|multi-gpu|cpu|num-cpu-threads-per-process|same-network|gpu-ids)"
+)
+
+
+def _without(words: list[str], passed: Callable[[str], bool]) -> list[str]:
+    """Options without those whose names are passed over, and their values."""
+    kept: list[str] = []
+    passing = False
+    for word in words:
+        if re.match(r"-+[A-Za-z]", word):  # not a value such as -1
+            passing = passed(option_name(word))
+        if not passing:
+            kept.append(word)
+    return kept
+
+
+def learning_options(words: list[str]) -> list[str]:
+    """The options of `axolotl train` without those that say only how the machines are used."""
+    return [word for word in _without(words, lambda name: bool(LAUNCH_OPTIONS.fullmatch(name))) if word != "--"]
 
 
 class Keys(BaseModel):
@@ -149,6 +200,12 @@ class EngineKeys(Keys):
         description="Seconds a server that has answered before may stay away, or answer 429, before the run stops "
         "with its answers kept.",
     )
+    rows_per_file: int = Field(
+        100_000,
+        gt=0,
+        description="With more requests than this, an iteration's answers are stored as generations/00000.jsonl, … with so "
+        "many each; set it before the answers are generated.",
+    )
     start_timeout: float = Field(900, gt=0, description="Seconds allowed for an engine to start.")
     port: int = Field(0, ge=0, le=65535, description="Port of an engine that ThinkSwitch starts; 0 selects a free one.")
     vllm_args: list[str] = Field([], description="Further options for vLLM's server, such as --quantization.")
@@ -170,11 +227,4 @@ class EngineKeys(Keys):
 
     def answering_options(self) -> list[str]:
         """vLLM's options without those that say only how it uses the machine."""
-        kept: list[str] = []
-        passing = False
-        for word in self.vllm_args:
-            if re.match(r"-+[A-Za-z]", word):  # not a value such as -1
-                passing = option_name(word) in MACHINE_OPTIONS
-            if not passing:
-                kept.append(word)
-        return kept
+        return _without(self.vllm_args, lambda name: name in MACHINE_OPTIONS or name.startswith(DATA_PARALLEL))

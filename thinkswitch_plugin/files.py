@@ -14,6 +14,7 @@ from typing import IO, Any
 import orjson
 import yaml
 
+from thinkswitch_plugin import parts
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 READ_BUFFER = 2**20  # lines are longer than the 8 kB of the default
@@ -218,7 +219,7 @@ def rows_by_key(
 
 def _open_lines(path: Path) -> IO[bytes]:
     try:
-        return path.open("rb", buffering=READ_BUFFER)
+        return parts.open_parts(path, READ_BUFFER)
     except OSError as error:
         raise unreadable(path, error) from None
 
@@ -240,7 +241,7 @@ def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        where = f"{path}, line {number}"
+        where = parts.located(path, number) if path.is_dir() else f"{path}, line {number}"
         try:
             line.decode()
         except UnicodeDecodeError:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from thinkswitch_plugin import __version__, console
+from thinkswitch_plugin import __version__, console, environment
 from thinkswitch_plugin.environment import variable
 from thinkswitch_plugin.errors import AGAIN, ThinkSwitchError, with_next_command
 from thinkswitch_plugin.run import processes, progress
@@ -98,6 +98,9 @@ class Group(click.Group):
         self.context_settings = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": PREFIX}
         self.params += [
             click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
+            click.Option(
+                ["--gpus"], type=click.IntRange(min=1), help="Use only the first so many of the visible GPUs."
+            ),
             click.Option(["--owner"], default="", hidden=True),  # process id of the `make` that the user started
         ]
 
@@ -128,12 +131,14 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a sub-command."""
-        owner, debug = ctx.params.pop("owner"), ctx.params.pop("debug")
+        owner, debug, gpus = (ctx.params.pop(name) for name in ("owner", "debug", "gpus"))
         console.quiet_engines()
         console.fetch_no_code()
         processes.end_on_signals()
         processes.end_with_owner(owner)
         try:
+            if gpus is not None:
+                environment.use_gpus(gpus)
             try:
                 return super().invoke(ctx)
             finally:

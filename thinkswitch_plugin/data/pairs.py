@@ -25,6 +25,7 @@ from thinkswitch_plugin.data.batch import Asked
 from thinkswitch_plugin.data.repeats import repeats
 from thinkswitch_plugin.data.traces import Completion, Outcome, control_token, has_tag
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.parts import located
 
 # Reasons beyond `Outcome`, which names what can be wrong with one completion.
 MISSING = "not_generated"
@@ -204,7 +205,7 @@ class Guard:
         if self.first is not None and self.traced < FEWEST_TRACES * self.whole:
             number, text = self.first
             raise ThinkSwitchError(
-                f"{self.generations}, line {number}: of {self.whole} finished completions {self.traced} have a trace that "
+                f"{located(self.generations, number)}: of {self.whole} finished completions {self.traced} have a trace that "
                 f"can be told from the answer; this one begins {text!r}: set `thinkswitch.trace` in the recipe to the "
                 "convention in which this checkpoint writes its trace, to {open: …, close: …}, or, if it answers "
                 "directly, to none."

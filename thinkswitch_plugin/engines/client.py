@@ -1,7 +1,7 @@
-"""Ask an OpenAI-compatible server, and distinguish its failures from those of a prompt.
+"""Ask an OpenAI-compatible server, or several, and distinguish their failures from those of a prompt.
 
 The openai client retries dropped connections, 429 and 5xx by itself, with growing pauses. The rest is done here: a
-prompt is asked in a bounded number of such rounds, before each further one the server must answer at all, time-outs
+prompt is asked in a bounded number of such rounds, before each further one a server must answer at all, time-outs
 are not multiplied by retries, a body that is not a chat completion is asked for again instead of stored, and what
 every prompt would be refused for stops the run.
 """
@@ -25,13 +25,12 @@ from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.data import batch
 from thinkswitch_plugin.engines import connection, replies
 from thinkswitch_plugin.engines.ask import Arrived, Reply, Request
+from thinkswitch_plugin.engines.endpoint import LONGEST_PAUSE, Endpoint
 from thinkswitch_plugin.engines.replies import Unanswered
 from thinkswitch_plugin.engines.servers import Server
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import processes
 
-LONGEST_PAUSE = 8.0
-WEIGHTS = "X-ThinkSwitch-Weights"  # a vLLM with other weights than these refuses to answer; see `live_worker.Guard`
 TIME_OUTS = 2  # a stalled connection deserves a second try, a prompt that is too long no more
 
 
@@ -71,48 +70,49 @@ def run_async(work: Coroutine[Any, Any, T]) -> T:
 
 
 class Client:
-    """Answers chat requests through one server, as one model."""
+    """Answers chat requests as one model, through one server or several that serve it."""
 
     def __init__(self, server: Server, model: str, keys: EngineKeys) -> None:
-        self.server, self.model, self.keys = server, model, keys
+        self.model, self.keys = model, keys
+        self.endpoints = [Endpoint(one, keys) for one in (server, *server.replicas)]
         self.waiting = asyncio.Lock()
-        self.openai = openai.AsyncOpenAI(
-            base_url=server.base_url,
-            api_key=server.token or connection.api_key() or "none",
-            timeout=openai.Timeout(None, connect=connection.CONNECT_SECONDS),  # `ask` bounds the whole answer
-            # On a connection of its own an answer cannot be taken for that of the next prompt.
-            default_headers={"Connection": "close", **({WEIGHTS: server.weights} if server.weights else {})},
-            http_client=openai.DefaultAsyncHttpxClient(**connection.transport(server.base_url)),
-        )
 
-    async def close(self) -> None:
-        """Close all connections."""
-        await self.openai.close()
+    async def __aenter__(self) -> Client:
+        for endpoint in self.endpoints:
+            if endpoint.away:
+                endpoint.leave_out()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for endpoint in self.endpoints:
+            await endpoint.close()
 
     async def ask(self, body: dict[str, Any]) -> dict[str, Any]:
         """The chat completion body for one request body.
 
         Raises:
             Unanswered: the prompt was refused, or failed in every round.
-            ThinkSwitchError: the server stays away, or refuses what is the same for every prompt: the key, the model,
-                a field of the request.
+            ThinkSwitchError: every server stays away, or one refuses what is the same for every prompt: the key, the
+                model, a field of the request.
         """
-        sent = self.request(body)
         started, rounds, time_outs, problem, pause = time.monotonic(), 0, 0, "", 0.0
+        at = self.idlest()
         while rounds < self.keys.attempts and time_outs < TIME_OUTS:
             if problem:
-                await asyncio.sleep(max(pause, min(LONGEST_PAUSE, 0.25 * 2**rounds)))
-                await self.wait_until_back()
+                await self._after_failure(at, max(pause, min(LONGEST_PAUSE, 0.25 * 2**rounds)))
+                at = self.idlest(at)
             rounds, pause = rounds + 1, 0.0
+            sent = self.request(body, at.server)
             try:
-                async with asyncio.timeout(self.keys.timeout):
-                    return await self._reply(sent)
+                async with asyncio.timeout(self.keys.timeout) as limit:
+                    with at.client(limit) as client:
+                        return await self._reply(client, sent, at.server)
             except TimeoutError:
-                time_outs += 1
+                time_outs += not at.away
                 problem = f"no answer within {self.keys.timeout:g} s (`thinkswitch.engine.timeout`)"
             except replies.Refusal as refusal:
                 problem = connection.without_key(str(refusal))
-                self._require_possible(refusal, problem, sent)
+                self._require_possible(refusal, problem, sent, at.server)
                 left = self.keys.outage - (time.monotonic() - started)
                 pause = min(refusal.retry_after, max(0, left))
                 if refusal.status == 429 and left > 0:
@@ -120,23 +120,57 @@ class Client:
                 elif 400 <= refusal.status < 500 and refusal.status not in (408, 409, 429):
                     raise Unanswered(problem) from None
             except openai.APIConnectionError as error:
-                if fault := connection.untrusted(self.server.base_url, error):
+                if fault := connection.untrusted(at.server.base_url, error):
                     raise fault from None
                 problem = f"connection lost ({str(error.__cause__ or '') or type(error.__cause__ or error).__name__})"
             except (ValueError, RecursionError, openai.OpenAIError) as error:
                 problem = f"the server's answer is not a chat completion: {str(error)[:200]}"
         raise Unanswered(f"{problem}; asked {rounds} times")
 
-    def request(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The body as it is sent to this server, for the model that it serves, whatever the file names."""
+    def idlest(self, failed: Endpoint | None = None) -> Endpoint:
+        """The server with the fewest requests in flight among those that answer, if possible not the one that failed."""
+        there = [one for one in self.endpoints if not one.away] or self.endpoints
+        return min(there, key=lambda one: (one is failed, one.in_flight))
+
+    async def _after_failure(self, at: Endpoint, pause: float) -> None:
+        """Wait before the next attempt; not if the server turns out to be away and another can be asked."""
+        if len(self.endpoints) > 1:
+            await at.check()
+            if at.away and not all(one.away for one in self.endpoints):
+                return
+        await asyncio.sleep(pause)
+        await self.wait_until_back(at)
+
+    async def wait_until_back(self, at: Endpoint) -> None:
+        """Return as soon as a server answers.
+
+        Raises `ThinkSwitchError` if all stay away for `thinkswitch.engine.outage` seconds, or the one that failed was
+        started here and has ended.
+        """
+        await at.check()
+        async with self.waiting:  # one task looks for all
+            started = time.monotonic()
+            while all(one.away for one in self.endpoints):
+                at.server.require_alive()
+                if time.monotonic() - started > self.keys.outage:
+                    named = " or ".join(one.server.base_url for one in self.endpoints)
+                    raise ThinkSwitchError(
+                        f"The server at {named} has not answered for {self.keys.outage:g} s "
+                        "(`thinkswitch.engine.outage`); answers so far are kept: start it and run the same "
+                        "command again."
+                    )
+                await asyncio.sleep(0.1)
+
+    def request(self, body: dict[str, Any], server: Server) -> dict[str, Any]:
+        """The body as it is sent to a server, for the model that it serves, whatever the file names."""
         sent = {k: v for k, v in body.items() if k != "metadata"} | {"model": self.model}
-        if self.server.keeps_special:
+        if server.keeps_special:
             sent["skip_special_tokens"] = False  # where a model's trace tags are special, the trace would lose them
         if sent.get("top_k") in (0, -1):  # off
             sent["top_k"] = -1
-            if not self.server.keeps_special:
+            if not server.keeps_special:
                 del sent["top_k"]
-        if self.server.process is not None:
+        if server.process is not None:
             return sent
         keys = self.keys.server
         if keys.stream:
@@ -144,18 +178,18 @@ class Client:
         renamed: dict[Any, str] = {**keys.rename}
         return keys.add | {renamed.get(k, k): v for k, v in sent.items() if k not in keys.omit}
 
-    async def _reply(self, sent: dict[str, Any]) -> dict[str, Any]:
+    async def _reply(self, client: openai.AsyncOpenAI, sent: dict[str, Any], server: Server) -> dict[str, Any]:
         """One attempt. Raises what the openai client raises, and `ValueError` for a reply that cannot be stored."""
         path = "/completions" if "prompt_embeds" in sent else "/chat/completions"  # of a prompt without text
         try:
-            data = await self.openai.post(path, body=sent, cast_to=bytes)
+            data = await client.post(path, body=sent, cast_to=bytes)
         except openai.APIStatusError as error:
             wait = error.response.headers.get("retry-after", "")
             raise replies.Refusal(error.status_code, error.body, float(wait) if wait.isdigit() else 0.0) from None
         try:
             reply = replies.completion(data, streamed="stream" in sent)
         except replies.Streamed as error:
-            raise ThinkSwitchError(self._wants_stream(str(error))) from None
+            raise ThinkSwitchError(_wants_stream(server, str(error))) from None
         except replies.Unreadable as error:
             raise Unanswered(f"the server's answer is not a chat completion: {error}") from None
         if fault := batch.fault_of_completion(reply):
@@ -169,14 +203,14 @@ class Client:
             raise Unanswered(f"the model refused: {message['refusal'][:500]}")
         return dict(reply)
 
-    def _require_possible(self, refusal: replies.Refusal, words: str, sent: dict[str, Any]) -> None:
+    def _require_possible(self, refusal: replies.Refusal, words: str, sent: dict[str, Any], server: Server) -> None:
         """Raise `ThinkSwitchError` for a refusal that every other prompt would meet too."""
-        at = f"The server at {self.server.base_url}"
-        if refusal.status == 412 and self.server.weights:
+        at = f"The server at {server.base_url}"
+        if refusal.status == 412 and server.weights:
             raise ThinkSwitchError(f"{at} has other weights now ({words}).")
-        if self.server.process is None and refusal.status in (0, 400, 404, 405, 422, 501):
+        if server.process is None and refusal.status in (0, 400, 404, 405, 422, 501):
             if "stream" not in sent and replies.wants_stream(words):
-                raise ThinkSwitchError(self._wants_stream(words))
+                raise ThinkSwitchError(_wants_stream(server, words))
             if field := replies.refused_field(words, sent):
                 raise ThinkSwitchError(
                     f"{at} does not take the field `{field}` ({words}); {self._instead(field, words)}."
@@ -190,12 +224,6 @@ class Client:
             advice = "set" if refusal.status == 401 else "see to the account of the key in"
             raise ThinkSwitchError(f"{at} refuses the key ({words}); answers so far are kept: {advice} OPENAI_API_KEY.")
 
-    def _wants_stream(self, words: str) -> str:
-        return (
-            f"The server at {self.server.base_url} answers only by a stream ({words}); "
-            "set `thinkswitch.engine.server.stream: true`."
-        )
-
     def _instead(self, field: str, words: str) -> str:
         """Which key keeps a field from being sent."""
         keys, here = self.keys.server, "`thinkswitch.engine.server."
@@ -206,39 +234,17 @@ class Client:
             return f"set {here}rename: {{max_tokens: max_completion_tokens}}`"
         return f"leave it out by {here}omit: [{ours}]`, or give it the server's name for it by {here}rename`"
 
-    async def wait_until_back(self) -> None:
-        """Return as soon as the server answers at all; one task asks for all.
 
-        Raises `ThinkSwitchError` if it stays away for `thinkswitch.engine.outage` seconds, or was
-        started here and has ended.
-        """
-        async with self.waiting:
-            started, pause = time.monotonic(), 0.25
-            while not await self._answers():
-                self.server.require_alive()
-                if time.monotonic() - started > self.keys.outage:
-                    raise ThinkSwitchError(
-                        f"The server at {self.server.base_url} has not answered for {self.keys.outage:g} s "
-                        "(`thinkswitch.engine.outage`); answers so far are kept: start it and run the same "
-                        "command again."
-                    )
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
-
-    async def _answers(self) -> bool:
-        once = self.openai.with_options(max_retries=0, timeout=connection.CONNECT_SECONDS)
-        try:
-            await once.get("/models", cast_to=bytes)
-        except openai.APIStatusError as error:
-            return error.status_code < 500
-        except openai.APIConnectionError:
-            return False
-        return True
+def _wants_stream(server: Server, words: str) -> str:
+    return (
+        f"The server at {server.base_url} answers only by a stream ({words}); "
+        "set `thinkswitch.engine.server.stream: true`."
+    )
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model of a server, as an `Asker`; `fields` are added to every request body."""
+    """A model of a server, or of several that serve the same, as an `Asker`; `fields` are added to every request body."""
 
     server: Server
     model: str
@@ -261,30 +267,24 @@ class ServedModel:
         """Nothing to release: a server uses no memory of this process."""
 
     async def _ask(self, requests: Iterable[Request], arrived: Arrived) -> None:
-        client = Client(self.server, self.model, self.keys)
+        left = iter(requests)
+        async with Client(self.server, self.model, self.keys) as client:
 
-        async def reply_to(request: Request) -> Reply:
+            async def reply_to(request: Request) -> Reply:
+                try:
+                    return await client.ask({**request["body"], **self.fields})
+                except Unanswered as problem:
+                    return problem
+
+            async def answer_some() -> None:
+                for request in left:  # all of these tasks take from one iterator, so memory stays flat for any file
+                    if again := arrived(request, await reply_to(request)):
+                        arrived(again, await reply_to(again))
+
+            tasks = [asyncio.create_task(answer_some()) for _ in range(self.keys.concurrency)]
             try:
-                return await client.ask({**request["body"], **self.fields})
-            except Unanswered as problem:
-                return problem
-
-        async def answer(request: Request) -> None:
-            if again := arrived(request, await reply_to(request)):
-                arrived(again, await reply_to(again))
-
-        # A window of tasks rather than one per request, so memory stays flat for any file.
-        under_way: set[asyncio.Task[None]] = set()
-        try:
-            for request in requests:
-                if len(under_way) >= self.keys.concurrency:
-                    finished, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
-                    for task in finished:
-                        task.result()
-                under_way.add(asyncio.create_task(answer(request)))
-            await asyncio.gather(*under_way)
-        finally:
-            for task in under_way:
-                task.cancel()
-            await asyncio.gather(*under_way, return_exceptions=True)
-            await client.close()
+                await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)

@@ -18,6 +18,10 @@ CONNECT_SECONDS = 10.0
 LISTS_NO_MODELS = (403, 404, 405, 429, 501)  # statuses of /models of servers that may answer all the same
 
 
+class NoServerError(ThinkSwitchError):
+    """No server answers at an address."""
+
+
 def on_loopback(url: str) -> bool:
     """Whether a server runs on this machine, by its address."""
     return urllib.parse.urlsplit(url).hostname in (LOOPBACK, "localhost", "::1")
@@ -107,7 +111,7 @@ def listed_models(base_url: str) -> dict[str, str] | None:
             raise ThinkSwitchError(f"The address of the server lacks its /v1; use ENGINE={base_url}/v1.")
     if status in LISTS_NO_MODELS:
         return None
-    raise ThinkSwitchError(
+    raise (ThinkSwitchError if status and status < 500 else NoServerError)(
         f"{base_url}: no OpenAI-compatible server answers there ({words}); start it, or leave its address out."
     )
 

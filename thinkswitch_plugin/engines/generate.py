@@ -6,11 +6,10 @@ each one is appended to `generations.jsonl` at once, in the same format, and a s
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
@@ -18,6 +17,7 @@ from thinkswitch_plugin.data import batch
 from thinkswitch_plugin.data.traces import LENGTH
 from thinkswitch_plugin.engines.ask import Adapter, Asker, Reply, Request, asking
 from thinkswitch_plugin.engines.replies import Unanswered
+from thinkswitch_plugin.engines.stored import StoredAnswers
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run.progress import Bar
 
@@ -53,39 +53,11 @@ class GenerationReport:
     tokens_per_second: float = 0.0
 
 
-def repair(path: Path) -> set[str]:
-    """Cut off a torn last line and return the ids of all stored answers.
-
-    Stored failures are forgotten, so that a resumed run asks them again.
-    Raises `ThinkSwitchError` for a broken line in the middle.
-    """
-    done: set[str] = set()
-    if not path.exists():
-        return done
-    whole, failures = 0, False
-    with path.open("rb") as handle:
-        for number, line in enumerate(handle, 1):
-            if not line.endswith(b"\n"):
-                break
-            whole += len(line)
-            if line.strip():
-                row = files.parse_line(line.removeprefix(files.BYTE_ORDER_MARK), path, number)
-                failures = failures or bool(row.get("error"))
-                if not row.get("error"):
-                    done.add(batch.stored_id(row, path, number))
-    if whole < path.stat().st_size:
-        os.truncate(path, whole)
-    if failures:
-        with files.atomic_file(path) as out:
-            for _, row in files.read_jsonl(path):
-                if not row.get("error"):
-                    out.write(files.dumps_line(row))
-    return done
-
-
-def pending(requests: Path, done: set[str], limit: int | None = None) -> Iterator[dict[str, Any]]:
-    """The requests (of the first `limit`) that have no stored answer yet."""
-    return (row for _, row in batch.read_requests(requests, limit) if row["custom_id"] not in done)
+def pending(requests: Path, stored: StoredAnswers, limit: int | None = None) -> Iterator[Request]:
+    """The requests (of the first `limit`) that have no stored answer yet, each with its `place` in the file."""
+    for place, (_, row) in enumerate(batch.read_requests(requests, limit)):
+        if not stored.has(place, row["custom_id"]):
+            yield {**row, "place": place}
 
 
 def generate(
@@ -102,7 +74,8 @@ def generate(
 
     Args:
         requests: OpenAI batch file.
-        out: batch output file, appended to as answers arrive (not in order).
+        out: batch output file, appended to as answers arrive (not in order); or a folder for files of
+            `keys.rows_per_file` requests each.
         checkpoint: who answers, whatever `body.model` of a request says; a running server may know it by the name
             `keys.server.model`.
         engine, log: as `asking`.
@@ -113,15 +86,15 @@ def generate(
             serve the checkpoint. Answers so far are kept, and the same call continues from them.
     """
     limit, retry_max_tokens = options.get("limit"), options.get("retry_max_tokens")
-    done = repair(out)
+    stored = StoredAnswers(out, keys.rows_per_file)
     report, budget, longest = GenerationReport(), retry_max_tokens or 0, ""
-    for number, row in batch.read_requests(requests, limit):
+    for place, (number, row) in enumerate(batch.read_requests(requests, limit)):
         if "max_tokens" not in row["body"]:
             raise ThinkSwitchError(
                 f"{requests}, line {number}: `body.max_tokens` is missing; delete the file so that it is written again."
             )
         report.requests += 1
-        report.already_stored += row["custom_id"] in done
+        report.already_stored += stored.has(place, row["custom_id"])
         budget = max(budget, row["body"]["max_tokens"])
         longest = max(longest, "\n".join(str(m.get("content")) for m in row["body"]["messages"]), key=len)
     if report.already_stored == report.requests:
@@ -131,14 +104,13 @@ def generate(
         room = min(budget + prompt_room(longest, checkpoint), context_length(checkpoint))
     elif engine != "embedded":
         checkpoint = keys.server.model or checkpoint
-    out.parent.mkdir(parents=True, exist_ok=True)
     with (
-        out.open("ab") as handle,
+        stored.appending(report.requests),
         asking(engine, checkpoint, keys, log=log, max_len=room, adapter=options.get("adapter")) as asker,
         Bar(report.requests, options.get("title", "generate"), initial=report.already_stored, unit="answer") as bar,
     ):
-        answers = AnswerFile(handle, report, bar, retry_max_tokens)
-        asker.ask(pending(requests, done, limit), answers.store)
+        answers = Arrivals(stored, report, bar, retry_max_tokens)
+        asker.ask(pending(requests, stored, limit), answers.store)
         report.tokens_per_second = round(report.tokens / max(bar.elapsed, 1e-9), 1)
     if report.failed * 2 > report.requests:
         raise ThinkSwitchError(
@@ -149,10 +121,10 @@ def generate(
 
 
 @dataclass
-class AnswerFile:
-    """Appends each answer to the file as it arrives, and counts it."""
+class Arrivals:
+    """Stores each answer as it arrives, and counts it."""
 
-    handle: IO[bytes]
+    stored: StoredAnswers
     report: GenerationReport
     bar: Bar
     retry_max_tokens: int | None = None
@@ -167,7 +139,7 @@ class AnswerFile:
             if cut is None:
                 self.report.failed += 1
                 self.last_problem = str(reply)
-                self._write(name, None, {"message": str(reply), "type": type(reply).__name__})
+                self._write(request, None, {"message": str(reply), "type": type(reply).__name__})
                 return None
             reply = cut  # an answer all the same, and counted as cut
         elif cut is None and self.retry_max_tokens and reply["choices"][0].get("finish_reason") == LENGTH:
@@ -176,13 +148,13 @@ class AnswerFile:
             return {**request, "body": {**request["body"], "max_tokens": self.retry_max_tokens}}
         self.report.answered += 1
         self.report.tokens += batch.tokens_of(reply)
-        self._write(name, {"status_code": 200, "request_id": str(reply.get("id")), "body": reply}, None)
+        self._write(request, {"status_code": 200, "request_id": str(reply.get("id")), "body": reply}, None)
         return None
 
-    def _write(self, name: str, response: dict[str, Any] | None, error: dict[str, Any] | None) -> None:
+    def _write(self, request: Request, response: dict[str, Any] | None, error: dict[str, Any] | None) -> None:
+        name = request["custom_id"]
         line = {"id": f"gen-{name}", "custom_id": name, "response": response, "error": error}
-        self.handle.write(files.dumps_line(line))
-        self.handle.flush()
+        self.stored.append(request["place"], files.dumps_line(line), answered=error is None)
         speed = self.report.tokens / max(self.bar.elapsed, 1e-9)
         failed = f", {self.report.failed} failed" if self.report.failed else ""
         self.bar.note(f"{self.report.tokens:,} tokens, {speed:,.0f} tokens/s{failed}")

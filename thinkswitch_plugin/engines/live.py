@@ -43,7 +43,7 @@ MODULE = "thinkswitch_live"  # the name of `live_worker.py` in vLLM's environmen
 # Behind the user's own options, so that these count: one guard knows of all requests, and only this machine reaches it.
 OPTIONS = (
     *("--worker-extension-cls", f"{MODULE}.Weights", "--middleware", f"{MODULE}.Guard"),
-    *("--api-server-count", "1", "--host", LOOPBACK),
+    *("--api-server-count", "1", "--data-parallel-size", "1", "--host", LOOPBACK),
 )
 
 Send = Callable[[str, torch.Tensor], None]

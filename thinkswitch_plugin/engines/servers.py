@@ -11,13 +11,14 @@ import urllib.parse
 import urllib.request
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from thinkswitch_plugin import console, files, places
 from thinkswitch_plugin.args import EngineKeys
-from thinkswitch_plugin.engines.connection import LOOPBACK, listed_models
-from thinkswitch_plugin.environment import has_cuda, variable
+from thinkswitch_plugin.engine_args import DATA_PARALLEL, addresses, option_name, option_values
+from thinkswitch_plugin.engines.connection import LOOPBACK, NoServerError, listed_models
+from thinkswitch_plugin.environment import has_cuda, variable, visible_gpus
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import processes
 from thinkswitch_plugin.run.progress import Bar
@@ -40,6 +41,7 @@ NO_VLLM = (
 class Server:
     """A server that answers at `base_url` (…/v1); `process` and `log` if it was started here.
 
+    `replicas` are further servers of the same model, which share its requests. `away` says that it does not answer yet.
     `keeps_special` says whether it accepts vLLM's field that keeps special tokens in the text. `token` and `weights` belong
     to a vLLM whose weights change (`live.py`): its own key, and the id of the weights that are to answer.
     """
@@ -50,6 +52,8 @@ class Server:
     keeps_special: bool = False
     token: str = ""
     weights: str = ""
+    replicas: tuple[Server, ...] = ()
+    away: bool = False
 
     def require_alive(self, wait: float = 0) -> None:
         """Raise `ThinkSwitchError` if an engine that was started here has ended, or ends within `wait` seconds.
@@ -76,30 +80,38 @@ def vllm_python() -> Path | None:
 
 
 def choose(engine: str) -> str:
-    """What `ENGINE=` means on this machine: `vllm`, `embedded` or a base URL.
+    """What `ENGINE=` means on this machine: `vllm`, `embedded`, or base URLs separated by commas.
 
     Raises `ThinkSwitchError` for an unknown name, vLLM if it is not installed, or a URL that holds a secret.
     """
-    if engine.startswith(("http://", "https://")):
-        try:
-            parts = urllib.parse.urlsplit(engine)
-            secret = "@" in parts.netloc or parts.query or parts.fragment
-            usable = parts.hostname and (parts.port is None or parts.port > 0)
-        except ValueError:
-            secret, usable = None, False
-        if secret:
-            raise ThinkSwitchError(
-                "ENGINE= contains a user name and password, or a `?` or `#` part, which would be written to files and logs; "
-                "give the plain address, and the key as OPENAI_API_KEY in the environment."
-            )
-        if not usable:
-            raise ThinkSwitchError(f"ENGINE={engine} is not an address; use one such as http://127.0.0.1:8000/v1.")
-        return engine.rstrip("/").removesuffix("/chat/completions").rstrip("/")
+    if addresses(engine):
+        return ",".join(dict.fromkeys(map(_address, addresses(engine))))
     if engine not in ("auto", "vllm", "embedded"):
         raise ThinkSwitchError(f"ENGINE={engine} is unknown; use auto, vllm, embedded or a base URL.")
     if engine == "vllm" and vllm_python() is None:
         raise ThinkSwitchError(f"ENGINE=vllm: {NO_VLLM}")
     return engine if engine != "auto" else "vllm" if vllm_python() else "embedded"
+
+
+def _address(text: str) -> str:
+    """One base URL as it is used. Raises `ThinkSwitchError` if it is not one, or holds a secret."""
+    text = text.strip()
+    try:
+        parts = urllib.parse.urlsplit(text)
+        secret = "@" in parts.netloc or parts.query or parts.fragment
+        usable = parts.scheme in ("http", "https") and parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        secret, usable = None, False
+    if secret:
+        raise ThinkSwitchError(
+            "ENGINE= contains a user name and password, or a `?` or `#` part, which would be written to files and logs; "
+            "give the plain address, and the key as OPENAI_API_KEY in the environment."
+        )
+    if not usable:
+        raise ThinkSwitchError(
+            f"ENGINE=: {text!r} is not an address; use one such as http://127.0.0.1:8000/v1, or several with commas between."
+        )
+    return text.rstrip("/").removesuffix("/chat/completions").rstrip("/")
 
 
 def free_port(wanted: int) -> int:
@@ -132,6 +144,19 @@ def vllm_command(model: str, port: int, keys: EngineKeys, max_len: int | None) -
     if not has_cuda():
         command += ["--gpu-memory-utilization", "0.2", "--enforce-eager", "--dtype", "float32"]
     return command + keys.vllm_args
+
+
+def data_parallel(words: list[str]) -> list[str]:
+    """vLLM's option for as many copies of the model as fit on the visible GPUs, unless its options speak of copies or nodes."""
+    names = [option_name(word) for word in words]
+    if any(name in ("--nnodes", "-n") or name.startswith(DATA_PARALLEL) for name in names):
+        return []
+    each = 1
+    for name, size in option_values(words):
+        if name in ("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"):
+            each *= int(size) if size.isdecimal() and int(size) else 1
+    copies = visible_gpus() // each
+    return ["--data-parallel-size", str(copies)] if copies > 1 else []
 
 
 def adapter_rank(adapter: Path) -> int:
@@ -170,7 +195,7 @@ def serving(
     """Serve `model` for the length of the block; nothing of the engine is left afterwards.
 
     Args:
-        engine: `vllm`, or the base URL of a server that runs already.
+        engine: `vllm`, or the base URLs of servers that run already.
         model: checkpoint folder or hub id, also the name under which it is asked.
         log: the engine's output goes here.
         max_len: longest prompt plus completion, in tokens (vLLM).
@@ -178,11 +203,11 @@ def serving(
 
     Raises `ThinkSwitchError` if there is no free port or the engine does not start, and as `connect`.
     """
-    if engine.startswith(("http://", "https://")):
+    if addresses(engine):
         yield connect(engine, model, unlisted=model == keys.server.model)
         return
     port = free_port(keys.port)
-    command = vllm_command(model, port, keys, max_len)
+    command = [*vllm_command(model, port, keys, max_len), *data_parallel(keys.vllm_args)]
     log.parent.mkdir(parents=True, exist_ok=True)
     console.say(f"  $ {' '.join(command)}")
     with log.open("ab") as handle:
@@ -215,15 +240,33 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout: float
     )
 
 
-def connect(base_url: str, model: str, *, unlisted: bool = False) -> Server:
-    """A running server that is to answer as `model`.
+def connect(engine: str, model: str, *, unlisted: bool = False) -> Server:
+    """Running servers that are to answer as `model`: one, with the others as its replicas.
 
     Args:
-        unlisted: the server may know the name without listing it, as hosted ones do with variants of a model.
+        engine: their base URLs, separated by commas.
+        unlisted: a server may know the name without listing it, as hosted ones do with variants of a model.
 
-    Raises `ThinkSwitchError` if no server answers there, or it lists other models. One that lists none is asked anyway:
-    its reply to the first prompt decides.
+    Raises `ThinkSwitchError` if no server answers, or one lists other models. One that lists none is asked anyway:
+    its reply to the first prompt decides. If only some answer, the others take part as soon as they do.
     """
+    found: list[Server] = []
+    away: dict[str, NoServerError] = {}
+    for base_url in addresses(engine):
+        try:
+            found.append(_connected(base_url, model, unlisted))
+        except NoServerError as error:
+            away[base_url] = error
+    if not found:
+        raise next(iter(away.values()))
+    for base_url, problem in away.items():
+        console.notice(f"  {problem} The other servers are asked until then.")
+        # Servers of one list are taken to be alike.
+        found.append(Server(base_url, keeps_special=found[0].keeps_special, away=True))
+    return replace(found[0], replicas=tuple(found[1:]))
+
+
+def _connected(base_url: str, model: str, unlisted: bool) -> Server:
     served = listed_models(base_url)
     if served is not None and model not in served and not unlisted:
         raise ThinkSwitchError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from thinkswitch_plugin import console, files, places
 from thinkswitch_plugin.args import resolve_seed
 from thinkswitch_plugin.data.prompts import prompts_of_iteration
+from thinkswitch_plugin.engine_args import identity
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.environment import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -43,7 +44,7 @@ def begin_run(
     before = read_settings(settings_file(folder)) if settings_file(folder).is_file() else None
     recipe = _recipe_of_run(path, folder, before, [str(overlay_path(name)) for name in overlays])
     chosen = before.engine if before and engine == "auto" else servers.choose(engine)
-    if before and (before.seed, before.engine) != (seed, chosen):
+    if before and (before.seed, identity(before.engine)) != (seed, identity(chosen)):
         raise ThinkSwitchError(
             f"{folder} was begun with SEED={before.seed} ENGINE={before.engine}; "
             f"use another folder for this run, such as RUNS={runs}-seed{seed}."

@@ -19,7 +19,7 @@ from thinkswitch_plugin.data import prompts
 from thinkswitch_plugin.data.contamination import require_uncontaminated
 from thinkswitch_plugin.data.task_files import repeats
 from thinkswitch_plugin.engines import servers
-from thinkswitch_plugin.environment import has_cuda, variable
+from thinkswitch_plugin.environment import has_cuda, variable, visible_gpus
 from thinkswitch_plugin.errors import ThinkSwitchError, not_fetched
 from thinkswitch_plugin.judging.evaluation import uses_server
 from thinkswitch_plugin.loop.reference import require_reference
@@ -30,6 +30,7 @@ from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, iteration_conf
 from thinkswitch_plugin.report import price_per_hour
 from thinkswitch_plugin.run import MODES, versions
 from thinkswitch_plugin.training import distil
+from thinkswitch_plugin.training.layout import rows_of_a_step, spread
 
 # Throughput of one card for a batch if it was not measured: a cautious guess, and labelled as one.
 GUESSED_TOKENS_PER_SECOND = 300.0
@@ -70,6 +71,7 @@ def check_domain(
         "disk": lambda: enough(files.free_space(runs), keys.needs.disk_gb, "two iterations need"),
         "engine": lambda: engine_found(keys, engine),
         "recipe": lambda: schema(recipe),
+        "processes": lambda: layout(recipe),
         "pair": lambda: pair(keys, seed),
         "training": lambda: training(recipe, seed),
         "prompts": lambda: rendered_prompts(keys, seed),
@@ -141,6 +143,19 @@ def schema(recipe: Recipe) -> str:
     model, pairs = recipe.keys.pair.instruct, Path("pairs.jsonl")
     validate(iteration_config(recipe, base_model=model, pairs=pairs, here=Path(), seed=0), str(recipe.path))
     return f"{recipe.path} passes axolotl's schema"
+
+
+def layout(recipe: Recipe) -> str:
+    """How many processes train, and which of several GPUs a stage would leave idle."""
+    model, pairs = recipe.keys.pair.instruct, Path("pairs.jsonl")
+    config = iteration_config(recipe, base_model=model, pairs=pairs, here=Path(), seed=0)
+    processes, gpus = spread(config, recipe.keys.axolotl_args)[2], visible_gpus()
+    text = f"{processes} in training"
+    if gpus < 2:
+        return text
+    rows = rows_of_a_step(config)
+    idle = f" ({gpus} cannot share the {rows} rows of a step equally)" if processes < gpus else ""
+    return f"{text}{idle}; vLLM answers prompts on {gpus} GPUs; trying λ, merging and lm-eval in process use one"
 
 
 def validate(config: dict[str, Any], where: str) -> None:

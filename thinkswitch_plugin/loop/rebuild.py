@@ -20,6 +20,7 @@ from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.data import batch, pairs
 from thinkswitch_plugin.data.pairs import FEWEST_TRACES
 from thinkswitch_plugin.data.traces import Outcome
+from thinkswitch_plugin.engine_args import addresses
 from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.engines.servers import choose
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -142,7 +143,7 @@ class Check:
             batch=keys.concurrency,
             budget=self.retry_max_tokens or 0,
         )
-        return holding(choose("auto") if self.engine.startswith("http") else self.engine, job)
+        return holding(choose("auto") if addresses(self.engine) else self.engine, job)
 
     def candidate(self, asker: Asker, weight: float, limit: int) -> Traces:
         """Have a merge with λ = `weight`, which an engine holds, answer the first `limit` requests."""

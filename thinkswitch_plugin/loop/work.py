@@ -91,7 +91,7 @@ def answer_requests(run: Run, k: int) -> dict[str, Any]:
     keys, here = run.recipe.keys, run.iteration(k)
     report = generate(
         here / "requests.jsonl",
-        here / "generations.jsonl",
+        run.generations(k),
         run.checkpoint("thinking", k - 1),
         run.engine,
         keys.engine,
@@ -112,7 +112,7 @@ def build_pairs(run: Run, k: int) -> dict[str, Any]:
     labels, here = run.recipe.keys.labels, run.iteration(k)
     report = write_pairs(
         here / "requests.jsonl",
-        here / "generations.jsonl",
+        run.generations(k),
         here / "pairs.jsonl",
         selection=labels.selection,
         answer_kind=labels.answer,
@@ -202,7 +202,7 @@ def rebuild(run: Run, k: int) -> None:
     check = Check(
         here / "requests.jsonl",
         reference_requests=first / "requests.jsonl",
-        reference=first / "generations.jsonl",
+        reference=run.generations(1),
         engine=run.engine,
         engine_keys=keys.engine,
         logs=here / "logs",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from thinkswitch_plugin.args import EngineKeys, PerceptionKeys
 from thinkswitch_plugin.data.formats import POST, PRE, Format
+from thinkswitch_plugin.engine_args import learning_options
 from thinkswitch_plugin.engines.ask import Adapter
 from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -71,7 +72,7 @@ def train_condition(recipe: Recipe, condition: Condition, here: Path, hashes: Ha
     options = recipe.keys.axolotl_args
     key = {
         "axolotl": {name: value for name, value in config.items() if name not in PLACES},
-        "options": options,
+        "options": learning_options(options),
         "student": hashes.of(condition.student),
         "data": [{**entry, "path": hashes.of(Path(entry["path"]))} for entry in config["datasets"]],
     }

@@ -149,7 +149,7 @@ class Switch:
 
                 chosen = servers.choose(address)
                 keys, alone = opened.recipe.keys, len(set(addresses.values())) == 2
-                name, both = served_name(chosen, mode, checkpoints, alone=alone, hybrid=keys.pair.hybrid)
+                name, both = served_name(chosen.split(",")[0], mode, checkpoints, alone=alone, hybrid=keys.pair.hybrid)
                 fields = {"chat_template_kwargs": {SWITCH: mode == "thinking"}} if both else {}
                 served[mode] = ServedModel(servers.connect(chosen, name), name, keys.engine, fields)
         return cls(opened, checkpoints, router, default if threshold is None else threshold, served)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, Field, ValidationError
 
 from thinkswitch_plugin import files
+from thinkswitch_plugin.engine_args import identity
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import processes
 from thinkswitch_plugin.run.checkpoint import Subject
@@ -70,12 +71,18 @@ class Run:
 
     @property
     def answering(self) -> list[str]:
-        """The engine, and the options that affect what it answers."""
-        return [self.engine, *self.recipe.keys.engine.answering_options()]
+        """The engine (not its address), and the options that affect what it answers."""
+        return [identity(self.engine), *self.recipe.keys.engine.answering_options()]
 
     def iteration(self, k: int) -> Path:
         """The folder of iteration k."""
         return self.folder / f"iter-{k}"
+
+    def generations(self, k: int) -> Path:
+        """The stored answers of iteration k: one file, or a folder of files if there are many; see `parts`."""
+        keys = self.recipe.keys
+        many = keys.prompts.count * keys.sampling.samples > keys.engine.rows_per_file
+        return self.iteration(k) / ("generations" if many else "generations.jsonl")
 
     def checkpoint(self, mode: str, k: int) -> str:
         """The checkpoint of a mode after iteration k; k = 0 is the starting pair."""

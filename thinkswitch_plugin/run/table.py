@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from thinkswitch_plugin import places
+from thinkswitch_plugin.engine_args import addresses, learning_options
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run.folder import MODES, Run
 from thinkswitch_plugin.run.hashes import Hashes, within
@@ -152,18 +153,18 @@ def _generate(run: Run, k: int) -> Stage:
     inputs = (here / "requests.jsonl", Path(run.checkpoint("thinking", k - 1)))
     answering, server = run.answering, run.recipe.keys.engine.server.changing_answers()
     values = {
-        "engine": [*answering, server] if server and run.engine.startswith("http") else answering,
+        "engine": [*answering, server] if server and addresses(run.engine) else answering,
         "unfinished": labels.unfinished,
         "retry_max_tokens": labels.retry_max_tokens,
     }
-    return Stage("generate", k, inputs, (here / "generations.jsonl",), values, resume_on=("engine",))
+    return Stage("generate", k, inputs, (run.generations(k),), values, resume_on=("engine",))
 
 
 def _pairs(run: Run, k: int) -> Stage:
     here, keys = run.iteration(k), run.recipe.keys
-    inputs, outputs = ("requests.jsonl", "generations.jsonl"), ("pairs.jsonl", "pairs.json")
+    inputs, outputs = (here / "requests.jsonl", run.generations(k)), ("pairs.jsonl", "pairs.json")
     values = {"selection": keys.labels.selection, "answer": keys.labels.answer, "trace": keys.trace}
-    return Stage("pairs", k, tuple(here / n for n in inputs), tuple(here / n for n in outputs), values)
+    return Stage("pairs", k, inputs, tuple(here / n for n in outputs), values)
 
 
 def _train(run: Run, k: int) -> Stage:
@@ -174,7 +175,7 @@ def _train(run: Run, k: int) -> Stage:
     config = iteration_config(run.recipe, base_model=learner, pairs=inputs[0], here=here, seed=run.seed)
     values = {
         "axolotl": {key: v for key, v in config.items() if key != "thinkswitch" and not TRACKING.match(key)},
-        "axolotl_args": keys.axolotl_args,
+        "axolotl_args": learning_options(keys.axolotl_args),
         "min_change": keys.min_adapter_change,
     }
     outputs = (here / "adapter", here / "axolotl.yaml")
@@ -189,7 +190,7 @@ def _merge_lora(run: Run, k: int) -> Stage:
 
 def _rebuild(run: Run, k: int) -> Stage:
     here, trace, keys, anchor = run.iteration(k), run.recipe.keys.trace, run.recipe.keys.rebuild, Path(run.anchor(k))
-    asked = (here / "requests.jsonl", run.iteration(1) / "generations.jsonl")
+    asked = (here / "requests.jsonl", run.generations(1))
     return Stage(
         "rebuild",
         k,

@@ -15,6 +15,7 @@ from thinkswitch_plugin.environment import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError, reason
 from thinkswitch_plugin.recipe import PREPARED, Recipe
 from thinkswitch_plugin.run import checkpoint, processes
+from thinkswitch_plugin.training.layout import spread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,12 +109,12 @@ def train(config: dict[str, Any], here: Path, *, options: Sequence[str], minimum
 
     Args:
         config: complete, with `here/adapter` and `here/prepared` in it.
-        options: further options for `axolotl train`.
+        options: further options for `axolotl train`; see `layout.spread`.
         minimum: how far the adapter must have moved; see `require_moved`.
 
     Returns:
-        `adapter_change`; `resumed_from`, the trainer's checkpoint that a killed attempt had left, or None; `losses`, see
-        `training_losses`.
+        `adapter_change`; `processes` that trained; `resumed_from`, the trainer's checkpoint that a killed attempt had
+        left, or None; `losses`, see `training_losses`.
 
     Raises:
         ThinkSwitchError: axolotl fails or the adapter did not move.
@@ -128,6 +129,7 @@ def train(config: dict[str, Any], here: Path, *, options: Sequence[str], minimum
     before = whole_checkpoints(building)
     if before:
         console.say(f"  resuming from {before[-1].name} of the interrupted training")
+    config, options, world = spread(config, options)
     files.write_yaml(here / "axolotl.yaml", config, header="Runs by itself: axolotl train THIS_FILE")
     command: list[str | Path] = ["axolotl", "train", here / "axolotl.yaml", "--output-dir", building]
     if not has_cuda():
@@ -147,7 +149,8 @@ def train(config: dict[str, Any], here: Path, *, options: Sequence[str], minimum
     files.remove(building / TRAINER_STATE)  # not a part of the adapter
     files.put_in_place(building, adapter)
     files.remove(prepared)
-    return {"adapter_change": moved, "resumed_from": before[-1].name if before else None, "losses": losses}
+    resumed = before[-1].name if before else None
+    return {"adapter_change": moved, "processes": world, "resumed_from": resumed, "losses": losses}
 
 
 def training_losses(state: Path) -> list[list[float]]:
