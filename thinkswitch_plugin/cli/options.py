@@ -47,12 +47,21 @@ def hand_on(_ctx: click.Context, _param: click.Parameter, folder: str) -> str:
 DOMAIN = click.option("--domain", required=True, help="Name of a recipe in recipes/.")
 RUNS = click.option("--runs", default="runs", show_default=True, type=FOLDER, help="Folder that contains the runs.")
 ENGINE = click.option(
-    "--engine", default="auto", show_default=True, envvar="ENGINE", help="auto, vllm, embedded or a base URL."
+    "--engine",
+    default="auto",
+    show_default=True,
+    envvar="ENGINE",
+    help="auto, vllm, embedded, a base URL, or several with commas between.",
 )
 OVERLAY = click.option(
     "--overlay", default="", type=words, help="Overlays to apply to the recipe: names or paths, separated by spaces."
 )
 DATA = click.option("--data", default="", callback=hand_on, help="Folder with evaluation sets, in place of the hub.")
+CLUSTER = click.option(
+    "--cluster",
+    default="",
+    help="Ray cluster to spread the work over: auto, or ray://host:port (default: this machine).",
+)
 INSTRUCT = click.option(
     "--instruct", default="", help="Another instruct checkpoint: a folder, a hub id, or `instruct-0` of the run."
 )
@@ -97,6 +106,7 @@ def of_pair(function: Callable[..., Any]) -> Callable[..., Any]:
         ENGINE,
         click.option("--limit", type=number, help="Evaluate on the first so many questions only."),
         DATA,
+        CLUSTER,
     )(_with_pair(function))
 
 

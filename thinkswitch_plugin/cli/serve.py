@@ -10,6 +10,7 @@ import click
 
 from thinkswitch_plugin.cli.group import main
 from thinkswitch_plugin.cli.options import (
+    CLUSTER,
     DOMAIN,
     ENGINE,
     FOLDER,
@@ -136,10 +137,11 @@ def serve_lambda(pair: Any, weight: float) -> None:
 @click.option(
     "--generations", default="", help="Another generations.jsonl, with its requests.jsonl in the same folder."
 )
-def labels(domain: str, overlay: tuple[str, ...], baselines: str, **options: Any) -> None:
+@CLUSTER
+def labels(domain: str, overlay: tuple[str, ...], baselines: str, cluster: str, **options: Any) -> None:
     """Complexity labels by K-fold cross-validation: which questions need thinking? -> adaptive/seed-N/labels/."""
     from thinkswitch_plugin.perception.label_job import find_job, parse_baselines
     from thinkswitch_plugin.perception.labels import make_labels
 
     formats = parse_baselines(baselines)
-    make_labels(replace(find_job(domain, overlays=overlay, **options), baselines=formats))
+    make_labels(replace(find_job(domain, overlays=overlay, **options), baselines=formats, cluster=cluster))

@@ -23,6 +23,7 @@ class LabelJob:
         home: RUNS/DOMAIN, which is locked.
         generations: batch output of a thinking checkpoint, `requests.jsonl` beside it.
         baselines: the formats that are trained; the label needs post-thinking alone.
+        cluster: a Ray cluster whose machines train the baselines; empty for this machine.
     """
 
     recipe: Recipe
@@ -32,6 +33,7 @@ class LabelJob:
     generations: Path
     folds: int
     baselines: tuple[Format, ...] = (POST,)
+    cluster: str = ""
 
     @property
     def work(self) -> Path:
@@ -94,7 +96,7 @@ def find_job(
 
         ensure(recipe.keys, seed)
     for path in (job.generations, job.requests):
-        if not path.is_file():
+        if not path.exists():
             raise ThinkSwitchError(
                 f"{path} does not exist; labels need a generations.jsonl with its requests.jsonl in the same folder."
             )
@@ -116,4 +118,4 @@ def _of_run(run: Run | None, home: Path, name: str, seed: int) -> Path:
         raise ThinkSwitchError(
             f"{home} has not finished the generations of iteration 1 (no {stamp}); {begin}, {other}."
         )
-    return run.iteration(1) / "generations.jsonl"
+    return run.generations(1)

@@ -17,8 +17,8 @@ RUNS/DOMAIN/adaptive/seed-0/
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,10 @@ def label(job: LabelJob, hashes: Hashes) -> dict[str, Any]:
         console.say(f"  {material.repeated} questions share their text with another id; such questions share a fold")
     student, seconds = prepare_student(job, hashes)
     shares: dict[str, dict[Format, float]] = {question.prompt_id: {} for question in material.questions}
+    every = prepare_folds(job, material, fold_of, student, hashes)
     folds = []
-    for number in range(1, job.folds + 1):
-        fold = Fold(job, number, [q for q in material.questions if fold_of[q.prompt_id] == number], student, hashes)
-        fold.write(material, fold_of)
+    for fold in every:
+        number = fold.number
         facts: dict[str, Any] = {"fold": number, "questions": len(fold.questions)}
         for form in job.baselines:
             found, facts[form] = fold.evaluate(form)
@@ -220,6 +220,40 @@ class Fold:
             f"format, {seconds:.1f} s"
         )
         return shares, figures
+
+
+def prepare_folds(
+    job: LabelJob, material: Material, fold_of: Mapping[str, int], student: Path, hashes: Hashes
+) -> list[Fold]:
+    """Every fold with its files written; with a cluster, their baselines are trained and asked afterwards."""
+    folds = [
+        Fold(job, number, [q for q in material.questions if fold_of[q.prompt_id] == number], student, hashes)
+        for number in range(1, job.folds + 1)
+    ]
+    for fold in folds:
+        fold.write(material, fold_of)
+    if job.cluster:
+        train_in_cluster(job, folds)
+    return folds
+
+
+def train_in_cluster(job: LabelJob, folds: Sequence[Fold]) -> None:
+    """Have every baseline trained and asked on some machine of the cluster; each has a folder of its own."""
+    from thinkswitch_plugin.run import cluster
+
+    tasks = {f"fold {fold.number}, {form}": (fold, form) for fold in folds for form in job.baselines}
+    cluster.scatter(job.cluster, evaluate_elsewhere, tasks, lambda name, _: None, "folds")
+
+
+def evaluate_elsewhere(fold: Fold, form: Format) -> None:
+    """`Fold.evaluate` with hashes of its own, since the job's are written by one process."""
+    from thinkswitch_plugin.run import cluster
+
+    place = fold.here / form
+    try:
+        replace(fold, hashes=Hashes(place)).evaluate(form)
+    except ThinkSwitchError as error:
+        raise cluster.with_log(error, place / "logs" / "train.log") from None
 
 
 def completions(generations: Path) -> Iterator[tuple[str, formats.Parsed]]:

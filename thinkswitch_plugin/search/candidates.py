@@ -11,8 +11,9 @@ which is written last, so a candidate is done or it is not.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
 from thinkswitch_plugin.conventions import Convention, as_metadata
 from thinkswitch_plugin.engine_args import TEMPLATE_KEY
+from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import Sampling, batch_size, evaluate, quiet, uses_server
 from thinkswitch_plugin.judging.figures import Sample, interval, pass_at_k, summarize
 from thinkswitch_plugin.judging.samples import read_samples
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from thinkswitch_plugin.merging.holding import MergeJob
 
 STAMP = "candidate.json"
+ELSEWHERE = ".tasks"  # where the machines of a cluster write
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Bench:
         arguments: of the chat template.
         inputs: role → hash of every checkpoint that is merged.
         task: hash of every file that the lm-eval task is made of.
+        cluster: a Ray cluster whose machines evaluate the candidates; empty for this machine.
     """
 
     work: Path
@@ -79,6 +83,7 @@ class Bench:
     inputs: dict[str, str]
     task: dict[str, str | None]
     seed: int = 0
+    cluster: str = ""
 
     @property
     def log(self) -> Path:
@@ -128,7 +133,9 @@ def evaluate_all(bench: Bench, candidates: Sequence[Candidate], title: str) -> l
     Raises `ThinkSwitchError` if a merge or an evaluation fails; what is done stays done.
     """
     waiting = [candidate for candidate in candidates if finished(bench, candidate) is None]
-    if waiting:
+    if waiting and bench.cluster:
+        _evaluate_in_cluster(bench, waiting, title)
+    elif waiting:
         from thinkswitch_plugin.merging.holding import holding
 
         engine = "vllm" if uses_server(bench.evaluation, bench.engine) else "embedded"
@@ -147,6 +154,36 @@ def evaluate_all(bench: Bench, candidates: Sequence[Candidate], title: str) -> l
                 bar.update(1)
         bar.close()
     return [files.read_json(bench.work / c.name / STAMP) for c in candidates]
+
+
+def _evaluate_in_cluster(bench: Bench, candidates: Sequence[Candidate], title: str) -> None:
+    """Have each candidate evaluated on some machine, and put what that wrote in its place."""
+    from thinkswitch_plugin.run import cluster
+
+    def put_in_place(name: str, folder: Path) -> None:
+        (bench.work / name).parent.mkdir(parents=True, exist_ok=True)
+        files.put_in_place(folder, bench.work / name)
+
+    left = {candidate.name: (bench, candidate) for candidate in candidates}
+    for candidate in candidates:  # what machines finished for a command that was killed
+        for folder in (bench.work / ELSEWHERE).glob(f"*/{candidate.name}"):
+            if candidate.name in left and stored(folder / STAMP, {"settings": bench.settings(candidate)}):
+                put_in_place(candidate.name, folder)
+                del left[candidate.name]
+    cluster.scatter(bench.cluster, evaluate_elsewhere, left, put_in_place, title)
+    files.remove(bench.work / ELSEWHERE)
+
+
+def evaluate_elsewhere(bench: Bench, candidate: Candidate) -> Path:
+    """Evaluate one candidate in a folder of its own, which another attempt on a lost machine does not share."""
+    from thinkswitch_plugin.run import cluster
+
+    own = replace(bench, work=bench.work / ELSEWHERE / uuid.uuid4().hex, cluster="")
+    try:
+        evaluate_all(own, [candidate], candidate.name)
+    except ThinkSwitchError as error:
+        raise cluster.with_log(error, own.log) from None
+    return own.work / candidate.name
 
 
 def figures(samples: Sequence[Sample]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class PairOptions:
         limit: evaluate on the first so many questions only.
         data: a folder that the evaluation sets are read from; empty is the hub.
         task: an lm-eval task, with its own token budget, instead of the recipe's; empty is the recipe's.
+        cluster: a Ray cluster that evaluates what is made of the pair; empty is this machine.
     """
 
     domain: str
@@ -50,6 +51,7 @@ class PairOptions:
     limit: int | None
     data: str
     task: str = ""
+    cluster: str = ""
 
     @property
     def folder(self) -> Path:
@@ -81,6 +83,7 @@ class Pair:
         of_run: the pair is the one that an iteration of a run rebuilds from.
         data: a folder that the evaluation sets are read from; empty is the hub.
         task: the task of `keys`, if it is not the recipe's.
+        cluster: a Ray cluster that evaluates; empty is this machine.
     """
 
     keys: ThinkSwitchKeys
@@ -93,6 +96,7 @@ class Pair:
     of_run: bool
     data: str = ""
     task: str = ""
+    cluster: str = ""
 
     @property
     def allowed(self) -> Allowances:
@@ -125,6 +129,7 @@ class Pair:
                 inputs=inputs,
                 seed=self.seed,
                 task=task,
+                cluster=self.cluster,
             )
 
     def _tokenizer(self, template: Template, folder: Path) -> Path:
@@ -220,7 +225,8 @@ def find_pair(options: PairOptions) -> Pair:
         )
     iteration = options.iteration if options.of_run else None
     home = options.folder if options.of_run else options.results
-    pair = Pair(keys, roles, seed, engine, options.results, home, iteration, options.of_run, options.data, options.task)
+    of = (options.of_run, options.data, options.task, options.cluster)
+    pair = Pair(keys, roles, seed, engine, options.results, home, iteration, *of)
     require_compatible(roles["instruct"], roles["thinking"], pair.allowed)
     return pair
 
