@@ -71,7 +71,8 @@ def account(asked: list[str], generations: Path) -> dict[str, int]:
 def run(count: int, folder: Path, keys: EngineKeys, *, die_after: tuple[int, ...], away: float = 1.0) -> dict[str, Any]:
     """Ask everything, ask again, and account for both times."""
     asked = list(prompts(count))
-    requests, out = folder / "requests.jsonl", folder / "generations.jsonl"
+    requests = folder / "requests.jsonl"
+    out = folder / ("generations" if count > keys.rows_per_file else "generations.jsonl")
     write_requests(requests, asked)
     with FaultyServer(die_after=die_after, away=away) as server:
         started = time.monotonic()
@@ -82,8 +83,9 @@ def run(count: int, folder: Path, keys: EngineKeys, *, die_after: tuple[int, ...
         result["times the server died"] = server.deaths
         result["HTTP requests"] = server.asked.total()
         stored = {text for text in asked if ":*" not in text}
-        before = server.asked.copy()
+        before, started = server.asked.copy(), time.monotonic()
         generate(requests, out, MODEL, server.url, keys, log=folder / "log")
+        result["seconds of the second run"] = round(time.monotonic() - started, 1)
         result["stored answers asked again"] = sum(server.asked[text] > before[text] for text in stored)
         again = account(asked, out)
         result["second run accounts for"] = again["answered"] + again["failed with a reason"]
@@ -150,6 +152,7 @@ def main() -> None:
     """Print a table, and the same as one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=10_000)
+    parser.add_argument("--rows-per-file", type=int, default=100_000)
     parser.add_argument("--in-flight", type=int, nargs="+", default=[])
     given = parser.parse_args()
     count = given.requests
@@ -161,7 +164,7 @@ def main() -> None:
                 print(line)
             print(json.dumps({"in flight": rows}))
             return
-        keys = EngineKeys(concurrency=128, timeout=5, outage=60)  # type: ignore[call-arg]
+        keys = EngineKeys(concurrency=128, timeout=5, outage=60, rows_per_file=given.rows_per_file)  # type: ignore[call-arg]
         deaths = tuple(count * share // 100 for share in (5, 25, 45, 65, 85))
         result = run(count, Path(temporary), keys, die_after=deaths)
     for name, value in result.items():
