@@ -17,7 +17,7 @@ $(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA RANK BASE LABELS TASK,$(if $
 # What a setting may contain: `value` reads it before Make would expand a $(shell …) in it.
 SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITER LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR A B K SAMPLING \
 	TEMPLATE TASK LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS COMMIT GPUS CLUSTER \
-	GOAL NODES SBATCH DRY
+	GOAL NODES SBATCH DRYRUN
 $(foreach name,$(SETTINGS),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
 # A misspelt setting would be ignored and something else be run.
 KNOWN := $(SETTINGS) QUESTION BENCH COLUMNS ROWS RUN MAKE INSTALLED VENV TS SHELL $(filter THINKSWITCH_% HF_% OMP_% CUDA_% VLLM_% WANDB_%,$(.VARIABLES))
@@ -186,13 +186,13 @@ serve: setup ## start vLLM with both modes of an export, one checkpoint, or a λ
 
 ##@ Run elsewhere
 
-submit-slurm: ## submit a target as a Slurm job, on several nodes with Ray: make submit-slurm GOAL=sweep DOMAIN=aime NODES=4 SBATCH="--gpus-per-node=8" DRY=1
+submit-slurm: ## submit a target as a Slurm job, on several nodes with Ray: make submit-slurm GOAL=sweep DOMAIN=aime NODES=4 SBATCH="--gpus-per-node=8" DRYRUN=1
 	@script=$(HERE)recipes/cluster/slurm.sbatch; \
 	set -- sbatch --job-name="$${GOAL:-iterate}-$$DOMAIN" --nodes="$${NODES:-1}" $$SBATCH "$$script" "$${GOAL:-iterate}"; \
-	for name in $(filter-out GOAL NODES SBATCH DRY,$(GIVEN)); do set -- "$$@" "$$name=$$(printenv $$name)"; done; \
-	if [ -n "$$DRY" ]; then printf "'%s' " "$$@"; echo; cat "$$script"; \
+	for name in $(filter-out GOAL NODES SBATCH DRYRUN,$(GIVEN)); do set -- "$$@" "$$name=$$(printenv $$name)"; done; \
+	if [ -n "$$DRYRUN" ]; then printf "'%s' " "$$@"; echo; cat "$$script"; \
 	elif command -v sbatch >/dev/null; then "$$@"; \
-	else echo "submit-slurm: sbatch is not installed here; run this on a login node of a Slurm cluster, or add DRY=1 to print the command" >&2; exit 1; fi
+	else echo "submit-slurm: sbatch is not installed here; run this on a login node of a Slurm cluster, or add DRYRUN=1 to print the command" >&2; exit 1; fi
 
 ##@ Prove
 

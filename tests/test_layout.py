@@ -97,7 +97,7 @@ def test_a_launcher_can_be_read_and_runs_a_target_of_the_makefile(name: str) -> 
 
 
 def test_a_dry_run_prints_what_would_be_submitted_to_slurm() -> None:
-    words = ["GOAL=sweep", "DOMAIN=aime", "NODES=4", "LAMBDAS=0 0.1 … 1", "SBATCH=--gpus-per-node=8", "DRY=1"]
+    words = ["GOAL=sweep", "DOMAIN=aime", "NODES=4", "LAMBDAS=0 0.1 … 1", "SBATCH=--gpus-per-node=8", "DRYRUN=1"]
     done = subprocess.run(["make", "-s", "submit-slurm", *words], cwd=ROOT, capture_output=True, text=True, check=True)
     command, _, script = done.stdout.partition("\n")
     assert shlex.split(command) == [
