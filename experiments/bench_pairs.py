@@ -36,8 +36,7 @@ from pathlib import Path
 from thinkswitch_plugin.data.pairs import write_pairs
 folder = Path(sys.argv[1])
 report = write_pairs(
-    folder / "requests.jsonl", folder / "generations.jsonl", folder / "pairs.jsonl", selection="first",
-    answer_kind="exact", keep_trace=bool(int(sys.argv[2])),
+    folder / "requests.jsonl", folder / "generations.jsonl", folder / "pairs.jsonl", keep_trace=bool(int(sys.argv[2])),
 )
 print(report.kept, report.samples, sum(report.dropped.values()))
 """

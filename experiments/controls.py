@@ -30,6 +30,7 @@ from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
 from thinkswitch_plugin.report import header, rows, strata
 from thinkswitch_plugin.run import MODES, Run, locked, open_run
 from thinkswitch_plugin.run.checkpoint import Subject
+from thinkswitch_plugin.run.hashes import Hashes
 
 NAMES = {
     "shuffled": ("instruct", "labels shuffled among prompts"),
@@ -87,9 +88,12 @@ def run_control(run: Run, name: str) -> None:
         subject = Subject(str(out), keys.pair.arguments(mode))
         evaluate_checkpoint(subject, here / "eval" / mode, keys, run.engine, log=here / "logs" / f"{name}.log")
         figures = summarize(samples_of(here / "eval" / mode, keys, str(out)))
-        files.write_json(here / "result.json", {"control": name, "mode": mode, "title": title, **figures})
+        beside = Hashes(run.folder).of(run.iteration(1) / mode)  # of any other checkpoint the report leaves it out
+        about = {"control": name, "mode": mode, "title": title, "beside": beside}
+        files.write_json(here / "result.json", {**about, **figures})
         low, high = figures["ci95"]
         console.say(f"  {title}: {100 * figures['mean@k']:.1f} % ({100 * low:.1f}–{100 * high:.1f})")
+        console.say("  `make report` puts it beside the run")
 
 
 def relabelled(run: Run, name: str) -> Iterator[dict[str, Any]]:
@@ -106,8 +110,16 @@ def relabelled(run: Run, name: str) -> Iterator[dict[str, Any]]:
         labels = [task.answer(row["messages"][0]["content"]) for row in rows_]
     else:
         known = read_field(run.recipe.keys.prompts, run.seed, "answer")
+        if lost := next((row["prompt_id"] for row in rows_ if row["prompt_id"] not in known), None):
+            raise ThinkSwitchError(
+                f"The prompts no longer hold {lost}, which iteration 1 was trained on; run `make iterate` first."
+            )
         labels = [known[row["prompt_id"]] for row in rows_]
+    if empty := sum(not label.strip() for label in labels):
+        console.say(f"  {empty} of {len(labels)} answers are empty and left out")
     for row, label in zip(rows_, labels, strict=True):
+        if not label.strip():
+            continue
         messages = [*row["messages"][:-1], {"role": "assistant", "content": label}]
         yield {**row, "messages": messages}
 

@@ -50,6 +50,16 @@ def arithmetic_dataset(**arguments: Any) -> dict[str, Any]:
     return _test(Dataset.from_list(rows), arguments)
 
 
+def arithmetic_two_dataset(**arguments: Any) -> dict[str, Any]:
+    """All chains of two operands, which are no questions of the embedded domain: a guard task for it."""
+    from datasets import Dataset
+
+    from thinkswitch_plugin.demo import task
+
+    rows = [{"question": q, "answer": task.answer(q)} for q in task.two_operands()]
+    return _test(Dataset.from_list(rows), arguments)
+
+
 def arithmetic_mixed_dataset(**arguments: Any) -> dict[str, Any]:
     """The held-out questions of the mixed domain, with their strata."""
     from datasets import Dataset

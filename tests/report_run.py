@@ -72,13 +72,15 @@ def make_run(
     return here
 
 
-def write_samples(out: Path, chains: list[str], samples: int, k: int, mode: str, characters: int) -> None:
+def write_samples(
+    out: Path, chains: list[str], samples: int, k: int, mode: str, characters: int, task_name: str = TASK
+) -> None:
     """lm-eval's two files of one evaluation."""
     draw = random.Random(f"{k} {mode} {samples}")
     padding = [" ".join(draw.choices(("3+4=7", "so", "x < 7", "again", "[1]", "**no**"), k=characters // 4 + 1))
                for _ in range(64)] if characters else [""]  # fmt: skip
     stamp = "2026-01-01T00-00-00.000000"
-    with files.atomic_file(out / f"samples_{TASK}_{stamp}.jsonl") as handle:
+    with files.atomic_file(out / f"samples_{task_name}_{stamp}.jsonl") as handle:
         for doc_id, chain in enumerate(chains):
             gold = task.answer(chain)
             texts = [complete(draw, chain, gold, k, mode, padding[(doc_id + j) % len(padding)], characters)
@@ -94,21 +96,21 @@ def write_samples(out: Path, chains: list[str], samples: int, k: int, mode: str,
                 "filtered_resps": texts,
             }
             handle.write(files.dumps_line(row))
-    config = {"task": TASK, "doc_to_text": "{{question}}"}
-    files.write_json(out / f"results_{stamp}.json", {"configs": {TASK: config}})
+    config = {"task": task_name, "doc_to_text": "{{question}}"}
+    files.write_json(out / f"results_{stamp}.json", {"configs": {task_name: config}})
 
 
-def store_answers(folder: Path, mode: str) -> None:
-    """What was asked for one evaluation, and the answers as an engine ended them."""
+def store_answers(folder: Path, mode: str, guard: str = "") -> None:
+    """What was asked for one evaluation, and the answers as an engine ended them; of a guard task behind the others."""
     tokenizer = build_tokenizer(mode)
     metadata = batch.asked_of(tokenizer).metadata()
     with (
-        files.atomic_file(folder / stored.REQUESTS) as requests,
-        files.atomic_file(folder / stored.GENERATIONS) as generations,
+        (folder / stored.REQUESTS).open("ab") as requests,
+        (folder / stored.GENERATIONS).open("ab") as generations,
     ):
-        for row in stored.read_rows(stored.samples_file(folder, TASK)):
+        for row in stored.read_rows(stored.samples_file(folder, guard or TASK)):
             for j, text in enumerate(row.texts):
-                name = {"custom_id": stored.question_id(row.doc_id, j)}
+                name = {"custom_id": stored.question_id(row.doc_id, j, guard)}
                 turn = {"role": "user", "content": row.doc["question"]}
                 requests.write(files.dumps_line({**name, "body": {"messages": [turn], "metadata": metadata}}))
                 tokens = len(tokenizer.encode(text, add_special_tokens=False))

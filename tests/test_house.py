@@ -101,7 +101,7 @@ def test_a_domain_is_a_recipe_its_rows_and_a_task(domain: Path) -> None:
     assert task_files.evaluation_set("sums") == ("sums", "sums")
     assert task_files.evaluation_set("thinkswitch_aime_k8") == ("MathArena/aime_2026", "AIME 2026")
     assert "8, of commit (a local file)" in check.rendered_prompts(keys)
-    assert check.questions(sums, []) == "sums loads, 20 questions; no training prompt is in it"
+    assert check.questions(sums, {}) == "sums loads, 20 questions; no training prompt is in it"
     chosen, _ = prompts.prompts_of_iteration(keys.prompts, 0, 1)
     how = batch.Asked()
     asked = {"model": "m", "how": how, "sampling": keys.sampling, "seed": 0}

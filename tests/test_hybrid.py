@@ -172,7 +172,8 @@ def hybrid_run(make: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def iterate(runs: Path) -> None:
         runs.mkdir()
-        half = {"thinkswitch": {"prompts": {"count": 256}, "evaluation": {"limit": 200}}}
+        guard = {"guard": ["thinkswitch_arithmetic_two"], "guard_limit": 60, "guard_margin": 0.9}
+        half = {"thinkswitch": {"prompts": {"count": 256}, "evaluation": {"limit": 200, **guard}}}
         files.write_yaml(runs / "half.yaml", half)
         words = ("DOMAIN=arithmetic-hybrid", "ITERATIONS=1", "ENGINE=embedded", f"OVERLAY={runs / 'half.yaml'}")
         done = make("iterate", *words, f"RUNS={runs}", timeout=1800)
@@ -185,6 +186,10 @@ def hybrid_run(make: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_loop_raises_a_hybrids_instruct_mode_and_keeps_its_thinking(hybrid_run: Path) -> None:
     zero, one = files.read_json(hybrid_run / "report.json")["iterations"]
     assert one["instruct"]["mean@k"] - zero["instruct"]["mean@k"] >= 0.15
+    (guard,) = one["guard"].values()
+    assert set(guard) == {"instruct", "thinking", "instruct-as-thinking", "thinking-as-instruct"}
+    assert all(found["n"] == found["paired"]["n"] == 60 for found in guard.values())
+    assert guard["thinking"]["mean@k"] > 0.9 and guard["thinking"]["tokens"] > guard["instruct"]["tokens"]
     assert zero["thinking"]["think_ratio"] >= 0.95
     assert one["thinking"]["think_ratio"] >= 0.98 * zero["thinking"]["think_ratio"]
     assert one["instruct"]["think_ratio"] == one["thinking"]["instruct"]["think_ratio"] == 0.0

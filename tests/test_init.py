@@ -53,7 +53,7 @@ def test_what_is_written_passes_the_checks_that_need_no_model(init: Callable[...
     assert made.keys.engine.concurrency == {"8gb": 8, "24gb": 8, "several": 16}[gpu]
     assert "Please reason step by step" in check.rendered_prompts(made.keys)
     if (name, gpu) == ("rows.jsonl", "8gb"):  # lm-eval's import
-        assert check.questions(made, []) == "sums loads, 10 questions; no training prompt is in it"
+        assert check.questions(made, {}) == "sums loads, 10 questions; no training prompt is in it"
 
 
 def test_without_gold_answers_the_task_reports_agreement_with_a_reference(init: Callable[..., Result]) -> None:
@@ -66,13 +66,13 @@ def test_without_gold_answers_the_task_reports_agreement_with_a_reference(init: 
     with pytest.raises(
         ThinkSwitchError, match=r"reference.jsonl is not there yet: .* `thinkswitch reference --domain sums`"
     ):
-        check.questions(made, [])
+        check.questions(made, {})
     files.write_json(reference.with_suffix("") / "reference.json", {"thinking": "another"})
     reference.write_bytes(questions.read_bytes())
     with pytest.raises(
         ThinkSwitchError, match="holds answers of another, which is not the recipe's thinking checkpoint"
     ):
-        check.questions(made, [])
+        check.questions(made, {})
 
 
 def test_rows_that_repeat_a_held_out_row_are_left_out_and_counted(init: Callable[..., Result]) -> None:
@@ -142,7 +142,7 @@ def test_the_reference_is_the_majority_of_a_real_thinking_checkpoint(
     assert done.exit_code == 0 and "to 4 questions\n" in done.output, done.output
     for _, row in files.read_jsonl(Path("recipes/sums/reference.jsonl")):
         assert row["answer"] == demo.answer(row["prompt"]) and (row["votes"], row["samples"]) == (1, 1)
-    assert check.questions(recipe.recipe_of("sums", ["tiny.yaml"]), []).startswith("sums loads, 4 questions")
+    assert check.questions(recipe.recipe_of("sums", ["tiny.yaml"]), {}).startswith("sums loads, 4 questions")
     loaded = task_files.load("sums")["sums"]
     graded = loaded.process_results(loaded.eval_docs[0], [f"<think>\nx\n</think>\n\n{loaded.eval_docs[0]['answer']}"])
     assert graded == {"agreement": 1.0, "think_ratio": [1, 1], "answered": 1.0}

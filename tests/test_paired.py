@@ -63,6 +63,25 @@ def test_the_sentence_counts_and_judges() -> None:
     assert "Accuracy +10.0 points (95 % interval +5.7 to +14.2)." in text
 
 
+def test_the_length_of_the_answers_is_compared_question_by_question() -> None:
+    draw = random.Random(0)
+    before, after = table(20, 10, 2, 8)
+    for one, other in zip(before, after, strict=True):
+        one.tokens[0] = draw.randrange(10, 200)
+        other.tokens[0] = one.tokens[0] + draw.randrange(0, 9)
+    found = paired.compare(before, after)
+    differences = [other.tokens[0] - one.tokens[0] for one, other in zip(before, after, strict=True)]
+    test = stats.ttest_1samp(differences, 0)
+    tokens = found["tokens"]
+    assert (tokens["p"], tokens["ci95"]) == (test.pvalue, pytest.approx(list(test.confidence_interval())))
+    assert (
+        tokens["difference"] == pytest.approx(tokens["after"] - tokens["before"]) and tokens["verdict"] == paired.MORE
+    )
+    assert f"Tokens an answer {tokens['before']:.1f} → {tokens['after']:.1f} (+" in found["sentence"]
+    same = paired.compare(before, before)["tokens"]
+    assert (same["ci95"], same["p"], same["verdict"]) == ([0.0, 0.0], 1.0, paired.NOISE)
+
+
 def test_the_vote_decides_where_there_are_several_samples_and_the_mean_is_bootstrapped() -> None:
     draw = random.Random(0)
     before = [sample(n, [draw.random() < 0.4 for _ in range(8)]) for n in range(60)]

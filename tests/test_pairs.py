@@ -10,6 +10,7 @@ import pytest
 from experiments import bench_pairs
 from tests.conftest import ROOT
 from thinkswitch_plugin import files
+from thinkswitch_plugin.args import LabelKeys
 from thinkswitch_plugin.data.pairs import PairReport, build_pairs, write_pairs
 from thinkswitch_plugin.errors import ThinkSwitchError
 
@@ -35,9 +36,10 @@ def answer(custom_id: str, content: str | None, finish: str | None = "stop", **e
     return {"custom_id": custom_id, "response": {"status_code": 200, "body": body}, "error": None}
 
 
-def built(requests: Path, generations: Path, selection: str = "first") -> tuple[list[str], PairReport]:
+def built(requests: Path, generations: Path, selection: str = "first", **others: float) -> tuple[list[str], PairReport]:
     report = PairReport()
-    rows = build_pairs(requests, generations, selection=selection, answer_kind="digit", report=report)
+    labels = LabelKeys.model_validate({"selection": selection, "answer": "digit", **others})
+    rows = build_pairs(requests, generations, labels=labels, report=report)
     return [f"{r['custom_id']}={r['messages'][-1]['content']}" for r in rows], report
 
 
@@ -82,11 +84,31 @@ def test_first_all_and_vote(write_jsonl: Write) -> None:
     assert report.kept + sum(report.dropped.values()) == report.samples
 
 
+@pytest.mark.parametrize(("least", "kept"), [(0.5, 1), (0.67, 0)])
+def test_a_prompt_on_which_the_samples_disagree_too_much_is_dropped_by_a_vote_and_counted(
+    least: float, kept: int, write_jsonl: Write, tmp_path: Path
+) -> None:
+    requests = write_jsonl("requests.jsonl", [request("p0", s) for s in range(4)])
+    texts = ["t</think>3", "t</think>5", "t</think>5", "t</think>none"]  # two of four; what cannot be read disagrees
+    generations = write_jsonl("generations.jsonl", [answer(f"p0-s{i}", t) for i, t in enumerate(texts)])
+    rows, report = built(requests, generations, "vote", min_agreement=least)
+    assert rows == ["p0-s1=5"][:kept] and report.prompts_without_pair == 1 - kept
+    assert report.dropped == ({"not_selected": 3} if kept else {"samples_disagree": 4})
+    labels = LabelKeys.model_validate({"selection": "vote", "answer": "digit", "min_agreement": least})
+    if kept:
+        write_pairs(requests, generations, tmp_path / "pairs.jsonl", labels=labels)
+        counts = files.read_json(tmp_path / "pairs.json")
+        assert (counts["selection"], counts["min_agreement"]) == ("vote", 0.5)
+    else:
+        with pytest.raises(ThinkSwitchError, match=r"4 samples_disagree\); lower `labels.min_agreement`"):
+            write_pairs(requests, generations, tmp_path / "pairs.jsonl", labels=labels)
+
+
 def test_a_prompt_with_tags_keeps_its_text_and_gets_its_own_answer(write_jsonl: Write) -> None:
     text = "What does </think> mean in <think>?"
     requests = write_jsonl("requests.jsonl", [request("p0", text=text)])
     generations = write_jsonl("generations.jsonl", [answer("p0-s0", "t</think>4")])
-    rows = list(build_pairs(requests, generations, answer_kind="digit", report=PairReport()))
+    rows = list(build_pairs(requests, generations, report=PairReport()))
     assert [m["content"] for m in rows[0]["messages"]] == [text, "4"]
 
 
@@ -103,7 +125,7 @@ def test_no_pair_at_all_is_an_error_and_leaves_no_file(write_jsonl: Write, tmp_p
     requests = write_jsonl("requests.jsonl", [request("p0")])
     generations = write_jsonl("generations.jsonl", [answer("p0-s0", "cut", finish="length")])
     with pytest.raises(ThinkSwitchError, match="1 unclosed_trace"):
-        write_pairs(requests, generations, tmp_path / "pairs.jsonl", selection="first", answer_kind="digit")
+        write_pairs(requests, generations, tmp_path / "pairs.jsonl")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["generations.jsonl", "requests.jsonl"]
 
 

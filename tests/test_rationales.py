@@ -83,7 +83,7 @@ def test_generations_give_the_same_rows_as_their_rationales(tokenizer: Any, writ
         "generations.jsonl", [answer("p1-s0", "4+4=8\n</think>\n\n8"), answer("p0-s0", "5", reasoning="2+3=5")]
     )
     rationales = tmp_path / "rationales.jsonl"
-    pairs.write_pairs(requests, generations, rationales, selection="first", answer_kind="digit", keep_trace=True)
+    pairs.write_pairs(requests, generations, rationales, keep_trace=True)
     assert [(row["prompt_id"], row["trace"]) for _, row in files.read_jsonl(rationales)] == [
         ("p0", "2+3=5"), ("p1", "4+4=8"),
     ]  # fmt: skip

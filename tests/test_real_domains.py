@@ -238,7 +238,7 @@ def test_pairs_from_vllm_equal_those_of_the_embedded_engine(
     assert (report.answered, report.failed) == (512, 0)
     message = next(files.read_jsonl(out))[1]["response"]["body"]["choices"][0]["message"]
     assert "</think>" in message["content"]  # raw text, the trace in it
-    write_pairs(here / "requests.jsonl", out, tmp_path / "pairs.jsonl", selection="first", answer_kind="digit")
+    write_pairs(here / "requests.jsonl", out, tmp_path / "pairs.jsonl")
     assert (tmp_path / "pairs.jsonl").read_bytes() == (here / "pairs.jsonl").read_bytes()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from xml.etree import ElementTree
 import orjson
 import pytest
 
-from tests.report_run import BUDGET, HOSTILE, TASK, make_run, write_sweep
+from tests.report_run import BUDGET, HOSTILE, TASK, make_run, store_answers, write_samples, write_sweep
 from thinkswitch_plugin import files
 from thinkswitch_plugin.data.traces import split
+from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging import figures, paired, samples, verdict
 from thinkswitch_plugin.report import page, pictures, tables, write_report
@@ -22,6 +24,7 @@ from thinkswitch_plugin.report.build import build_report, evaluations, price_per
 from thinkswitch_plugin.report.charts import inline
 from thinkswitch_plugin.report.questions import Limits, Prompts, Questions, sent_text, shorten
 from thinkswitch_plugin.run import REPORT_FILES, Given, open_run
+from thinkswitch_plugin.run.hashes import Hashes
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +152,30 @@ def test_every_file_of_the_report_is_written_and_the_same_again(written: Path) -
     assert "won and" in first["report.md"].decode() and "within noise" in first["report.md"].decode()
     write_report(open_run(written))
     assert {name: (written / name).read_bytes() for name in REPORT_FILES} == first
+
+
+def test_finished_controls_are_shown_beside_the_run_until_its_checkpoint_is_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path, questions=60, iterations=1)
+    run, here = open_run(folder), folder / "controls" / "shuffled"
+    write_samples(here / "eval" / "instruct" / "x", task.distinct(random.Random(0), 60), 1, 0, "instruct", 0)
+    store_answers(here / "eval" / "instruct", "instruct")
+    figures_ = figures.summarize(samples.samples_of(here / "eval" / "instruct", run.recipe.keys, ""))
+    beside = Hashes(folder).of(folder / "iter-1" / "instruct")
+    about = {"control": "shuffled", "mode": "instruct", "title": "labels <shuffled>", "beside": beside}
+    files.write_json(here / "result.json", {**about, **figures_})
+    write_report(run)
+    (found,) = files.read_json(folder / "report.json")["controls"]
+    one = files.read_json(folder / "report.json")["iterations"][1]["instruct"]
+    assert found["paired"]["difference"] == pytest.approx(figures_["mean@k"] - one["mean@k"])
+    assert "| labels <shuffled> | instruct | " in (folder / "report.md").read_text()
+    assert "labels &lt;shuffled&gt;" in (folder / "report.html").read_text()
+    assert "Controls" in capsys.readouterr().out
+    (folder / "iter-1" / "instruct" / "config.json").write_text("{}")
+    write_report(run)
+    assert "controls" not in files.read_json(folder / "report.json")
+    assert "repeat it: make control CONTROL=shuffled" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_page_holds_every_question_with_what_each_checkpoint_answered(written: Path) -> None:

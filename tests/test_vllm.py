@@ -102,7 +102,7 @@ def both_ways(requests: Path, out: Path, switch: str, count: int) -> Path:
 def pairs_of(requests: Path, generations: Path) -> list[tuple[str, str]]:
     """Id and answer of every pair."""
     out = generations.with_name(f"{generations.stem}-pairs.jsonl")
-    write_pairs(requests, generations, out, selection="first", answer_kind="digit")
+    write_pairs(requests, generations, out)
     return [(row["custom_id"], row["messages"][-1]["content"]) for _, row in files.read_jsonl(out)]
 
 

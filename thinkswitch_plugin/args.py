@@ -17,6 +17,7 @@ from thinkswitch_plugin.answer_kinds import KINDS
 from thinkswitch_plugin.engine_args import TEMPLATE_KEY, Keys, ModeArguments
 from thinkswitch_plugin.engine_args import EngineKeys as EngineKeys
 from thinkswitch_plugin.engine_args import option_name as option_name
+from thinkswitch_plugin.evaluation_args import EvaluationKeys as EvaluationKeys
 
 
 class PairKeys(Keys):
@@ -102,6 +103,12 @@ class LabelKeys(Keys):
     selection: Literal["first", "all", "vote"] = Field(
         "first", description="First complete sample, all of them, or one that gives the majority answer."
     )
+    min_agreement: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="With `vote`: drop a prompt if a smaller share of its complete samples gives the majority answer.",
+    )
     answer: Literal[tuple(KINDS)] = Field(  # type: ignore[valid-type]
         "exact", description="How a final answer is read, for `vote` and for grading; see docs/grading.md."
     )
@@ -109,6 +116,17 @@ class LabelKeys(Keys):
         "drop", description="A completion cut by the token limit: drop it, or ask once more with `retry_max_tokens`."
     )
     retry_max_tokens: int | None = Field(None, gt=0, description="Budget of the second try (default: twice the first).")
+
+    @model_validator(mode="after")
+    def _agreement_is_of_a_vote(self) -> LabelKeys:
+        if self.min_agreement is not None and self.selection != "vote":
+            raise ValueError("`min_agreement` needs `selection: vote`; set that, or remove `min_agreement`")
+        return self
+
+    def selecting(self) -> dict[str, Any]:
+        """The keys that select pairs, as `build_pairs` takes them and stamps hold them; `min_agreement` only if it is set."""
+        agreement = {} if self.min_agreement is None else {"min_agreement": self.min_agreement}
+        return {"selection": self.selection, **agreement}
 
 
 class NeedKeys(Keys):
@@ -147,31 +165,6 @@ class RebuildKeys(Keys):
     check_prompts: int = Field(
         64, gt=0, description="Requests (at most) on which the rebuilt checkpoint's think ratio is measured."
     )
-
-
-class EvaluationKeys(Keys):
-    """How both checkpoints are evaluated."""
-
-    task: str = Field(description="lm-eval task name.")
-    limit: int | None = Field(None, gt=0, description="Use only the first N questions.")
-    batch_size: str = Field(
-        "auto",
-        description="How many questions are answered together in process: a number, or `auto` for `engine.concurrency`. What a GPU's memory does not hold is answered in halves.",
-    )
-    backend: Literal["auto", "hf", "server"] = Field(
-        "auto", description="hf: in process by transformers; server: through vLLM; auto: server if the engine is vLLM."
-    )
-    max_tokens: int | None = Field(None, gt=0, description="Token budget of an answer (default: the task's own).")
-    contamination_ngram: int = Field(
-        13, gt=0, description="A training prompt must share no run of so many words with an evaluation question."
-    )
-    contamination_share: float = Field(
-        0.2, gt=0, le=1, description="…unless the shared runs are less than this share of the shorter text."
-    )
-
-    def changing_figures(self) -> dict[str, Any]:
-        """The keys that may change what an evaluation finds; stamps remember them."""
-        return self.model_dump(exclude={"contamination_ngram", "contamination_share"})
 
 
 class PerceptionKeys(Keys):

@@ -89,8 +89,11 @@ def overlaps(
     return found
 
 
-def evaluation_questions(task: str) -> list[str]:
+def evaluation_questions(task: str, *, asked: bool = False) -> list[str]:
     """The text of every question of an lm-eval task, as the task itself renders it.
+
+    Args:
+        asked: checkpoints are asked these questions, so the task must generate text.
 
     Raises `ThinkSwitchError` if lm-eval knows no such task or its data cannot be loaded.
     """
@@ -103,8 +106,11 @@ def evaluation_questions(task: str) -> list[str]:
     try:
         loaded = task_files.load(task).get(task)
         if loaded is None:
+            raise ThinkSwitchError(f"{task} is a group of lm-eval tasks; name one task of it.")
+        if asked and loaded.OUTPUT_TYPE != "generate_until":
             raise ThinkSwitchError(
-                f"{task} is a group of lm-eval tasks; name one task in `thinkswitch.evaluation.task`."
+                f"lm-eval's task {task} compares likelihoods (`output_type: {loaded.OUTPUT_TYPE}`), which a chat does not "
+                "give; name a task with `output_type: generate_until`."
             )
         questions = [(str(loaded.doc_to_text(doc)), loaded.doc_to_target(doc)) for doc in loaded.eval_docs]
     except ThinkSwitchError:
@@ -125,13 +131,17 @@ def evaluation_questions(task: str) -> list[str]:
     return [question for question, _ in questions]
 
 
-def require_uncontaminated(prompts: Sequence[tuple[str, str]], keys: EvaluationKeys) -> int:
-    """How many questions the evaluation set has.
+def require_uncontaminated(prompts: Sequence[tuple[str, str]], keys: EvaluationKeys) -> dict[str, int]:
+    """How many questions the evaluation set has, and those of the guard tasks, by task.
 
-    Raises `ThinkSwitchError`, showing the pairs, if a training prompt is in it.
+    Raises `ThinkSwitchError`, showing the pairs, if a training prompt is in one of them.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    questions = evaluation_questions(keys.task)
+    return {task: _require_apart(prompts, task, keys) for task in keys.tasks}
+
+
+def _require_apart(prompts: Sequence[tuple[str, str]], task: str, keys: EvaluationKeys) -> int:
+    questions = evaluation_questions(task, asked=True)
     found = overlaps(prompts, questions, n=keys.contamination_ngram, share=keys.contamination_share)
     if found:
         shown = "\n".join(
@@ -139,7 +149,7 @@ def require_uncontaminated(prompts: Sequence[tuple[str, str]], keys: EvaluationK
             for o in found[:SHOWN]
         )
         raise ThinkSwitchError(
-            f"{len(found)} training prompt(s) overlap with the evaluation set of {keys.task}; remove them, or, if they "
+            f"{len(found)} training prompt(s) overlap with the evaluation set of {task}; remove them, or, if they "
             f"only share the sentences of a template, raise `thinkswitch.evaluation.contamination_share`:\n{shown}"
         )
     return len(questions)

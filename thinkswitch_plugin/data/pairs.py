@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from thinkswitch_plugin import files
+from thinkswitch_plugin.args import LabelKeys
 from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.data import answers, batch, formats, messages
 from thinkswitch_plugin.data.batch import Asked
@@ -31,10 +32,12 @@ from thinkswitch_plugin.parts import located
 MISSING = "not_generated"
 NOT_CHOSEN = "not_selected"
 NO_MAJORITY = "no_readable_answer"
+DISAGREE = "samples_disagree"
 CONTROL = "control_token"
 NO_TRACE = "no_trace"
 REPEATS = "answer_repeats_trace"
 BEGINNING = 100  # characters of a completion that are shown
+FIRST = LabelKeys()  # type: ignore[call-arg]
 FEWEST_TRACES = 0.1  # of the completions that came to an end; with fewer, the traces must be of a kind we do not know
 
 
@@ -72,8 +75,7 @@ def build_pairs(
     requests: Path,
     generations: Path,
     *,
-    selection: str = "first",
-    answer_kind: str = "exact",
+    labels: LabelKeys = FIRST,
     keep_trace: bool = False,
     convention: Convention | None = None,
     report: PairReport,
@@ -86,9 +88,8 @@ def build_pairs(
             the completion is read.
         generations: its batch output, in any order. Of several lines with one id the first that is no
             failure counts; a torn last line is left out.
-        selection: `first` complete sample, `all`, or `vote` (the first complete sample
-            that gives the majority answer).
-        answer_kind: how `vote` reads a final answer, a key of `KINDS`.
+        labels: which samples become pairs: the `first` complete one, `all`, or by `vote` (the first complete one
+            that gives the majority answer, which at least the share `min_agreement` of the complete ones must give).
         keep_trace: give each pair its `trace`, and drop those that `formats` cannot write.
         convention: how the recipe says that traces are written; None leaves it to each request.
 
@@ -111,9 +112,9 @@ def build_pairs(
             else:
                 report.dropped[outcome] += 1
         texts = [str(done.answer) for _, done in complete]
-        chosen, reason = select(texts, selection, answer_kind)
-        if selection == "vote":
-            votes.count([answers.extract(answer_kind, text) for text in texts])
+        chosen, reason = select(texts, labels)
+        if labels.selection == "vote":
+            votes.count([answers.extract(labels.answer, text) for text in texts])
         if len(complete) > len(chosen):
             report.dropped[reason] += len(complete) - len(chosen)
         report.kept += len(chosen)
@@ -123,7 +124,7 @@ def build_pairs(
             turns = [*request["body"]["messages"], {"role": "assistant", "content": done.answer}]
             ids = {"custom_id": request["custom_id"], "prompt_id": batch.prompt_id(request)}
             yield {"messages": turns, **ids, **({"trace": done.trace} if keep_trace else {})}
-    votes.require_agreement(answer_kind, "set `thinkswitch.labels.selection: first`")
+    votes.require_agreement(labels.answer, "set `thinkswitch.labels.selection: first`")
 
 
 class AnsweredRequest(NamedTuple):
@@ -234,13 +235,16 @@ def judge(done: Completion, how: Asked, *, keep_trace: bool = False) -> str:
     return Outcome.COMPLETE
 
 
-def select(complete: Sequence[str], selection: str, answer_kind: str) -> tuple[Sequence[int], str]:
+def select(complete: Sequence[str], labels: LabelKeys) -> tuple[Sequence[int], str]:
     """The places of those complete answers of one prompt that become pairs, and why the others do not."""
-    if selection == "vote":
-        found = [answers.extract(answer_kind, answer) for answer in complete]
+    if labels.selection == "vote":
+        found = [answers.extract(labels.answer, answer) for answer in complete]
         winner = answers.majority(found)
-        return ([], NO_MAJORITY) if winner is None else ([found.index(winner)], NOT_CHOSEN)
-    return range(len(complete))[: None if selection == "all" else 1], NOT_CHOSEN
+        if winner is None:
+            return [], NO_MAJORITY
+        agrees = found.count(winner) >= (labels.min_agreement or 0) * len(found)
+        return ([found.index(winner)], NOT_CHOSEN) if agrees else ([], DISAGREE)
+    return range(len(complete))[: None if labels.selection == "all" else 1], NOT_CHOSEN
 
 
 def write_pairs(
@@ -248,8 +252,7 @@ def write_pairs(
     generations: Path,
     out: Path,
     *,
-    selection: str,
-    answer_kind: str,
+    labels: LabelKeys = FIRST,
     keep_trace: bool = False,
     convention: Convention | None = None,
 ) -> PairReport:
@@ -262,18 +265,22 @@ def write_pairs(
         rows = build_pairs(
             requests,
             generations,
-            selection=selection,
-            answer_kind=answer_kind,
+            labels=labels,
             keep_trace=keep_trace,
             convention=convention,
             report=report,
         )
         for row in rows:
             handle.write(files.dumps_line(row))
+        if report.kept == 0 and report.dropped[DISAGREE]:
+            raise ThinkSwitchError(
+                f"{generations}: the samples of no prompt agree enough ({report.summary()}); lower "
+                "`labels.min_agreement` in the recipe, or increase `sampling.samples`."
+            )
         if report.kept == 0:
             raise ThinkSwitchError(
                 f"{generations} holds no complete answer ({report.summary()}); "
                 "increase `sampling.max_tokens` in the recipe, or check the file."
             )
-    files.write_json(out.with_suffix(".json"), {**report.as_json(), "selection": selection})
+    files.write_json(out.with_suffix(".json"), {**report.as_json(), **labels.selecting()})
     return report

@@ -78,6 +78,14 @@ def held_out(count: int = HELD_OUT_SIZE) -> list[str]:
     return distinct(random.Random(HELD_OUT_SEED), HELD_OUT_SIZE)[:count]
 
 
+def two_operands() -> list[str]:
+    """All chains of two operands, in one fixed order; the domain's own have three or four."""
+    digits = range(10)
+    chains = [f"{one}{sign}{other}" for one in digits for sign in SIGNS for other in digits]
+    random.Random(HELD_OUT_SEED).shuffle(chains)
+    return chains
+
+
 def training_prompts(seed: int, count: int) -> list[str]:
     """Questions for distillation: never held out, never in the pair's own training data."""
     return distinct(random.Random(f"prompts-{seed}"), count, exclude=held_out())

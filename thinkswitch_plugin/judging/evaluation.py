@@ -117,7 +117,7 @@ def evaluate_checkpoint(
     elif served is not None:
         answering = served.checkpoint(Path(checkpoint), log)
     how = how_read(tokenizer, keys.convention, subject.arguments)
-    lm = ThinkSwitchLM(building, checkpoint, answering, asked, tokenizer, how, log, adapter)
+    lm = ThinkSwitchLM(building, checkpoint, answering, asked, tokenizer, how, log, adapter, subject.guards)
     try:
         evaluate(lm, keys.evaluation, name=str(lora or checkpoint))
     finally:
@@ -136,6 +136,8 @@ def evaluate(
     stop: Sequence[str] = (),
 ) -> None:
     """lm-eval on our model class, with the seeds of its command line; its files go to the folder of the answers.
+
+    The guard tasks of the model class are asked as well, with the recipe's token budget and a limit of their own.
 
     Args:
         name: how the results call the model.
@@ -162,10 +164,17 @@ def evaluate(
         fewshot_as_multiturn=True,
     )
     with quiet(lm.log):
+        tasks = load_task(keys, sampling or Sampling(), prefix, stop)
+        for guard in lm.guards:
+            tasks |= load_task(keys.model_copy(update={"task": guard}), Sampling())
+        limits = {name: keys.guard_limit if name in lm.guards else keys.limit for name in tasks}
+        chosen = {
+            name: range(min(limits[name] or len(task.eval_docs), len(task.eval_docs))) for name, task in tasks.items()
+        }
         results = lm_eval.evaluate(
             lm=lm,
-            task_dict=load_task(keys, sampling or Sampling(), prefix, stop),
-            limit=keys.limit,
+            task_dict=tasks,
+            **({"samples": chosen} if lm.guards else {"limit": keys.limit}),
             apply_chat_template=True,
             fewshot_as_multiturn=True,
             log_samples=True,

@@ -21,6 +21,7 @@ from lm_eval.api.model import LM
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.data import batch, messages
+from thinkswitch_plugin.data.task_files import kind_of_task
 from thinkswitch_plugin.engines.ask import Adapter, Asker
 from thinkswitch_plugin.engines.embedded import EmbeddedEngine
 from thinkswitch_plugin.engines.generate import generate
@@ -29,6 +30,12 @@ from thinkswitch_plugin.judging.samples import GENERATIONS, LM_EVAL_BUDGET, REQU
 from thinkswitch_plugin.judging.verdict import Answered
 
 SETTINGS = ("temperature", "top_p", "top_k", "max_tokens", "stop", "seed")  # that every engine knows
+
+
+def _until(settings: dict[str, Any]) -> list[str]:
+    """The stop strings of lm-eval's generation settings."""
+    until = settings.get("until") or []
+    return [until] if isinstance(until, str) else list(until)
 
 
 class Prompt(str):
@@ -48,6 +55,8 @@ class ThinkSwitchLM(LM):  # type: ignore[misc]
         tokenizer: its chat template renders the prompts as lm-eval records them.
         how: how it is asked and its completions are read.
         adapter: put on the checkpoint before it answers.
+        guards: the guard tasks among those that are asked. What lm-eval grades of them is an answer without its trace,
+            and the task's stop strings end the answer, not the trace.
         shown: standard output and error for the progress bar, whatever becomes of lm-eval's own.
     """
 
@@ -59,6 +68,7 @@ class ThinkSwitchLM(LM):  # type: ignore[misc]
     how: batch.Asked
     log: Path
     adapter: Adapter | None = None
+    guards: Sequence[str] = ()
     shown: tuple[Any, Any] = field(default_factory=lambda: (sys.stdout, sys.stderr))
 
     def __post_init__(self) -> None:
@@ -93,13 +103,18 @@ class ThinkSwitchLM(LM):  # type: ignore[misc]
         Raises `ThinkSwitchError` as `generate`, and if a question has no answer. Answers so far are kept.
         """
         asked, answered = self.folder / REQUESTS, self.folder / GENERATIONS
-        samples: Counter[int] = Counter()
+        samples: Counter[tuple[str, int]] = Counter()
         rows: dict[str, dict[str, Any]] = {}
+        stops: dict[str, list[str]] = {}  # of the requests whose answers are graded without their traces
         for request in requests:
             prompt, settings = request.args
-            name = question_id(request.doc_id, samples[request.doc_id])
-            rows[name] = batch.request(name, self._body(prompt, settings, samples[request.doc_id]))
-            samples[request.doc_id] += 1
+            guard = request.task_name if request.task_name in self.guards else ""
+            sample = samples[guard, request.doc_id]
+            name = question_id(request.doc_id, sample, guard)
+            if guard and kind_of_task(guard) is None:
+                stops[name], settings = _until(settings), {**settings, "until": []}
+            rows[name] = batch.request(name, self._body(prompt, settings, sample))
+            samples[guard, request.doc_id] += 1
         lines = b"".join(map(files.dumps_line, rows.values()))
         if not asked.is_file() or asked.read_bytes() != lines:
             files.remove(answered)  # answers to other questions
@@ -116,12 +131,12 @@ class ThinkSwitchLM(LM):  # type: ignore[misc]
                 adapter=self.adapter,
                 title=self.log.stem,
             )
-        return self._read(answered, list(rows))
+        return self._read(answered, list(rows), stops)
 
     def _body(self, prompt: str, settings: dict[str, Any], sample: int) -> dict[str, Any]:
         """One request body, with sampling settings as lm-eval means them: greedy unless a temperature is set."""
-        known = {name: value for name, value in settings.items() if value is not None}
-        sampled, until = known.pop("do_sample", None), known.pop("until", [])
+        known = {name: value for name, value in settings.items() if value is not None and name != "until"}
+        sampled, until = known.pop("do_sample", None), _until(settings)
         temperature = 0.0 if sampled is False else float(known.get("temperature", 1.0 if sampled else 0.0))
         known |= {"max_tokens": known.pop("max_gen_toks", LM_EVAL_BUDGET), "temperature": temperature}
         if temperature > 0:
@@ -129,7 +144,7 @@ class ThinkSwitchLM(LM):  # type: ignore[misc]
         else:
             known = {name: value for name, value in known.items() if name not in ("top_p", "top_k", "seed")}
         if until:
-            known["stop"] = [until] if isinstance(until, str) else list(until)
+            known["stop"] = until
         unknown = sorted(known.keys() - set(SETTINGS))
         if unknown and (self.engine == "embedded" or isinstance(self.engine, EmbeddedEngine)):
             raise ThinkSwitchError(
@@ -141,7 +156,7 @@ class ThinkSwitchLM(LM):  # type: ignore[misc]
             known |= {"add_generation_prompt": False, "continue_final_message": True}
         return {"model": self.checkpoint, "messages": chat, **known, **self.how.fields()}
 
-    def _read(self, answered: Path, names: Sequence[str]) -> list[Answered]:
+    def _read(self, answered: Path, names: Sequence[str], stops: dict[str, list[str]]) -> list[Answered]:
         found: dict[str, Answered] = {}
         problem = "it was not asked"
         for number, row in files.read_jsonl(answered):
@@ -149,8 +164,13 @@ class ThinkSwitchLM(LM):  # type: ignore[misc]
             if body is None:
                 problem = (row.get("error") or {}).get("message", problem)
                 continue
-            _, text = messages.parts(body["choices"][0]["message"])
-            found[batch.stored_id(row, answered, number)] = Answered.of(text, batch.completion_of(row, self.how))
+            name, done = batch.stored_id(row, answered, number), batch.completion_of(row, self.how)
+            text = messages.parts(body["choices"][0]["message"])[1]
+            if name in stops:
+                text = done.answer or ""
+                for stop in filter(None, stops[name]):
+                    text = text.partition(stop)[0]
+            found[name] = Answered.of(text, done)
         missing = [name for name in names if name not in found]
         if missing:
             raise ThinkSwitchError(

@@ -30,6 +30,7 @@ def compare(before: Sequence[Sample], after: Sequence[Sample], score: str = "acc
         ``n`` questions that both hold, of ``k`` samples; ``won`` and ``lost``, their doc_ids; ``p_of_vote``, of the
         exact McNemar test; ``p``, the same for k = 1, else of the t-test; ``test``, which one;
         ``difference`` of Mean@k, after minus before, and its ``ci95``; ``interval``, by which method;
+        ``tokens``, the length of the answers ``before`` and ``after`` by `lengths`;
         ``verdict``, `NOISE` or `MORE`; ``sentence``, all of it in words.
 
     Raises:
@@ -55,7 +56,7 @@ def compare(before: Sequence[Sample], after: Sequence[Sample], score: str = "acc
         limits, method = bootstrapped(differences), "bootstrap over questions"
         # One question has no spread, and equal differences none either: nothing is shown by them.
         p, test = float(ttest_1samp(differences, 0).pvalue) if len(set(differences)) > 1 else 1.0, "paired t-test"
-    found = {
+    found: dict[str, Any] = {
         "n": n,
         "k": k,
         "won": won,
@@ -66,9 +67,41 @@ def compare(before: Sequence[Sample], after: Sequence[Sample], score: str = "acc
         "difference": sum(new.mean for _, new in pairs) / n - sum(one.mean for one, _ in pairs) / n,
         "ci95": limits,
         "interval": method,
+        "tokens": lengths(pairs),
         "verdict": MORE if p < LEVEL else NOISE,
     }
-    return {**found, "sentence": sentence(found, score)}
+    return {**found, "sentence": f"{sentence(found, score)} {about_lengths(found['tokens'])}"}
+
+
+def lengths(pairs: Sequence[tuple[Sample, Sample]]) -> dict[str, Any]:
+    """Tokens an answer ``before`` and ``after``, their ``difference`` with ``ci95`` and ``p`` by a paired t-test over
+    the questions' means, and the ``verdict``."""
+    from scipy.stats import ttest_1samp
+
+    before, after = ([sum(s.tokens) / len(s.tokens) for s in side] for side in zip(*pairs, strict=True))
+    differences = [new - old for old, new in zip(before, after, strict=True)]
+    mean, p, limits = sum(differences) / len(pairs), 1.0, [0.0, 0.0]
+    if len(set(differences)) > 1:
+        test = ttest_1samp(differences, 0)
+        found, p = test.confidence_interval(), float(test.pvalue)
+        limits = [float(found.low), float(found.high)]
+    elif mean:  # each question by the same number of tokens: nothing is left to chance
+        p, limits = 0.0, [mean, mean]
+    return {
+        "before": sum(before) / len(pairs),
+        "after": sum(after) / len(pairs),
+        "difference": mean,
+        "ci95": limits,
+        "p": p,
+        "verdict": MORE if p < LEVEL else NOISE,
+    }
+
+
+def about_lengths(tokens: dict[str, Any]) -> str:
+    """The length of the answers in words: `Tokens an answer 19.0 → 21.5 (+2.5, 95 % interval +1.9 to +3.1): …`."""
+    low, high = tokens["ci95"]
+    change = f"{tokens['difference']:+z.1f}, 95 % interval {low:+z.1f} to {high:+z.1f}"
+    return f"Tokens an answer {tokens['before']:.1f} → {tokens['after']:.1f} ({change}): {tokens['verdict']}."
 
 
 def newcombe(both: int, won: int, lost: int, n: int) -> list[float]:

@@ -125,7 +125,7 @@ def samples_of(folder: Path, keys: ThinkSwitchKeys, checkpoint: str) -> list[Sam
 
 
 def graded(
-    folder: Path, task: str, checkpoint: str, kind: str, convention: Convention | None = None
+    folder: Path, task: str, checkpoint: str, kind: str, convention: Convention | None = None, *, guard: bool = False
 ) -> tuple[batch.Asked, Iterator[Sample]]:
     """How the completions of one evaluation are read, and its graded samples in the order of the file.
 
@@ -135,6 +135,7 @@ def graded(
         kind: how the final answer is read, a key of `KINDS`; a task of ours that grades by a kind
             is graded by that.
         convention: how traces are written, as the recipe says; None goes by what was stored, or the chat template.
+        guard: it was evaluated as a guard task.
 
     Raises `ThinkSwitchError` if there is no samples file, or one of another shape.
     """
@@ -142,7 +143,7 @@ def graded(
     kind = kind_of_task(task) or kind
     if (folder / REQUESTS).is_file():
         _, request = next(batch.read_requests(folder / REQUESTS, 1))
-        how, ends_of = batch.asked(request, convention_read(convention)), _as_stored(path, folder / GENERATIONS)
+        how, ends_of = batch.asked(request, convention_read(convention)), as_stored(folder, path, task if guard else "")
     else:
         from transformers import AutoTokenizer
 
@@ -164,13 +165,20 @@ def grade_question(row: Row, ended: list[Ended], kind: str, how: batch.Asked) ->
     return sample
 
 
-def question_id(doc_id: int, sample: int) -> str:
-    """The id of the request for one sample of a question."""
-    return f"q{doc_id:05}-s{sample}"
+def question_id(doc_id: int, sample: int, guard: str = "") -> str:
+    """The id of the request for one sample of a question; those of a guard task begin with its name."""
+    return f"{guard and f'{guard}-'}q{doc_id:05}-s{sample}"
 
 
-def _as_stored(path: Path, generations: Path) -> Callable[[Row], list[Ended]]:
-    """The end of each completion of a question, as reported by the engine."""
+def as_stored(folder: Path, path: Path, guard: str = "") -> Callable[[Row], list[Ended]]:
+    """The end of each completion of a question, as reported by the engine.
+
+    Args:
+        folder: of the evaluation, with the stored answers.
+        path: lm-eval's samples file.
+        guard: the task, if it is a guard task.
+    """
+    generations = folder / GENERATIONS
     ended: dict[str, Ended] = {}
     for number, line in files.read_jsonl(generations, torn_end=True):
         if body := batch.completion_body(line):
@@ -178,7 +186,7 @@ def _as_stored(path: Path, generations: Path) -> Callable[[Row], list[Ended]]:
             ended[batch.stored_id(line, generations, number)] = Ended(finish_reason, batch.tokens_of(body))
 
     def ends_of(row: Row) -> list[Ended]:
-        ids = [question_id(row.doc_id, j) for j in range(len(row.texts))]
+        ids = [question_id(row.doc_id, j, guard) for j in range(len(row.texts))]
         if missing := next((one for one in ids if one not in ended), None):
             raise ThinkSwitchError(
                 f"{generations} has no answer {missing}, which {path} holds; delete {generations.parent} and run "

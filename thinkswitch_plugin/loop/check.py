@@ -64,7 +64,7 @@ def check_domain(
     Raises `ThinkSwitchError` if something would stop the run.
     """
     keys = recipe.keys
-    counted: list[int] = []  # the questions, once they are loaded
+    counted: dict[str, int] = {}  # the questions by task, once they are loaded
     checks: dict[str, Callable[[], str]] = {
         "GPU": lambda: gpu(keys),
         "memory": lambda: enough(virtual_memory().available, keys.needs.ram_gb, "the recipe needs"),
@@ -76,7 +76,7 @@ def check_domain(
         "training": lambda: training(recipe, seed),
         "prompts": lambda: rendered_prompts(keys, seed),
         "questions": lambda: questions(recipe, counted, seed),
-        "budget": lambda: budget(keys, iterations, tokens_per_second, counted[0] if counted else None, price),
+        "budget": lambda: budget(keys, iterations, tokens_per_second, counted, price),
     }
     failed = 0
     for title, find in checks.items():
@@ -225,22 +225,23 @@ def rendered_prompts(keys: ThinkSwitchKeys, seed: int = 0) -> str:
     return f"{len(chosen)}, of commit {commit or '(a local file)'}\n{shown}"
 
 
-def questions(recipe: Recipe, counted: list[int], seed: int = 0) -> str:
-    """The evaluation set, and that no training prompt is in it; how many they are is put into `counted`."""
+def questions(recipe: Recipe, counted: dict[str, int], seed: int = 0) -> str:
+    """The evaluation sets, and that no training prompt is in them; how many questions they have is put into `counted`."""
     keys = recipe.keys
     require_reference(recipe, seed)
     chosen, _ = prompts.prompts_of_iteration(keys.prompts, seed, 1)
-    counted.append(require_uncontaminated(chosen, keys.evaluation))
-    return f"{keys.evaluation.task} loads, {counted[0]} questions; no training prompt is in it"
+    counted |= require_uncontaminated(chosen, keys.evaluation)
+    loaded = "; ".join(f"{task} loads, {number} questions" for task, number in counted.items())
+    return f"{loaded}; no training prompt is in {'it' if len(counted) == 1 else 'them'}"
 
 
 def budget(
-    keys: ThinkSwitchKeys, iterations: int, tokens_per_second: float | None, questions: int | None, per_hour: str
+    keys: ThinkSwitchKeys, iterations: int, tokens_per_second: float | None, questions: dict[str, int], per_hour: str
 ) -> str:
     """Tokens at most, and the time and money that would take, with the basis of the estimate.
 
     Args:
-        questions: of the evaluation set; None where it could not be loaded, or is not made yet.
+        questions: of the evaluation set and the guard tasks, by task; none if they could not be loaded, or are not made yet.
     """
     asked, longest = keys.prompts.count * keys.sampling.samples, keys.sampling.max_tokens
     again = keys.retry_budget or 0
@@ -250,11 +251,13 @@ def budget(
         ),
         "for trying λ once an iteration": min(asked, keys.rebuild.check_prompts) * (longest + again) * iterations,
     }
-    if questions is not None and keys.evaluation.max_tokens:
-        each = min(questions, keys.evaluation.limit or questions) * repeats(keys.evaluation.task)
+    judged = keys.evaluation
+    for task, number in questions.items() if judged.max_tokens else ():
+        each = min(number, (judged.limit if task == judged.task else judged.guard_limit) or number) * repeats(task)
         evaluated = 2 + (4 if keys.pair.hybrid else 2) * iterations  # a hybrid in both modes
-        parts[f"for evaluating {evaluated} checkpoints ({each} answers × {keys.evaluation.max_tokens})"] = (
-            evaluated * each * keys.evaluation.max_tokens
+        what = "evaluating" if task == judged.task else f"the guard {task} on"
+        parts[f"for {what} {evaluated} checkpoints ({each} answers × {judged.max_tokens})"] = (
+            evaluated * each * (judged.max_tokens or 0)
         )
     total = sum(parts.values())
     rate = tokens_per_second or GUESSED_TOKENS_PER_SECOND
@@ -262,7 +265,7 @@ def budget(
     hours = total / rate / 3600
     price = price_per_hour(per_hour)
     money = f", {price * hours:.2f} at {price:g} an hour" if price else "; set PRICE_PER_HOUR for the money"
-    rest = "Training and merging come" if len(parts) == 3 else "Evaluation, training and merging come"
+    rest = "Training and merging come" if len(parts) > 2 else "Evaluation, training and merging come"
     listed = "\n".join(f"          {tokens:,} {what}" for what, tokens in parts.items())
     return (
         f"at most {total:,} tokens in {iterations} iterations; {hours:.1f} h at {rate:g} tokens/s ({basis}){money}. "

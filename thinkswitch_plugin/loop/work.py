@@ -114,8 +114,7 @@ def build_pairs(run: Run, k: int) -> dict[str, Any]:
         here / "requests.jsonl",
         run.generations(k),
         here / "pairs.jsonl",
-        selection=labels.selection,
-        answer_kind=labels.answer,
+        labels=labels,
         convention=run.recipe.keys.convention,
     )
     console.say(f"  {report.summary()}")
@@ -222,15 +221,17 @@ def evaluate(run: Run, k: int, mode: str, served: Served | None = None) -> None:
 
     Args:
         served: the vLLM that answers, if it is to answer for more than this checkpoint.
+
+    Raises `ThinkSwitchError` as `evaluate_checkpoint`, and if a guard task fell by more than the recipe allows.
     """
+    from thinkswitch_plugin.judging import guard
     from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint
 
-    here = run.iteration(k)
+    here, keys = run.iteration(k), run.recipe.keys
     for name, subject in run.subjects(mode, k).items():
-        log = here / "logs" / f"eval-{name}.log"
-        evaluate_checkpoint(
-            subject, here / "eval" / name, run.recipe.keys, run.engine, log=log, resume=True, served=served
-        )
+        log, out = here / "logs" / f"eval-{name}.log", here / "eval" / name
+        evaluate_checkpoint(subject, out, keys, run.engine, log=log, resume=True, served=served)
+        guard.require_kept(run, k, name)
 
 
 def report(run: Run, k: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from thinkswitch_plugin.args import resolve_seed
+from thinkswitch_plugin.args import LabelKeys, resolve_seed
 from thinkswitch_plugin.data import answers, batch, pairs
 from thinkswitch_plugin.data.prompts import read_field
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -70,8 +70,7 @@ def read_material(job: LabelJob) -> Material:
         job.requests,
         job.generations,
         rationales,
-        selection=keys.labels.selection,
-        answer_kind=keys.labels.answer,
+        labels=keys.labels,
         keep_trace=True,
         convention=keys.convention,
     )
@@ -97,7 +96,8 @@ def majority_references(job: LabelJob) -> dict[str, str]:
     labels, convention = job.recipe.keys.labels, job.recipe.keys.convention
     read: dict[str, list[str | None]] = {}
     report = pairs.PairReport()
-    for row in pairs.build_pairs(job.requests, job.generations, selection="all", convention=convention, report=report):
+    every = LabelKeys.model_validate({"selection": "all"})
+    for row in pairs.build_pairs(job.requests, job.generations, labels=every, convention=convention, report=report):
         read.setdefault(row["prompt_id"], []).append(answers.extract(labels.answer, row["messages"][-1]["content"]))
     majorities = ((prompt_id, answers.majority(found)) for prompt_id, found in read.items())
     return {prompt_id: winner for prompt_id, winner in majorities if winner is not None}

@@ -14,12 +14,13 @@ from thinkswitch_plugin.data.task_files import AGREEMENT, measures_agreement
 from thinkswitch_plugin.environment import hardware
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.figures import Sample, summarize
+from thinkswitch_plugin.judging.guard import against_start
 from thinkswitch_plugin.judging.paired import compare
-from thinkswitch_plugin.judging.samples import graded, samples_file
+from thinkswitch_plugin.judging.samples import graded, samples_file, samples_of
 from thinkswitch_plugin.run import MODES, TABLE, Run, stages, stamp_path, versions
 from thinkswitch_plugin.run.folder import EVALUATED
-from thinkswitch_plugin.run.hashes import read_stamp
-from thinkswitch_plugin.run.table import find_stage
+from thinkswitch_plugin.run.hashes import Hashes, read_stamp
+from thinkswitch_plugin.run.table import control_files, find_stage
 
 TIMED = {row.name: row.timed for row in TABLE}
 
@@ -79,7 +80,8 @@ def build_report(run: Run, judged: Sequence[Evaluation]) -> dict[str, Any]:
                 entry[mode][asked_as] = summarize(samples[k, name])
         if k > 0:
             pairs, rebuilt = files.read_json(here / "pairs.json"), files.read_json(here / "rebuild.json")
-            entry["pairs"] = {key: pairs[key] for key in ("prompts", "samples", "kept", "dropped", "selection")}
+            shown = ("prompts", "samples", "kept", "dropped", "selection", "min_agreement")
+            entry["pairs"] = {key: pairs[key] for key in shown if key in pairs}
             entry["merge"] = rebuilt
             entry["paired"] = {
                 name: [
@@ -90,6 +92,11 @@ def build_report(run: Run, judged: Sequence[Evaluation]) -> dict[str, Any]:
             }
             if losses := training_losses(run, k):
                 entry["losses"] = losses
+        if run.recipe.keys.evaluation.guard:
+            by_name = {name: against_start(run, k, name) for name in run.evaluated(k)}
+            entry["guard"] = {
+                task: {name: by_name[name][task] for name in by_name} for task in run.recipe.keys.evaluation.guard
+            }
         entry["seconds"] = seconds.get(k, {})
         iterations.append(entry)
     total = sum(sum(stage.values()) for stage in seconds.values())
@@ -100,10 +107,36 @@ def build_report(run: Run, judged: Sequence[Evaluation]) -> dict[str, Any]:
         "engine": run.engine,
         **({} if score == "accuracy" else {"score": score}),
         "iterations": iterations,
+        **({"controls": found} if (found := controls(run, samples, score)) else {}),
         "versions": versions(),
         "hardware": hardware(),
         "cost": {"hours": total / 3600, "price_per_hour": price, "total": price * total / 3600},
     }
+
+
+def controls(run: Run, samples: dict[tuple[int, str], list[Sample]], score: str) -> list[dict[str, Any]]:
+    """The control experiments beside the run, each paired with the run's own checkpoint of iteration 1.
+
+    One whose checkpoint of iteration 1 has been made again since is left out, with a message.
+
+    Args:
+        samples: of the run's evaluations, by iteration and mode.
+        score: what Mean@1 is called.
+    """
+    found, hashes = [], Hashes(run.folder)
+    for path in control_files(run):
+        result = files.read_json(path)
+        mode, name = result["mode"], path.parent.name
+        if result.get("beside") != hashes.of(run.iteration(1) / mode):
+            console.say(
+                f"  {path.parent} is of an earlier {mode} checkpoint and not shown; repeat it: make control CONTROL={name}"
+            )
+            continue
+        checkpoint = str(path.parent / mode)
+        own = samples_of(path.parent / "eval" / mode, run.recipe.keys, checkpoint)
+        found.append({**result, "paired": compare(samples[1, mode], own, score)})
+    hashes.save()
+    return found
 
 
 def price_per_hour(text: str) -> float:
@@ -139,14 +172,15 @@ def training_losses(run: Run, k: int) -> list[list[float]]:
 def write_report(run: Run) -> dict[str, Any]:
     """Write `report.json`, `report.md`, `report.html` and the pictures, and print the headline table."""
     from thinkswitch_plugin.report import page, pictures, tables, templates
+    from thinkswitch_plugin.report.beside import beside as tables_beside
 
     judged = evaluations(run)
     report = build_report(run, judged)
     headline, header = tables.headline(report), tables.header(report)
-    rows = list(tables.rows(report))
+    rows, beside = list(tables.rows(report)), tables_beside(report)
     shown = {"headline": headline, "header": header, "rows": rows, "hybrid": tables.about_hybrid(report)}
     shown["strata"] = strata = tables.strata(report)
-    text = templates.markdown("report.md.j2", report=report, **shown)
+    text = templates.markdown("report.md.j2", report=report, beside=beside, **shown)
     files.write_json(run.folder / "report.json", report)
     files.write_text(run.folder / "report.md", text)
     for name, draw in pictures.OF_REPORT.items():
@@ -157,5 +191,8 @@ def write_report(run: Run) -> dict[str, Any]:
     if strata:
         console.print_table("By part of the questions", strata[0], strata[1:], left=("checkpoint",))
     console.say(f"  {headline}")
+    for table in beside:
+        console.print_table(table.title, table.header, table.rows, left=table.header[: table.words])
+        console.say(f"  {table.sentence}")
     console.say(f"  {run.folder / 'report.html'}, report.md, report.json")
     return {}

@@ -19,6 +19,7 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.judging import paired
 from thinkswitch_plugin.report import pictures, search_pictures, tables, templates
 from thinkswitch_plugin.report import sweeps as of_sweeps
+from thinkswitch_plugin.report.beside import beside
 from thinkswitch_plugin.report.build import Evaluation
 from thinkswitch_plugin.report.charts import inline
 from thinkswitch_plugin.report.questions import BLOCK, Questions
@@ -54,6 +55,7 @@ def content(run: Run, report: dict[str, Any], judged: Sequence[Evaluation]) -> d
         "header": tables.header(report),
         "rows": list(tables.rows(report)),
         "strata": tables.strata(report),
+        "beside": beside(report),
         "paired": paired,
         "charts": charts(report),
         "sweeps": list(sweeps(run)),

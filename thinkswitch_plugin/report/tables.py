@@ -43,11 +43,12 @@ def headline(report: dict[str, Any]) -> str:
     parts = []
     for mode in MODES:
         before, after = first[mode], last[mode]
-        verdict = last["paired"][mode][-1]["verdict"]
+        against_start = last["paired"][mode][-1]
+        verdict, longer = against_start["verdict"], against_start["tokens"]
         parts.append(
             f"{mode} {'gets' if samples == 1 else f'has a Mean@{samples} of'} {100 * after['mean@k']:.1f} %"
             f"{right if samples == 1 else ''} ({100 * before['mean@k']:.1f} % before, {verdict}) "
-            f"with {after['tokens']:.1f} tokens an answer"
+            f"with {after['tokens']:.1f} tokens an answer ({before['tokens']:.1f} before, {longer['verdict']})"
         )
     n = last["instruct"]["n"]
     return f"After {k} iteration{'' if k == 1 else 's'}, on {n} held-out questions: {'; '.join(parts)}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -39,11 +39,13 @@ class Subject:
         name: folder or hub id.
         arguments: of its chat template, which put a hybrid into a mode.
         lora: a PEFT adapter put on it; its tokenizer and chat template count then.
+        guards: tasks that it is asked besides that of the domain; their answers go to the same files.
     """
 
     name: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
     lora: Path | None = None
+    guards: Sequence[str] = ()
 
 
 def perception_of(folder: Path) -> dict[str, Any] | None:

@@ -64,10 +64,11 @@ class Run:
 
     @cached_property
     def task(self) -> tuple[Path, ...]:
-        """The files that the evaluation task is made of."""
+        """The files that the evaluation tasks are made of."""
         from thinkswitch_plugin.data.task_files import task_files
 
-        return task_files(self.recipe.keys.evaluation.task, data=self.given.data)
+        every = (task_files(name, data=self.given.data) for name in self.recipe.keys.evaluation.tasks)
+        return tuple(dict.fromkeys(path for found in every for path in found))
 
     @property
     def answering(self) -> list[str]:
@@ -106,8 +107,10 @@ class Run:
 
     def subjects(self, mode: str, k: int) -> dict[str, Subject]:
         """What is evaluated of a checkpoint after iteration k, by the names of `EVALUATED`."""
-        named, arguments = self.evaluated(k).items(), self.recipe.keys.pair.arguments
-        return {name: Subject(self.checkpoint(mode, k), arguments(asked)) for name, (of, asked) in named if of == mode}
+        keys, checkpoint = self.recipe.keys, self.checkpoint(mode, k)
+        asked = {name: asked for name, (of, asked) in self.evaluated(k).items() if of == mode}
+        guards = keys.evaluation.guard
+        return {name: Subject(checkpoint, keys.pair.arguments(how), guards=guards) for name, how in asked.items()}
 
     def anchor(self, k: int) -> str:
         """The thinking checkpoint that iteration k interpolates with."""

@@ -141,7 +141,7 @@ def _requests(run: Run, k: int) -> Stage:
         "prompts": keys.prompts.model_dump(),
         "sampling": keys.sampling.model_dump(),
         "seed": run.seed,
-        "contamination": [judged.task, judged.contamination_ngram, judged.contamination_share],
+        "contamination": [judged.task, judged.contamination_ngram, judged.contamination_share, *judged.guard],
         "data": run.given.data,
         **keys.pair.asked_with("thinking"),
     }
@@ -163,7 +163,7 @@ def _generate(run: Run, k: int) -> Stage:
 def _pairs(run: Run, k: int) -> Stage:
     here, keys = run.iteration(k), run.recipe.keys
     inputs, outputs = (here / "requests.jsonl", run.generations(k)), ("pairs.jsonl", "pairs.json")
-    values = {"selection": keys.labels.selection, "answer": keys.labels.answer, "trace": keys.trace}
+    values = {**keys.labels.selecting(), "answer": keys.labels.answer, "trace": keys.trace}
     return Stage("pairs", k, inputs, tuple(here / n for n in outputs), values)
 
 
@@ -206,14 +206,15 @@ def _rebuild(run: Run, k: int) -> Stage:
 def _evaluate(run: Run, k: int, mode: str) -> Stage:
     keys, subjects = run.recipe.keys.evaluation, run.subjects(mode, k)
     values = {
-        "evaluation": keys.changing_figures(),
+        "evaluation": keys.changing_figures() | keys.changing_guard(),
         "backend": "hf" if keys.backend == "hf" else run.answering,
         "data": run.given.data,
         **{name: dict(subject.arguments) for name, subject in subjects.items() if subject.arguments},
     }
     inputs = (Path(run.checkpoint(mode, k)), *run.task)
     outputs = tuple(run.iteration(k) / "eval" / name for name in subjects)
-    return Stage(f"eval-{mode}", k, inputs, outputs, values, resume_on=tuple(values))
+    margin = {} if keys.guard_margin is None else {"guard_margin": keys.guard_margin}  # asks nothing again
+    return Stage(f"eval-{mode}", k, inputs, outputs, values | margin, resume_on=tuple(values))
 
 
 def _report(run: Run, k: int) -> Stage:
@@ -221,7 +222,7 @@ def _report(run: Run, k: int) -> Stage:
     counted = (run.iteration(j) / name for j in range(1, k + 1) for name in ("pairs.json", "rebuild.json"))
     values = {"iterations": k, "price": run.given.price, "answer": run.recipe.keys.labels.answer}
     outputs = tuple(run.folder / name for name in REPORT_FILES)
-    return Stage("report", k, (*evaluated, *counted, *sweep_files(run)), outputs, values)
+    return Stage("report", k, (*evaluated, *counted, *sweep_files(run), *control_files(run)), outputs, values)
 
 
 # fmt: off
@@ -268,3 +269,8 @@ def sweep_files(run: Run) -> list[Path]:
     """The sweeps of a run's iterations, which the report shows where there are any."""
     every = (run.iteration(k) / "sweep" / "sweep.json" for k in range(run.iterations + 1))
     return [path for path in every if path.is_file()]
+
+
+def control_files(run: Run) -> list[Path]:
+    """The results of the control experiments on a run, which the report shows where there are any."""
+    return sorted((run.folder / "controls").glob("*/result.json"))

@@ -155,8 +155,7 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
             for row in pairs.build_pairs(
                 generations.with_name("requests.jsonl"),
                 generations,
-                selection=self.labels.selection,
-                answer_kind=self.labels.answer,
+                labels=self.labels,
                 keep_trace=self.form is not None,
                 convention=self.convention,
                 report=report,
