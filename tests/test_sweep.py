@@ -132,7 +132,11 @@ def test_lambda_is_only_put_where_there_is_one() -> None:
 
 def test_a_sweep_of_no_run_and_no_pair_is_one_sentence(command: Any, tmp_path: Path) -> None:
     done = command(TS, "sweep", "--domain", "arithmetic", "--runs", tmp_path)
-    assert done.returncode == 1 and "is not a run folder" in done.stderr and "A=<instruct> B=<thinking>" in done.stderr
+    assert (
+        done.returncode == 1
+        and "is not a run folder" in done.stderr
+        and "--instruct <instruct> --thinking <thinking>" in done.stderr
+    )
     assert len(done.stderr.strip().splitlines()) == 1 and list(tmp_path.iterdir()) == []
     for text in ("many", "²", "0", "-1", "1.5"):
         done = command(TS, "sweep", "--domain", "arithmetic", "--samples", text)

@@ -69,6 +69,7 @@ def test_sentences_use_the_words_of_the_command_that_was_typed() -> None:
     assert as_typed("run `make sweep DOMAIN=aime ITER=1`.") == "run `thinkswitch sweep --domain aime --iteration 1`."
     assert as_typed("`make status DOMAIN=aime`") == "`thinkswitch status runs/aime`"
     assert as_typed("use A=<instruct>, RUNS=, SEED=0") == "use --instruct <instruct>, --runs, --seed 0"
+    assert as_typed("`make switch DOMAIN=aime ITER=2`, `make pair`") == "`thinkswitch switch runs/aime 2`, `make pair`"
     assert as_typed("run `make setup`.") == "run `make setup`."
 
 

@@ -32,6 +32,8 @@ STAGES = "The stages of `iterate`, each by itself on a run folder"
 # Make targets whose command has another name, and those whose command takes the run's folder.
 RENAMED = {"eval": "eval-model"}
 OF_FOLDER = ("status", "verify", "compare", "report", "switch")
+POSITIONAL = {"switch": ("ITER",), "similarity": ("A", "B")}
+NOT_ALIKE = ("pair", "eval")  # stages, which the targets of these names begin a run for
 OPTIONS = {"A": "instruct", "B": "thinking", "K": "samples", "ITER": "iteration", "PRICE_PER_HOUR": "price"}
 SETTINGS = (*OPTIONS, "DOMAIN", "RUNS", "SEED", "ENGINE", "ITERATIONS", "OVERLAY", "KEEP", "MODEL", "OUT", "TASK")
 PREFIX = "THINKSWITCH"  # of the environment variables that stand for options
@@ -74,11 +76,12 @@ def as_typed(sentence: str) -> str:
 
     def command(match: re.Match[str]) -> str:
         name, settings = RENAMED.get(match[1], match[1]), dict(re.findall(r"([A-Z_]+)=(\S+)", match[2]))
-        if name not in main.commands:
+        if name not in main.commands or name in NOT_ALIKE:
             return match[0]
         folder = ""
         if name in OF_FOLDER:
             folder = f" {settings.pop('RUNS', 'runs')}/{settings.pop('DOMAIN', 'DOMAIN')}"
+        folder += "".join(f" {settings.pop(key)}" for key in POSITIONAL.get(name, ()) if key in settings)
         options = (f" --{option(key)} {value}" for key, value in settings.items())
         return f"`thinkswitch {name}{folder}{''.join(options)}`"
 
