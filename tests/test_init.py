@@ -12,7 +12,7 @@ from pyarrow import csv, parquet
 
 from tests.conftest import ROOT
 from thinkswitch_plugin import cli, files, recipe
-from thinkswitch_plugin.data import task_files
+from thinkswitch_plugin.data import prompts, task_files
 from thinkswitch_plugin.data.answers import Votes
 from thinkswitch_plugin.demo import task as demo
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -111,6 +111,13 @@ def test_a_file_that_is_not_there_and_a_domain_that_is_are_refused(init: Callabl
     assert "none.jsonl does not exist" in init("x", "--prompts", "none.jsonl").output
     assert init("sums", "--prompts", written(ROWS, "rows.jsonl")).exit_code == 0
     assert "recipes/sums.yaml exists already" in init("sums", "--prompts", "rows.jsonl").output
+    Path("recipes/sums/prompts.jsonl").unlink()
+    with pytest.raises(ThinkSwitchError, match=r"recipes/sums/prompts.jsonl does not exist"):
+        check.rendered_prompts(recipe.recipe_of("sums").keys)
+    own, made = (recipe.recipe_of(name).keys for name in ("template", "arithmetic"))
+    assert prompts.made_with_pair(made) and not prompts.made_with_pair(
+        own
+    )  # `check` reads the user's own prompts of a demo pair too
 
 
 def test_a_vote_over_free_text_is_refused_and_over_answers_is_not() -> None:

@@ -18,7 +18,7 @@ from jinja2 import ChainableUndefined, StrictUndefined, Template, TemplateSyntax
 from jinja2.sandbox import SandboxedEnvironment
 
 from thinkswitch_plugin import files
-from thinkswitch_plugin.args import PromptKeys, SamplingKeys, resolve_seed
+from thinkswitch_plugin.args import PromptKeys, SamplingKeys, ThinkSwitchKeys, resolve_seed
 from thinkswitch_plugin.data import batch, contamination, sources
 from thinkswitch_plugin.data.traces import control_token
 from thinkswitch_plugin.errors import ThinkSwitchError, first_line
@@ -61,6 +61,12 @@ def read_prompts(keys: PromptKeys, seed: int) -> tuple[list[tuple[str, str]], st
     if keys.shuffle:
         random.Random(f"prompts-{seed}").shuffle(found)
     return found, commit
+
+
+def made_with_pair(keys: ThinkSwitchKeys) -> bool:
+    """Whether the prompts of an embedded domain are made together with its pair, so that they need not be there yet."""
+    cached = (keys.prompts.path or "").startswith(".cache/")
+    return isinstance(keys.pair.embedded, str) or (keys.pair.embedded and cached)
 
 
 def read_field(keys: PromptKeys, seed: int, field: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from thinkswitch_plugin import console, files, places
 from thinkswitch_plugin.args import resolve_seed
-from thinkswitch_plugin.data.prompts import prompts_of_iteration
+from thinkswitch_plugin.data.prompts import made_with_pair, prompts_of_iteration
 from thinkswitch_plugin.engine_args import identity
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.environment import has_cuda
@@ -113,7 +113,7 @@ def _check_files(run: Run) -> None:
         raise ThinkSwitchError(
             f"{recipe}: `thinkswitch.rebuild.config` names {keys.rebuild.config}, which does not exist; name a file of merge_configs/."
         )
-    if keys.prompts.path and not keys.pair.embedded:
+    if keys.prompts.path and not made_with_pair(keys):
         path = Path(resolve_seed(keys.prompts.path, run.seed))
         if not path.exists():
             raise ThinkSwitchError(
