@@ -12,7 +12,7 @@ import click
 from thinkswitch_plugin import __version__, console, environment
 from thinkswitch_plugin.environment import variable
 from thinkswitch_plugin.errors import AGAIN, ThinkSwitchError, with_next_command
-from thinkswitch_plugin.run import processes, progress
+from thinkswitch_plugin.run import TABLE, processes, progress
 
 NO_GPU_MEMORY = (
     "the model and its working memory do not fit on the GPU; stop other programs that use it (see `nvidia-smi`), lower "
@@ -120,8 +120,10 @@ class Group(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands by what one wants to do; those of the loop's stages come last."""
         shown = [name for name in self.list_commands(ctx) if not self.commands[name].hidden]
-        left = [name for name in shown if not any(name in names for names in SECTIONS.values())]
-        for title, names in {**SECTIONS, STAGES: left}.items():
+        stages = dict.fromkeys(["begin", *(row.command for row in TABLE)])
+        listed = {*stages, *(name for names in SECTIONS.values() for name in names)}
+        others = [name for name in shown if name not in listed]
+        for title, names in {**SECTIONS, "More": others, STAGES: stages}.items():
             there = [(name, self.commands[name]) for name in names if name in self.commands]
             if there:
                 with formatter.section(title):
