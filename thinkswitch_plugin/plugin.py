@@ -34,7 +34,9 @@ class KeepLog(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Write it once, after the last step."""
         if state.is_world_process_zero:
-            state.save_to_json(str(Path(args.output_dir) / TRAINER_STATE))
+            folder = Path(args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            state.save_to_json(str(folder / TRAINER_STATE))
 
 
 class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import random
 import re
+import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,9 +105,11 @@ def write_domain(name: str, gpu: str, data: Data) -> None:
 
 
 def next_commands(name: str, overlays: str, reference: bool) -> list[str]:
-    """What to type after `init`."""
+    """What to type after `init`; with its folder if the command is not on the PATH."""
+    typed = Path(sys.argv[0])
+    command = "thinkswitch" if shutil.which("thinkswitch") or typed.name != "thinkswitch" else str(typed)
     words = [*(["reference"] if reference else []), "check", "iterate"]
-    return [f"  thinkswitch {word} --domain {name}{overlays}" for word in words]
+    return [f"  {command} {word} --domain {name}{overlays}" for word in words]
 
 
 def split(data: Data) -> tuple[list[dict[str, str]], list[dict[str, str]], str, str]:
