@@ -18,6 +18,9 @@ PAGES = sorted(
 RUN_BY = {
     "make iterate": "conftest.py::finished_run",
     "make test": ".ci/run",
+    "make iterate DOMAIN=words ITERATIONS=1": (
+        "test_words.py::test_the_whole_loop_takes_bfloat16_a_bpe_tokenizer_and_tags_of_ordinary_tokens"
+    ),
     "make status": "test_status.py::test_make_status_says_how_to_begin_and_exits_0",
     "make compare QUESTION='7*3+4*2'": "test_compare.py::test_the_embedded_pair_side_by_side",
     "make verify": "test_resume.py::test_a_finished_run_verifies_and_its_cards_say_where_it_comes_from",
