@@ -18,6 +18,7 @@ from thinkswitch_plugin.judging import samples as stored
 from thinkswitch_plugin.judging.verdict import is_cut
 
 TASK = "thinkswitch_arithmetic"
+GUARD = "thinkswitch_arithmetic_two"
 RIGHT = {"instruct": (0.50, 0.86, 0.88), "thinking": (0.97, 0.975, 0.97)}
 BUDGET = 64
 HOSTILE = (
@@ -133,6 +134,27 @@ def complete(
     if draw.random() < 0.025:
         return (trace + " 1" * max(BUDGET, characters))[: max(BUDGET, characters) + 8]
     return f"{trace}\n</think>\n\n{answer}"
+
+
+def write_guard(here: Path, iterations: int = 2, **keys: Any) -> None:
+    """A guard task in a run of `make_run`, on which instruct falls in the last iteration."""
+    set_guard(here, **keys)
+    chains = task.two_operands()[:200]
+    for k in range(iterations + 1):
+        for mode in run.MODES:
+            drawn_as = 0 if (k, mode) == (iterations, "instruct") else 2  # an iteration of RIGHT
+            out = here / f"iter-{k}" / "eval" / mode
+            write_samples(out / "guard", chains, 1, drawn_as, mode, 0, GUARD)
+            store_answers(out, mode, GUARD)
+
+
+def set_guard(here: Path, **keys: Any) -> run.Run:
+    """Name the guard task in an overlay of a run, and open the run."""
+    overlay = here / "guard.yaml"
+    files.write_yaml(overlay, {"thinkswitch": {"evaluation": {"guard": [GUARD], **keys}}})
+    begun = files.read_json(here / "run.json")
+    files.write_json(here / "run.json", begun | {"overlays": [str(overlay)]})
+    return run.open_run(here)
 
 
 def write_counts(here: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from tests.report_run import make_run, store_answers, write_samples
+from tests.report_run import GUARD, make_run, set_guard, write_guard
 from tests.test_lm_eval import fixed, in_memory
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EvaluationKeys
@@ -22,10 +22,9 @@ from thinkswitch_plugin.loop import work
 from thinkswitch_plugin.loop.check import budget
 from thinkswitch_plugin.recipe import load_recipe
 from thinkswitch_plugin.report import write_report
-from thinkswitch_plugin.run import Run, open_run
+from thinkswitch_plugin.run import open_run
 from thinkswitch_plugin.run.table import find_stage
 
-TWO = "thinkswitch_arithmetic_two"
 THEIRS = """
 task: {name}
 custom_dataset: !function {name}.rows
@@ -73,18 +72,18 @@ def test_guard_tasks_are_asked_in_the_same_files_and_graded_without_traces(
 ) -> None:
     checkpoint, mine = fixed(tmp_path / "model"), theirs("mine")
     lm = in_memory(checkpoint, tmp_path / "out")
-    lm.guards = (TWO, mine)
+    lm.guards = (GUARD, mine)
     keys = EvaluationKeys.model_validate(
-        {"task": "thinkswitch_arithmetic", "limit": 2, "guard": [TWO, mine], "guard_limit": 3}
+        {"task": "thinkswitch_arithmetic", "limit": 2, "guard": [GUARD, mine], "guard_limit": 3}
     )
     evaluate(lm, keys, name="model")
     asked = [row["custom_id"] for _, row in files.read_jsonl(tmp_path / "out" / samples.REQUESTS)]
     own = [samples.question_id(n, 0) for n in range(2)]
-    assert asked == own + [samples.question_id(n, 0, name) for name in (TWO, mine) for n in range(3)]
+    assert asked == own + [samples.question_id(n, 0, name) for name in (GUARD, mine) for n in range(3)]
     found = {s.doc_id: s for s in guard.by_lm_eval(tmp_path / "out", mine)}
     assert [found[n].correct for n in range(3)] == [[True], [False], [True]], "of `<think> so </think> 5` the 5 counts"
     assert found[0].tokens == [5], "the trace is paid for; the stop string of the task does not end it"
-    kept = list(samples.graded(tmp_path / "out", TWO, "model", "digit", guard=True)[1])
+    kept = list(samples.graded(tmp_path / "out", GUARD, "model", "digit", guard=True)[1])
     assert [s.correct for s in kept] == [[demo.answer(q) == "5"] for q in demo.two_operands()[:3]]
     assert len(list(samples.read_samples(tmp_path / "out", keys.task, "model", "digit"))) == 2
 
@@ -104,9 +103,9 @@ def test_a_task_without_a_metric_of_right_and_wrong_is_refused(theirs: Callable[
     ("keys", "message"),
     [
         ({"guard": ["thinkswitch_arithmetic"]}, "names thinkswitch_arithmetic, which is evaluated already"),
-        ({"guard": [TWO, TWO]}, "which is evaluated already; name each task once"),
+        ({"guard": [GUARD, GUARD]}, "which is evaluated already; name each task once"),
         ({"guard_margin": 0.1}, "need `guard`, a list of lm-eval tasks"),
-        ({"guard": [TWO], "guard_margin": 5}, "less than 1"),
+        ({"guard": [GUARD], "guard_margin": 5}, "less than 1"),
     ],
 )
 def test_wrong_guard_keys_are_one_sentence(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -121,49 +120,32 @@ def test_guard_tasks_are_loaded_and_kept_apart_from_the_prompts_before_any_work(
         keys = EvaluationKeys.model_validate({"task": "thinkswitch_arithmetic", "guard": [name]})
         return contamination.require_uncontaminated([("p0", text) for text in prompts], keys)
 
-    assert require(TWO, "1+1+1+1+1") == {"thinkswitch_arithmetic": 400, TWO: 300}
-    with pytest.raises(ThinkSwitchError, match=f"overlap with the evaluation set of {TWO}"):
-        require(TWO, "7*3")
-    with pytest.raises(ThinkSwitchError, match="knows no task 'nothing'"):
-        require("nothing")
+    assert require(GUARD, "1+1+1+1+1") == {"thinkswitch_arithmetic": 400, GUARD: 300}
+    with pytest.raises(ThinkSwitchError, match=f"overlap with the evaluation set of {GUARD}"):
+        require(GUARD, "7*3")
     with pytest.raises(ThinkSwitchError, match="mine compares likelihoods"):
         require(theirs("mine", kind="loglikelihood"))
 
 
 @pytest.fixture
 def guarded(tmp_path: Path) -> Path:
-    """A made run with a guard task on which instruct falls from nearly all right to half."""
+    """A made run with a guard task on which instruct falls from nearly all right to half in iteration 2."""
     folder = make_run(tmp_path, questions=60)
-    with_guard(folder, guard_margin=0.1)
-    chains = demo.two_operands()[:200]
-    for k in range(3):
-        for mode in ("instruct", "thinking"):
-            out = folder / f"iter-{k}" / "eval" / mode
-            worse = 0 if (k, mode) == (2, "instruct") else 2  # iteration whose share of right answers is drawn
-            write_samples(out / "guard", chains, 1, worse, mode, 0, TWO)
-            store_answers(out, mode, TWO)
+    write_guard(folder, guard_margin=0.1)
     return folder
-
-
-def with_guard(folder: Path, **keys: Any) -> Run:
-    overlay = folder / "guard.yaml"
-    files.write_yaml(overlay, {"thinkswitch": {"evaluation": {"guard": [TWO], **keys}}})
-    begun = files.read_json(folder / "run.json")
-    files.write_json(folder / "run.json", begun | {"overlays": [str(overlay)]})
-    return open_run(folder)
 
 
 def test_the_report_shows_what_else_changed(guarded: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_report(open_run(guarded))
     zero, one, two = files.read_json(guarded / "report.json")["iterations"]
-    assert "paired" not in zero["guard"][TWO]["instruct"] and one["guard"][TWO]["thinking"]["n"] == 200
-    fallen = two["guard"][TWO]["instruct"]["paired"]
+    assert "paired" not in zero["guard"][GUARD]["instruct"] and one["guard"][GUARD]["thinking"]["n"] == 200
+    fallen = two["guard"][GUARD]["instruct"]["paired"]
     assert fallen["difference"] < -0.2 and fallen["verdict"] == "more than noise"
     sentence = "Outside the domain, iteration 2 against iteration 0: instruct on thinkswitch_arithmetic_two -"
     shown = " ".join(capsys.readouterr().out.split())
     for text in (shown, (guarded / "report.md").read_text(), (guarded / "report.html").read_text()):
         assert "What else changed" in text and sentence in text
-    assert (guarded / "report.md").read_text().count(f"| {TWO} | instruct | 2 | ") == 1
+    assert (guarded / "report.md").read_text().count(f"| {GUARD} | instruct | 2 | ") == 1
     assert '<a href="#guard">' in (guarded / "report.html").read_text()
 
 
@@ -171,15 +153,17 @@ def test_a_guard_that_falls_beyond_its_margin_stops_the_loop_in_one_sentence(gua
     run = open_run(guarded)
     work.evaluate(run, 1, "instruct")  # all of it is stored: nothing is asked
     work.evaluate(run, 2, "thinking")
-    with pytest.raises(ThinkSwitchError, match=rf"task {TWO} fell by more than .*guard_margin: 0.1` allows: instruct"):
+    with pytest.raises(
+        ThinkSwitchError, match=rf"task {GUARD} fell by more than .*guard_margin: 0.1` allows: instruct"
+    ):
         work.evaluate(run, 2, "instruct")
-    work.evaluate(with_guard(guarded, guard_margin=0.9), 2, "instruct")
-    work.evaluate(with_guard(guarded), 2, "instruct")
+    work.evaluate(set_guard(guarded, guard_margin=0.9), 2, "instruct")
+    work.evaluate(set_guard(guarded), 2, "instruct")
 
 
 def test_another_margin_asks_nothing_again_and_another_guard_does(guarded: Path) -> None:
     before, *others = (
-        find_stage(with_guard(guarded, **keys), "eval-instruct", 1)
+        find_stage(set_guard(guarded, **keys), "eval-instruct", 1)
         for keys in ({"guard_margin": 0.1}, {"guard_margin": 0.2}, {"guard_limit": 5})
     )
     stamp = {"values": before.values, "inputs": {}}

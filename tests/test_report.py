@@ -173,9 +173,16 @@ def test_finished_controls_are_shown_beside_the_run_until_its_checkpoint_is_made
     assert "labels &lt;shuffled&gt;" in (folder / "report.html").read_text()
     assert "Controls" in capsys.readouterr().out
     (folder / "iter-1" / "instruct" / "config.json").write_text("{}")
-    write_report(run)
-    assert "controls" not in files.read_json(folder / "report.json")
+    assert "controls" not in build_report(run, evaluations(run))
     assert "repeat it: make control CONTROL=shuffled" in " ".join(capsys.readouterr().out.split())
+
+
+def test_every_control_can_be_named_on_the_command_line() -> None:
+    from experiments.__main__ import control
+    from experiments.controls import NAMES
+
+    (choice,) = (p.type for p in control.params if p.name == "name")
+    assert set(choice.choices) == set(NAMES)
 
 
 def test_the_page_holds_every_question_with_what_each_checkpoint_answered(written: Path) -> None:

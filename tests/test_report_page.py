@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests import browser
-from tests.report_run import make_run, write_sweep
+from tests.report_run import GUARD, make_run, write_guard, write_sweep
 from thinkswitch_plugin import files
 from thinkswitch_plugin.report import write_report
 from thinkswitch_plugin.run import open_run
@@ -21,8 +21,9 @@ SIZES = {"desk": (1200, 900), "phone": (390, 844)}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two iterations, 400 questions and a sweep, with its report."""
+    """A run of two iterations, 400 questions, a guard task and a sweep, with its report."""
     here = make_run(tmp_path_factory.mktemp("run"), questions=400)
+    write_guard(here)
     write_sweep(here)
     write_report(open_run(here))
     return here
@@ -87,6 +88,15 @@ def opened(chromium: Any, run: Path) -> Iterator[Opened]:
     assert page.complaints == []
     assert page.asked == [page.address]
     context.close()
+
+
+def test_what_else_changed_stands_in_a_table_that_the_contents_lead_to(opened: Opened) -> None:
+    opened.page.click('nav.contents a[href="#guard"]')
+    section = opened.page.locator('section[aria-labelledby="guard"]')
+    assert "instruct on thinkswitch_arithmetic_two -" in section.locator("p").first.inner_text()
+    rows = section.locator("tbody tr").all_inner_texts()
+    assert len(rows) == 4 and all(row.startswith(GUARD) for row in rows)
+    assert "more than noise" in next(row for row in rows if "instruct\t2" in row)
 
 
 def test_no_error_and_no_request_whatever_is_clicked(opened: Opened) -> None:
