@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from starlette.testclient import TestClient
 
 from tests import report_run
 from tests.conftest import BIN, ROOT
@@ -24,10 +25,12 @@ from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.engines.servers import free_port
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.router import curve
+from thinkswitch_plugin.router.answer import answer_file
 from thinkswitch_plugin.router.classifier import Router
 from thinkswitch_plugin.router.curve import Judged
 from thinkswitch_plugin.router.make_switch import KEEP, held_out, make_switch
-from thinkswitch_plugin.router.switch import Switch, answer_file, served_name
+from thinkswitch_plugin.router.serve import application
+from thinkswitch_plugin.router.switch import Switch, served_name
 
 TS = BIN / "thinkswitch"
 SMALL = Judged(
@@ -365,6 +368,11 @@ def test_one_question_and_many_in_process(switched: Path, command: Any, forked: 
     for i, one in enumerate(found):  # the checkpoints answer as in their evaluation
         assert one.answer == samples[one.mode][i].found[0] and one.tokens == samples[one.mode][i].tokens[0]
     assert {one.mode for one in found} == {"instruct", "thinking"}
+    with TestClient(application(switch), base_url="http://127.0.0.1") as client:
+        for one in found[:6]:  # the endpoint answers the same, its traces included
+            reply = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": one.question}]})
+            text = reply.json()["choices"][0]["message"]["content"]
+            assert reply.headers["X-ThinkSwitch-Mode"] == one.mode and text.endswith(one.answer or "")
     done = forked(TS, "answer", "--pair", switched, questions[0])
     assert done.returncode == 0, done.stderr
     assert f"  answer: {found[0].answer}" in done.stdout and f"{found[0].mode} (p(think) = " in done.stdout

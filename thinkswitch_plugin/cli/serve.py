@@ -21,10 +21,21 @@ from thinkswitch_plugin.cli.options import (
     number,
     of_pair,
     of_served,
+    together,
 )
 from thinkswitch_plugin.run import open_run
 
 EXPORT_RANK = 64
+
+# Where the checkpoints behind a router answer, and when it thinks.
+of_router = together(
+    click.option(
+        "--threshold", type=click.FloatRange(0, 1), help="Think where p(think) is at least this; 0 always, 1 never."
+    ),
+    click.option("--url", default="", help="A running server for both modes, such as `make serve` starts."),
+    click.option("--instruct-url", default="", help="A running server for instruct; without one: in process."),
+    click.option("--thinking-url", default="", help="A running server for thinking; without one: in process."),
+)
 
 
 @main.command()
@@ -44,12 +55,7 @@ def switch(run: Path, iteration: int, labels: Path | None, limit: int | None) ->
 @main.command()
 @click.option("--pair", required=True, type=FOLDER, help="A finished run with a router: RUNS/DOMAIN.")
 @click.option("--iteration", type=click.IntRange(min=0), help="Whose pair (default: the last one with a router).")
-@click.option(
-    "--threshold", type=click.FloatRange(0, 1), help="Think where p(think) is at least this; 0 always, 1 never."
-)
-@click.option("--url", default="", help="A running server for both modes, such as `make serve` starts.")
-@click.option("--instruct-url", default="", help="A running server for instruct; without one: in process.")
-@click.option("--thinking-url", default="", help="A running server for thinking; without one: in process.")
+@of_router
 @click.option("--file", "source", default="", help="Many questions: JSONL with `question`, a row each.")
 @click.option("--out", type=FOLDER, help="File for the answers to --file (default: standard output).")
 @click.argument("question", default="")
@@ -58,7 +64,8 @@ def answer(pair: Path, source: str, out: Path | None, question: str, **options: 
 
     A question that begins with a minus sign goes behind `--`.
     """
-    from thinkswitch_plugin.router.switch import STDIN, Switch, answer_file, answer_one
+    from thinkswitch_plugin.router.answer import STDIN, answer_file, answer_one
+    from thinkswitch_plugin.router.switch import Switch
 
     source = STDIN if question == STDIN else source
     if bool(source) == bool(question.strip() and question != STDIN):
@@ -91,6 +98,8 @@ def export_loras(pair: Any, rank: str, base: str) -> None:
 @main.command(context_settings={"ignore_unknown_options": True})
 @of_served
 @click.option("--model", default="", help="One checkpoint (folder or hub id) instead of an export.")
+@click.option("--switch", is_flag=True, help="Serve the switch of the run: its router and both checkpoints.")
+@of_router
 @click.option("--rank", type=number, help="One of the exported ranks (default: the one found to be enough).")
 @click.option(
     "--lambda", "weight", default="", help="Serve the pair interpolated at this λ, which `serve-lambda` moves."
@@ -98,11 +107,17 @@ def export_loras(pair: Any, rank: str, base: str) -> None:
 @TEMPLATE
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(min=0, max=65535), help="0: any free one.")
 @click.argument("extra", metavar="ARGUMENTS", nargs=-1, type=click.UNPROCESSED)
-def serve(pair: Any, weight: str, template: Any, model: str, **options: Any) -> None:
+def serve(pair: Any, weight: str, template: Any, switch: bool, **options: Any) -> None:
     """Serve both modes of an export from one copy of the weights, by vLLM, to this machine only.
 
-    ARGUMENTS are further options of vLLM; they come last, so they count.
+    ARGUMENTS are further options of vLLM; they come last, so they count. With --switch, an endpoint asks instruct or
+    thinking for each request, as the router of the run decides, and has a page to chat.
     """
+    router = {name: options.pop(name) for name in ("threshold", "url", "instruct_url", "thinking_url")}
+    if switch:
+        return _serve_switch(pair, router, weight, **options)
+    if given := next((name for name, value in router.items() if value not in ("", None)), None):
+        raise click.UsageError(f"--{given.replace('_', '-')} belongs to --switch.")
     if weight.strip():
         from thinkswitch_plugin.export.live import serve_live
         from thinkswitch_plugin.search.pair import find_pair
@@ -113,7 +128,21 @@ def serve(pair: Any, weight: str, template: Any, model: str, **options: Any) -> 
     from thinkswitch_plugin.export.serve import serve as serve_both
     from thinkswitch_plugin.recipe import recipe_of
 
-    serve_both(pair.results / "export", model=model, keys=recipe_of(pair.domain, pair.overlay).keys, **options)
+    serve_both(pair.results / "export", keys=recipe_of(pair.domain, pair.overlay).keys, **options)
+
+
+def _serve_switch(pair: Any, router: dict[str, Any], weight: str, *, port: int, extra: Any, **others: Any) -> None:
+    """Serve the switch of a run; of the last iteration that has one, unless another is named."""
+    if weight.strip() or extra or any(others.values()):
+        raise click.UsageError(
+            "--switch serves a run's router; leave out --lambda, --model, --rank and vLLM's options."
+        )
+    from thinkswitch_plugin.router.serve import serve_switch
+    from thinkswitch_plugin.router.switch import Switch
+
+    source = click.get_current_context().get_parameter_source("iteration")
+    k = None if source is click.core.ParameterSource.DEFAULT else pair.iteration
+    serve_switch(Switch.open(pair.folder, iteration=k, **router), port)
 
 
 @main.command("serve-lambda")

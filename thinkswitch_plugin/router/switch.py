@@ -11,14 +11,12 @@ Each question is asked as the domain asks its own: template, system turn, sampli
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from thinkswitch_plugin import files
 from thinkswitch_plugin.data import prompts
 from thinkswitch_plugin.engines import connection, servers
 from thinkswitch_plugin.engines.ask import Asker, ask_in_order
@@ -33,11 +31,11 @@ from thinkswitch_plugin.run.progress import Bar
 
 if TYPE_CHECKING:
     from thinkswitch_plugin.data.batch import Asked
+    from thinkswitch_plugin.engines.client import ServedModel
     from thinkswitch_plugin.engines.embedded import EmbeddedEngine
     from thinkswitch_plugin.engines.replies import Unanswered
 
 Question = str | Mapping[str, Any]  # a text, or a row with `question` (`prompt`, `problem`) and other fields
-STDIN = "-"
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,12 @@ class Switch:
     """A finished pair behind its router; `served` holds the modes that a running server answers for."""
 
     def __init__(
-        self, run: Run, checkpoints: Mapping[str, str], router: Router, threshold: float, served: Mapping[str, Asker]
+        self,
+        run: Run,
+        checkpoints: Mapping[str, str],
+        router: Router,
+        threshold: float,
+        served: Mapping[str, ServedModel],
     ) -> None:
         self.run, self.checkpoints, self.router = run, checkpoints, router
         self.threshold, self.served = threshold, served
@@ -142,7 +145,7 @@ class Switch:
         router, default = stored_switch(opened, k)
         checkpoints = {mode: opened.checkpoint(mode, k) for mode in MODES}
         addresses = {"instruct": instruct_url or url, "thinking": thinking_url or url}
-        served: dict[str, Asker] = {}
+        served: dict[str, ServedModel] = {}
         for mode, address in addresses.items():
             if address:
                 from thinkswitch_plugin.engines.client import ServedModel
@@ -208,7 +211,7 @@ class Switch:
             prompts.request_body(name, prompts.messages(keys.prompts, text), keys.sampling, seed) | how.fields()
             for text in texts
         ]
-        asker = self.served[mode] if mode in self.served else self._in_process(mode)
+        asker: Asker = self.served[mode] if mode in self.served else self.in_process(mode)
         started = time.monotonic()
         replies = ask_in_order(asker, bodies, bar.update)
         seconds = (time.monotonic() - started) / len(replies)
@@ -217,7 +220,7 @@ class Switch:
             for reply in replies
         ]
 
-    def _in_process(self, mode: str) -> EmbeddedEngine:
+    def in_process(self, mode: str) -> EmbeddedEngine:
         """The mode's checkpoint in memory, in place of the other one's; seeded."""
         from transformers import set_seed
 
@@ -241,60 +244,3 @@ def last_with_router(run: Run) -> int:
     routers = (k for k in range(run.iterations, -1, -1) if (run.iteration(k) / "switch" / "router.skops").is_file())
     found = next(routers, None)
     return compare.last_finished(run) if found is None else found
-
-
-def answer_one(switch: Switch, question: str) -> Routed:
-    """Ask one question and print the answer, the mode, p(think) and tokens."""
-    found = switch.answer(question)
-    sign = "≥" if found.mode == "thinking" else "<"
-    title = f"{found.mode} (p(think) = {found.p_think:.3f} {sign} {switch.threshold:.3f})"
-    assert found.reply is not None
-    compare.show(question, [replace(found.reply, title=title)])
-    return found
-
-
-def answer_file(switch: Switch, source: str, out: Path | None) -> list[Routed]:
-    """Ask every row of a JSONL file, or of the standard input; write one row each, in the same order.
-
-    A row holds `question` (or `prompt`, `problem`), further fields of the domain's template, and optionally an `id`.
-    The counts go to the standard error, so that the standard output is JSONL and nothing else.
-
-    Raises `ThinkSwitchError` naming the line of a row that cannot be asked.
-    """
-    path = Path("/dev/stdin") if source == STDIN else Path(source)
-    rows = []
-    for number, row in files.read_jsonl(path):
-        try:
-            switch.asked(row)
-        except ThinkSwitchError as problem:
-            where = "standard input" if source == STDIN else str(path)
-            raise ThinkSwitchError(f"{where}, line {number}: {problem}") from None
-        rows.append(row)
-    if not rows:
-        raise ThinkSwitchError(f'{source} holds no questions; write one a line: {{"question": "…"}}')
-    found = switch.answer_all(rows)
-    lines = [
-        files.dumps_line({**({"id": row["id"]} if "id" in row else {}), **routed.row()})
-        for row, routed in zip(rows, found, strict=True)
-    ]
-    if out is None:
-        sys.stdout.buffer.write(b"".join(lines))
-        sys.stdout.flush()
-    else:
-        with files.atomic_file(out) as handle:
-            handle.writelines(lines)
-    print(counts(found), file=sys.stderr, flush=True)
-    return found
-
-
-def counts(found: Sequence[Routed]) -> str:
-    """How many questions each mode answered, and with how many tokens, in one line."""
-    parts = []
-    for mode in MODES:
-        of_mode = [one for one in found if one.mode == mode]
-        parts.append(f"{len(of_mode)} by {mode} ({sum(one.tokens for one in of_mode):,} tokens)")
-    failed = sum(one.reply is None for one in found)
-    text = (
-        f"{len(found)} questions: {', '.join(parts)}, {sum(o.tokens for o in found) / len(found):.1f} tokens a question"
-    )
-    return text + (f"; {failed} not answered" if failed else "")
