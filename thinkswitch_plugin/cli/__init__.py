@@ -7,8 +7,8 @@ THINKSWITCH_<OPTION> in the environment, as `make` does; an empty one counts as 
 
 from __future__ import annotations
 
-from thinkswitch_plugin.cli import run, serve, stages, tune
+from thinkswitch_plugin.cli import publish, run, serve, stages, tune
 from thinkswitch_plugin.cli.group import Group, main
 from thinkswitch_plugin.cli.tune import keys
 
-__all__ = ["Group", "keys", "main", "run", "serve", "stages", "tune"]
+__all__ = ["Group", "keys", "main", "publish", "run", "serve", "stages", "tune"]
