@@ -75,7 +75,16 @@ def words_dataset(**arguments: Any) -> dict[str, Any]:
 
     from thinkswitch_plugin.demo import words
 
-    return _test(Dataset.from_list(words.rows()), arguments)
+    return _test(Dataset.from_list(words.rows(words.held_out())), arguments)
+
+
+def words_one_step_dataset(**arguments: Any) -> dict[str, Any]:
+    """Questions of one step, which are not questions of the domain `words`: a guard task for it."""
+    from datasets import Dataset
+
+    from thinkswitch_plugin.demo import words
+
+    return _test(Dataset.from_list(words.rows(words.one_step())), arguments)
 
 
 def aime_dataset(**arguments: Any) -> dict[str, Any]:

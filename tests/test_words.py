@@ -46,7 +46,10 @@ def test_held_out_questions_are_fixed_distinct_and_half_of_them_novel() -> None:
     held_out = words.held_out()
     assert held_out == words.held_out() and len({question.prompt for question in held_out}) == 480
     assert sum(question.novel for question in held_out) == 240
-    assert {row["stratum"] for row in words.rows()} == {"steps", "steps_novel", "order", "order_novel"}
+    one_step = words.one_step()
+    assert not {question.prompt for question in one_step} & {question.prompt for question in held_out}
+    for asked in (held_out, one_step):
+        assert {row["stratum"] for row in words.rows(asked)} == {"steps", "steps_novel", "order", "order_novel"}
 
 
 def test_novel_questions_share_no_name_object_or_phrasing_with_the_others() -> None:

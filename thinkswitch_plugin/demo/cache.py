@@ -50,13 +50,14 @@ def ensure_words(keys: ThinkSwitchKeys, seed: int) -> None:
     folder = Path(resolve_seed(keys.pair.instruct, seed)).parent
 
     def make(building: Path) -> None:
-        held_out = {question.prompt for question in words.held_out()}
+        held_out = {question.prompt for question in words.held_out() + words.one_step()}
         prompts = words.questions(f"prompts-{seed}", WORDS_PROMPTS, exclude=held_out)
         model, tokenizer = smollm2.load(smollm2.fetch(folder.parent.parent / "smollm2"))
         train_pair(building, seed, model, tokenizer, exclude=held_out | {prompt.prompt for prompt in prompts})
         _write_prompts(building, ({"prompt": prompt.prompt, "answer": prompt.answer} for prompt in prompts))
 
-    wanted = {"seed": seed, "prompts": WORDS_PROMPTS, "held_out": words.HELD_OUT_SIZE, **asdict(WordsSettings())}
+    held = {"held_out": words.HELD_OUT_SIZE, "one_step": words.ONE_STEP_SIZE}
+    wanted = {"seed": seed, "prompts": WORDS_PROMPTS, **held, **asdict(WordsSettings())}
     _ensure(folder, wanted, folder / "thinking", "pair of SmolLM2-135M siblings", make)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from typing import NamedTuple
 from thinkswitch_plugin import files
 
 HELD_OUT_SIZE = 480
+ONE_STEP_SIZE = 120
 
 
 class Question(NamedTuple):
@@ -116,12 +117,20 @@ def questions(
 
 def held_out() -> list[Question]:
     """The evaluation questions: the same for every run; half of them novel."""
-    half = HELD_OUT_SIZE // 2
-    return questions("held out", half) + questions("held out, novel", half, novel=True)
+    return half_novel("held out", HELD_OUT_SIZE)
 
 
-def rows() -> list[dict[str, str]]:
-    """The held-out questions as the lm-eval task reads them; `stratum` is the family, with `_novel` for novel ones."""
-    return [
-        {"question": q.prompt, "answer": q.answer, "stratum": f"{q.family}{'_novel' * q.novel}"} for q in held_out()
-    ]
+def one_step() -> list[Question]:
+    """Held-out easy questions, half of them novel: what a guard task asks."""
+    return half_novel("one step", ONE_STEP_SIZE, hard=False)
+
+
+def half_novel(seed: str, count: int, *, hard: bool = True) -> list[Question]:
+    """`count` different questions, the second half of them novel."""
+    half = count // 2
+    return questions(seed, half, hard=hard) + questions(f"{seed}, novel", half, hard=hard, novel=True)
+
+
+def rows(asked: Iterable[Question]) -> list[dict[str, str]]:
+    """Questions as the lm-eval tasks read them; `stratum` is the family, with `_novel` for novel ones."""
+    return [{"question": q.prompt, "answer": q.answer, "stratum": f"{q.family}{'_novel' * q.novel}"} for q in asked]
