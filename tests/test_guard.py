@@ -142,7 +142,9 @@ def test_the_report_shows_what_else_changed(guarded: Path, capsys: pytest.Captur
     fallen = two["guard"][GUARD]["instruct"]["paired"]
     assert fallen["difference"] < -0.2 and fallen["verdict"] == "more than noise"
     sentence = "Outside the domain, iteration 2 against iteration 0: instruct on thinkswitch_arithmetic_two -"
-    shown = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    assert "thinkswi…" not in printed, "the name of a task is folded, not cut"
+    shown = " ".join(printed.split())
     for text in (shown, (guarded / "report.md").read_text(), (guarded / "report.html").read_text()):
         assert "What else changed" in text and sentence in text
     assert (guarded / "report.md").read_text().count(f"| {GUARD} | instruct | 2 | ") == 1

@@ -46,7 +46,7 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
 
     shown = Table(title=title)
     for name in header:
-        shown.add_column(name, justify="left" if name in left else "right")
+        shown.add_column(name, justify="left" if name in left else "right", overflow="fold")  # never cut a task's name
     for row in rows:
         shown.add_row(*row)
     Console(width=None if os.isatty(1) else 120).print(shown)

@@ -46,7 +46,7 @@ def beside(report: dict[str, Any]) -> list[Table]:
             "guard",
             "What else changed",
             guard_sentence(report),
-            (*of_guard, "tokens before", "after"),
+            (*of_guard, "tokens"),
             list(guard_rows(report)),
             2,
         ),
@@ -76,8 +76,7 @@ def guard_rows(report: dict[str, Any]) -> Iterator[list[str]]:
             points_span(compared["ci95"]),
             p_value(compared["p"]),
             compared["verdict"],
-            f"{tokens['before']:.1f}",
-            f"{tokens['after']:.1f}",
+            f"{tokens['before']:.1f} → {tokens['after']:.1f}",
         ]
 
 
