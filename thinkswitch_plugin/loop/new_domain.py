@@ -10,7 +10,6 @@ from __future__ import annotations
 import random
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +78,8 @@ def write_domain(name: str, gpu: str, data: Data) -> None:
     """
     require_domain_name(name)
     recipe, rows = Path(places.RECIPES, f"{name}.yaml"), Path(places.RECIPES, name)
-    task, overlay = Path(places.TASKS, f"{name}.yaml"), Path(places.RECIPES, f"{name}-gpus.overlay.yaml")
-    for path in (recipe, rows, task, *([overlay] if gpu == "several" else [])):
+    task = Path(places.TASKS, f"{name}.yaml")
+    for path in (recipe, rows, task):
         if path.exists():
             raise ThinkSwitchError(f"{path} exists already; give another name, or delete it first.")
     train, test, kind, dropped = split(data)
@@ -92,14 +91,11 @@ def write_domain(name: str, gpu: str, data: Data) -> None:
     functions = Path(places.TASKS, f"{task_files.MODULE}.py")
     if not functions.is_file():
         files.write_text(functions, TASK_FUNCTIONS)
-    if gpu == "several":
-        files.write_text(overlay, overlay_text(name))
     load_recipe(recipe)
     written = [f"{recipe}: Qwen3-4B Instruct and Thinking; change `base_model` and `thinkswitch.pair` for another pair"]
     written += [f"{rows}/prompts.jsonl: {len(train)} prompts", f"{rows}/test.jsonl: {len(test)} held out{dropped}"]
-    written += [f"{task}: reads final answers as `{kind}`"] + ([str(overlay)] if gpu == "several" else [])
-    overlays = {"8gb": "", "24gb": "24gb", "several": f"24gb {name}-gpus"}[gpu]
-    chosen = f" --overlay '{overlays}'" if overlays else ""
+    written += [f"{task}: reads final answers as `{kind}`"]
+    chosen = "" if gpu == "8gb" else " --overlay 24gb"  # several GPUs are used without a setting
     for line in (*written, "Next:", *next_commands(name, chosen, reference=not data.gold)):
         console.say(f"  {line}")
 
@@ -220,17 +216,3 @@ def task_text(name: str, kind: str, ending: str, rows: Path, gold: bool) -> str:
     for pattern, new in changes.items():
         text = re.sub(pattern, new.replace("\\", "\\\\"), text)
     return text
-
-
-def overlay_text(name: str) -> str:
-    """What several GPUs add to the overlay `24gb`: vLLM holds a copy of a checkpoint on each."""
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True).stdout
-        gpus = max(2, len(listed.splitlines()))
-    except (OSError, subprocess.CalledProcessError):
-        gpus = 2
-    return (
-        f"# For {gpus} GPUs with 24 GB or more: OVERLAY='24gb {name}-gpus'. axolotl trains on all that are visible.\n"
-        f"thinkswitch:\n  engine:\n    concurrency: {8 * gpus}\n"
-        f'    vllm_args: [--gpu-memory-utilization, "0.92", --data-parallel-size, "{gpus}"]  # the number of GPUs\n'
-    )
