@@ -20,6 +20,7 @@ from thinkswitch_plugin.export.push import push
 from thinkswitch_plugin.run import MODES, open_run
 
 REPO = "me/arithmetic"
+MOVED = "/home/someone/runs/arithmetic"
 REPORT = "# arithmetic, seed 0\n\ninstruct gets 88.0 % right.\n"
 
 
@@ -37,8 +38,14 @@ def finished(tmp_path: Path) -> Path:
     (here / "adapter" / "adapter_model.safetensors").write_bytes(os.urandom(500))
     (here / "adapter" / "README.md").write_text("the trainer's card")
     (here / "adapter" / "debug.log").write_text("a log")
+    # Trained where the run was before it was moved.
+    (here / "axolotl.yaml").write_text(f"output_dir: {MOVED}/iter-1/adapter\n")
     (here / "pairs.jsonl").write_text('{"messages": []}\n')
-    for name, text in {"report.html": "<p>", "report.json": "{}", "report.md": REPORT}.items():
+    for name, text in {
+        "report.html": f"<p>{MOVED}/iter-1/instruct, {folder}/iter-1",
+        "report.json": "{}",
+        "report.md": REPORT,
+    }.items():
         (folder / name).write_text(text)
     return folder
 
@@ -78,7 +85,9 @@ def test_a_push_shows_what_it_would_send_and_sends_it_when_told_to(
         card = tree["README.md"]["text"]
         assert "license: mit" in card and "instruct gets 88.0 % right" in card and 'subfolder="instruct"' in card
         assert tree["instruct/config.json"]["text"].strip().endswith('"iter-1/instruct"\n}')
-        assert not [path for path, entry in tree.items() if str(finished) in entry.get("text", "")]
+        texts = [entry.get("text", "") for entry in tree.values()]
+        assert not [text for text in texts if str(finished) in text or MOVED in text]
+        assert tree["report.html"]["text"] == "<p>iter-1/instruct, iter-1"
 
         capsys.readouterr()
         pushed(finished)

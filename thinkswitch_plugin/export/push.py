@@ -34,7 +34,7 @@ Content = Path | bytes  # a file as it is, or a text without the paths of this m
 
 ADAPTER_FILES = ("adapter_*", "config.json", "tokenizer*", "chat_template*")  # not the trainer's card and log
 PAIRS, REPORT = ("pairs.jsonl", "pairs.json"), ("report.html", "report.json", "report.md")
-TEXTS, LONGEST_TEXT = (".json", ".md", ".yml", ".yaml"), 10**6
+TEXTS, LONGEST_TEXT = (".json", ".md", ".yml", ".yaml", ".html"), 10**8
 TOKEN_PAGE = "create a token with write access on huggingface.co/settings/tokens"
 
 
@@ -71,7 +71,7 @@ def checkpoint_files(run: Run, k: int, mode: str) -> dict[str, Content]:
             "Iteration 0 is the starting pair, which this run has not made; use --iteration 1 or more."
         )
     require_finished(run, k)
-    return contents(run, sorted(path for path in (run.iteration(k) / mode).iterdir() if path.is_file()))
+    return contents(run, k, sorted(path for path in (run.iteration(k) / mode).iterdir() if path.is_file()))
 
 
 def all_files(run: Run, k: int) -> dict[str, Content]:
@@ -84,25 +84,36 @@ def all_files(run: Run, k: int) -> dict[str, Content]:
         found |= {f"{mode}/{name}": content for name, content in checkpoint_files(run, k, mode).items()}
     here = run.iteration(k)
     adapter = sorted({path for pattern in ADAPTER_FILES for path in (here / "adapter").glob(pattern)})
-    found |= {f"adapter/{name}": content for name, content in contents(run, adapter).items()}
+    found |= {f"adapter/{name}": content for name, content in contents(run, k, adapter).items()}
     rest = [*(here / name for name in PAIRS), *(run.folder / name for name in REPORT)]
     if missing := [path for path in (here / "adapter" / "adapter_config.json", *rest) if not path.is_file()]:
         raise ThinkSwitchError(f"{run.folder} is not finished: {missing[0]} is missing; run `make iterate` first.")
-    return found | contents(run, rest) | {CARD: card(run, k).encode()}
+    return found | contents(run, k, rest) | {CARD: card(run, k).encode()}
 
 
-def contents(run: Run, paths: list[Path]) -> dict[str, Content]:
-    """Files by their name; in cards and configs, paths of this machine are replaced by hub ids, or by paths in the run."""
+def contents(run: Run, k: int, paths: list[Path]) -> dict[str, Content]:
+    """Files by their name; in texts, paths of this machine are replaced by hub ids, or by paths in the run."""
     names = {str(found["path"]): str(found["name"]) for found in cards.hub_pair(run).values()}
-    names |= {f"{folder}/": "" for folder in (run.folder.resolve(), run.folder)}
+    names |= {f"{folder}/": "" for folder in homes(run, k)}
     found: dict[str, Content] = {}
     for path in paths:
         found[path.name] = path
         if path.suffix in TEXTS and files.size(path) <= LONGEST_TEXT:
-            text = path.read_text(encoding="utf-8", errors="surrogateescape")
+            text = changed = path.read_text(encoding="utf-8", errors="surrogateescape")
             for ours, public in names.items():
-                text = text.replace(ours, public)
-            found[path.name] = text.encode(errors="surrogateescape")
+                changed = changed.replace(ours, public)
+            if changed != text:
+                found[path.name] = changed.encode(errors="surrogateescape")
+    return found
+
+
+def homes(run: Run, k: int) -> list[Path]:
+    """The paths of the run folder that its files may name: now, and when iteration k was trained, if it was moved since."""
+    found = [run.folder.resolve(), run.folder]
+    config = run.iteration(k) / "axolotl.yaml"
+    if config.is_file():
+        adapter = Path(str(files.read_yaml(config).get("output_dir")))
+        found += [adapter.parents[1]] if adapter.parent.name == config.parent.name else []
     return found
 
 
@@ -216,9 +227,9 @@ def commit(api: HfApi, repo: str, left: Mapping[str, Content], public: bool, tit
             CommitOperationAdd(path, found if isinstance(found, bytes) else str(found))
             for path, found in ((path, left[path]) for path in chosen)
         ]
-        api.create_commit(repo, operations, commit_message=f"{title}: {folder or 'pairs, report and card'}")
+        api.create_commit(repo, operations, commit_message=f"{title}: {folder or 'top level'}")
         sent = readable(left[path] for path in chosen)
-        console.say(f"  sent {folder or 'the rest'}: {len(chosen)} files, {sent}")
+        console.say(f"  sent {folder or 'top level'}: {len(chosen)} files, {sent}")
     console.say(f"  {api.endpoint}/{repo} ({'public' if public else 'private'})")
 
 
