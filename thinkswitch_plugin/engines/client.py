@@ -281,8 +281,11 @@ class ServedModel:
                     if again := arrived(request, await reply_to(request)):
                         arrived(again, await reply_to(again))
 
-            tasks = [asyncio.create_task(answer_some()) for _ in range(self.keys.concurrency)]
+            tasks: list[asyncio.Task[None]] = []
             try:
+                for _ in range(self.keys.concurrency):
+                    tasks.append(asyncio.create_task(answer_some()))
+                    await asyncio.sleep(0)  # thousands at once would keep each other from connecting in time
                 await asyncio.gather(*tasks)
             finally:
                 for task in tasks:

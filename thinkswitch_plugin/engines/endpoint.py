@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+import httpx
 import openai
 
 from thinkswitch_plugin import console
@@ -19,7 +20,7 @@ from thinkswitch_plugin.engines.servers import Server
 LONGEST_PAUSE = 8.0
 WEIGHTS = "X-ThinkSwitch-Weights"  # a vLLM with other weights than these refuses to answer; see `live_worker.Guard`
 LOST = 30.0  # seconds; a machine that is off says nothing about the requests that it had
-IN_A_POOL = 128  # with thousands in one connection pool, httpx spends its time searching the pool
+IN_A_POOL = 64  # for every request httpx searches its whole pool of connections, so thousands in one take very long
 
 
 @dataclass
@@ -35,6 +36,9 @@ class Endpoint:
 
     def __init__(self, server: Server, keys: EngineKeys) -> None:
         self.server, self.keys = server, keys
+        self.transport = connection.transport(server.base_url)
+        if self.transport["verify"] is True:  # certificates are read once, not for every pool
+            self.transport["verify"] = httpx.create_ssl_context()
         self.away = server.away
         self.limits: set[asyncio.Timeout] = set()  # of the requests in flight
         self.pools = [self._pool()]
@@ -49,7 +53,7 @@ class Endpoint:
             timeout=openai.Timeout(None, connect=connection.CONNECT_SECONDS),  # `Client.ask` bounds the whole answer
             # On a connection of its own an answer cannot be taken for that of the next prompt.
             default_headers={"Connection": "close", **({WEIGHTS: server.weights} if server.weights else {})},
-            http_client=openai.DefaultAsyncHttpxClient(**connection.transport(server.base_url)),
+            http_client=openai.DefaultAsyncHttpxClient(**self.transport),
         )
         return Pool(client)
 
