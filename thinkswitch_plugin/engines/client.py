@@ -25,7 +25,7 @@ from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.data import batch
 from thinkswitch_plugin.engines import connection, replies
 from thinkswitch_plugin.engines.ask import Arrived, Reply, Request
-from thinkswitch_plugin.engines.endpoint import LONGEST_PAUSE, Endpoint
+from thinkswitch_plugin.engines.endpoint import LONGEST_PAUSE, Endpoint, rare_collections
 from thinkswitch_plugin.engines.replies import Unanswered
 from thinkswitch_plugin.engines.servers import Server
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -261,7 +261,8 @@ class ServedModel:
             with ThreadPoolExecutor(1) as thread:
                 thread.submit(run_async, self._ask(requests, arrived)).result()
         else:
-            run_async(self._ask(requests, arrived))
+            with rare_collections():
+                run_async(self._ask(requests, arrived))
 
     def close(self) -> None:
         """Nothing to release: a server uses no memory of this process."""
