@@ -268,7 +268,7 @@ class ServedModel:
         """Nothing to release: a server uses no memory of this process."""
 
     async def _ask(self, requests: Iterable[Request], arrived: Arrived) -> None:
-        left = iter(requests)
+        left, stopped = iter(requests), asyncio.Event()
         async with Client(self.server, self.model, self.keys) as client:
 
             async def reply_to(request: Request) -> Reply:
@@ -279,6 +279,8 @@ class ServedModel:
 
             async def answer_some() -> None:
                 for request in left:  # all of these tasks take from one iterator, so memory stays flat for any file
+                    if stopped.is_set():  # a connection that is being made may swallow that its task is cancelled
+                        return
                     if again := arrived(request, await reply_to(request)):
                         arrived(again, await reply_to(again))
 
@@ -289,6 +291,7 @@ class ServedModel:
                     await asyncio.sleep(0)  # thousands at once would keep each other from connecting in time
                 await asyncio.gather(*tasks)
             finally:
+                stopped.set()
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
