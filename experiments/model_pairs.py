@@ -199,7 +199,11 @@ MODELS = (
     Model("Granite", "GraniteForCausalLM"),
     Model("Seed-OSS", "SeedOssForCausalLM"),
     Model("LFM2", "Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention", "conv", "full_attention"]}),
-    Model("gpt-oss, bfloat16", "GptOssForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    Model(
+        "gpt-oss, unquantised",
+        "GptOssForCausalLM",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+    ),
     Model("DeepSeek-V3", "DeepseekV3ForCausalLM", MLA),
     Model("DeepSeek-V3, FP8", "DeepseekV3ForCausalLM", MLA, damage="fp8"),
     Model("an architecture that transformers does not know", "Qwen3ForCausalLM", damage="unknown"),

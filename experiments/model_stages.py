@@ -27,7 +27,7 @@ from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.merging.lora import lora_target
 from thinkswitch_plugin.recipe import Recipe, iteration_config, load_recipe
 from thinkswitch_plugin.run import Run, processes
-from thinkswitch_plugin.run.checkpoint import ADAPTER_WEIGHTS
+from thinkswitch_plugin.run.checkpoint import ADAPTER_WEIGHTS, adopt_mode
 from thinkswitch_plugin.training import distil
 
 ROOT = Path(__file__).parents[1]
@@ -129,12 +129,13 @@ def merge_lora(model: Model, roles: Roles, folder: Path) -> None:
         train(model, roles, folder)
     parent, out = roles["instruct"], folder / "distilled"
     merge_adapter(folder, str(parent), out)
-    loaded(out)
-    before, after = read(parent), read(out)
-    adapter = load_file(str(folder / "adapter" / ADAPTER_WEIGHTS))
+    before, after, adapter = read(parent), read(out), load_file(str(folder / "adapter" / ADAPTER_WEIGHTS))
+    as_loaded = loaded(out).state_dict()
+    if not any(lora_target(name) in before for name in adapter):  # a vision-language model is stored under other names
+        before, after = loaded(parent).state_dict(), as_loaded
     settings = files.read_json(folder / "adapter" / "adapter_config.json")
     scale = settings["lora_alpha"] / settings["r"]
-    trained = set()
+    trained, moved = set(), set()
     for name, down in adapter.items():
         target = lora_target(name)
         if ".lora_A." in name and target in before:
@@ -144,8 +145,10 @@ def merge_lora(model: Model, roles: Roles, folder: Path) -> None:
                 f"{target} is not its parent plus its LoRA"
             )
             trained.add(target)
+            moved |= {target} if bool(up.any()) else set()  # no text reaches the LoRAs of a vision tower
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert trained and trained <= changed
+    assert moved, "the adapter names none of the checkpoint's matrices"
+    assert moved <= changed, f"{sorted(moved - changed)[:3]} did not change"
     assert all("expert" in name for name in changed - trained), f"{sorted(changed - trained)[:3]} changed"
 
 
@@ -198,7 +201,7 @@ def teach(checkpoint: Path, out: Path, answer: str) -> None:
         optimizer.zero_grad()
     assert loss.item() < 2 * TAUGHT, f"the tiny model did not learn its answer: {loss.item():.2f}"
     network.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    adopt_mode(checkpoint, out)
 
 
 def loop(model: Model, roles: Roles, folder: Path) -> None:

@@ -72,7 +72,7 @@ def require_processor(checkpoint: str, revision: str | None) -> None:
     except (AttributeError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
         raise ThinkSwitchError(
             f"{checkpoint} is a vision-language model, which axolotl trains with its processor, and that cannot be loaded "
-            f"({reason(error)}); copy its `preprocessor_config.json` and the like from the original checkpoint, or "
+            f"({reason(error).partition('. ')[0]}); copy its `preprocessor_config.json` and the like from the original checkpoint, or "
             "install what is missing."
         ) from None
 
