@@ -145,12 +145,12 @@ def test_a_sweep_through_vllm_scores_as_in_memory_though_it_is_killed_and_then_i
     with log.open("wb") as output:
         start = partial(subprocess.Popen, [str(word) for word in words], cwd=ROOT, stdout=output, stderr=output)
         process = start()
-        answers = points / ".lambda-0.2.partial" / "generations.jsonl"
+        answers = points / ".lambda-0.2-n60.partial" / "generations.jsonl"
         wait_for(lambda: answers.is_file() and answers.stat().st_size, process)
         process.kill()
         process.wait()
         process = start()
-        wait_for((points / "lambda-0.2" / "candidate.json").is_file, process)
+        wait_for((points / "lambda-0.2-n60" / "candidate.json").is_file, process)
         for below in psutil.Process(process.pid).children(recursive=True):
             if "EngineCore" in " ".join([below.name(), *below.cmdline()]):
                 below.kill()
