@@ -19,6 +19,7 @@ from thinkswitch_plugin.data.traces import Outcome, split, split_message, templa
         ("a</think>b<think>c", False, "a", None, Outcome.UNCLOSED),
         ("a</think>  \n", True, "a", None, Outcome.EMPTY),
         ("a</think>b</think>c", True, "a</think>b", "c", Outcome.AMBIGUOUS),
+        ("</a[/THINK]b</think>c", True, "</a[/THINK]b", "c", Outcome.AMBIGUOUS),
         ("<Think>a</think >b", False, "a", "b", Outcome.COMPLETE),
         ("<|begin_of_thought|>a<|end_of_thought|>b", False, "a", "b", Outcome.COMPLETE),
     ],

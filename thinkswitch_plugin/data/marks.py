@@ -41,7 +41,7 @@ _INVISIBLE = "\u00ad\u180e\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
 _PLAIN: dict[int, int | str | None] = {0xFF01 + n: 0x21 + n for n in range(94)}
 _PLAIN |= {ord(c): None for c in _INVISIBLE + "\\"} | {ord("▁"): "_"}
 # After `<` and white space, mathematics and code continue in ways that no tag does.
-_TAG = re.compile(r"<\s{0,4}[^\s\d<>=.,;:()+*~-][^<>]{0,63}>?")
+_TAG = re.compile(r"<\s{0,4}[^\s\d<>=.,;:()+*~\[-][^<>\[]{0,63}>?")
 _BRACKET = re.compile(r"\[[^\[\]\d]{3,40}\]")
 _ESCAPED = (
     re.compile(r"&(?:amp;)*(?:[lL][tT]|#0*60|#[xX]0*3[cC]);([^&<>]{1,64})&(?:amp;)*(?:[gG][tT]|#0*62|#[xX]0*3[eE]);"),
