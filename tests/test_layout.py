@@ -89,7 +89,7 @@ def test_a_launcher_can_be_read_and_runs_a_target_of_the_makefile(name: str) -> 
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".yaml":
         assert isinstance(files.read_yaml(path), dict)
-        targets = re.findall(r"^\s*(?:make|entrypoint: make -C /work) ([a-z-]+)", text, re.MULTILINE)
+        targets = re.findall(r"^\s*(?:make|entrypoint: make -C /thinkswitch) ([a-z-]+)", text, re.MULTILINE)
         assert targets and all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets)
     else:
         subprocess.run(["bash", "-n", path], check=True)
