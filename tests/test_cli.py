@@ -138,6 +138,7 @@ def test_check_goes_through_everything_and_counts_what_would_stop_the_run(forked
         "disk:",
         "engine:",
         "recipe:",
+        "processes:",
         "pair:",
         "training:",
         "prompts:",

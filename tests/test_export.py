@@ -420,7 +420,7 @@ def test_refusals_are_one_sentence_and_write_nothing(own_run: Path, forked: Any,
         (["--base", tmp_path / "none"], "is not a checkpoint folder"),
         (["--base", other], "not a compatible pair"),
         (["--iteration", "2"], "no instruct checkpoint of iteration 2"),
-        (["--overlay", "24gb"], "was begun with OVERLAY=''"),
+        (["--overlay", "24gb"], "was begun with --overlay ''"),
         (["--instruct", start, "--thinking", start, "--out", tmp_path / "out"], "nothing between them"),
     ):
         done = forked(BIN / "thinkswitch", *words, *extra)

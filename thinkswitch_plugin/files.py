@@ -241,7 +241,7 @@ def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        where = parts.located(path, number) if path.is_dir() else f"{path}, line {number}"
+        where = parts.located(path, number) if parts.has_parts(path) else f"{path}, line {number}"
         try:
             line.decode()
         except UnicodeDecodeError:

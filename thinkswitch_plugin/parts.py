@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import IO, Any
 
 
+def has_parts(path: Path) -> bool:
+    """Whether this is a folder of parts; a folder `name.jsonl` stands where a file is expected."""
+    return not path.suffix and path.is_dir()
+
+
 def part_files(path: Path) -> list[Path]:
     """The files of a folder in order, or the file itself."""
-    return sorted(path.glob("[0-9]*.jsonl")) if path.is_dir() else [path]
+    return sorted(path.glob("[0-9]*.jsonl")) if has_parts(path) else [path]
 
 
 def located(path: Path, number: int) -> str:
@@ -27,7 +32,7 @@ def located(path: Path, number: int) -> str:
 
 def open_parts(path: Path, buffering: int) -> IO[bytes]:
     """The files of a folder, one behind the other, for reading; or the file. Raises `OSError` as `open`."""
-    if not path.is_dir():
+    if not has_parts(path):
         return path.open("rb", buffering=buffering)
     return io.BufferedReader(_Joined(part_files(path)), buffering)
 

@@ -237,7 +237,7 @@ def _run_of(options: PairOptions) -> Run:
     if overlays and overlays != tuple(run.recipe.overlays):
         raise ThinkSwitchError(
             f"{run.folder} was begun with OVERLAY='{' '.join(map(str, run.recipe.overlays))}', which applies here as well; "
-            "remove OVERLAY=, or select another run with RUNS=."
+            "remove OVERLAY=, or select another run."
         )
     if not (run.iteration(0) / "pair.json").is_file():
         raise ThinkSwitchError(f"{run.folder} has no starting pair yet; run `make pair DOMAIN={options.domain}` first.")
