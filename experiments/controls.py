@@ -27,7 +27,7 @@ from thinkswitch_plugin.judging.samples import samples_of
 from thinkswitch_plugin.loop import work
 from thinkswitch_plugin.merging.command import write_merge
 from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
-from thinkswitch_plugin.report import header, rows, strata
+from thinkswitch_plugin.report import header, parts_table, rows
 from thinkswitch_plugin.run import MODES, Run, locked, open_run
 from thinkswitch_plugin.run.checkpoint import Subject
 from thinkswitch_plugin.run.hashes import Hashes
@@ -150,8 +150,8 @@ def print_results(folders: list[Path]) -> None:
         n = report["iterations"][0]["instruct"]["n"]
         console.say(f"### Seed {report['seed']}, {n} held-out questions, engine {report['engine']}\n")
         console.say("\n".join(console.table(header(report), rows(report))) + "\n")
-        if parts := strata(report):
-            console.say("\n".join(console.table(parts[0], parts[1:])) + "\n")
+        if (parts := parts_table(report)).rows:
+            console.say("\n".join(console.table(parts.header, parts.rows)) + "\n")
         for name, (mode, title) in NAMES.items():
             path = folder / "controls" / name / "result.json"
             if not path.is_file():

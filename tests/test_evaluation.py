@@ -13,6 +13,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.figures import Sample, interval, pass_at_k, question_metrics, summarize
 from thinkswitch_plugin.judging.samples import Ended, Row, grade_question, samples_file
 from thinkswitch_plugin.judging.verdict import Answered, verdict_on
+from thinkswitch_plugin.report import parts_table
 
 
 def sample(correct: list[bool], found: list[str | None] | None = None, tokens: int = 5, cut: bool = False) -> Sample:
@@ -74,6 +75,16 @@ def test_questions_that_name_their_stratum_are_also_summed_up_by_it() -> None:
     graded = [grade_question(one, ended, "exact", Asked()) for one in rows]
     assert summarize(graded)["strata"] == {"easy": {"n": 1, "mean@k": 1.0}, "hard": {"n": 2, "mean@k": 0.5}}
     assert "strata" not in summarize([grade_question(row(0, "4"), ended, "exact", Asked())])
+
+
+def test_parts_of_the_questions_become_a_table_of_the_report_if_there_are_any() -> None:
+    parts = {"easy": {"n": 1, "mean@k": 1.0}, "hard_novel": {"n": 2, "mean@k": 0.5}}
+    table = parts_table(
+        {"iterations": [{"iteration": 0, "instruct": {"strata": parts}, "thinking": {"strata": parts}}]}
+    )
+    assert table.header == ("iteration", "checkpoint", "easy (1)", "hard novel (2)")
+    assert table.rows == [["0", "instruct", "100.0 %", "50.0 %"], ["0", "thinking", "100.0 %", "50.0 %"]]
+    assert not parts_table({"iterations": [{"iteration": 0, "instruct": {}, "thinking": {}}]}).rows
 
 
 def test_cut_completions_are_left_out_of_the_think_ratio() -> None:

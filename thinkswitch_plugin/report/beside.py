@@ -1,4 +1,4 @@
-"""The tables beside the headline: what else changed (the guard tasks), and the control experiments."""
+"""The tables beside the headline: parts of the questions, what else changed (the guard tasks), the control experiments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from thinkswitch_plugin.judging.paired import MORE, p_value
-from thinkswitch_plugin.report.tables import interval, percent, points, points_span
+from thinkswitch_plugin.report.tables import evaluated, interval, percent, points, points_span
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ def beside(report: dict[str, Any]) -> list[Table]:
     )
     of_controls = ("control", "checkpoint", "accuracy", "95 % interval", "the run", "control − run", "interval of that")
     every = (
+        parts_table(report),
         Table(
             "guard",
             "What else changed",
@@ -60,6 +61,21 @@ def beside(report: dict[str, Any]) -> list[Table]:
         ),
     )
     return [table for table in every if table.rows]
+
+
+def parts_table(report: dict[str, Any]) -> Table:
+    """The accuracy of every checkpoint on each stratum of the questions; no rows if they name none."""
+    parts = report["iterations"][0]["instruct"].get("strata", {})
+    names = (f"{name.replace('_', ' ')} ({part['n']})" for name, part in parts.items())
+    rows = [
+        [str(entry["iteration"]), name, *(percent(found["strata"][part]["mean@k"]) for part in parts)]
+        for entry in report["iterations"]
+        for name, found in evaluated(entry).items()
+    ]
+    sentence = "Accuracy on each part of the held-out questions, and how many there are."
+    return Table(
+        "parts", "Parts of the questions", sentence, ("iteration", "checkpoint", *names), rows if parts else [], 2
+    )
 
 
 def guard_rows(report: dict[str, Any]) -> Iterator[list[str]]:

@@ -179,7 +179,6 @@ def write_report(run: Run) -> dict[str, Any]:
     headline, header = tables.headline(report), tables.header(report)
     rows, beside = list(tables.rows(report)), tables_beside(report)
     shown = {"headline": headline, "header": header, "rows": rows, "hybrid": tables.about_hybrid(report)}
-    shown["strata"] = strata = tables.strata(report)
     text = templates.markdown("report.md.j2", report=report, beside=beside, **shown)
     files.write_json(run.folder / "report.json", report)
     files.write_text(run.folder / "report.md", text)
@@ -188,8 +187,6 @@ def write_report(run: Run) -> dict[str, Any]:
     page.write_page(run, report, judged, run.folder / "report.html")
     title = f"{report['domain']}, seed {report['seed']}: {report['iterations'][0]['instruct']['n']} held-out questions"
     console.print_table(title, header, rows, left=("checkpoint",))
-    if strata:
-        console.print_table("By part of the questions", strata[0], strata[1:], left=("checkpoint",))
     console.say(f"  {headline}")
     for table in beside:
         console.print_table(table.title, table.header, table.rows, left=table.header[: table.words])

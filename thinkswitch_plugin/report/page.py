@@ -54,7 +54,6 @@ def content(run: Run, report: dict[str, Any], judged: Sequence[Evaluation]) -> d
         "hybrid": tables.about_hybrid(report),
         "header": tables.header(report),
         "rows": list(tables.rows(report)),
-        "strata": tables.strata(report),
         "beside": beside(report),
         "paired": paired,
         "charts": charts(report),

@@ -89,18 +89,6 @@ def rows(report: dict[str, Any]) -> Iterator[list[str]]:
             ]
 
 
-def strata(report: dict[str, Any]) -> list[list[str]]:
-    """The accuracy of every checkpoint on each stratum of the questions, the header first; empty if there are none."""
-    parts = report["iterations"][0]["instruct"].get("strata", {})
-    names = [f"{name.replace('_', ' ')} ({part['n']})" for name, part in parts.items()]
-    found = [
-        [str(entry["iteration"]), name, *(percent(s["strata"][part]["mean@k"]) for part in parts)]
-        for entry in report["iterations"]
-        for name, s in evaluated(entry).items()
-    ]
-    return [["iteration", "checkpoint", *names], *found] if parts else []
-
-
 def header(report: dict[str, Any]) -> list[str]:
     """The names over `rows`."""
     k = report["iterations"][0]["instruct"]["k"]
