@@ -12,12 +12,14 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import torch
 
@@ -121,20 +123,44 @@ def test_special_tags_are_kept_and_pairs_equal_the_embedded_engines_whoever_open
     assert all(answer.isdigit() for _, answer in found["vllm"])  # no part of a trace
 
 
-def test_a_sweep_through_vllm_scores_as_the_sweep_in_memory(finished_run: Path, tmp_path: Path, forked: Any) -> None:
+def wait_for(found: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 300
+    while not found():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_sweep_through_vllm_scores_as_in_memory_though_it_is_killed_and_then_its_server(
+    finished_run: Path, tmp_path: Path, forked: Any
+) -> None:
     overlay = tmp_path / "server.overlay.yaml"
     files.write_yaml(overlay, {"thinkswitch": {"evaluation": {"backend": "server"}}})
     pair = files.read_json(finished_run / "iter-0" / "pair.json")
-    words = ["sweep", "--domain", "arithmetic", "--runs", tmp_path, "--lambdas", "0.2 0.9", "--limit", "60"]
-    words += ["--instruct", pair["instruct"]["path"], "--thinking", pair["thinking"]["path"]]
+    words = [BIN / "thinkswitch", "sweep", "--domain", "arithmetic", "--runs", tmp_path, "--lambdas", "0.2 0.9"]
+    words += ["--limit", "60", "--instruct", pair["instruct"]["path"], "--thinking", pair["thinking"]["path"]]
+    done = forked(*words, "--engine", "embedded", "--out", tmp_path / "embedded")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    words += ["--engine", "vllm", "--out", tmp_path / "vllm", "--overlay", overlay]
+    points, log = tmp_path / "vllm" / "sweep" / "points", tmp_path / "output"
+    with log.open("wb") as output:
+        start = partial(subprocess.Popen, [str(word) for word in words], cwd=ROOT, stdout=output, stderr=output)
+        process = start()
+        answers = points / ".lambda-0.2-n60.partial" / "generations.jsonl"
+        wait_for(lambda: answers.is_file() and answers.stat().st_size, process)
+        process.kill()
+        process.wait()
+        process = start()
+        wait_for((points / "lambda-0.2-n60" / "candidate.json").is_file, process)
+        for below in psutil.Process(process.pid).children(recursive=True):
+            if "EngineCore" in " ".join([below.name(), *below.cmdline()]):
+                below.kill()
+        assert process.wait(300) == 0, log.read_text()[-3000:]
+    assert log.read_text().count("it is started again") == 1
     found = {}
-    for engine, extra in (("embedded", []), ("vllm", ["--overlay", overlay])):
-        out = tmp_path / engine
-        done = forked(BIN / "thinkswitch", *words, "--engine", engine, "--out", out, *extra)
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        points = files.read_json(out / "sweep" / "sweep.json")["points"]
-        found[engine] = [(p["lambda"], p["mean@k"], p["tokens"], p["think_ratio"]) for p in points]
-        assert not list(out.rglob("*.safetensors"))  # one candidate at a time, and none is left
+    for engine in ("embedded", "vllm"):
+        rows = files.read_json(tmp_path / engine / "sweep" / "sweep.json")["points"]
+        found[engine] = [(p["lambda"], p["mean@k"], p["tokens"], p["think_ratio"]) for p in rows]
+        assert not list((tmp_path / engine).rglob("*.safetensors"))  # one candidate at a time, and none is left
     assert found["vllm"] == found["embedded"]
 
 
