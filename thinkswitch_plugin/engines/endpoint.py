@@ -19,6 +19,7 @@ from thinkswitch_plugin.engines import connection
 from thinkswitch_plugin.engines.servers import Server
 
 LONGEST_PAUSE = 8.0
+TRIES = 3  # of the client library, in a round
 WEIGHTS = "X-ThinkSwitch-Weights"  # a vLLM with other weights than these refuses to answer; see `live_worker.Guard`
 LOST = 30.0  # seconds; a machine that is off says nothing about the requests that it had
 OBJECTS = 50_000  # new ones between two collections
@@ -64,6 +65,7 @@ class Endpoint:
             base_url=server.base_url,
             api_key=server.token or connection.api_key() or "none",
             timeout=openai.Timeout(None, connect=connection.CONNECT_SECONDS),  # `Client.ask` bounds the whole answer
+            max_retries=TRIES - 1,
             # On a connection of its own an answer cannot be taken for that of the next prompt.
             default_headers={"Connection": "close", **({WEIGHTS: server.weights} if server.weights else {})},
             http_client=openai.DefaultAsyncHttpxClient(**self.transport),

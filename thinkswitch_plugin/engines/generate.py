@@ -2,6 +2,7 @@
 
 vLLM's own batch runner writes its output when the whole batch has ended, so a killed run loses every answer. Here
 each one is appended to `generations.jsonl` at once, in the same format, and a second start asks only what is missing.
+The sampling settings are in the requests (`SamplingKeys` in `args.py`).
 """
 
 from __future__ import annotations

@@ -73,14 +73,10 @@ class Sender:
         """Send one tensor in checkpoint layout. Raises `EngineGoneError` if a worker has gone."""
         held = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         about = {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
-        handle = os.memfd_create("thinkswitch")
-        try:
-            done = 0
-            while done < held.nbytes:
-                done += os.write(handle, held[done:])
-            self._line(json.dumps({**about, "bytes": held.nbytes}).encode(), handle)
-        finally:
-            os.close(handle)
+        with os.fdopen(os.memfd_create("thinkswitch"), "wb") as memory:
+            memory.write(held)
+            memory.flush()
+            self._line(json.dumps({**about, "bytes": held.nbytes}).encode(), memory.fileno())
 
     def end(self) -> None:
         """Say that this was all."""
@@ -253,8 +249,13 @@ class LiveVllm:
             for worker in workers:
                 worker.settimeout(self.keys.start_timeout)
             sender = Sender(workers)
-            source(sender)
-            sender.end()
+            try:
+                source(sender)
+                sender.end()
+            except EngineGoneError:
+                with suppress(TimeoutError):
+                    posted.result(10)  # raises with the server's own words, if it can still say why
+                raise
             while not posted.done():
                 with suppress(TimeoutError):
                     posted.result(1)

@@ -99,9 +99,27 @@ class Weights:
         """Load weights from a checkpoint folder or the address of a socket; returns their digest if one is asked for."""
         counted = Digest()
         tensors = of_folder(source) if Path(source).is_dir() else of_socket(source)
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        prepare_experts(model)
         self.reload_weights(weights_iterator=counted.of(tensors) if digest else tensors)  # type: ignore[attr-defined]
-        prepare_tied_heads(self.model_runner.get_model())  # type: ignore[attr-defined]
+        prepare_tied_heads(model)
         return str(counted) if digest else ""
+
+
+def prepare_experts(model: torch.nn.Module) -> None:
+    """Have experts packed for the kernels of a CPU at the next reload, as they are at a start.
+
+    vLLM 0.32 packs them only with the first weights (`UnquantizedFusedMoEMethod._setup_kernel`): after a reload the
+    kernel would take unpacked weights for packed ones, or the reload would fail if packing pads them.
+    """
+    from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
+
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+        packs = type(experts).process_weights_after_loading if isinstance(experts, FusedMoEExperts) else None
+        if packs not in (None, FusedMoEExperts.process_weights_after_loading):
+            method.moe_kernel = None  # type: ignore[union-attr]
 
 
 def prepare_tied_heads(model: torch.nn.Module) -> None:

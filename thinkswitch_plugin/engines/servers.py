@@ -82,6 +82,8 @@ def vllm_python() -> Path | None:
 def choose(engine: str) -> str:
     """What `ENGINE=` means on this machine: `vllm`, `embedded`, or base URLs separated by commas.
 
+    A run that was begun keeps its engine for `auto`, and `thinkswitch compare` takes the embedded one if the model fits.
+
     Raises `ThinkSwitchError` for an unknown name, vLLM if it is not installed, or a URL that holds a secret.
     """
     if addresses(engine):

@@ -1,4 +1,8 @@
-"""Evaluate a checkpoint with lm-eval: its tasks, metrics and files, and our model class for the answers."""
+"""Evaluate a checkpoint with lm-eval: its tasks, metrics and files, and our model class for the answers.
+
+`model.py` gets the answers, `verdict.py` decides about one completion (cut, thinks, correct), `samples.py` reads lm-eval's
+files again with the tokens of each answer, `figures.py` sums them up, and `paired.py` compares two evaluations.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Work that is done once: repeated only if what it depends on has changed, continued after a kill.
 
-    fold-1/post/trained.json
-    {"key": {"student": "9f8e…", "data": [{"path": "41c0…", "type": "thinkswitch_plugin.post_thinking"}], …},
-     "seconds": 21.4, …}
+    iter-1/.stamps/pairs.json
+    {"values": {"selection": "first", "answer": "exact", "trace": "auto"},
+     "inputs": {"arithmetic/iter-1/generations.jsonl": "5991…", …}, "seconds": 0.05, …}
 
-A stamp is written last. It holds the key, what the work depended on (`key` here; a stage of the loop has `values`
-and `inputs`), and what the work returned. `trained.begun` beside it holds the key of the last attempt; it stays, so
+A stamp is written last. It holds the key, what the work depended on (`inputs` and `values` of a stage of the loop come
+from its row in `table.py`), and what the work returned. `trained.begun` beside it holds the key of the last attempt; it stays, so
 that a lost stamp costs nothing.
 """
 
