@@ -51,6 +51,10 @@ def test_what_is_written_passes_the_checks_that_need_no_model(init: Callable[...
     assert (made.keys.evaluation.task, made.keys.labels.answer, made.keys.prompts.count) == ("sums", "integer", 40)
     assert made.axolotl["gradient_checkpointing"] and made.keys.needs.gpu_gb == (8 if gpu == "8gb" else 24)
     assert "Please reason step by step" in check.rendered_prompts(made.keys)
+    text = Path("recipes/sums.yaml").read_text()
+    assert "    template: |-\n      {{prompt}}\n\n      Please reason" in text and "aime" not in text.partition("\n")[2]
+    assert "chunked_cross_entropy: true       # the logits over" in text  # an unchanged line keeps its comment
+    assert "# for 15 pairs" in text and "longer traces are cut" not in text  # a line that occurs twice keeps none
     if (name, gpu) == ("rows.jsonl", "8gb"):  # lm-eval's import
         assert check.questions(made, {}) == "sums loads, 10 questions; no training prompt is in it"
 

@@ -22,7 +22,28 @@ class _AnyTag(yaml.SafeLoader):
     """Reads task files, whose `!function` tags name Python functions, without calling anything."""
 
 
+class _Tagged(yaml.SafeDumper):
+    """Writes what `_AnyTag` has read, and a text of several lines as a block."""
+
+
+def _dict(dumper: yaml.SafeDumper, value: dict[str, Any]) -> yaml.Node:
+    if set(value) == {"function"}:
+        return dumper.represent_scalar("!function", value["function"])
+    return dumper.represent_dict(value.items())
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+
 _AnyTag.add_multi_constructor("!", lambda loader, tag, node: {"function": str(getattr(node, "value", ""))})
+_Tagged.add_representer(dict, _dict)
+_Tagged.add_representer(str, _text)
+
+
+def dumps(values: dict[str, Any]) -> str:
+    """The YAML of a task or a recipe; a function is a mapping `{"function": "module.name"}`."""
+    return str(yaml.dump(values, Dumper=_Tagged, sort_keys=False, allow_unicode=True, width=100))
 
 
 def installed() -> Path | None:
@@ -57,10 +78,10 @@ def reference_files(name: str) -> tuple[Path, Path]:
     Raises `ThinkSwitchError` if the task does not name both.
     """
     for values in _every(name):
-        files = (values.get("dataset_kwargs") or {}).get("data_files") or {}
+        data = (values.get("dataset_kwargs") or {}).get("data_files") or {}
         questions = (values.get("metadata") or {}).get("questions")
-        if questions and files.get("test"):
-            return places.find(questions), Path(files["test"])
+        if questions and data.get("test"):
+            return places.find(questions), Path(data["test"])
     raise ThinkSwitchError(
         f"{place(name)} must name its questions as `metadata.questions` and the reference answers as "
         "`dataset_kwargs.data_files.test`; `thinkswitch init` writes such a task."
@@ -87,7 +108,7 @@ def task_files(name: str, folder: Path | None = None, data: str = "") -> tuple[P
         if not path.is_file() or path in found:
             return
         found[path] = None
-        for key, text in _texts(_read(path)):
+        for key, text in _texts(read(path)):
             if key == "include":
                 visit(path.parent / text)
             elif key == "function":
@@ -147,10 +168,11 @@ def evaluation_set(name: str) -> tuple[str, str]:
 
 def _every(name: str, folder: Path | None = None) -> Iterator[dict[str, Any]]:
     """A task's YAML file, then what that includes."""
-    yield from (values for path in task_files(name, folder) if isinstance(values := _read(path), dict))
+    yield from (values for path in task_files(name, folder) if isinstance(values := read(path), dict))
 
 
-def _read(path: Path) -> Any:
+def read(path: Path) -> Any:
+    """The values of a task file, functions as in `dumps`; None if it is not YAML."""
     if path.suffix != ".yaml":
         return None
     try:

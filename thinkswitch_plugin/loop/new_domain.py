@@ -11,19 +11,18 @@ import random
 import re
 import shutil
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import orjson
 
 from thinkswitch_plugin import console, files, places
 from thinkswitch_plugin.args import PromptKeys
 from thinkswitch_plugin.data import answers, contamination, prompts, sources, task_files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.recipe import load_recipe, require_domain_name
+from thinkswitch_plugin.recipe import load_recipe, overlay, require_domain_name
 
-GPU_RECIPE, TASK = "aime", "thinkswitch_template"
+GPU_RECIPE, GPU_TASK, TASK = "aime", "thinkswitch_aime", "thinkswitch_template"
 GUESSED_KINDS = ("decision", "choice", "integer")  # in this order; what none of them reads is compared as it stands
 ENDINGS = {
     "decision": "Please reason step by step, and put your final answer (yes, no or maybe) within \\boxed{}.",
@@ -171,48 +170,40 @@ def guessed_kind(golds: list[str]) -> str:
 
 def recipe_text(name: str, kind: str, ending: str, count: int) -> str:
     """The recipe of `aime`, which has what a GPU needs, with the prompts, the answers and the task of a domain."""
-    text = places.find(f"{places.RECIPES}/{GPU_RECIPE}.yaml").read_text(encoding="utf-8")
-    _, _, body = text.partition("base_model:")
-    template = orjson.dumps("{{prompt}}" + ending).decode()
-    rows = f"  prompts:\n    path: recipes/{name}/prompts.jsonl\n    template: {template}\n    count: {count}\n"
-    voting = kind != "exact"  # a vote over free text has no majority
-    changes = {
-        rf"runs/{GPU_RECIPE}/": f"runs/{name}/",
-        rf"domain: {GPU_RECIPE}\b": f"domain: {name}",
-        r"  prompts:\n(?:    .*\n)+": rows.replace("\\", "\\\\"),
-        r"answer: integer": f"answer: {kind}",
-        rf"task: thinkswitch_{GPU_RECIPE}\b": f"task: {name}",
-    }
-    if not voting:
-        changes |= {r"selection: vote": "selection: first", r"samples: 4": "samples: 1"}
-    if count >= MANY:
-        changes |= {r"num_epochs: 8 .*": "num_epochs: 3"}
-    for pattern, new in changes.items():
-        body = re.sub(pattern, new, body)
-    return f"# {name}: Qwen3-4B Instruct and Thinking, 2507. All keys: docs/recipes.md, `thinkswitch keys`.\nbase_model:{body}"
+    source = places.find(f"{places.RECIPES}/{GPU_RECIPE}.yaml")
+    ours: dict[str, Any] = {"domain": name, "labels": {"answer": kind}, "evaluation": {"task": name}}
+    if kind == "exact":  # a vote over free text has no majority
+        ours = overlay(ours, {"labels": {"selection": "first"}, "sampling": {"samples": 1}})
+    plain = f"runs/{name}/plain-axolotl"
+    changes = {"output_dir": f"{plain}/adapter", "dataset_prepared_path": f"{plain}/prepared", "thinkswitch": ours}
+    values = overlay(files.read_yaml(source), changes | ({"num_epochs": 3} if count >= MANY else {}))
+    values["datasets"][0]["path"] = f"runs/{name}/iter-1/pairs.jsonl"
+    rows = f"{places.RECIPES}/{name}/prompts.jsonl"
+    values["thinkswitch"]["prompts"] = {"path": rows, "template": "{{prompt}}" + ending, "count": count}
+    commented = source.read_text(encoding="utf-8").splitlines()
+    notes = Counter(
+        line.partition("  #")[0].rstrip() for line in commented
+    )  # a line that occurs once keeps its comment
+    kept = {plain: line for line in commented if notes[plain := line.partition("  #")[0].rstrip()] == 1}
+    lines = [kept.get(line, line) for line in task_files.dumps(values).splitlines()]
+    return "\n".join(
+        [f"# {name}: made from the recipe `{GPU_RECIPE}`. All keys: docs/recipes.md, `thinkswitch keys`.", *lines, ""]
+    )
 
 
 def task_text(name: str, kind: str, ending: str, rows: Path, gold: bool) -> str:
     """The task of the template with the questions of a domain; without right answers it reports agreement."""
-    text = task_files.place(TASK).read_text(encoding="utf-8")
-    changes = {
-        r"^#.*\n": f"# The task of recipes/{name}.yaml.\n",
-        rf"task: {TASK}\b": f"task: {name}",
-        r"test: \S+\}.*": f"test: {rows}}}",
-        r'doc_to_text: .*"': "doc_to_text: " + orjson.dumps("{{prompt}}" + ending).decode(),
-        r"  do_sample: false\n  max_gen_toks: 64": "  do_sample: true\n  temperature: 0.6\n  top_p: 0.95\n  top_k: 20\n"
-        "  max_gen_toks: 8192\n  seed: null",
-        r'until: \["<\|im_end\|>"\]': 'until: ["<|im_end|>", "<|endoftext|>"]',
-        r"grade_exact": f"grade_{kind}",
+    values = task_files.read(task_files.place(TASK))
+    graded = f"grade_{kind}" if gold else f"{task_files.AGREEMENT}_{kind}"
+    values |= {
+        "task": name,
+        "dataset_kwargs": {"data_files": {"test": str(rows if gold else rows.with_name("reference.jsonl"))}},
+        "doc_to_text": "{{prompt}}" + ending,
+        "generation_kwargs": task_files.read(task_files.place(GPU_TASK))["generation_kwargs"] | {"max_gen_toks": 8192},
+        "process_results": {"function": f"{task_files.MODULE}.{graded}"},
     }
     if not gold:
-        changes |= {
-            r"test\.jsonl": "reference.jsonl",
-            r"  version: 1.0": f"  version: 1.0\n  questions: {rows}  # `thinkswitch reference` answers them",
-            rf"grade_{kind}": f"agreement_{kind}",
-            r"  - \{metric: mean@k.*\n": "  - {metric: agreement, aggregation: mean, higher_is_better: true}\n",
-            r"  - \{metric: (?:pass|vote)@k.*\n": "",
-        }
-    for pattern, new in changes.items():
-        text = re.sub(pattern, new.replace("\\", "\\\\"), text)
-    return text
+        values["metadata"]["questions"] = str(rows)  # `thinkswitch reference` answers them
+        scores = [{"metric": task_files.AGREEMENT, "aggregation": "mean", "higher_is_better": True}]
+        values["metric_list"] = scores + [one for one in values["metric_list"] if not one["metric"].endswith("@k")]
+    return f"# The task of recipes/{name}.yaml.\n{task_files.dumps(values)}"

@@ -171,7 +171,7 @@ def training_losses(run: Run, k: int) -> list[list[float]]:
 
 def write_report(run: Run) -> dict[str, Any]:
     """Write `report.json`, `report.md`, `report.html` and the pictures, and print the headline table."""
-    from thinkswitch_plugin.report import page, pictures, tables, templates
+    from thinkswitch_plugin.report import page, pictures, tables, templates, tracking
     from thinkswitch_plugin.report.beside import beside as tables_beside
 
     judged = evaluations(run)
@@ -192,4 +192,5 @@ def write_report(run: Run) -> dict[str, Any]:
         console.print_table(table.title, table.header, table.rows, left=table.header[: table.words])
         console.say(f"  {table.sentence}")
     console.say(f"  {run.folder / 'report.html'}, report.md, report.json")
+    tracking.log_report(report, run.recipe.axolotl, run.folder)
     return {}
