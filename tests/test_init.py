@@ -130,6 +130,7 @@ def test_a_vote_over_free_text_is_refused_and_over_answers_is_not() -> None:
         short.count([str(place), str(place), "7"])
     with pytest.raises(ThinkSwitchError, match=r"In 4 votes .* no two were alike, so these answers are free text"):
         free.require_agreement("exact", "set `thinkswitch.labels.selection: first`")
+    assert free.free_text("exact") and not free.free_text("integer") and not short.free_text("exact")
     free.require_agreement("integer", "")
     short.require_agreement("exact", "")
 

@@ -21,7 +21,7 @@ NO_GPU_MEMORY = (
 )
 SECTIONS = {
     "Run": ("init", "check", "iterate", "reference", "recipes", "keys"),
-    "Look": ("status", "compare", "eval-model", "score"),
+    "Look": ("status", "compare", "judge", "eval-model", "score"),
     "Tune λ, the weight of the thinking checkpoint": ("sweep", "judge-merges", "merge", "similarity"),
     "Think only where it pays": ("switch", "answer", "labels"),
     "Serve": ("export-loras", "serve", "serve-lambda"),

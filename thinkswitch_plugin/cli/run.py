@@ -16,7 +16,7 @@ import click
 from thinkswitch_plugin import console, places
 from thinkswitch_plugin.answer_kinds import KINDS
 from thinkswitch_plugin.cli.group import main
-from thinkswitch_plugin.cli.options import DOMAIN, ENGINE, FOLDER, INSTRUCT, OVERLAY, RUNS, SEED, THINKING, told
+from thinkswitch_plugin.cli.options import DOMAIN, ENGINE, FOLDER, INSTRUCT, OVERLAY, RUNS, SEED, THINKING, number, told
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import MODES, TABLE, Given, execute, locked, open_run
 from thinkswitch_plugin.run.table import Row
@@ -179,6 +179,21 @@ def compare(run: Path, question: str, overlay: tuple[str, ...], **options: Any) 
     from thinkswitch_plugin.judging.compare import compare as compare_answers
 
     compare_answers(run, question, overlays=overlay, **options)
+
+
+@main.command()
+@click.argument("run", type=FOLDER)
+@click.option("--judge", required=True, help="The judge: its name on the server, or a checkpoint.")
+@ENGINE
+@click.option("--iteration", type=click.IntRange(min=1), help="Whose answers (default: the last iteration).")
+@click.option("--mode", type=click.Choice(MODES), default="instruct", show_default=True, help="Whose answers.")
+@click.option("--limit", type=number, help="Use only the first N questions.")
+def judge(run: Path, judge: str, engine: str, iteration: int | None, mode: str, limit: int | None) -> None:
+    """Have a judge model compare the answers of an iteration with those of iteration 0, in both orders -> judge/MODE/."""
+    from thinkswitch_plugin.judging.pairwise import judge_run
+
+    opened = open_run(run)
+    judge_run(opened, judge, engine, mode=mode, iteration=iteration or opened.iterations, limit=limit)
 
 
 @main.command("eval-model")

@@ -96,14 +96,13 @@ class Votes:
         self.held += len(there) > 1
         self.agreed += len(set(there)) < len(there)
 
-    def require_agreement(self, kind: str, instead: str) -> None:
-        """Raise `ThinkSwitchError` if whole texts were compared and no two of them were alike.
+    def free_text(self, kind: str) -> bool:
+        """Whether whole texts were compared (`kind` is a key of `KINDS`) and no two of them were alike."""
+        return KINDS[kind].whole and self.held >= FEWEST_VOTES and not self.agreed
 
-        Args:
-            kind: how the answers were read, a key of `KINDS`.
-            instead: what to do, as part of a sentence.
-        """
-        if KINDS[kind].whole and self.held >= FEWEST_VOTES and not self.agreed:
+    def require_agreement(self, kind: str, instead: str) -> None:
+        """Raise `ThinkSwitchError` for free text; `instead` is what to do, as part of a sentence."""
+        if self.free_text(kind):
             raise ThinkSwitchError(
                 f"In {self.held} votes over several answers no two were alike, so these answers are free text, which has no "
                 f"majority; {instead}, or name how a final answer is read (integer, decision, choice) as `answer`."

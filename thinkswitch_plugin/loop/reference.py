@@ -35,7 +35,7 @@ def make_reference(domain: str, engine: str, samples: int, overlays: Sequence[st
     Args:
         samples: answers a question; one if the recipe decodes greedily, as they would all be the same.
 
-    Raises `ThinkSwitchError`: the task has gold answers, or the answers are free text.
+    Raises `ThinkSwitchError` if the task has gold answers.
     """
     recipe = recipe_of(domain, overlays)
     keys = recipe.keys
@@ -101,7 +101,7 @@ def answer_questions(keys: ThinkSwitchKeys, teacher: str, engine: str, out: Path
 def majorities(requests: Path, generations: Path, keys: ThinkSwitchKeys) -> Iterator[tuple[str, str | None, int]]:
     """Each question's id, majority answer (None if no answer can be read) and how many samples gave it.
 
-    Raises `ThinkSwitchError` at the end if the answers are free text.
+    Free text has no majority; its first answers are the reference, and a message says what that is worth.
     """
     votes, kind = answers.Votes(), task_files.kind_of_task(keys.evaluation.task) or keys.labels.answer
     every = pairs.completions(requests, generations, keys.convention)
@@ -110,7 +110,11 @@ def majorities(requests: Path, generations: Path, keys: ThinkSwitchKeys) -> Iter
         votes.count(found)
         winner = answers.majority(found)
         yield prompt_id, winner, found.count(winner) if winner is not None else 0
-    votes.require_agreement(kind, "evaluate it by a task of your own with `thinkswitch.evaluation.task`")
+    if votes.free_text(kind):
+        console.say(
+            "  no two answers to a question are alike: this is free text, and the agreement with it says nothing; "
+            "after the run, compare the answers by `thinkswitch judge`"
+        )
 
 
 def folder(reference: Path) -> Path:
