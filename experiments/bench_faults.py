@@ -49,7 +49,7 @@ def account(asked: list[str], generations: Path) -> dict[str, int]:
     lines = Counter[str]()
     found = {"answered": 0, "failed with a reason": 0, "answers of another prompt": 0}
     for number, row in files.read_jsonl(generations):
-        name = batch.stored_id(row, generations, number)
+        name = batch.stored_id(row, files.Line(generations, number))
         lines[name] += 1
         body = batch.completion_body(row)
         if body is None:

@@ -12,7 +12,7 @@ from mergekit.merge_methods.base import TensorGroup
 from mergekit.merge_methods.slerp import slerp as mergekit_slerp
 
 from thinkswitch_plugin.merging import kernel
-from thinkswitch_plugin.merging.kernel import NonFiniteError, angle, interpolate, measure, slerp
+from thinkswitch_plugin.merging.kernel import NonFiniteError, interpolate, measure, slerp
 
 seeds = st.integers(0, 50)
 weights = st.floats(-0.5, 1.5, allow_nan=False)
@@ -97,25 +97,25 @@ def test_linear_is_task_arithmetic_from_any_base(seed: int, weight: float) -> No
 def test_angle_is_exact_where_the_arc_cosine_is_not(theta: float) -> None:
     a = torch.tensor([1.0, 0.0], dtype=torch.float64)
     b = torch.tensor([math.cos(theta), math.sin(theta)], dtype=torch.float64)
-    assert angle(a, b) == pytest.approx(theta, rel=1e-9)
+    assert measure(a, b).angle == pytest.approx(theta, rel=1e-9)
 
 
 def test_small_angles_are_found_in_float32_too() -> None:
     a, b = pair_of_tensors(1, far=1e-3)
-    assert angle(a, b) == pytest.approx(angle(a.double(), b.double()), rel=1e-4)
+    assert measure(a, b).angle == pytest.approx(measure(a.double(), b.double()).angle, rel=1e-4)
 
 
 def test_zero_tensors_and_opposite_directions_are_linear() -> None:
     a = torch.tensor([1.0, 2.0])
     assert torch.equal(interpolate(torch.zeros(2), a, 0.5), 0.5 * a)
     assert torch.allclose(interpolate(a, -a, 0.75), -0.5 * a)
-    assert angle(torch.zeros(3), torch.ones(3)) == 0.0
+    assert measure(torch.zeros(3), torch.ones(3)).angle == 0.0
 
 
 @pytest.mark.parametrize("scale", [1e30, 1e-30])
 def test_squares_that_over_or_underflow_are_summed_in_float64(scale: float) -> None:
     a, b = pair_of_tensors(2)
-    assert angle(a * scale, b * scale) == pytest.approx(angle(a, b), rel=1e-5)
+    assert measure(a * scale, b * scale).angle == pytest.approx(measure(a, b).angle, rel=1e-5)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -31,6 +31,7 @@ from thinkswitch_plugin.judging.verdict import how_read
 from thinkswitch_plugin.recipe import load_recipe
 from thinkswitch_plugin.run.checkpoint import Subject
 from thinkswitch_plugin.search import candidates
+from thinkswitch_plugin.search.pair import Pair
 
 ENDS = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": "[UNK]"}
 TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
@@ -337,9 +338,8 @@ def test_a_server_has_room_for_the_tasks_budget_whoever_asks(tmp_path: Path, mon
         monkeypatch.setattr(f"thinkswitch_plugin.engines.{module}.serving", serving)
     keys = keys_for(1, backend="server")
     candidate = candidates.Candidate("points/x", {}, {})
-    bench = candidates.Bench(
-        tmp_path, checkpoint, checkpoint, "instruct", keys.evaluation, "vllm", keys.engine, "digit", None, {}, {}, {}
-    )
+    pair = Pair(keys, {}, 0, "vllm", tmp_path, tmp_path, None, of_run=False)
+    bench = candidates.Bench(pair, tmp_path, "instruct", checkpoint, {}, {})
     engine = LiveVllm(checkpoint, keys.engine, tmp_path / "log")
     for ask in (
         lambda: evaluate_checkpoint(Subject(str(checkpoint)), tmp_path / "out", keys, "vllm", log=tmp_path / "log"),

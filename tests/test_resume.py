@@ -13,23 +13,20 @@ import pytest
 
 from experiments.chaos import IN_TURN, VICTIMS, differing_tensors
 from tests.conftest import BIN, ROOT
-from thinkswitch_plugin.run import hashes
+from thinkswitch_plugin.loop import work
+from thinkswitch_plugin.recipe import load_recipe
+from thinkswitch_plugin.run import Run, hashes
 
 pytestmark = pytest.mark.slow
 
-TRAIN = """
-import sys
-from pathlib import Path
-from thinkswitch_plugin import recipe
-from thinkswitch_plugin.loop import work
-from thinkswitch_plugin.run import Run
+TRAIN = "import sys; from pathlib import Path; from tests.test_resume import train; train(*map(Path, sys.argv[1:]))"
 
-finished, here, overlay = map(Path, sys.argv[1:])
-opened = Run(finished, recipe.load_recipe(Path("recipes/arithmetic.yaml"), (overlay,)), 0, "embedded", 1)
-first = opened.checkpoint("instruct", 0)
-notes = work.train_adapter(opened, pairs=finished / "iter-1/pairs.jsonl", base_model=first, here=here)
-print(notes["resumed_from"])
-"""
+
+def train(finished: Path, here: Path, overlay: Path) -> dict[str, Any]:
+    """Train the adapter of a finished run's pairs again into `here`, with an overlay of the recipe."""
+    opened = Run(finished, load_recipe(ROOT / "recipes" / "arithmetic.yaml", (overlay,)), 0, "embedded", 1)
+    first = opened.checkpoint("instruct", 0)
+    return work.train_adapter(opened, pairs=finished / "iter-1" / "pairs.jsonl", base_model=first, here=here)
 
 
 def processes_with(text: str) -> list[str]:
@@ -50,7 +47,9 @@ def test_a_kill_of_every_kind_changes_nothing(finished_run: Path, command: Any) 
     assert result["kills"] == len(IN_TURN) == len(VICTIMS) and len(result["hits"]) >= 3
 
 
-def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_adapter(finished_run: Path, tmp_path: Path) -> None:
+def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_adapter(
+    finished_run: Path, tmp_path: Path, forked_engines: None
+) -> None:
     overlay = tmp_path / "save.yaml"
     overlay.write_text("save_strategy: epoch\n")
     here = tmp_path / "here"
@@ -66,9 +65,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_adapter(finis
     while processes_with(str(here)):
         assert time.monotonic() < end
         time.sleep(0.01)
-    again = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert again.returncode == 0, again.stderr[-3000:]
-    assert again.stdout.splitlines()[-1].startswith("checkpoint-")
+    assert str(train(finished_run, here, overlay)["resumed_from"]).startswith("checkpoint-")
     name = "adapter/adapter_model.safetensors"
     assert differing_tensors(finished_run / "iter-1" / name, here / name) == 0
 

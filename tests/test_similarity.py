@@ -13,7 +13,7 @@ from thinkswitch_plugin import cli, files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging import kernel
 from thinkswitch_plugin.merging import similarity as module
-from thinkswitch_plugin.merging.kernel import angle
+from thinkswitch_plugin.merging.kernel import measure
 from thinkswitch_plugin.merging.similarity import layer_of, similarity
 
 
@@ -37,7 +37,7 @@ def test_reading_in_pieces_and_shards_gives_what_whole_tensors_give(
     assert sums.keys() == a.keys()
     for name, s in sums.items():
         x, y = a[name].double(), b[name].double()
-        assert s.angle == pytest.approx(angle(x, y), rel=1e-4)
+        assert s.angle == pytest.approx(measure(x, y).angle, rel=1e-4)
         assert s.distance == pytest.approx(float((y - x).norm() / x.norm()), rel=1e-4)
         assert s.sigma == pytest.approx(float((y - x).abs().sum() / (x.abs() + y.abs()).sum()), rel=1e-4)
 

@@ -255,6 +255,11 @@ class ThinkSwitchKeys(PluginKeys):
     )
 
     @property
+    def longest_answer(self) -> int:
+        """The largest token budget that the recipe gives a completion."""
+        return max(self.evaluation.max_tokens or 0, self.sampling.max_tokens)
+
+    @property
     def retry_budget(self) -> int | None:
         """Token budget of the second try for a cut completion; None if there is none."""
         if self.labels.unfinished == "drop":

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 CLOSED = "client has been closed"  # what the hub's client says if its first try found no network
 AGAIN = "run the same command again"
 
@@ -31,6 +36,13 @@ def not_fetched(what: str, error: BaseException) -> ThinkSwitchError:
             f"{text}; accept its terms on its page at huggingface.co, and log in with `hf auth login`."
         )
     return ThinkSwitchError(f"{text}; check its name, the network and your access to it.")
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that pydantic found wrong, and where: `models.0.model`: Field required."""
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{f'`{where}`: ' if where else ''}{first['msg']}."
 
 
 def first_line(error: BaseException) -> str:

@@ -6,15 +6,14 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import orjson
 import yaml
 
-from thinkswitch_plugin import parts
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 READ_BUFFER = 2**20  # lines are longer than the 8 kB of the default
@@ -177,8 +176,26 @@ def unreadable(path: Path, error: OSError) -> ThinkSwitchError:
     return ThinkSwitchError(f"{path} {known.get(type(error), f'cannot be read: {error.strerror}')}.")
 
 
+class Line(NamedTuple):
+    """Where a row stands; as text `pairs.jsonl, line 3`."""
+
+    path: Path
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.path}, line {self.number}"
+
+
+def part_files(path: Path) -> list[Path]:
+    """The files `00000.jsonl`, … of a folder that is read as one file, in order; or the file itself.
+
+    A folder `name.jsonl` is not one: it stands where a file is expected.
+    """
+    return sorted(path.glob("[0-9]*.jsonl")) if not path.suffix and path.is_dir() else [path]
+
+
 def read_jsonl(path: Path, *, torn_end: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object); blank lines are passed over.
+    """Yield (line number from 1, object) of a file or of the files of a folder; blank lines are passed over.
 
     Reads by line feed alone, since texts may hold U+2028.
 
@@ -188,60 +205,33 @@ def read_jsonl(path: Path, *, torn_end: bool = False) -> Iterator[tuple[int, dic
     Raises:
         ThinkSwitchError: the file cannot be read, or a line is broken; named by file and line.
     """
-    with _open_lines(path) as handle:
-        for number, _, line in _lines(handle, torn_end):
-            yield number, parse_line(line, path, number)
+    for where, _, line in lines(path, torn_end=torn_end):
+        yield where.number, parse_line(line, where)
 
 
-@contextmanager
-def rows_by_key(
-    path: Path, key: Callable[[int, dict[str, Any]], Hashable], *, torn_end: bool = False
-) -> Iterator[Callable[[Hashable], tuple[int, dict[str, Any]] | None]]:
-    """Look up rows of a JSONL file: gives a function from a key to line number and row; memory grows with keys only.
-
-    Args:
-        key: of a line number and its row; None if the row does not count. Of equal keys the last one counts.
-        torn_end: as `read_jsonl`, which says what is raised too.
-    """
-    with _open_lines(path) as handle:
-        places = ((key(n, parse_line(line, path, n)), (start, n)) for n, start, line in _lines(handle, torn_end))
-        known = {name: place for name, place in places if name is not None}
-
-        def get(name: Hashable) -> tuple[int, dict[str, Any]] | None:
-            if name not in known:
-                return None
-            start, number = known[name]
-            handle.seek(start)
-            return number, parse_line(handle.readline(), path, number)
-
-        yield get
+def lines(path: Path, *, torn_end: bool = False) -> Iterator[tuple[Line, int, bytes]]:
+    """Yield every line that is not blank, the place of its first byte in its file, and its bytes; as `read_jsonl`."""
+    for part in part_files(path):
+        try:
+            handle = part.open("rb", buffering=READ_BUFFER)
+        except OSError as error:
+            raise unreadable(part, error) from None
+        with handle:
+            start = 0
+            for number, line in enumerate(handle, 1):
+                text = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
+                if torn_end and not text.endswith(b"\n"):
+                    break
+                if text and not text.isspace():
+                    yield Line(part, number), start + len(line) - len(text), text
+                start += len(line)
 
 
-def _open_lines(path: Path) -> IO[bytes]:
-    try:
-        return parts.open_parts(path, READ_BUFFER)
-    except OSError as error:
-        raise unreadable(path, error) from None
-
-
-def _lines(handle: IO[bytes], torn_end: bool) -> Iterator[tuple[int, int, bytes]]:
-    """The number from 1, the place and the bytes of every line that is not blank."""
-    start = 0
-    for number, line in enumerate(handle, 1):
-        text = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
-        if torn_end and not text.endswith(b"\n"):
-            return
-        if text and not text.isspace():
-            yield number, start + len(line) - len(text), text
-        start += len(line)
-
-
-def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
+def parse_line(line: bytes, where: Line) -> dict[str, Any]:
     """One JSONL line as an object. Raises `ThinkSwitchError` naming file and line."""
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        where = parts.located(path, number) if parts.has_parts(path) else f"{path}, line {number}"
         try:
             line.decode()
         except UnicodeDecodeError:
@@ -250,7 +240,7 @@ def parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
             f"{where}: not valid JSON ({error.msg}, column {error.colno}); repair or delete the line."
         ) from None
     if not isinstance(row, dict):
-        raise ThinkSwitchError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}.")
+        raise ThinkSwitchError(f"{where}: expected a JSON object, found {type(row).__name__}.")
     return row
 
 

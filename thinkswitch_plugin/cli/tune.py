@@ -38,7 +38,7 @@ def judge_merges(
     pair: Any, template: Any, sampling: str, samples: int | None, name: str, weight: str, configs: tuple[Path, ...]
 ) -> None:
     """Evaluate merge configs (YAML files, or folders of them) on one pair -> merges/NAME/."""
-    from thinkswitch_plugin.search.ablation import Job, judge_configs
+    from thinkswitch_plugin.search.ablation import judge_configs
     from thinkswitch_plugin.search.pair import find_pair
     from thinkswitch_plugin.search.sweep import parse_sampling, parse_weights
 
@@ -48,7 +48,7 @@ def judge_merges(
         raise click.UsageError(f"--name {name}: give a name, not a path.")
     if len(drawn) > 1:
         raise click.UsageError("--sampling: give one setting here.")
-    judge_configs(find_pair(pair), configs, Job(name, chosen, drawn[0], template))
+    judge_configs(find_pair(pair), configs, name=name, weight=chosen, sampling=drawn[0], template=template)
 
 
 @main.command(

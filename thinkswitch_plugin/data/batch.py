@@ -17,7 +17,6 @@ from thinkswitch_plugin import conventions, files
 from thinkswitch_plugin.conventions import NONE, Convention
 from thinkswitch_plugin.data import messages, traces
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.parts import located
 
 TRACES = ("inline", "opened", "none")
 
@@ -162,12 +161,10 @@ def asked(request: dict[str, Any], key: Convention | None = None) -> Asked:
     return Asked(opened, convention, tuple(metadata.get("ends", ())))
 
 
-def stored_id(row: dict[str, Any], path: Path, number: int) -> str:
+def stored_id(row: dict[str, Any], where: files.Line) -> str:
     """The id of one line of a batch output. Raises `ThinkSwitchError` if it has none."""
     if not isinstance(row.get("custom_id"), str):
-        raise ThinkSwitchError(
-            f"{located(path, number)}: `custom_id` is missing or not text; repair or delete the line."
-        )
+        raise ThinkSwitchError(f"{where}: `custom_id` is missing or not text; repair or delete the line.")
     return str(row["custom_id"])
 
 

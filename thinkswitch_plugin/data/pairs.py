@@ -24,9 +24,9 @@ from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.data import answers, batch, formats, messages
 from thinkswitch_plugin.data.batch import Asked
 from thinkswitch_plugin.data.repeats import repeats
+from thinkswitch_plugin.data.rows import rows_by_key
 from thinkswitch_plugin.data.traces import Completion, Outcome, control_token, has_tag
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.parts import located
 
 # Reasons beyond `Outcome`, which names what can be wrong with one completion.
 MISSING = "not_generated"
@@ -153,11 +153,11 @@ def completions(
     asked = {request["custom_id"] for _, request in batch.read_requests(requests)}
     if not asked:
         raise ThinkSwitchError(f"{requests} holds no requests; delete it and run the stage `requests` again.")
-    counts, guard = report or PairReport(), Guard(generations)
+    counts, guard = report or PairReport(), Guard()
     answered: dict[str, bool] = {}
 
-    def key(number: int, row: dict[str, Any]) -> str | None:
-        custom_id = batch.stored_id(row, generations, number)
+    def key(where: files.Line, row: dict[str, Any]) -> str | None:
+        custom_id = batch.stored_id(row, where)
         if custom_id not in asked:
             counts.unknown_ids += 1
             return None
@@ -167,7 +167,7 @@ def completions(
         answered[custom_id] = batch.completion_body(row) is not None
         return custom_id
 
-    with files.rows_by_key(generations, key, torn_end=True) as stored_row:
+    with rows_by_key(generations, key, torn_end=True) as stored_row:
         for _, request in files.read_jsonl(requests):
             if ids is not None and request["custom_id"] not in ids:
                 continue
@@ -185,12 +185,11 @@ def completions(
 class Guard:
     """The guard that needs no list of conventions: traces are expected, and (nearly) none can be seen."""
 
-    def __init__(self, generations: Path) -> None:
-        self.generations = generations
+    def __init__(self) -> None:
         self.whole = self.traced = 0
-        self.first: tuple[int, str] | None = None  # line and beginning of the first completion without a trace
+        self.first: tuple[files.Line, str] | None = None  # the first completion without a trace, and its beginning
 
-    def look_at(self, number: int, row: dict[str, Any], done: Completion) -> None:
+    def look_at(self, where: files.Line, row: dict[str, Any], done: Completion) -> None:
         """Count a completion if it shows whether traces can be seen: it has one, or came to its end without."""
         if done.closed_trace:
             self.traced += 1
@@ -198,15 +197,15 @@ class Guard:
             return
         elif self.first is None:
             trace, content = messages.parts(row["response"]["body"]["choices"][0]["message"])
-            self.first = number, (trace or content).strip()[:BEGINNING]
+            self.first = where, (trace or content).strip()[:BEGINNING]
         self.whole += 1
 
     def require_traces(self) -> None:
         """Raise `ThinkSwitchError` if (nearly) no completion has a trace."""
         if self.first is not None and self.traced < FEWEST_TRACES * self.whole:
-            number, text = self.first
+            where, text = self.first
             raise ThinkSwitchError(
-                f"{located(self.generations, number)}: of {self.whole} finished completions {self.traced} have a trace that "
+                f"{where}: of {self.whole} finished completions {self.traced} have a trace that "
                 f"can be told from the answer; this one begins {text!r}: set `thinkswitch.trace` in the recipe to the "
                 "convention in which this checkpoint writes its trace, to {open: …, close: …}, or, if it answers "
                 "directly, to none."

@@ -97,12 +97,12 @@ def generate(
         report.requests += 1
         report.already_stored += stored.has(place, row["custom_id"])
         budget = max(budget, row["body"]["max_tokens"])
-        longest = max(longest, "\n".join(str(m.get("content")) for m in row["body"]["messages"]), key=len)
+        longest = max(longest, asked_text(row), key=len)
     if report.already_stored == report.requests:
         return report
     room = None
     if engine == "vllm":
-        room = min(budget + prompt_room(longest, checkpoint), context_length(checkpoint))
+        room = room_for(checkpoint, budget, longest)
     elif engine != "embedded":
         checkpoint = keys.server.model or checkpoint
     with (
@@ -160,6 +160,21 @@ class Arrivals:
         failed = f", {self.report.failed} failed" if self.report.failed else ""
         self.bar.note(f"{self.report.tokens:,} tokens, {speed:,.0f} tokens/s{failed}")
         self.bar.update(1)
+
+
+def asked_text(request: Request) -> str:
+    """The text of all turns of a request."""
+    return "\n".join(str(turn.get("content")) for turn in request["body"]["messages"])
+
+
+def room_for(checkpoint: str, budget: int, longest: str = "") -> int:
+    """Tokens that a server of a checkpoint needs for a prompt and its completion, at most as many as the checkpoint reads.
+
+    Args:
+        budget: of the completion.
+        longest: the longest prompt in characters; empty if none needs more than usual.
+    """
+    return min(budget + prompt_room(longest, checkpoint), context_length(checkpoint))
 
 
 def prompt_room(longest: str, checkpoint: str) -> int:

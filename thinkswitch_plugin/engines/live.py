@@ -32,7 +32,7 @@ from thinkswitch_plugin.engines import live_worker
 from thinkswitch_plugin.engines.ask import Arrived, Reply, Request
 from thinkswitch_plugin.engines.client import ServedModel
 from thinkswitch_plugin.engines.connection import LOOPBACK
-from thinkswitch_plugin.engines.generate import context_length, prompt_room
+from thinkswitch_plugin.engines.generate import asked_text, room_for
 from thinkswitch_plugin.engines.replies import Unanswered
 from thinkswitch_plugin.engines.servers import Server, serving
 from thinkswitch_plugin.environment import variable
@@ -138,12 +138,13 @@ class LiveVllm:
                 del left[request["custom_id"]]
             return again
 
-        room = self._room_for(list(left.values()))
+        longest = max(map(asked_text, left.values()), key=len)
+        budget = max(self.budget, *(request["body"]["max_tokens"] for request in left.values()))
 
         def work(server: Server) -> None:
             ServedModel(server, str(self.folder), self.keys).ask(list(left.values()), noted)
 
-        self.with_server(room, work)
+        self.with_server(room_for(str(self.folder), budget, longest), work)
 
     def with_server(self, room: int, work: Callable[[Server], None]) -> None:
         """Do some work with a server that holds the weights; started again, and the rest done again, if it ends.
@@ -261,12 +262,6 @@ class LiveVllm:
                     posted.result(1)
                 self._request(place="/health")  # an engine that has ended never answers a load
             posted.result()
-
-    def _room_for(self, requests: Sequence[Request]) -> int:
-        bodies = [request["body"] for request in requests]
-        longest = max(("\n".join(str(m.get("content")) for m in body["messages"]) for body in bodies), key=len)
-        budget = max(self.budget, *(body["max_tokens"] for body in bodies))
-        return min(budget + prompt_room(longest, str(self.folder)), context_length(str(self.folder)))
 
     def _as_wanted(self) -> bool:
         """Whether the engine runs and holds the weights that are to answer."""

@@ -18,7 +18,6 @@ from typing import IO
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.data import batch
-from thinkswitch_plugin.parts import part_files
 from thinkswitch_plugin.run.hashes import read_stamp
 
 COMPLETE = ".complete.json"  # hidden, so that it is no part of what a stamp compares
@@ -41,10 +40,10 @@ def repair(path: Path) -> set[str]:
                 break
             whole += len(line)
             if line.strip():
-                row = files.parse_line(line.removeprefix(files.BYTE_ORDER_MARK), path, number)
+                row = files.parse_line(line.removeprefix(files.BYTE_ORDER_MARK), files.Line(path, number))
                 failures = failures or bool(row.get("error"))
                 if not row.get("error"):
-                    done.add(batch.stored_id(row, path, number))
+                    done.add(batch.stored_id(row, files.Line(path, number)))
     if whole < path.stat().st_size:
         os.truncate(path, whole)
     if failures:
@@ -75,7 +74,7 @@ class StoredAnswers:
             return
         known = read_stamp(out / COMPLETE) or {}
         sizes = known.get("sizes", {}) if known.get("rows") == rows else {}
-        for path in part_files(out) if out.is_dir() else []:
+        for path in files.part_files(out) if out.is_dir() else []:
             if sizes.get(path.name) == path.stat().st_size:
                 self.sizes[path.name] = sizes[path.name]
                 continue

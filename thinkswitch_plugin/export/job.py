@@ -63,12 +63,7 @@ def find_pair(wanted: PairOptions) -> Pair:
     if not subject.of_run:
         return subject
     # A sweep is about what thinking is rebuilt from; an export about what came of it.
-    made = Path(open_run(wanted.folder).checkpoint("thinking", wanted.iteration))
-    if not (made / "config.json").is_file():
-        raise ThinkSwitchError(
-            f"{wanted.folder} has no thinking checkpoint of iteration {wanted.iteration}; run `make iterate` first."
-        )
-    checkpoint.require_weights(made)
+    made = open_run(wanted.folder).made("thinking", wanted.iteration)
     return replace(subject, roles={**subject.roles, "thinking": made})
 
 

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import console, files, places
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import EngineKeys
-from thinkswitch_plugin.engines.generate import PROMPT_ROOM, context_length
+from thinkswitch_plugin.engines.generate import room_for
 from thinkswitch_plugin.engines.live import EngineGoneError, LiveVllm
 from thinkswitch_plugin.engines.servers import choose
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.merging.config import allow, check_config, place_models, set_lambda
+from thinkswitch_plugin.merging.config import of_recipe, place_models, set_lambda
 from thinkswitch_plugin.merging.holding import SERVED, Live, MergeJob, sending
 from thinkswitch_plugin.search.pair import Pair, Template
 
@@ -39,14 +39,11 @@ def serve_live(pair: Pair, weight: float, template: Template, port: int, extra: 
     names = ["--served-model-name", str(work / SERVED), MODEL]
     options = keys.engine.model_copy(update={"port": port, "vllm_args": [*keys.engine.vllm_args, *names, *extra]})
     job = MergeJob(skeleton, pair.roles[template], options, work, work / "vllm.log", batch=1, seed=pair.seed)
-    source = places.find(keys.rebuild.config)
-    check_config(source)
-    config = allow(files.read_yaml(source), keys.rebuild.may_differ)
+    config, _ = of_recipe(keys.rebuild)
     holder = Live(job)
     try:
         engine = holder.hold(_placed(config, weight, pair.roles))
-        longest = max(keys.evaluation.max_tokens or 0, keys.sampling.max_tokens) + PROMPT_ROOM
-        server = engine.ready(min(context_length(str(skeleton)), longest))
+        server = engine.ready(room_for(str(skeleton), keys.longest_answer))
         note_server(work / STATE, engine, {"config": config, "roles": _folders(pair.roles), "seed": pair.seed})
         console.say(f"λ = {weight:g} at {server.base_url}; the model is {MODEL}, the key {server.token}")
         console.say(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin.args import ThinkSwitchKeys
-from thinkswitch_plugin.engines.generate import PROMPT_ROOM, context_length
+from thinkswitch_plugin.engines.generate import room_for
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 Turns = Sequence[tuple[str, str]]  # roles and texts
@@ -141,7 +141,7 @@ def modelfile(weights: str, folder: Path, mode: str, keys: ThinkSwitchKeys) -> s
         settings |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
     settings["num_predict"] = sampling.max_tokens
     # Ollama's own limit would cut a trace.
-    settings["num_ctx"] = min(context_length(str(folder)), sampling.max_tokens + PROMPT_ROOM)
+    settings["num_ctx"] = room_for(str(folder), sampling.max_tokens)
     lines = [f"FROM ./{weights}", f'TEMPLATE """{template}"""']
     lines += [f'SYSTEM """{keys.prompts.system}"""'] if keys.prompts.system else []
     lines += [f"PARAMETER {name} {value}" for name, value in settings.items()]

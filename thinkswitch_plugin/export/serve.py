@@ -9,7 +9,7 @@ from pathlib import Path
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import ThinkSwitchKeys
-from thinkswitch_plugin.engines.generate import PROMPT_ROOM, context_length
+from thinkswitch_plugin.engines.generate import room_for
 from thinkswitch_plugin.engines.servers import VLLM_ENVIRONMENT, free_port, lora_arguments, vllm_command
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.export.template import SWITCH
@@ -32,7 +32,7 @@ def serve(export: Path, model: str, rank: int | None, keys: ThinkSwitchKeys, por
         folder, options = str(checkpoint.resolve(model, None, "served")[0]), ["--served-model-name", model]
     else:
         folder, options = both_modes(export, rank)
-    room = min(context_length(folder), max(keys.evaluation.max_tokens or 0, keys.sampling.max_tokens) + PROMPT_ROOM)
+    room = room_for(folder, keys.longest_answer)
     command = [*vllm_command(folder, free_port(port), keys.engine, room), *options, *extra]
     console.say(f"$ {shlex.join(command)}")
     os.execve(command[0], command, {**os.environ, **VLLM_ENVIRONMENT})

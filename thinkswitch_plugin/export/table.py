@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from thinkswitch_plugin import console
+from thinkswitch_plugin.report.tables import interval, percent
 from thinkswitch_plugin.run import MODES
 
 LEAST_KEPT = 0.98  # of the full checkpoint's think ratio, as in the rebuild of thinking
@@ -65,6 +66,5 @@ def table_rows(result: dict[str, Any]) -> Iterator[list[str]]:
 
 def figures_row(figures: dict[str, Any]) -> list[str]:
     """Accuracy, its 95 % interval, tokens and think ratio of a checkpoint."""
-    low, high = (100 * value for value in figures["ci95"])
-    ratio = f"{figures['think_ratio']:.3f}"
-    return [f"{100 * figures['mean@k']:.1f} %", f"{low:.1f}–{high:.1f}", f"{figures['tokens']:.1f}", ratio]
+    accuracy, limits = percent(figures["mean@k"]), interval(figures["ci95"])
+    return [accuracy, limits, f"{figures['tokens']:.1f}", f"{figures['think_ratio']:.3f}"]

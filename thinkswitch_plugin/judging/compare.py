@@ -20,7 +20,7 @@ from thinkswitch_plugin.data import prompts, traces
 from thinkswitch_plugin.data.batch import Asked, tokens_of
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.engines.ask import ask_in_order, asking
-from thinkswitch_plugin.engines.generate import PROMPT_ROOM, context_length
+from thinkswitch_plugin.engines.generate import context_length, room_for
 from thinkswitch_plugin.engines.replies import Unanswered
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.verdict import how_read
@@ -164,7 +164,7 @@ def ask(title: str, subject: Subject, text: str, keys: ThinkSwitchKeys, engine: 
         raise ThinkSwitchError(
             f"the question has {length:,} tokens, and {name} reads up to {limit:,}; ask a shorter one."
         )
-    room = min(body["max_tokens"] + PROMPT_ROOM, limit)
+    room = room_for(name, body["max_tokens"])
     with asking(engine, name, keys.engine, log=logs / "compare.log", max_len=room) as asker:
         if engine == "embedded":
             set_seed(seed)

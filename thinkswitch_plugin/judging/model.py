@@ -164,7 +164,7 @@ class ThinkSwitchLM(LM):  # type: ignore[misc]
             if body is None:
                 problem = (row.get("error") or {}).get("message", problem)
                 continue
-            name, done = batch.stored_id(row, answered, number), batch.completion_of(row, self.how)
+            name, done = batch.stored_id(row, files.Line(answered, number)), batch.completion_of(row, self.how)
             text = messages.parts(body["choices"][0]["message"])[1]
             if name in stops:
                 text = done.answer or ""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from thinkswitch_plugin import console, files, places
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import EngineKeys, RebuildKeys
 from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.data import batch, pairs
@@ -27,7 +27,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging import verdict
 from thinkswitch_plugin.merging.command import write_merge
 from thinkswitch_plugin.merging.compatibility import Allowances, align_compatible
-from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
+from thinkswitch_plugin.merging.config import of_recipe, place_models, set_lambda
 from thinkswitch_plugin.merging.similarity import similarity
 from thinkswitch_plugin.run import checkpoint
 
@@ -182,8 +182,7 @@ def rebuild_thinking(
     before.require_some(check.reference, keys)
     align_compatible([instruct, anchor], Allowances(may_differ=tuple(keys.may_differ)))
     nearness = similarity(instruct, anchor)
-    source = places.find(keys.config)
-    template = allow(files.read_yaml(source), keys.may_differ)
+    template, source = of_recipe(keys)
     steps = [keys.lambda_, *(step for step in keys.lambda_steps if step > keys.lambda_)]
     tried: list[dict[str, Any]] = []
     with check.holding(anchor) as holder:

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import files
+from thinkswitch_plugin import files, places
+from thinkswitch_plugin.args import RebuildKeys
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 NAME = "thinkswitch"  # the mergekit method of `method.py`
@@ -56,6 +57,13 @@ def allow(config: dict[str, Any], may_differ: Mapping[str, str]) -> dict[str, An
     """
     allowed = {setting: f"./{mode}" for setting, mode in may_differ.items()} | (config.get(MAY_DIFFER) or {})
     return {**config, MAY_DIFFER: allowed} if allowed else config
+
+
+def of_recipe(keys: RebuildKeys) -> tuple[dict[str, Any], Path]:
+    """The merge config that a recipe names, checked, with what the recipe lets differ put in; and its file."""
+    path = places.find(keys.config)
+    check_config(path)
+    return allow(files.read_yaml(path), keys.may_differ), path
 
 
 def without_ours(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:

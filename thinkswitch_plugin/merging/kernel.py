@@ -190,11 +190,6 @@ def measure(first: torch.Tensor, second: torch.Tensor, *, absolute: bool = False
     return found
 
 
-def angle(instruct: torch.Tensor, thinking: torch.Tensor) -> float:
-    """The angle in radians between two tensors of one shape, each taken as one vector; see `measure`."""
-    return measure(instruct, thinking).angle
-
-
 def shares(theta: float, weight: float) -> tuple[float, float]:
     """The spherical coefficients of instruct and thinking: ``sin((1−λ)θ)/sin θ`` and ``sin(λθ)/sin θ``.
 

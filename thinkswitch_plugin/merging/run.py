@@ -18,7 +18,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from pydantic import ValidationError
 
 from thinkswitch_plugin import console, files
-from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.errors import ThinkSwitchError, first_fault
 from thinkswitch_plugin.merging.architecture import architecture, expected, require_covered, shortened
 from thinkswitch_plugin.merging.compatibility import Allowances, align_compatible
 from thinkswitch_plugin.merging.config import check_config, without_ours
@@ -104,9 +104,7 @@ def _read_config(path: Path) -> tuple[MergeConfiguration, dict[str, Path]]:
     try:
         return MergeConfiguration.model_validate(own), chosen
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ThinkSwitchError(f"{path}: {f'`{where}`: ' if where else ''}{first['msg']}.") from None
+        raise ThinkSwitchError(f"{path}: {first_fault(error)}") from None
     except RuntimeError as error:
         raise ThinkSwitchError(f"{path}: {sentence(error)}") from None
 

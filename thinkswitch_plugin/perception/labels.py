@@ -263,7 +263,7 @@ def completions(generations: Path) -> Iterator[tuple[str, formats.Parsed]]:
         if body is not None:
             choice = body["choices"][0]
             text, cut = choice["message"].get("content") or "", choice.get("finish_reason") == "length"
-            yield batch.stored_id(row, generations, number), formats.parse(text, cut=cut)
+            yield batch.stored_id(row, files.Line(generations, number)), formats.parse(text, cut=cut)
 
 
 def is_right(parsed: formats.Parsed, form: Format, reference: str, kind: str) -> bool:

@@ -28,6 +28,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.data.batch import Asked
+from thinkswitch_plugin.data.rows import rows_by_key
 from thinkswitch_plugin.data.traces import LENGTH
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.figures import Sample
@@ -39,7 +40,7 @@ START = 140  # characters of a prompt that the list shows
 TEXT_BUDGET = 40_000_000  # characters of completions in the whole page
 PROMPT_BUDGET = 20_000_000
 LONGEST, SHORTEST = 20_000, 400  # characters of one text
-Found = tuple[int, dict[str, Any]] | None  # number and row of a question's line
+Found = tuple[files.Line, dict[str, Any]] | None  # a question's line and its row
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,7 @@ class Questions:
     def blocks(self) -> Iterator[str]:
         """The packed blocks, in order. Raises `ThinkSwitchError` if a samples file is not what was graded."""
         with ExitStack() as stack:
-            rows = [
-                stack.enter_context(files.rows_by_key(e.path, lambda _, row: row.get("doc_id"))) for e in self.judged
-            ]
+            rows = [stack.enter_context(rows_by_key(e.path, lambda _, row: row.get("doc_id"))) for e in self.judged]
             prompts = Prompts(self.judged[0].path.parent)
             for start in range(0, len(self.doc_ids), BLOCK):
                 group = self.doc_ids[start : start + BLOCK]
@@ -108,9 +107,9 @@ class Questions:
             if line is None or sample is None:
                 checkpoints.append(None)
                 continue
-            number, row = line[0], Row.of(line[1], f"{e.path}, line {line[0]}")
+            where, row = line[0], Row.of(line[1], str(line[0]))
             prompt, gold = prompt or prompts.of(row), gold or row.gold
-            checkpoints.append({"line": number, **self._checkpoint(row, sample, e.how)})
+            checkpoints.append({"line": where.number, **self._checkpoint(row, sample, e.how)})
         self._starts.append(" ".join(prompt[: 4 * START].split())[:START])
         self._golds.append(shorten(gold, START))
         limit = self.limits.prompt

@@ -22,7 +22,7 @@ from thinkswitch_plugin.engines import connection, replies
 from thinkswitch_plugin.engines.ask import ask_in_order
 from thinkswitch_plugin.engines.client import Client
 from thinkswitch_plugin.engines.replies import Unanswered
-from thinkswitch_plugin.errors import ThinkSwitchError, first_line
+from thinkswitch_plugin.errors import ThinkSwitchError, first_fault, first_line
 from thinkswitch_plugin.router.switch import Switch
 from thinkswitch_plugin.run import MODES
 
@@ -64,9 +64,7 @@ class ChatRequest(BaseModel, extra="allow"):
         try:
             found = cls.model_validate_json(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise Refused(BAD_REQUEST, f"{f'`{where}`: ' if where else ''}{first['msg']}.") from None
+            raise Refused(BAD_REQUEST, first_fault(error)) from None
         if found.model != MODEL:
             raise Refused(404, f"The model `{found.model}` does not exist; this endpoint has one, `{MODEL}`.")
         return found

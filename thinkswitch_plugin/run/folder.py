@@ -18,7 +18,7 @@ from thinkswitch_plugin import files
 from thinkswitch_plugin.engine_args import identity
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import processes
-from thinkswitch_plugin.run.checkpoint import Subject
+from thinkswitch_plugin.run.checkpoint import Subject, require_weights
 from thinkswitch_plugin.run.hashes import read_stamp
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Run:
         return self.folder / f"iter-{k}"
 
     def generations(self, k: int) -> Path:
-        """The stored answers of iteration k: one file, or a folder of files if there are many; see `parts`."""
+        """The stored answers of iteration k: one file, or a folder of files if there are many; see `engines/stored.py`."""
         keys = self.recipe.keys
         many = keys.prompts.count * keys.sampling.samples > keys.engine.rows_per_file
         return self.iteration(k) / ("generations" if many else "generations.jsonl")
@@ -100,6 +100,17 @@ class Run:
         from thinkswitch_plugin.args import resolve_seed
 
         return resolve_seed(getattr(self.recipe.keys.pair, mode), self.seed)
+
+    def made(self, mode: str, k: int) -> Path:
+        """The folder of a checkpoint after iteration k. Raises `ThinkSwitchError` if it is not there, or without weights."""
+        folder = Path(self.checkpoint(mode, k))
+        if not (folder / "config.json").is_file():
+            raise ThinkSwitchError(
+                f"{self.folder} has no {mode} checkpoint of iteration {k}; `make status` shows what is done, and "
+                "`make iterate` makes what is left."
+            )
+        require_weights(folder)
+        return folder
 
     def evaluated(self, k: int) -> dict[str, tuple[str, str]]:
         """The part of `EVALUATED` that iteration k has; the starting checkpoint of a hybrid is one, in two modes."""
@@ -140,12 +151,7 @@ def of_run(folder: Path, name: str, mode: str, iteration: int | None) -> str:
         return ""
     run = open_run(folder)
     k = int(match[2]) if match[2] else run.iterations if iteration is None else iteration
-    found = run.checkpoint(match[1], k)
-    if not (Path(found) / "config.json").is_file():
-        raise ThinkSwitchError(
-            f"{name}: {folder} has no {match[1]} checkpoint of iteration {k}; `make status` shows what is done."
-        )
-    return found
+    return str(run.made(match[1], k))
 
 
 def settings_file(folder: Path) -> Path:

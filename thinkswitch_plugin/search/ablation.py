@@ -9,7 +9,6 @@ A row of the table is an ordinary mergekit YAML of `merge_configs/`; a new file 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from thinkswitch_plugin.merging.config import (
     set_lambda,
 )
 from thinkswitch_plugin.merging.settings import layers_of
-from thinkswitch_plugin.search.candidates import Candidate, evaluate_all
+from thinkswitch_plugin.report.tables import interval
+from thinkswitch_plugin.search.candidates import Candidate, bench_of, evaluate_all
 from thinkswitch_plugin.search.pair import Pair, Template, few_questions, of_settings, write_results
 
 SETTABLE = (NAME, "slerp", "linear")  # methods that have a λ
@@ -45,51 +45,33 @@ def collect(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a set of merge configs is evaluated with.
+def judge_configs(
+    pair: Pair, paths: Sequence[Path], *, name: str, weight: float | None, sampling: Sampling, template: Template
+) -> None:
+    """Evaluate every config, with instruct and thinking alone beside them, and write the table.
+
+    A config that names a checkpoint this pair does not have is left out, with a line that says why.
 
     Args:
         name: the folder under `merges/` that the results go to.
         weight: λ put into every config that has one; None leaves it as the file says.
         template: whose tokenizer and chat template all candidates get.
-    """
-
-    name: str
-    weight: float | None
-    sampling: Sampling
-    template: Template
-
-    @property
-    def drawn(self) -> str:
-        """For a candidate's folder: λ and sampling, where they are given."""
-        return (f"-lambda-{self.weight:g}" if self.weight is not None else "") + self.sampling.slug
-
-
-def judge_configs(pair: Pair, paths: Sequence[Path], job: Job) -> None:
-    """Evaluate every config, with instruct and thinking alone beside them, and write the table.
-
-    A config that names a checkpoint this pair does not have is left out, with a line that says why.
 
     Raises:
         ThinkSwitchError: no config can be made of the checkpoints there are, or one fails.
     """
     layers = layers_of(pair.roles["thinking"])
-    found, roles = prepare(pair, paths, job.weight, layers)
+    found, roles = prepare(pair, paths, weight, layers)
     used = sorted(set().union(*(named_models(config) for _, config in found)))
     folders = {role: str(roles[role]) for role in used}
+    drawn = (f"-lambda-{weight:g}" if weight is not None else "") + sampling.slug + few_questions(pair)
     candidates = [
-        Candidate(
-            f"candidates/{path.stem.replace(' ', '-')}{job.drawn}{few_questions(pair)}",
-            place_models(config, folders),
-            config,
-            job.sampling,
-        )
+        Candidate(f"candidates/{path.stem.replace(' ', '-')}{drawn}", place_models(config, folders), config, sampling)
         for path, config in found
     ]
-    work = pair.out / "merges" / (job.name + of_settings(pair, job.template))
-    with pair.bench(work, job.template, used) as bench:
-        stored = evaluate_all(bench, candidates, f"{job.name}: {len(candidates)} merges")
+    work = pair.out / "merges" / (name + of_settings(pair, template))
+    with bench_of(pair, work, template, used) as bench:
+        stored = evaluate_all(bench, candidates, f"{name}: {len(candidates)} merges")
     rows = [
         {
             "name": path.stem,
@@ -105,7 +87,7 @@ def judge_configs(pair: Pair, paths: Sequence[Path], job: Job) -> None:
         }
         for (path, config), one in zip(found, stored, strict=True)
     ]
-    about = {"name": job.name, "template": job.template, "model_layers": layers}
+    about = {"name": name, "template": template, "model_layers": layers}
     publish({**pair.described(), **about, "merges": rows}, work)
 
 
@@ -201,21 +183,18 @@ def header(result: dict[str, Any]) -> list[str]:
 
 def table_rows(result: dict[str, Any]) -> list[list[str]]:
     """One row a merge; scores and think ratio in per cent, as the paper has them."""
-    rows = []
-    for row in result["merges"]:
-        low, high = (100 * v for v in row["ci95"])
-        rows.append(
-            [
-                row["layers"] or row["name"],
-                f"{100 * row['mean@k']:.2f}",
-                f"{low:.1f}–{high:.1f}",
-                *(f"{100 * value:.2f}" for value in row["pass"].values()),
-                f"{100 * row['vote@k']:.2f}",
-                f"{row['tokens']:.1f}",
-                f"{100 * row['think_ratio']:.2f}",
-            ]
-        )
-    return rows
+    return [
+        [
+            row["layers"] or row["name"],
+            f"{100 * row['mean@k']:.2f}",
+            interval(row["ci95"]),
+            *(f"{100 * value:.2f}" for value in row["pass"].values()),
+            f"{100 * row['vote@k']:.2f}",
+            f"{row['tokens']:.1f}",
+            f"{100 * row['think_ratio']:.2f}",
+        ]
+        for row in result["merges"]
+    ]
 
 
 def title_of(result: dict[str, Any]) -> str:

@@ -12,22 +12,26 @@ which is written last, so a candidate is done or it is not.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from thinkswitch_plugin import files
-from thinkswitch_plugin.args import EngineKeys, EvaluationKeys
-from thinkswitch_plugin.conventions import Convention, as_metadata
-from thinkswitch_plugin.engine_args import TEMPLATE_KEY
+from thinkswitch_plugin.args import ThinkSwitchKeys
+from thinkswitch_plugin.conventions import as_metadata
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import Sampling, batch_size, evaluate, quiet, uses_server
 from thinkswitch_plugin.judging.figures import Sample, interval, pass_at_k, summarize
-from thinkswitch_plugin.judging.samples import read_samples
+from thinkswitch_plugin.judging.samples import samples_of
 from thinkswitch_plugin.judging.verdict import how_read
+from thinkswitch_plugin.merging.vocabulary import renamed_tokens, write_with_names
+from thinkswitch_plugin.run import locked
+from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.progress import Bar
 from thinkswitch_plugin.run.stamp import folder_once, stored
+from thinkswitch_plugin.search.pair import Pair, Template
 
 if TYPE_CHECKING:
     from thinkswitch_plugin.engines.ask import Asker
@@ -59,31 +63,32 @@ class Bench:
 
     Args:
         work: the folder of the job; candidates' folders lie in it.
-        skeleton: a checkpoint of the architecture; its generation config is every candidate's.
-        template: the checkpoint whose tokenizer and chat template all candidates get.
-        template_name: its role.
-        answer: how a final answer is read, a key of `KINDS`.
-        convention: how traces are written, as the recipe says.
-        arguments: of the chat template.
+        mode: whose tokenizer and chat template all candidates get; the folder `template` holds them.
         inputs: role → hash of every checkpoint that is merged.
         task: hash of every file that the lm-eval task is made of.
-        cluster: a Ray cluster whose machines evaluate the candidates; empty for this machine.
     """
 
+    pair: Pair
     work: Path
-    skeleton: Path
+    mode: Template
     template: Path
-    template_name: str
-    evaluation: EvaluationKeys
-    engine: str
-    engine_keys: EngineKeys
-    answer: str
-    convention: Convention | None
-    arguments: dict[str, Any]
     inputs: dict[str, str]
     task: dict[str, str | None]
-    seed: int = 0
-    cluster: str = ""
+
+    @property
+    def keys(self) -> ThinkSwitchKeys:
+        """The recipe's."""
+        return self.pair.keys
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of the chat template."""
+        return self.keys.pair.arguments(self.mode)
+
+    @property
+    def served(self) -> bool:
+        """Whether vLLM answers, not transformers in process."""
+        return uses_server(self.keys.evaluation, self.pair.engine)
 
     @property
     def log(self) -> Path:
@@ -96,13 +101,13 @@ class Bench:
         from thinkswitch_plugin.merging.holding import MergeJob
 
         return MergeJob(
-            skeleton=self.skeleton,
+            skeleton=self.pair.roles["thinking"],
             template=self.template,
-            keys=self.engine_keys,
+            keys=self.keys.engine,
             work=self.work,
             log=self.log.with_name("vllm.log"),
-            batch=batch_size(self.evaluation, self.engine_keys),
-            seed=self.seed,
+            batch=batch_size(self.keys.evaluation, self.keys.engine),
+            seed=self.pair.seed,
         )
 
     def settings(self, candidate: Candidate) -> dict[str, Any]:
@@ -111,15 +116,40 @@ class Bench:
             "config": candidate.identity,
             "inputs": self.inputs,
             "sampling": asdict(candidate.sampling),
-            "template": self.template_name,
-            "evaluation": self.evaluation.changing_figures(),
+            "template": self.mode,
+            "evaluation": self.keys.evaluation.changing_figures(),
             "task": self.task,
-            "answer": self.answer,
-            **as_metadata(self.convention),
-            **({TEMPLATE_KEY: self.arguments} if self.arguments else {}),
-            "server": uses_server(self.evaluation, self.engine),
-            "seed": self.seed,
+            "answer": self.keys.labels.answer,
+            **as_metadata(self.keys.convention),
+            **self.keys.pair.asked_with(self.mode),
+            "server": self.served,
+            "seed": self.pair.seed,
         }
+
+
+@contextmanager
+def bench_of(pair: Pair, work: Path, mode: Template, used: Sequence[str]) -> Iterator[Bench]:
+    """What all candidates of one job share, with the pair's folder locked.
+
+    Args:
+        used: the roles whose checkpoints the candidates are made of.
+    """
+    with locked(pair.home):
+        hashes = Hashes(pair.home)
+        inputs = {name: str(hashes.of(pair.roles[name])) for name in sorted(set(used))}
+        task = pair.task_hashes(hashes)
+        hashes.save()
+        yield Bench(pair, work, mode, _tokenizer(pair, mode, work / "tokenizer"), inputs, task)
+
+
+def _tokenizer(pair: Pair, mode: Template, folder: Path) -> Path:
+    """A folder with the tokenizer and chat template of all candidates, which must be able to write a trace."""
+    source, thinking = pair.roles[mode], pair.roles["thinking"]
+    if not renamed_tokens(source, thinking):
+        return source
+    with files.atomic_folder(folder) as building:
+        write_with_names(source, thinking, building)
+    return folder
 
 
 def finished(bench: Bench, candidate: Candidate) -> dict[str, Any] | None:
@@ -133,21 +163,19 @@ def evaluate_all(bench: Bench, candidates: Sequence[Candidate], title: str) -> l
     Raises `ThinkSwitchError` if a merge or an evaluation fails; what is done stays done.
     """
     waiting = [candidate for candidate in candidates if finished(bench, candidate) is None]
-    if waiting and bench.cluster:
+    if waiting and bench.pair.cluster:
         _evaluate_in_cluster(bench, waiting, title)
     elif waiting:
         from thinkswitch_plugin.merging.holding import holding
 
-        engine = "vllm" if uses_server(bench.evaluation, bench.engine) else "embedded"
         bar = Bar(len(candidates), title, initial=len(candidates) - len(waiting), unit="candidate")
-        with holding(engine, bench.job) as holder:
+        with holding("vllm" if bench.served else "embedded", bench.job) as holder:
             for candidate in waiting:
 
                 def build(building: Path, candidate: Candidate = candidate) -> dict[str, Any]:
                     with quiet(bench.log):  # the candidates have a bar of their own
                         answer(bench, candidate, building, holder.hold(candidate.config))
-                    task, template = bench.evaluation.task, str(bench.template)
-                    samples = list(read_samples(building, task, template, bench.answer, bench.convention))
+                    samples = samples_of(building, bench.keys, str(bench.template))
                     return {"figures": figures(samples), "questions": by_question(samples)}
 
                 folder_once(bench.work / candidate.name, STAMP, {"settings": bench.settings(candidate)}, build)
@@ -170,7 +198,7 @@ def _evaluate_in_cluster(bench: Bench, candidates: Sequence[Candidate], title: s
             if candidate.name in left and stored(folder / STAMP, {"settings": bench.settings(candidate)}):
                 put_in_place(candidate.name, folder)
                 del left[candidate.name]
-    cluster.scatter(bench.cluster, evaluate_elsewhere, left, put_in_place, title)
+    cluster.scatter(bench.pair.cluster, evaluate_elsewhere, left, put_in_place, title)
     files.remove(bench.work / ELSEWHERE)
 
 
@@ -178,7 +206,8 @@ def evaluate_elsewhere(bench: Bench, candidate: Candidate) -> Path:
     """Evaluate one candidate in a folder of its own, which another attempt on a lost machine does not share."""
     from thinkswitch_plugin.run import cluster
 
-    own = replace(bench, work=bench.work / ELSEWHERE / uuid.uuid4().hex, cluster="")
+    here = replace(bench.pair, cluster="")
+    own = replace(bench, pair=here, work=bench.work / ELSEWHERE / uuid.uuid4().hex)
     try:
         evaluate_all(own, [candidate], candidate.name)
     except ThinkSwitchError as error:
@@ -225,6 +254,6 @@ def answer(bench: Bench, candidate: Candidate, out: Path, engine: Asker) -> None
     from thinkswitch_plugin.judging.model import ThinkSwitchLM
 
     tokenizer = AutoTokenizer.from_pretrained(bench.template)
-    how, name = how_read(tokenizer, bench.convention, bench.arguments), Path(candidate.name).name
-    lm = ThinkSwitchLM(out, name, engine, bench.engine_keys, tokenizer, how, bench.log)
-    evaluate(lm, bench.evaluation, candidate.sampling, name=name)
+    how, name = how_read(tokenizer, bench.keys.convention, bench.arguments), Path(candidate.name).name
+    lm = ThinkSwitchLM(out, name, engine, bench.keys.engine, tokenizer, how, bench.log)
+    evaluate(lm, bench.keys.evaluation, candidate.sampling, name=name)

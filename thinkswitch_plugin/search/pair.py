@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +13,10 @@ from thinkswitch_plugin.data.task_files import task_files
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import Allowances, require_compatible
-from thinkswitch_plugin.merging.vocabulary import renamed_tokens, write_with_names
 from thinkswitch_plugin.recipe import overlay_path, recipe_of
-from thinkswitch_plugin.run import MODES, Run, checkpoint, locked, open_run, settings_file, versions
+from thinkswitch_plugin.run import MODES, Run, checkpoint, open_run, settings_file, versions
 from thinkswitch_plugin.run.folder import of_run
 from thinkswitch_plugin.run.hashes import Hashes
-from thinkswitch_plugin.search.candidates import Bench
 
 Template = Literal["instruct", "thinking"]
 
@@ -102,44 +99,6 @@ class Pair:
     def allowed(self) -> Allowances:
         """The settings in which checkpoints that are merged may differ."""
         return Allowances(may_differ=tuple(self.keys.rebuild.may_differ))
-
-    @contextmanager
-    def bench(self, work: Path, template: Template, used: Sequence[str]) -> Iterator[Bench]:
-        """The settings that all candidates of one job share, with the folder locked.
-
-        Args:
-            used: the roles whose checkpoints the candidates are made of.
-        """
-        with locked(self.home):
-            hashes = Hashes(self.home)
-            inputs = {name: str(hashes.of(self.roles[name])) for name in sorted(set(used))}
-            task = self.task_hashes(hashes)
-            hashes.save()
-            yield Bench(
-                work=work,
-                skeleton=self.roles["thinking"],
-                template=self._tokenizer(template, work / "tokenizer"),
-                template_name=template,
-                evaluation=self.keys.evaluation,
-                engine=self.engine,
-                engine_keys=self.keys.engine,
-                answer=self.keys.labels.answer,
-                convention=self.keys.convention,
-                arguments=self.keys.pair.arguments(template),
-                inputs=inputs,
-                seed=self.seed,
-                task=task,
-                cluster=self.cluster,
-            )
-
-    def _tokenizer(self, template: Template, folder: Path) -> Path:
-        """A folder with the tokenizer and chat template of all candidates, which must be able to write a trace."""
-        source, thinking = self.roles[template], self.roles["thinking"]
-        if not renamed_tokens(source, thinking):
-            return source
-        with files.atomic_folder(folder) as building:
-            write_with_names(source, thinking, building)
-        return folder
 
     def task_hashes(self, hashes: Hashes) -> dict[str, str | None]:
         """The hash of every file that the evaluation task is made of, by its path."""
@@ -246,14 +205,12 @@ def _run_of(options: PairOptions) -> Run:
 
 def _roles_of(run: Run, iteration: int) -> dict[str, Path]:
     """The checkpoints that an iteration rebuilds from."""
-    instruct = Path(run.checkpoint("instruct", iteration))
-    if not (instruct / "config.json").is_file():
-        raise ThinkSwitchError(
-            f"{run.folder} has no instruct checkpoint of iteration {iteration}; "
-            f"run `make iterate DOMAIN={run.folder.name} ITERATIONS={max(iteration, 1)}` first."
-        )
     thinking = Path(run.anchor(max(iteration, 1)))
-    return {"instruct-0": Path(run.checkpoint("instruct", 0)), "instruct": instruct, "thinking": thinking}
+    return {
+        "instruct-0": Path(run.checkpoint("instruct", 0)),
+        "instruct": run.made("instruct", iteration),
+        "thinking": thinking,
+    }
 
 
 def few_questions(pair: Pair) -> str:

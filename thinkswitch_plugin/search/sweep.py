@@ -18,13 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from thinkswitch_plugin import console, files, places
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import Sampling
-from thinkswitch_plugin.merging.config import allow, check_config, place_models, set_lambda
+from thinkswitch_plugin.merging.config import of_recipe, place_models, set_lambda
 from thinkswitch_plugin.report import sweeps
 from thinkswitch_plugin.search import stages
-from thinkswitch_plugin.search.candidates import Bench, Candidate, evaluate_all, finished
+from thinkswitch_plugin.search.candidates import Bench, Candidate, bench_of, evaluate_all, finished
 from thinkswitch_plugin.search.pair import Pair, Template, few_questions, of_settings, write_results
 
 ELLIPSIS = ("…", "...")
@@ -83,9 +83,7 @@ def sweep(pair: Pair, weights: Sequence[float], sampling: Sequence[Sampling], te
 
     Raises `ThinkSwitchError` if λ cannot be set in the recipe's merge config or a point fails.
     """
-    source = places.find(pair.keys.rebuild.config)
-    check_config(source)
-    config = allow(files.read_yaml(source), pair.keys.rebuild.may_differ)
+    config, source = of_recipe(pair.keys.rebuild)
     folder = pair.out / ("sweep" + of_settings(pair, template))
     roles = {name: str(pair.roles[name]) for name in ENDS}
 
@@ -94,7 +92,7 @@ def sweep(pair: Pair, weights: Sequence[float], sampling: Sequence[Sampling], te
         name = f"points/lambda-{weight:g}{drawn.slug}{few_questions(pair)}"
         return Candidate(name, place_models(identity, roles), identity, drawn)
 
-    with pair.bench(folder, template, ENDS) as bench:
+    with bench_of(pair, folder, template, ENDS) as bench:
         asked = [(w, s, point(w, s)) for s, w in itertools.product(sampling, weights)]
         title = f"sweep of {len(asked)} points"
         evaluate_all(bench, [c for _, _, c in asked], title)
@@ -103,7 +101,7 @@ def sweep(pair: Pair, weights: Sequence[float], sampling: Sequence[Sampling], te
             candidate = point(weight, drawn)
             if candidate.name not in every and finished(bench, candidate):
                 every[candidate.name] = (weight, drawn, candidate)
-        result = build(bench, pair, sorted(every.values(), key=lambda e: (str(e[1]), e[0])), config["merge_method"])
+        result = build(bench, sorted(every.values(), key=lambda e: (str(e[1]), e[0])), config["merge_method"])
     write_results(folder / "sweep.json", result)
     files.write_text(folder / "sweep.md", sweeps.markdown(result))
     draw(result, folder)
@@ -122,7 +120,7 @@ def earlier(folder: Path) -> list[tuple[float, Sampling]]:
     ]
 
 
-def build(bench: Bench, pair: Pair, points: Sequence[tuple[float, Sampling, Candidate]], method: str) -> dict[str, Any]:
+def build(bench: Bench, points: Sequence[tuple[float, Sampling, Candidate]], method: str) -> dict[str, Any]:
     """`sweep.json`: every point's figures, and for each sampling setting the stages and λ*."""
     rows: list[dict[str, Any]] = []
     curves: list[dict[str, Any]] = []
@@ -144,10 +142,10 @@ def build(bench: Bench, pair: Pair, points: Sequence[tuple[float, Sampling, Cand
             }
         )
     return {
-        **pair.described(),
+        **bench.pair.described(),
         "method": method,
-        "template": bench.template_name,
-        "task": bench.evaluation.task,
+        "template": bench.mode,
+        "task": bench.keys.evaluation.task,
         "points": rows,
         "curves": curves,
     }
