@@ -48,8 +48,7 @@ def account(asked: list[str], generations: Path) -> dict[str, int]:
     """What became of every prompt, by the file alone."""
     lines = Counter[str]()
     found = {"answered": 0, "failed with a reason": 0, "answers of another prompt": 0}
-    for number, row in files.read_jsonl(generations):
-        name = batch.stored_id(row, files.Line(generations, number))
+    for name, row in batch.read_stored(generations):
         lines[name] += 1
         body = batch.completion_body(row)
         if body is None:

@@ -168,6 +168,12 @@ def stored_id(row: dict[str, Any], where: files.Line) -> str:
     return str(row["custom_id"])
 
 
+def read_stored(path: Path, *, torn_end: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (id, line) of a batch output. Raises `ThinkSwitchError` as `files.read_jsonl` and `stored_id`."""
+    for number, row in files.read_jsonl(path, torn_end=torn_end):
+        yield stored_id(row, files.Line(path, number)), row
+
+
 def fault_of_completion(body: object) -> str | None:
     """What keeps a value from being a chat completion with text, None if it is one."""
     if not isinstance(body, dict):

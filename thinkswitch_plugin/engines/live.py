@@ -39,6 +39,7 @@ from thinkswitch_plugin.environment import variable
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 STARTS = 3  # of a server for the same weights
+OF_FOLDER = "start"  # the id of the weights that a server is started with
 MODULE = "thinkswitch_live"  # the name of `live_worker.py` in vLLM's environment
 # Behind the user's own options, so that these count: one guard knows of all requests, and only this machine reaches it.
 OPTIONS = (
@@ -109,7 +110,7 @@ class LiveVllm:
         options = [*keys.vllm_args, *OPTIONS]
         self.folder, self.log, self.budget = folder, log, budget
         self.keys = keys.model_copy(update={"vllm_args": options})
-        self.wanted: Weights | None = None  # None: those of the folder
+        self.wanted = Weights(folder, OF_FOLDER)
         self.server: Server | None = None
         self.digests: list[str] = []
         self.count_digests = False
@@ -174,12 +175,10 @@ class LiveVllm:
         if self.server is None:
             self.start(room)
         assert self.server is not None
-        wanted = self.wanted.id if self.wanted else "start"
-        if self._loaded != wanted:
-            assert self.wanted is not None
+        if self._loaded != self.wanted.id:
             self._load(self.wanted)
-            self._loaded = wanted
-        return replace(self.server, weights=wanted)
+            self._loaded = self.wanted.id
+        return replace(self.server, weights=self.wanted.id)
 
     def address(self) -> dict[str, str]:
         """What another process of this user needs to change the weights of the running server: see `attach`."""
@@ -206,7 +205,7 @@ class LiveVllm:
             path = os.pathsep.join(filter(None, (str(private), variable("PYTHONPATH"))))
             env = {live_worker.TOKEN: token, "PYTHONPATH": path}
             server = stack.enter_context(serving("vllm", str(self.folder), self.keys, self.log, max_len=room, env=env))
-            self.server, self._room, self._loaded = replace(server, token=token), room, "start"
+            self.server, self._room, self._loaded = replace(server, token=token), room, OF_FOLDER
             self._private, self._running = private, stack.pop_all()
 
     def _load(self, weights: Weights) -> None:
@@ -265,10 +264,9 @@ class LiveVllm:
 
     def _as_wanted(self) -> bool:
         """Whether the engine runs and holds the weights that are to answer."""
-        wanted = self.wanted.id if self.wanted else "start"
         try:
             self._request(place="/health")
-            return self._request()["id"] == wanted
+            return self._request()["id"] == self.wanted.id
         except EngineGoneError:
             return False
 

@@ -159,12 +159,12 @@ class ThinkSwitchLM(LM):  # type: ignore[misc]
     def _read(self, answered: Path, names: Sequence[str], stops: dict[str, list[str]]) -> list[Answered]:
         found: dict[str, Answered] = {}
         problem = "it was not asked"
-        for number, row in files.read_jsonl(answered):
+        for name, row in batch.read_stored(answered):
             body = batch.completion_body(row)
             if body is None:
                 problem = (row.get("error") or {}).get("message", problem)
                 continue
-            name, done = batch.stored_id(row, files.Line(answered, number)), batch.completion_of(row, self.how)
+            done = batch.completion_of(row, self.how)
             text = messages.parts(body["choices"][0]["message"])[1]
             if name in stops:
                 text = done.answer or ""

@@ -106,8 +106,8 @@ def asked(judge: str, name: str, new: tuple[str, str], old: tuple[str, str]) -> 
 def verdicts(generations: Path) -> dict[str, int]:
     """By request: 1 if the judge prefers the new answer, -1 for the old one, 0 for a tie. Unreadable ones are missing."""
     found = {}
-    for number, line in files.read_jsonl(generations, torn_end=True):
-        body, name = batch.completion_body(line), batch.stored_id(line, generations, number)
+    for name, line in batch.read_stored(generations, torn_end=True):
+        body = batch.completion_body(line)
         named = VERDICT.findall(str(body["choices"][0]["message"].get("content"))) if body else []
         if named:  # the last one: a judge that thinks may weigh others before
             found[name] = next(values for order, values in ORDERS.items() if name.endswith(order))[named[-1]]

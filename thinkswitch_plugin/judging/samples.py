@@ -180,10 +180,10 @@ def as_stored(folder: Path, path: Path, guard: str = "") -> Callable[[Row], list
     """
     generations = folder / GENERATIONS
     ended: dict[str, Ended] = {}
-    for number, line in files.read_jsonl(generations, torn_end=True):
+    for name, line in batch.read_stored(generations, torn_end=True):
         if body := batch.completion_body(line):
             finish_reason = body["choices"][0].get("finish_reason")
-            ended[batch.stored_id(line, files.Line(generations, number))] = Ended(finish_reason, batch.tokens_of(body))
+            ended[name] = Ended(finish_reason, batch.tokens_of(body))
 
     def ends_of(row: Row) -> list[Ended]:
         ids = [question_id(row.doc_id, j, guard) for j in range(len(row.texts))]

@@ -39,12 +39,12 @@ class Served:
         Args:
             log: of a server that is started for it.
         """
-        from thinkswitch_plugin.engines.live import LiveVllm
+        from thinkswitch_plugin.engines.live import OF_FOLDER, LiveVllm
 
         if self.engine is None or not one_server_holds(self.engine.folder, folder):
             self.close()
             self.engine = LiveVllm(folder, self.keys, log)
-        if folder == self.engine.folder and self.engine.wanted is None:
+        if folder == self.engine.folder and self.engine.wanted.id == OF_FOLDER:
             return self.engine
         self.engine.hold(folder)
         return Asked(self.engine, told_of(folder))

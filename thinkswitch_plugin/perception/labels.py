@@ -258,12 +258,12 @@ def evaluate_elsewhere(fold: Fold, form: Format) -> None:
 
 def completions(generations: Path) -> Iterator[tuple[str, formats.Parsed]]:
     """(prompt id, parsed completion) of every stored answer to a fold's questions."""
-    for number, row in files.read_jsonl(generations):
+    for name, row in batch.read_stored(generations):
         body = batch.completion_body(row)
         if body is not None:
             choice = body["choices"][0]
             text, cut = choice["message"].get("content") or "", choice.get("finish_reason") == "length"
-            yield batch.stored_id(row, files.Line(generations, number)), formats.parse(text, cut=cut)
+            yield name, formats.parse(text, cut=cut)
 
 
 def is_right(parsed: formats.Parsed, form: Format, reference: str, kind: str) -> bool:
