@@ -245,12 +245,15 @@ def test_the_worker_loads_a_folder_or_a_stream_by_vllms_own_loader(
 ) -> None:
     loaded: dict[str, torch.Tensor] = {}
 
+    order: list[str] = []
+    monkeypatch.setattr(live_worker, "prepare_experts", lambda model: order.append("experts"))
     monkeypatch.setattr(live_worker, "prepare_tied_heads", lambda model: loaded.update(model))
 
     class Worker(Weights):
         model_runner = SimpleNamespace(get_model=lambda: {"prepared": torch.ones(1)})
 
         def reload_weights(self, weights_iterator: Iterable[tuple[str, torch.Tensor]]) -> None:
+            order.append("reload")
             loaded.update(weights_iterator)
 
     save_file(TENSORS, tmp_path / "model.safetensors")
@@ -263,6 +266,7 @@ def test_the_worker_loads_a_folder_or_a_stream_by_vllms_own_loader(
     assert Worker().thinkswitch_load(address, "yes") == of_file
     thread.join()
     assert loaded.keys() == {*TENSORS, "prepared"}
+    assert order == ["experts", "reload"] * 2
 
 
 # From here on a real vLLM, one for all tests.
