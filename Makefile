@@ -76,7 +76,7 @@ endif
 .DEFAULT_GOAL := help
 .PHONY: help submit-slurm setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines \
 	similarity labels adaptive switch export-loras serve push export-gguf setup-gguf control results chaos bench-engines bench-sweep bench-live bench-merge bench-export bench-faults bench-cluster \
-	bench-pairs bench-report gpu-check screenshots fuzz bad-input traces models lines lint test-fast test
+	bench-pairs bench-report losses gpu-check screenshots fuzz bad-input traces models lines lint test-fast test
 
 ##@ Run
 
@@ -211,6 +211,12 @@ verify: setup ## read all files of a run and check that they still fit together:
 
 control: setup ## run a control experiment on iteration 1: make control CONTROL=shuffled|own-answers|true-labels|undistilled|rounded
 	@$(VENV)/bin/python -m experiments control "$$CONTROL" "$$RUN"
+
+losses: setup ## compare loss: answers with distribution, each with first, all, vote, and a vote with a margin: make losses DOMAIN=arithmetic SEEDS="0 1 2"
+	@set --; for seed in $$THINKSWITCH_SEEDS; do set -- "$$@" "$$RUNS/losses-$$seed/$$DOMAIN"; \
+		$(MAKE_COMMAND) --no-print-directory iterate ITERATIONS=1 SEED="$$seed" RUNS="$$RUNS/losses-$$seed" OVERLAY="$$OVERLAY experiments/losses.overlay.yaml" \
+		&& $(VENV)/bin/python -m experiments control losses "$$RUNS/losses-$$seed/$$DOMAIN" || exit 1; done; \
+	$(VENV)/bin/python -m experiments results -- "$$@"
 
 results: setup ## print the tables of docs/results.md, or of docs/interpolation.md with PART=interpolation: make results RUN_FOLDERS="runs/arithmetic runs-1/arithmetic"
 	@$(VENV)/bin/python -m experiments results --part "$${PART:-loop}" -- $$RUN_FOLDERS

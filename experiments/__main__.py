@@ -18,13 +18,16 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("name", type=click.Choice(["shuffled", "own-answers", "true-labels", "undistilled", "rounded"]))
+@click.argument(
+    "name", type=click.Choice(["shuffled", "own-answers", "true-labels", "undistilled", "rounded", "losses"])
+)
 @click.argument("run", type=FOLDER)
 def control(name: str, run: Path) -> None:
     """A control experiment on iteration 1 of a finished run -> controls/NAME/."""
     from experiments.controls import run_control
+    from experiments.losses import run_losses
 
-    run_control(open_run(run), name)
+    run_losses(open_run(run)) if name == "losses" else run_control(open_run(run), name)
 
 
 @main.command()

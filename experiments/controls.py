@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from thinkswitch_plugin.report import header, parts_table, rows
 from thinkswitch_plugin.run import MODES, Run, locked, open_run
 from thinkswitch_plugin.run.checkpoint import Subject
 from thinkswitch_plugin.run.hashes import Hashes
+from thinkswitch_plugin.run.table import control_files
 
 NAMES = {
     "shuffled": ("instruct", "labels shuffled among prompts"),
@@ -55,24 +57,22 @@ def run_control(run: Run, name: str) -> None:
             "`undistilled` is iteration 0 of the report."
         )
     here = run.folder / "controls" / name
-    on_cpu = run.recipe.keys.merge_on == "cpu"
     with locked(run.folder):
         console.say(f"[control {name}] {title}")
         out = here / mode
         if name in ("shuffled", "own-answers", "true-labels"):
             files.remove(here)  # a control always begins anew
-            pairs = here / "pairs.jsonl"
-            with files.atomic_file(pairs) as handle:
+            with files.atomic_file(here / "pairs.jsonl") as handle:
                 for row in relabelled(run, name):
                     handle.write(files.dumps_line(row))
-            work.train_adapter(run, pairs=pairs, base_model=run.checkpoint("instruct", 0), here=here)
-            work.merge_adapter(here, run.checkpoint("instruct", 0), out, on_cpu=on_cpu)
+            learn(run, here, "answers")  # other answers than the thinking checkpoint's have no distributions
         elif name == "rounded":
             first = run.iteration(1)
             files.remove(here)
             here.mkdir(parents=True)
             files.write_yaml(here / "axolotl.yaml", files.read_yaml(first / "axolotl.yaml"))
             (here / "adapter").symlink_to((first / "adapter").resolve())
+            on_cpu = run.recipe.keys.merge_on == "cpu"
             work.merge_adapter(here, run.checkpoint("instruct", 0), out, on_cpu=on_cpu, rounded=True)
         else:
             weight = files.read_json(run.iteration(1) / "rebuild.json")["lambda"]
@@ -84,21 +84,36 @@ def run_control(run: Run, name: str) -> None:
             files.write_yaml(here / "merge.yaml", merged)
             files.remove(out)
             write_merge(here / "merge.yaml", out, here / "logs" / "merge.log")
-        keys = run.recipe.keys
-        subject = Subject(str(out), keys.pair.arguments(mode))
-        evaluate_checkpoint(subject, here / "eval" / mode, keys, run.engine, log=here / "logs" / f"{name}.log")
-        figures = summarize(samples_of(here / "eval" / mode, keys, str(out)))
-        beside = Hashes(run.folder).of(run.iteration(1) / mode)  # of any other checkpoint the report leaves it out
-        about = {"control": name, "mode": mode, "title": title, "beside": beside}
-        files.write_json(here / "result.json", {**about, **figures})
-        low, high = figures["ci95"]
-        console.say(f"  {title}: {100 * figures['mean@k']:.1f} % ({100 * low:.1f}–{100 * high:.1f})")
+        judge(run, here, mode, title)
         console.say("  `make report` puts it beside the run")
+
+
+def learn(run: Run, here: Path, loss: str) -> None:
+    """Train the starting instruct checkpoint on `here/pairs.jsonl` with a loss, and merge it as `here/instruct`."""
+    parent, keys = run.checkpoint("instruct", 0), run.recipe.keys
+    learning = replace(run, recipe=replace(run.recipe, keys=keys.model_copy(update={"loss": loss})))
+    work.train_adapter(learning, pairs=here / "pairs.jsonl", base_model=parent, here=here)
+    work.merge_adapter(here, parent, here / "instruct", on_cpu=keys.merge_on == "cpu")
+
+
+def judge(run: Run, here: Path, mode: str, title: str, **more: Any) -> None:
+    """Evaluate the checkpoint `here/MODE` of a control as the run's own, and write `here/result.json`."""
+    name, out, keys = here.name, here / mode, run.recipe.keys
+    subject = Subject(str(out), keys.pair.arguments(mode))
+    evaluate_checkpoint(subject, here / "eval" / mode, keys, run.engine, log=here / "logs" / f"{name}.log")
+    figures = summarize(samples_of(here / "eval" / mode, keys, str(out)))
+    beside = Hashes(run.folder).of(run.iteration(1) / mode)  # of any other checkpoint the report leaves it out
+    about = {"control": name, "mode": mode, "title": title, "beside": beside}
+    files.write_json(here / "result.json", {**about, **more, **figures})
+    low, high = figures["ci95"]
+    console.say(f"  {title}: {100 * figures['mean@k']:.1f} % ({100 * low:.1f}–{100 * high:.1f})")
 
 
 def relabelled(run: Run, name: str) -> Iterator[dict[str, Any]]:
     """The pairs of iteration 1 with other answers."""
     rows_ = [row for _, row in files.read_jsonl(run.iteration(1) / "pairs.jsonl")]
+    for row in rows_:
+        row.pop("logprobs", None)  # of the answer that is replaced
     if name == "shuffled":
         labels = [row["messages"][-1]["content"] for row in rows_]
         random.Random(run.seed).shuffle(labels)
@@ -152,22 +167,22 @@ def print_results(folders: list[Path]) -> None:
         console.say("\n".join(console.table(header(report), rows(report))) + "\n")
         if (parts := parts_table(report)).rows:
             console.say("\n".join(console.table(parts.header, parts.rows)) + "\n")
-        for name, (mode, title) in NAMES.items():
-            path = folder / "controls" / name / "result.json"
-            if not path.is_file():
-                continue
+        for path in control_files(run):
             found = files.read_json(path)
+            mode = found["mode"]
             zero, one = (report["iterations"][k][mode]["mean@k"] for k in (0, 1))
             low, high = (100 * v for v in found["ci95"])
             controls.append(
                 [
                     str(run.seed),
-                    title,
+                    found["title"],
                     mode,
                     f"{100 * zero:.1f} %",
                     f"{100 * one:.1f} %",
                     f"{100 * found['mean@k']:.1f} % ({low:.1f}–{high:.1f})",
                     f"{found['think_ratio']:.3f}",
+                    f"{found['tokens']:.1f}",
+                    *(str(found.get(name, "")) for name in ("pairs", "seconds")),
                 ]
             )
     if controls:
@@ -180,5 +195,8 @@ def print_results(folders: list[Path]) -> None:
             "iteration 1",
             "control's accuracy (95 %)",
             "think ratio",
+            "tokens",
+            "pairs",
+            "seconds to train and merge",
         ]
         console.say("\n".join(console.table(names, controls)))

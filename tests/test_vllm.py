@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ import torch
 from tests.conftest import BIN, ROOT
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.data import distributions
 from thinkswitch_plugin.data.pairs import write_pairs
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.demo.tokenizer import CHAT_TEMPLATES
@@ -86,13 +88,13 @@ def special_tags(finished_run: Path, tmp_path: Path) -> Path:
     return here
 
 
-def both_ways(requests: Path, out: Path, switch: str, count: int) -> Path:
+def both_ways(requests: Path, out: Path, switch: str, count: int, **more: Any) -> Path:
     """The first requests of a file, with a template that opens the trace and with one that does not."""
     rows = []
     for _, row in itertools.islice(files.read_jsonl(requests), count):
         for opens in (True, False):
             name = f"{row['custom_id']}-{'opened' if opens else 'inline'}"
-            body = row["body"] | {"chat_template_kwargs": {switch: opens}}
+            body = row["body"] | {"chat_template_kwargs": {switch: opens}, **more}
             body["metadata"] = {"prompt_id": name, "trace": "opened" if opens else "inline"}
             rows.append(files.dumps_line({**row, "custom_id": name, "body": body}))
     out.write_bytes(b"".join(rows))
@@ -106,10 +108,18 @@ def pairs_of(requests: Path, generations: Path) -> list[tuple[str, str]]:
     return [(row["custom_id"], row["messages"][-1]["content"]) for _, row in files.read_jsonl(out)]
 
 
-def test_special_tags_are_kept_and_pairs_equal_the_embedded_engines_whoever_opens_the_trace(
+def probabilities(pairs: Path) -> Iterator[dict[int, float]]:
+    """The distribution of every token of every pair's answer: probability by token id."""
+    for _, row in files.read_jsonl(pairs):
+        for one in row["logprobs"]:
+            yield {distributions.token_id(each): math.exp(each["logprob"]) for each in one["top_logprobs"]}
+
+
+def test_special_tags_are_kept_and_pairs_and_distributions_equal_the_embedded_engines_whoever_opens_the_trace(
     finished_run: Path, special_tags: Path, tmp_path: Path
 ) -> None:
-    requests = both_ways(finished_run / "iter-1" / "requests.jsonl", tmp_path / "requests.jsonl", "opens", 60)
+    more, source = distributions.request(8), finished_run / "iter-1" / "requests.jsonl"
+    requests = both_ways(source, tmp_path / "requests.jsonl", "opens", 60, **more)
     found, texts = {}, {}
     for engine in ("vllm", "embedded"):
         out = tmp_path / f"{engine}.jsonl"
@@ -121,6 +131,10 @@ def test_special_tags_are_kept_and_pairs_equal_the_embedded_engines_whoever_open
     assert all(("<think>" in text) == name.endswith("inline") for name, text in texts["vllm"].items())
     assert found["vllm"] == found["embedded"] and len(found["vllm"]) == 120
     assert all(answer.isdigit() for _, answer in found["vllm"])  # no part of a trace
+    there, here = (list(probabilities(tmp_path / f"{engine}-pairs.jsonl")) for engine in found)
+    assert len(there) == len(here) == 2 * 120  # a digit and the end of the turn
+    for one, other in zip(there, here, strict=True):
+        assert all(abs(one.get(token, 0.0) - other.get(token, 0.0)) < 1e-3 for token in one | other)
 
 
 def wait_for(found: Callable[[], object], process: subprocess.Popen[bytes]) -> None:

@@ -13,11 +13,12 @@ from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_va
 from pydantic.fields import FieldInfo
 
 from thinkswitch_plugin import conventions
-from thinkswitch_plugin.answer_kinds import KINDS
 from thinkswitch_plugin.engine_args import TEMPLATE_KEY, Keys, ModeArguments
 from thinkswitch_plugin.engine_args import EngineKeys as EngineKeys
 from thinkswitch_plugin.engine_args import option_name as option_name
 from thinkswitch_plugin.evaluation_args import EvaluationKeys as EvaluationKeys
+from thinkswitch_plugin.loss_args import DistributionKeys
+from thinkswitch_plugin.loss_args import LabelKeys as LabelKeys
 
 
 class PairKeys(Keys):
@@ -95,38 +96,6 @@ class SamplingKeys(Keys):
     top_p: float = Field(0.95, gt=0, le=1, description="Nucleus sampling.")
     top_k: int = Field(20, description="-1 or 0: off.")
     max_tokens: int = Field(32768, gt=0, description="Token budget of one completion, trace included.")
-
-
-class LabelKeys(Keys):
-    """Which completions become training pairs."""
-
-    selection: Literal["first", "all", "vote"] = Field(
-        "first", description="First complete sample, all of them, or one that gives the majority answer."
-    )
-    min_agreement: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="With `vote`: drop a prompt if a smaller share of its complete samples gives the majority answer.",
-    )
-    answer: Literal[tuple(KINDS)] = Field(  # type: ignore[valid-type]
-        "exact", description="How a final answer is read, for `vote` and for grading; see docs/grading.md."
-    )
-    unfinished: Literal["drop", "retry"] = Field(
-        "drop", description="A completion cut by the token limit: drop it, or ask once more with `retry_max_tokens`."
-    )
-    retry_max_tokens: int | None = Field(None, gt=0, description="Budget of the second try (default: twice the first).")
-
-    @model_validator(mode="after")
-    def _agreement_is_of_a_vote(self) -> LabelKeys:
-        if self.min_agreement is not None and self.selection != "vote":
-            raise ValueError("`min_agreement` needs `selection: vote`; set that, or remove `min_agreement`")
-        return self
-
-    def selecting(self) -> dict[str, Any]:
-        """The keys that select pairs, as `build_pairs` takes them and stamps hold them; `min_agreement` only if it is set."""
-        agreement = {} if self.min_agreement is None else {"min_agreement": self.min_agreement}
-        return {"selection": self.selection, **agreement}
 
 
 class NeedKeys(Keys):
@@ -249,6 +218,10 @@ class ThinkSwitchKeys(PluginKeys):
     rebuild: RebuildKeys = RebuildKeys()  # type: ignore[call-arg]
     evaluation: EvaluationKeys
     adaptive: AdaptiveKeys = AdaptiveKeys()  # type: ignore[call-arg]
+    loss: Literal["answers", "distribution"] = Field(
+        "answers", description="Learn the answers, or the thinking checkpoint's distribution over each of their tokens."
+    )
+    distribution: DistributionKeys = DistributionKeys()  # type: ignore[call-arg]
     axolotl_args: list[str] = Field([], description="Further options for `axolotl train`, such as its launcher's.")
     merge_on: Literal["auto", "cpu"] = Field(
         "auto", description="Device on which the adapter is merged; `cpu` uses no GPU memory."
@@ -265,6 +238,12 @@ class ThinkSwitchKeys(PluginKeys):
         if self.labels.unfinished == "drop":
             return None
         return self.labels.retry_max_tokens or 2 * self.sampling.max_tokens
+
+    @model_validator(mode="after")
+    def _distributions_are_returned(self) -> ThinkSwitchKeys:
+        if self.loss == "distribution" and (fault := self.distribution.fault(self.engine)):
+            raise ValueError(fault)
+        return self
 
 
 class ThinkSwitchArgs(BaseModel):

@@ -73,6 +73,11 @@ class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]
                 "4-bit training on a CPU does not survive an evaluation pass: "
                 "set `val_set_size: 0` and remove `test_datasets`."
             )
+        if (cfg.thinkswitch or {}).get("loss") == "distribution" and not cfg.kd_trainer:
+            raise ThinkSwitchError(
+                "`thinkswitch.loss: distribution` is learnt by axolotl's KD trainer, which this config does not use; train with "
+                "the `axolotl.yaml` of an iteration, or add its `kd_…` keys and its plugin to this one."
+            )
         require_reach(cfg, cfg.base_model)
         if keys := perception_keys(cfg):
             from thinkswitch_plugin.perception.markers import find_markers
@@ -88,7 +93,9 @@ class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]
             attach(model, keys, load_tokenizer(cfg))
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
-        """Keep the trainer's log beside the adapter, for the loss in the report."""
+        """Keep the trainer's log beside the adapter, for the loss in the report; pad all columns of KD on one side."""
+        if cfg.kd_trainer:  # its collator pads the columns of distributions on the right, whatever the tokenizer does
+            trainer.data_collator.tokenizer.padding_side = "right"
         return [KeepLog()]
 
     def post_train(self, cfg: Any, model: Any) -> None:

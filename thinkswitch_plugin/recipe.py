@@ -175,7 +175,10 @@ def iteration_config(recipe: Recipe, *, pairs: Path, **others: Any) -> dict[str,
     datasets = [dict(entry) for entry in recipe.axolotl.get("datasets") or [{}]]
     datasets[0] |= {"path": str(pairs), "ds_type": "json", "type": "thinkswitch_plugin.answer_only"}
     keys = recipe.keys.model_dump(by_alias=True, exclude_defaults=True)
-    return training_config(recipe.axolotl, datasets=datasets, **others) | {"thinkswitch": keys}
+    config = training_config(recipe.axolotl, datasets=datasets, **others) | {"thinkswitch": keys}
+    if recipe.keys.loss == "distribution":
+        config |= recipe.keys.distribution.axolotl(config.get("plugins"))
+    return config
 
 
 def training_config(

@@ -56,6 +56,11 @@ class Asked:
             message, opened=self.opened, finish_reason=finish_reason, convention=self.convention
         )
 
+    def of(self, body: dict[str, Any]) -> traces.Completion:
+        """The split completion of a chat completion body."""
+        choice = body["choices"][0]
+        return self.split(choice["message"], choice.get("finish_reason"))
+
     def fields(self, **metadata: Any) -> dict[str, Any]:
         """What the body of a request holds of it: the template's arguments, which vLLM takes, and its metadata."""
         arguments = {"chat_template_kwargs": dict(self.arguments)} if self.arguments else {}
@@ -215,8 +220,7 @@ def completion_of(row: dict[str, Any], how: Asked) -> traces.Completion:
     body = completion_body(row)
     if body is None:
         return traces.Completion(None, None, traces.Outcome.FAILED)
-    choice = body["choices"][0]
-    return how.split(choice["message"], choice.get("finish_reason"))
+    return how.of(body)
 
 
 def _without(text: str, ends: tuple[str, ...]) -> str:

@@ -6,6 +6,7 @@ One row of `pairs.jsonl`:
                   {"role": "assistant", "content": "0"}],
      "custom_id": "p00000-s0", "prompt_id": "p00000"}
 
+With `loss: distribution` it holds `logprobs` as well, the entries of the answer's tokens (see `distributions`).
 With the trace kept, one row of `rationales.jsonl`: the same and ``"trace": "7*3=1\n1+4=5\n5*2=0"``.
 """
 
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import LabelKeys
 from thinkswitch_plugin.conventions import Convention
-from thinkswitch_plugin.data import answers, batch, formats, messages
+from thinkswitch_plugin.data import answers, batch, distributions, formats, messages
 from thinkswitch_plugin.data.batch import Asked
 from thinkswitch_plugin.data.repeats import repeats
 from thinkswitch_plugin.data.rows import rows_by_key
@@ -103,12 +104,12 @@ def build_pairs(
     votes = answers.Votes()
     for _, group in itertools.groupby(found, key=lambda one: batch.prompt_id(one.request)):
         report.prompts += 1
-        complete = []
+        complete: list[tuple[AnsweredRequest, Completion]] = []
         for one in group:
             report.samples += 1
             outcome = judge(one.done, one.how, keep_trace=keep_trace) if one.done else MISSING
             if one.done and outcome == Outcome.COMPLETE:
-                complete.append((one.request, one.done))
+                complete.append((one, one.done))
             else:
                 report.dropped[outcome] += 1
         texts = [str(done.answer) for _, done in complete]
@@ -119,21 +120,29 @@ def build_pairs(
             report.dropped[reason] += len(complete) - len(chosen)
         report.kept += len(chosen)
         report.prompts_without_pair += not chosen
-        for request, done in (complete[place] for place in chosen):
+        for one, done in (complete[place] for place in chosen):
             report.unwrapped += done.wrapped
-            turns = [*request["body"]["messages"], {"role": "assistant", "content": done.answer}]
-            ids = {"custom_id": request["custom_id"], "prompt_id": batch.prompt_id(request)}
-            yield {"messages": turns, **ids, **({"trace": done.trace} if keep_trace else {})}
+            turns = [*one.request["body"]["messages"], {"role": "assistant", "content": done.answer}]
+            ids = {"custom_id": one.request["custom_id"], "prompt_id": batch.prompt_id(one.request)}
+            if keep_trace:
+                yield {"messages": turns, **ids, "trace": done.trace}
+            else:
+                yield {"messages": turns, **ids, **distributions.of_pair(one.request, one.stored, done)}
     votes.require_agreement(labels.answer, "set `thinkswitch.labels.selection: first`")
 
 
 class AnsweredRequest(NamedTuple):
-    """A request, how its completion is read, its completion (None if there is none) and the tokens of that."""
+    """A request, how its completion is read, its completion (None if there is none), and the line and row of that."""
 
     request: dict[str, Any]
     how: Asked
     done: Completion | None
-    tokens: int
+    stored: tuple[files.Line, dict[str, Any]] | None
+
+    @property
+    def tokens(self) -> int:
+        """The tokens of the completion."""
+        return batch.tokens_of(batch.completion_body(self.stored[1]) or {}) if self.stored else 0
 
 
 def completions(
@@ -175,9 +184,7 @@ def completions(
             done = found and batch.completion_of(found[1], how)
             if found and done and how.thinks:
                 guard.look_at(*found, done)
-            yield AnsweredRequest(
-                request, how, done, batch.tokens_of(batch.completion_body(found[1]) or {}) if found else 0
-            )
+            yield AnsweredRequest(request, how, done, found)
     if report:
         guard.require_traces()
 

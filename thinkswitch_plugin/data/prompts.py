@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +201,7 @@ def write_requests(
     how: batch.Asked,
     sampling: SamplingKeys,
     seed: int,
-    stop: Sequence[str] = (),
+    more: Mapping[str, Any] | None = None,
 ) -> int:
     """Write one request for every prompt and sample; return how many.
 
@@ -210,14 +210,13 @@ def write_requests(
         model: the name under which the checkpoint is served.
         how: how it is asked and its completions are read; each request keeps it.
         seed: run seed; sample j of every prompt is seeded with ``seed * samples + j``.
-        stop: strings that end a completion.
+        more: fields that every body has besides, such as `stop`.
     """
     count = 0
     with files.atomic_file(out) as handle:
         for (prompt_id, turns), sample in itertools.product(asked, range(sampling.samples)):
             body = request_body(model, turns, sampling, seed * sampling.samples + sample)
-            body |= {"stop": list(stop)} if stop else {}
-            body |= how.fields(prompt_id=prompt_id)
+            body |= {**(more or {}), **how.fields(prompt_id=prompt_id)}
             handle.write(files.dumps_line(batch.request(f"{prompt_id}-s{sample}", body)))
             count += 1
     return count

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, PreTrainedModel
 
+from thinkswitch_plugin.data import distributions
 from thinkswitch_plugin.engines.ask import Arrived, Request
 from thinkswitch_plugin.environment import without_gpu_kernels
 
@@ -100,12 +101,20 @@ class EmbeddedEngine:
         # What ends the turn anyway need not be looked for in the text.
         stop = tuple(s for s in _stop_strings(bodies[0]) if self.tokenizer.convert_tokens_to_ids(s) not in self.ends)
         config = self._generation_config(bodies[0], stop)
-        output = self.model.generate(**inputs, generation_config=config, tokenizer=self.tokenizer)
+        likely = TopTokens(bodies[0].get("top_logprobs", 0)) if distributions.requested(bodies[0]) else None
+        output = self.model.generate(
+            **inputs, generation_config=config, tokenizer=self.tokenizer, logits_processor=[likely] if likely else []
+        )
         width = inputs["input_ids"].shape[1]
-        return [
+        answers = [
             self._body(ids.tolist(), int(mask.sum()), stop)
             for ids, mask in zip(output[:, width:], inputs["attention_mask"], strict=True)
         ]
+        if likely:
+            for row, body in enumerate(answers):
+                used = output[row, width : width + body["usage"]["completion_tokens"]]
+                body["choices"][0]["logprobs"] = {"content": likely.of_row(row, used.tolist(), self.tokenizer)}
+        return answers
 
     def _generation_config(self, body: dict[str, Any], stop: tuple[str, ...]) -> GenerationConfig:
         values: dict[str, Any] = {
@@ -143,6 +152,27 @@ class EmbeddedEngine:
         }
 
 
+class TopTokens(LogitsProcessor):  # type: ignore[misc]
+    """Keeps the k most likely tokens of every step as the model gives them, before temperature and the like."""
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self.steps: list[tuple[list[list[float]], list[list[int]]]] = []  # log probabilities and ids, of every row
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Look at the logits (rows, vocabulary) of one step, and leave them as they are."""
+        found = scores.float().log_softmax(-1).topk(min(self.k, scores.shape[-1]))
+        self.steps.append((found.values.tolist(), found.indices.tolist()))
+        return scores
+
+    def of_row(self, row: int, ids: list[int], tokenizer: Any) -> list[distributions.Entry]:
+        """The entries of the tokens that a row of the batch was answered with."""
+        return [
+            distributions.entry(token, tokenizer.decode([token]), list(zip(places[row], values[row], strict=True)))
+            for token, (values, places) in zip(ids, self.steps, strict=False)
+        ]
+
+
 def free_memory() -> None:
     """Give back what an engine that nobody refers to any more held, on the GPU too."""
     gc.collect()
@@ -151,7 +181,8 @@ def free_memory() -> None:
 
 
 def _settings(body: dict[str, Any]) -> tuple[Any, ...]:
-    return (*(body.get(key) for key in ("temperature", "top_p", "top_k", "max_tokens")), _stop_strings(body))
+    names = ("temperature", "top_p", "top_k", "max_tokens", *distributions.FIELDS)
+    return (*(body.get(key) for key in names), _stop_strings(body))
 
 
 def _rendering(body: dict[str, Any]) -> dict[str, Any]:

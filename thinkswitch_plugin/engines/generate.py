@@ -7,14 +7,14 @@ The sampling settings are in the requests (`SamplingKeys` in `args.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
-from thinkswitch_plugin.data import batch
+from thinkswitch_plugin.data import batch, distributions
 from thinkswitch_plugin.data.traces import LENGTH
 from thinkswitch_plugin.engines.ask import Adapter, Asker, Reply, Request, asking
 from thinkswitch_plugin.engines.replies import Unanswered
@@ -32,12 +32,14 @@ class Options(TypedDict, total=False):
         retry_max_tokens: ask an answer that the token limit cut once more with this budget.
         limit: only the first so many requests.
         adapter: put on the checkpoint before it answers (not with a running server).
+        without: fields of the requests that are not sent.
         title: of the progress bar.
     """
 
     retry_max_tokens: int | None
     limit: int | None
     adapter: Adapter | None
+    without: Collection[str]
     title: str
 
 
@@ -54,11 +56,14 @@ class GenerationReport:
     tokens_per_second: float = 0.0
 
 
-def pending(requests: Path, stored: StoredAnswers, limit: int | None = None) -> Iterator[Request]:
+def pending(
+    requests: Path, stored: StoredAnswers, limit: int | None = None, without: Collection[str] = ()
+) -> Iterator[Request]:
     """The requests (of the first `limit`) that have no stored answer yet, each with its `place` in the file."""
     for place, (_, row) in enumerate(batch.read_requests(requests, limit)):
         if not stored.has(place, row["custom_id"]):
-            yield {**row, "place": place}
+            body = {name: value for name, value in row["body"].items() if name not in without}
+            yield {**row, "body": body, "place": place}
 
 
 def generate(
@@ -111,7 +116,7 @@ def generate(
         Bar(report.requests, options.get("title", "generate"), initial=report.already_stored, unit="answer") as bar,
     ):
         answers = Arrivals(stored, report, bar, retry_max_tokens)
-        asker.ask(pending(requests, stored, limit), answers.store)
+        asker.ask(pending(requests, stored, limit, options.get("without", ())), answers.store)
         report.tokens_per_second = round(report.tokens / max(bar.elapsed, 1e-9), 1)
     if report.failed * 2 > report.requests:
         raise ThinkSwitchError(
@@ -137,6 +142,11 @@ class Arrivals:
         name = request["custom_id"]
         cut = self.retried.pop(name, None)
         if isinstance(reply, Unanswered):
+            if "logprobs" in str(reply) and distributions.requested(request["body"]):
+                raise ThinkSwitchError(
+                    f"The server refuses to return distributions ({reply}); lower `thinkswitch.distribution.top_k`, "
+                    f"{distributions.INSTEAD}."
+                )
             if cut is None:
                 self.report.failed += 1
                 self.last_problem = str(reply)
@@ -149,6 +159,8 @@ class Arrivals:
             return {**request, "body": {**request["body"], "max_tokens": self.retry_max_tokens}}
         self.report.answered += 1
         self.report.tokens += batch.tokens_of(reply)
+        if distributions.requested(request["body"]):
+            reply = _with_distributions(request, reply)
         self._write(request, {"status_code": 200, "request_id": str(reply.get("id")), "body": reply}, None)
         return None
 
@@ -175,6 +187,18 @@ def room_for(checkpoint: str, budget: int, longest: str = "") -> int:
         longest: the longest prompt in characters; empty if none needs more than usual.
     """
     return min(budget + prompt_room(longest, checkpoint), context_length(checkpoint))
+
+
+def _with_distributions(request: Request, reply: dict[str, Any]) -> dict[str, Any]:
+    """A reply with the distributions over its answer's tokens alone. Raises `ThinkSwitchError` if the server returned none."""
+    try:
+        done = batch.asked(request).of(reply)
+        return distributions.keep_answer(reply, done.answer if done.complete else None)
+    except ValueError as problem:
+        raise ThinkSwitchError(
+            f"The answer to {request['custom_id']} has no distributions ({problem}); have vLLM answer, or a server that takes "
+            f"its field `{distributions.FIELDS[-1]}`, {distributions.INSTEAD}."
+        ) from None
 
 
 def prompt_room(longest: str, checkpoint: str) -> int:

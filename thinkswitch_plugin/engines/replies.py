@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from thinkswitch_plugin.data import distributions
 from thinkswitch_plugin.data.messages import REASONING, texts
 
 END_OF_TURN = ("eos", "eos_token", "end_turn")  # what Together, TGI and Anthropic call `stop`
@@ -103,7 +104,7 @@ def refused_field(words: str, sent: Iterable[str]) -> str | None:
     """The field of a request that a server says it does not take, None if its words are about something else."""
     if not _REFUSED.search(words):
         return None
-    names = (name for name in sent if name not in ("messages", "model"))
+    names = (name for name in sent if name not in ("messages", "model", *distributions.FIELDS))
     found = [(match.start(), name) for name in names if (match := re.search(rf"\b{re.escape(name)}\b", words))]
     return min(found)[1] if found else None
 

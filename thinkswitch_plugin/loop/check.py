@@ -266,9 +266,11 @@ def budget(
     hours = total / rate / 3600
     price = price_per_hour(per_hour)
     money = f", {price * hours:.2f} at {price:g} an hour" if price else "; set PRICE_PER_HOUR for the money"
+    kept = f" Each token of an answer is stored with {keys.distribution.top_k} probabilities, {keys.distribution.top_k * 0.05:.2g} kB."
+    kept = kept if keys.loss == "distribution" else ""
     rest = "Training and merging come" if len(parts) > 2 else "Evaluation, training and merging come"
     listed = "\n".join(f"          {tokens:,} {what}" for what, tokens in parts.items())
     return (
         f"at most {total:,} tokens in {iterations} iterations; {hours:.1f} h at {rate:g} tokens/s ({basis}){money}. "
-        f"{rest} on top.\n{listed}"
+        f"{rest} on top.{kept}\n{listed}"
     )

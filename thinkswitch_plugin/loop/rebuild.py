@@ -17,7 +17,7 @@ import yaml
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import EngineKeys, RebuildKeys
 from thinkswitch_plugin.conventions import Convention
-from thinkswitch_plugin.data import batch, pairs
+from thinkswitch_plugin.data import batch, distributions, pairs
 from thinkswitch_plugin.data.pairs import FEWEST_TRACES
 from thinkswitch_plugin.data.traces import Outcome
 from thinkswitch_plugin.engine_args import addresses
@@ -156,6 +156,7 @@ class Check:
             self.engine_keys,
             limit=limit,
             retry_max_tokens=self.retry_max_tokens,
+            without=distributions.FIELDS,
             log=self.logs / "check.log",
             title=f"check λ={weight:g}",
         )

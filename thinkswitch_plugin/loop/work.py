@@ -66,7 +66,7 @@ def write_requests(run: Run, k: int) -> dict[str, Any]:
     """Prompts -> `requests.jsonl`, asked of the thinking checkpoint of iteration k − 1."""
     from transformers import AutoTokenizer
 
-    from thinkswitch_plugin.data import batch
+    from thinkswitch_plugin.data import batch, distributions
     from thinkswitch_plugin.data.prompts import messages, write_requests
 
     teacher = run.checkpoint("thinking", k - 1)
@@ -79,6 +79,7 @@ def write_requests(run: Run, k: int) -> dict[str, Any]:
         how=batch.asked_of(AutoTokenizer.from_pretrained(teacher), keys.convention, keys.pair.arguments("thinking")),
         sampling=keys.sampling,
         seed=run.seed,
+        more=distributions.request(keys.distribution.top_k) if keys.loss == "distribution" else {},
     )
     console.say(f"  {len(prompts)} prompts, {count} requests")
     return {"prompts": len(prompts), "requests": count, "prompts_revision": commit}

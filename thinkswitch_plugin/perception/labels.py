@@ -180,7 +180,7 @@ class Fold:
             how=batch.Asked(arguments=self.job.recipe.keys.pair.arguments("instruct")),
             sampling=sampling_of(self.job.recipe.keys),
             seed=self.job.seed,
-            stop=formats.STOP,
+            more={"stop": list(formats.STOP)},
         )
 
     def evaluate(self, form: Format) -> tuple[dict[str, float], dict[str, Any]]:

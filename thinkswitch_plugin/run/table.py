@@ -144,6 +144,7 @@ def _requests(run: Run, k: int) -> Stage:
         "contamination": [judged.task, judged.contamination_ngram, judged.contamination_share, *judged.guard],
         "data": run.given.data,
         **keys.pair.asked_with("thinking"),
+        **({"top_logprobs": keys.distribution.top_k} if keys.loss == "distribution" else {}),
     }
     return Stage("requests", k, inputs, (run.iteration(k) / "requests.jsonl",), values)
 

@@ -132,11 +132,13 @@ def train(config: dict[str, Any], here: Path, *, options: Sequence[str], minimum
     config, options, world = spread(config, options)
     files.write_yaml(here / "axolotl.yaml", config, header="Runs by itself: axolotl train THIS_FILE")
     command: list[str | Path] = ["axolotl", "train", here / "axolotl.yaml", "--output-dir", building]
+    env = ENGINE_ENV
     if not has_cuda():
         command += ["--launcher", "python"]
+        env = ENGINE_ENV | {"TORCH_COMPILE_DISABLE": "1"}  # the KD loss needs a C++ compiler, and longer than it saves
     command += options
     try:
-        processes.run_logged(command, here / "logs" / "train.log", env=ENGINE_ENV, title="axolotl train")
+        processes.run_logged(command, here / "logs" / "train.log", env=env, title="axolotl train")
     except ThinkSwitchError:
         if before and whole_checkpoints(building) == before:
             files.remove(before[-1])  # it may be what failed: the next attempt takes the one before

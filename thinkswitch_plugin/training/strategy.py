@@ -28,6 +28,7 @@ from thinkswitch_plugin.args import LabelKeys
 from thinkswitch_plugin.data import formats, pairs, traces
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.training.contract import require_contract
+from thinkswitch_plugin.training.targets import FEATURE, WithTargets, require_targets
 
 # The loss as axolotl names it: keys of a dataset, then those of the whole config.
 TRAINED = {"roles_to_train": ["assistant"], "train_on_eos": "turn", "train_on_eot": "turn"}
@@ -82,13 +83,24 @@ def strategy(tokenizer: Any, cfg: Any, ds_cfg: Any, *, form: formats.Format | No
     trace = keys.get("trace") or "auto"
     if fault := conventions.fault(trace, "`thinkswitch.trace`"):
         raise ThinkSwitchError(f"{fault}.")
+    if cfg.get("kd_trainer") and form:
+        raise ThinkSwitchError(
+            f"{options.get('path')}: {form}_thinking also trains the trace, which no distributions are kept of; "
+            "leave out `kd_trainer`, or use answer_only."
+        )
     chat_template = load_chat_template(tokenizer, cfg, options)
-    return Completions(chat_template, tokenizer, str(options.get("path")), labels, conventions.from_key(trace), form)
+    temperature = float(cfg.get("kd_temperature") or 1.0) if cfg.get("kd_trainer") else None
+    convention = conventions.from_key(trace)
+    return Completions(chat_template, tokenizer, str(options.get("path")), labels, convention, form, temperature)
 
 
 @dataclass(eq=False)
 class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
-    """Pairs, their completions written in one format, tokenized by axolotl's chat-template strategy."""
+    """Pairs, their completions written in one format, tokenized by axolotl's chat-template strategy.
+
+    Args:
+        temperature: of axolotl's KD trainer, which learns the `logprobs` of the pairs; None for any other trainer.
+    """
 
     chat_template: Any
     tokenizer: Any
@@ -96,6 +108,7 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
     labels: LabelKeys
     convention: conventions.Convention | None
     form: formats.Format | None
+    temperature: float | None = None
 
     def wrap_dataset(
         self, dataset: Dataset, process_count: int | None = None, keep_in_memory: bool | None = False, **kwargs: Any
@@ -105,7 +118,7 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
         Raises `ThinkSwitchError` where a row is no pair, a tag stands where it would be misread, a trace is
         needed and missing, or the chat template would train something else than is asked for; see `contract`.
         """
-        columns = ["messages", "trace"] if self.form else ["messages"]
+        columns = ["messages", *(["trace"] if self.form else ["logprobs"] if self.temperature else [])]
         if {"custom_id", "response"} <= set(dataset.column_names):
             dataset = self._from_generations()
         elif "messages" not in dataset.column_names:
@@ -118,7 +131,7 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
                 f"{self.path}: rows have no `trace`, which {self.form}_thinking writes; "
                 "use rationales.jsonl or generations.jsonl (pairs.jsonl has its traces removed)."
             )
-        dataset = dataset.select_columns(columns)
+        dataset = dataset.select_columns([name for name in columns if name in dataset.column_names])
         for number, row in enumerate(dataset, 1):
             self._check(row, f"{self.path}, pair {number}")
         if self.form:
@@ -128,8 +141,9 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
             )
         if len(dataset):
             require_contract(self.chat_template, self.tokenizer, dataset[0]["messages"], self.form)
+        tokenizing = WithTargets(self.chat_template, self.temperature) if self.temperature else self.chat_template
         return wrap_dataset_for_tokenized_prompt(
-            self.chat_template, dataset, process_count=process_count, keep_in_memory=keep_in_memory, **kwargs
+            tokenizing, dataset, process_count=process_count, keep_in_memory=keep_in_memory, **kwargs
         )
 
     def _check(self, row: dict[str, Any], where: str) -> None:
@@ -140,6 +154,8 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
             _check_trace(row["trace"], answer, where)
         elif tag := traces.wrapper_mark(answer):
             raise ThinkSwitchError(f"{where}: the answer holds {tag!r}, which is a tag around an answer; remove it.")
+        if self.temperature:
+            require_targets(row, self.tokenizer, where)
 
     def _render(self, row: dict[str, Any]) -> dict[str, Any]:
         assert self.form is not None
@@ -149,7 +165,8 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
     def _from_generations(self) -> Dataset:
         generations = Path(self.path)
         report = pairs.PairReport()
-        features: dict[str, Any] = {"messages": TURNS} | ({"trace": Value("string")} if self.form else {})
+        more = {"trace": Value("string")} if self.form else {"logprobs": FEATURE} if self.temperature else {}
+        features: dict[str, Any] = {"messages": TURNS, **more}
 
         def rows() -> Iterator[dict[str, Any]]:
             for row in pairs.build_pairs(
@@ -160,7 +177,7 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
                 convention=self.convention,
                 report=report,
             ):
-                yield {name: row[name] for name in features}
+                yield {name: row.get(name) for name in features}
 
         try:
             # Through a file that lives as long as this process, so that no trace waits in memory; in a folder of
