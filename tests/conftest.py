@@ -32,7 +32,7 @@ FIRST = "test_loop"
 LAST = (
     *("test_resume", "test_vllm", "test_live", "test_real_domains", "test_adaptive", "test_labels", "test_sweep"),
     *("test_export", "test_hybrid", "test_switch", "test_prompt_embeds", "test_merge_lora", "test_compare"),
-    *("test_distribution", "test_cli", "test_init", "test_readme", "test_cards"),
+    *("test_distribution", "test_notebook", "test_cli", "test_init", "test_readme", "test_cards"),
 )
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

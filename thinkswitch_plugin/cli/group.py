@@ -164,5 +164,5 @@ class Group(click.Group):
 def main() -> None:
     """ThinkSwitch: move part of a reasoning model's trace into its weights.
 
-    `make iterate DOMAIN=…` runs these stages in order; each can be run by itself.
+    `thinkswitch iterate` runs the whole method; in a clone, `make iterate DOMAIN=…` does the same.
     """

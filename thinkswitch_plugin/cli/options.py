@@ -136,7 +136,7 @@ TEMPLATE = click.option(
     type=click.Choice(["instruct", "thinking"]),
     default="instruct",
     show_default=True,
-    help="Whose tokenizer and chat template; the thinking one may open the trace and so hide the transition.",
+    help="Checkpoint that gives tokenizer and chat template; the thinking one may open the trace and so hide the transition.",
 )
 
 # How candidates made of the pair are asked.

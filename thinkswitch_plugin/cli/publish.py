@@ -14,7 +14,7 @@ from thinkswitch_plugin.run import MODES, open_run
 @main.command()
 @click.argument("run", type=FOLDER)
 @click.argument("repo")
-@click.option("--iteration", type=click.IntRange(min=1), help="Whose checkpoints (default: the last iteration).")
+@click.option("--iteration", type=click.IntRange(min=1), help="Iteration of the checkpoints (default: the last).")
 @click.option("--only", type=click.Choice(MODES), help="Send this checkpoint alone, to the root of the repository.")
 @click.option("--public", is_flag=True, help="Create a public repository, or push to one (default: private).")
 @click.option("--yes", is_flag=True, help="Send; without it, only show what would be sent.")
@@ -27,7 +27,7 @@ def push(run: Path, repo: str, iteration: int | None, only: str | None, public: 
 
 @main.command("export-gguf")
 @click.argument("run", type=FOLDER)
-@click.option("--iteration", type=click.IntRange(min=0), help="Whose checkpoints (default: the last iteration).")
+@click.option("--iteration", type=click.IntRange(min=0), help="Iteration of the checkpoints (default: the last).")
 @click.option("--only", type=click.Choice(MODES), help="Export this checkpoint alone.")
 @click.option(
     "--outtype",

@@ -92,7 +92,7 @@ def init(name: str, gpu: str, answer: str | None, **data: Any) -> None:
 @OVERLAY
 @click.option("--samples", default=8, show_default=True, type=click.IntRange(min=1), help="Answers a question.")
 def reference(overlay: tuple[str, ...], **options: Any) -> None:
-    """For a domain without gold answers: the thinking checkpoint's majority answer to each question held out."""
+    """Store the thinking checkpoint's majority answer to each held-out question of a domain without gold answers."""
     from thinkswitch_plugin.loop.reference import make_reference
 
     make_reference(overlays=overlay, **options)
@@ -100,7 +100,7 @@ def reference(overlay: tuple[str, ...], **options: Any) -> None:
 
 @main.command()
 def recipes() -> None:
-    """The domains that can be run from here: ours, and those of recipes/ in the current folder."""
+    """List the recipes that can be run from here: those of the package, and those in ./recipes."""
     for name in places.names(places.RECIPES, ".yaml"):
         path = places.find(f"{places.RECIPES}/{name}.yaml")
         console.say(f"  {name:22} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
@@ -125,7 +125,7 @@ def begin(overlay: tuple[str, ...], **options: Any) -> None:
 @click.argument("run", type=FOLDER)
 @told
 def status(run: Path, given: Given) -> None:
-    """What of a run is done, at work and left; also while it runs, and after a crash."""
+    """Show what is done, running and left in a run; also works during a run or after a crash."""
     from thinkswitch_plugin.run.status import show_status
 
     show_status(run, given)
@@ -135,7 +135,7 @@ def status(run: Path, given: Given) -> None:
 @click.argument("run", type=FOLDER)
 @told
 def verify(run: Path, given: Given) -> None:
-    """Read every file of a run again and name what no longer fits its stamps."""
+    """Read every file of a run again and list what no longer matches its stamps."""
     from thinkswitch_plugin.run.verify import verify as verify_run
 
     verify_run(run, given)
@@ -151,7 +151,7 @@ def verify(run: Path, given: Given) -> None:
 @click.option("--tokens-per-second", type=click.FloatRange(min=0, min_open=True), help="What your GPU generates.")
 @told
 def check(domain: str, overlay: tuple[str, ...], given: Given, **options: Any) -> None:
-    """Before a GPU hour is spent: machine, engines, hub, recipe, pair, prompts, time and money."""
+    """Check machine, engines, hub, recipe, pair and prompts before a run, and estimate its time and cost."""
     from thinkswitch_plugin.loop.check import check_domain
     from thinkswitch_plugin.recipe import recipe_of
 
@@ -160,9 +160,9 @@ def check(domain: str, overlay: tuple[str, ...], given: Given, **options: Any) -
 
 @main.command()
 @click.argument("run", type=FOLDER)
-@click.option("--question", default="", help="What is asked, as the domain asks its own questions.")
+@click.option("--question", default="", help="The question; it is asked with the template of the domain.")
 @click.option(
-    "--iteration", type=click.IntRange(min=0), help="Whose checkpoints (default: the last finished iteration)."
+    "--iteration", type=click.IntRange(min=0), help="Iteration of the checkpoints (default: the last finished one)."
 )
 @INSTRUCT
 @THINKING
@@ -185,8 +185,14 @@ def compare(run: Path, question: str, overlay: tuple[str, ...], **options: Any) 
 @click.argument("run", type=FOLDER)
 @click.option("--judge", required=True, help="The judge: its name on the server, or a checkpoint.")
 @ENGINE
-@click.option("--iteration", type=click.IntRange(min=1), help="Whose answers (default: the last iteration).")
-@click.option("--mode", type=click.Choice(MODES), default="instruct", show_default=True, help="Whose answers.")
+@click.option("--iteration", type=click.IntRange(min=1), help="Iteration of the answers (default: the last).")
+@click.option(
+    "--mode",
+    type=click.Choice(MODES),
+    default="instruct",
+    show_default=True,
+    help="Checkpoint whose answers are compared.",
+)
 @click.option("--limit", type=number, help="Use only the first N questions.")
 def judge(run: Path, judge: str, engine: str, iteration: int | None, mode: str, limit: int | None) -> None:
     """Have a judge model compare the answers of an iteration with those of iteration 0, in both orders -> judge/MODE/."""
@@ -200,7 +206,7 @@ def judge(run: Path, judge: str, engine: str, iteration: int | None, mode: str, 
 @DOMAIN
 @click.option("--model", required=True, help="Checkpoint folder or hub id.")
 @ENGINE
-@click.option("--out", type=FOLDER, default="eval", show_default=True, help="Where lm-eval's files go.")
+@click.option("--out", type=FOLDER, default="eval", show_default=True, help="Folder for lm-eval's files.")
 @OVERLAY
 def eval_model(overlay: tuple[str, ...], **options: Any) -> None:
     """Evaluate any checkpoint with a domain's lm-eval task."""

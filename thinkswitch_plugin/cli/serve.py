@@ -54,7 +54,9 @@ def switch(run: Path, iteration: int, labels: Path | None, limit: int | None) ->
 
 @main.command()
 @click.option("--pair", required=True, type=FOLDER, help="A finished run with a router: RUNS/DOMAIN.")
-@click.option("--iteration", type=click.IntRange(min=0), help="Whose pair (default: the last one with a router).")
+@click.option(
+    "--iteration", type=click.IntRange(min=0), help="Iteration of the pair (default: the last one with a router)."
+)
 @of_router
 @click.option("--file", "source", default="", help="Many questions: JSONL with `question`, a row each.")
 @click.option("--out", type=FOLDER, help="File for the answers to --file (default: standard output).")
@@ -149,7 +151,7 @@ def _serve_switch(pair: Any, router: dict[str, Any], weight: str, *, port: int, 
 @of_served
 @click.argument("weight", type=float)
 def serve_lambda(pair: Any, weight: float) -> None:
-    """Move the λ of the server that `serve --lambda` started to WEIGHT, without a restart."""
+    """Change λ of a server started by `serve --lambda` to WEIGHT, without a restart."""
     from thinkswitch_plugin.export.live import move_lambda
 
     move_lambda(pair.results, weight)
@@ -168,7 +170,7 @@ def serve_lambda(pair: Any, weight: float) -> None:
 )
 @CLUSTER
 def labels(domain: str, overlay: tuple[str, ...], baselines: str, cluster: str, **options: Any) -> None:
-    """Complexity labels by K-fold cross-validation: which questions need thinking? -> adaptive/seed-N/labels/."""
+    """Find the questions that need thinking, by K-fold cross-validation -> adaptive/seed-N/labels/."""
     from thinkswitch_plugin.perception.label_job import find_job, parse_baselines
     from thinkswitch_plugin.perception.labels import make_labels
 

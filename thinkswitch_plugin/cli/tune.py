@@ -57,7 +57,7 @@ def judge_merges(
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def merge(arguments: tuple[str, ...]) -> None:
-    """mergekit-yaml with the method `thinkswitch` known to it; takes the same options."""
+    """Run mergekit-yaml with the merge method `thinkswitch`; takes the same options."""
     from thinkswitch_plugin.merging.config import check_config
 
     if config := next((word for word in arguments if word.endswith((".yaml", ".yml"))), None):
@@ -70,12 +70,17 @@ def merge(arguments: tuple[str, ...]) -> None:
 @main.command()
 @click.argument("first")
 @click.argument("second")
-@click.option("--domain", default="arithmetic", show_default=True, help="Whose run `instruct` and `thinking` are of.")
+@click.option(
+    "--domain",
+    default="arithmetic",
+    show_default=True,
+    help="Domain of the run that `instruct` and `thinking` refer to.",
+)
 @RUNS
-@click.option("--iteration", type=ITERATION, help="Whose checkpoints (default: the last iteration).")
-@click.option("--out", type=FOLDER, default="similarity", show_default=True, help="Where the files go.")
+@click.option("--iteration", type=ITERATION, help="Iteration of the checkpoints (default: the last).")
+@click.option("--out", type=FOLDER, default="similarity", show_default=True, help="Folder for the files.")
 def similarity(first: str, second: str, domain: str, runs: Path, iteration: int | None, out: Path) -> None:
-    """How near two checkpoints are (folders, hub ids, `instruct`, `thinking-0` …): angles, distances, σ -> similarity.json.
+    """Measure how similar two checkpoints are (folders, hub ids, `instruct`, `thinking-0` …) -> similarity.json.
 
     Pictures are written too.
     """
@@ -129,7 +134,7 @@ def score(
 
 @main.command()
 def keys() -> None:
-    """Every key under `thinkswitch:` in a recipe, as the table of docs/recipes.md."""
+    """Print every key under `thinkswitch:` of a recipe, as in docs/recipes.md."""
     from thinkswitch_plugin.cli.keys_table import keys_table
 
     for line in console.table(["key", "value", "default", "meaning"], keys_table()):
