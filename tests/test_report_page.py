@@ -212,6 +212,8 @@ def test_a_question_opens_with_trace_folded_answer_gold_verdict_and_place(opened
     assert not trace.locator("pre").is_visible()
     trace.locator("summary").click()
     assert "=" in trace.locator("pre").inner_text()
+    assert not item.locator(".source").first.is_visible()
+    item.locator(".place > summary").first.click()
     source = item.locator(".source").first.inner_text()
     name, line = source.rsplit(", line ", 1)
     row = (run / name).read_text().split("\n")[int(line) - 1]

@@ -172,7 +172,7 @@
       }
       place.append(text.answer === null ? make("p", { class: "cut" }, text.trace === null ? "No answer." : "No answer after the trace.") : make("pre", { class: "given", dir: "auto" }, text.answer));
     });
-    place.append(make("p", { class: "source" }, `${checkpoint.file}, line ${given.line}`));
+    place.append(make("details", { class: "place" }, make("summary", {}, "File"), make("p", { class: "source" }, `${checkpoint.file}, line ${given.line}`)));
     return place;
   }
   function draw() {
