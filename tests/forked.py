@@ -103,6 +103,7 @@ def _run(words: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path,
         from multiprocess import context  # `datasets` would spawn a process that loads the engines again
 
         context._concrete_contexts["spawn"] = context._concrete_contexts["fork"]
+    sys.modules.pop("axolotl.core.training_args", None)  # made at its import of the plugins that are known by then
     sys.executable = executable
     os.chdir(cwd)
     os.environ.clear()
