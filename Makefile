@@ -17,7 +17,7 @@ $(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA RANK BASE LABELS TASK REPO Y
 # What a setting may contain: `value` reads it before Make would expand a $(shell …) in it.
 SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITER LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR A B K SAMPLING \
 	TEMPLATE TASK LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS COMMIT GPUS CLUSTER \
-	GOAL NODES SBATCH DRYRUN REPO YES SWITCH URL INSTRUCT_URL THINKING_URL
+	GPU_GB GOAL NODES SBATCH DRYRUN REPO YES SWITCH URL INSTRUCT_URL THINKING_URL
 $(foreach name,$(SETTINGS),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
 # A misspelt setting would be ignored and something else be run.
 KNOWN := $(SETTINGS) QUESTION BENCH COLUMNS ROWS RUN MAKE INSTALLED VENV TS SHELL $(filter THINKSWITCH_% HF_% OMP_% CUDA_% VLLM_% WANDB_%,$(.VARIABLES))
@@ -50,7 +50,7 @@ PLAN = env -u MAKEFLAGS $(MAKE_COMMAND) -f $(firstword $(MAKEFILE_LIST)) -sn loo
 # Settings reach the commands through the environment, never through a shell's command line: THINKSWITCH_<OPTION>
 # stands for an option of `thinkswitch`, and an empty one counts as left out.
 $(foreach name,DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY MODEL SAMPLING TEMPLATE TASK LIMIT OUT LAMBDAS RANK BASE PORT \
-	QUESTION FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS KEEP GPUS CLUSTER YES \
+	QUESTION FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS KEEP GPUS GPU_GB CLUSTER YES \
 	SWITCH URL INSTRUCT_URL THINKING_URL,$(eval export THINKSWITCH_$(name) = $$($(name))))
 export THINKSWITCH_ITERATION = $(ITER)
 export THINKSWITCH_INSTRUCT = $(A)
@@ -75,7 +75,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help submit-slurm setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines \
-	similarity labels adaptive switch export-loras serve push export-gguf setup-gguf control results chaos bench-engines bench-sweep bench-live bench-merge bench-export bench-faults bench-cluster \
+	similarity labels adaptive switch export-loras serve push export-gguf setup-gguf control results rehearse chaos bench-engines bench-sweep bench-live bench-merge bench-export bench-faults bench-cluster \
 	bench-pairs bench-report losses gpu-check screenshots fuzz bad-input traces models lines lint test-fast test
 
 ##@ Run
@@ -205,6 +205,11 @@ submit-slurm: ## submit a target as a Slurm job, on several nodes with Ray: make
 	else echo "submit-slurm: sbatch is not installed here; run this on a login node of a Slurm cluster, or add DRYRUN=1 to print the command" >&2; exit 1; fi
 
 ##@ Prove
+
+# The recipe that is rehearsed, if no other is given.
+rehearse: DOMAIN := $(if $(filter file,$(origin DOMAIN)),aime,$(DOMAIN))
+rehearse: setup setup-vllm ## run every stage of a recipe at full size with random weights and small budgets: make rehearse DOMAIN=aime GPU_GB=8
+	@$(VENV)/bin/python -m experiments rehearse $(BENCH)
 
 verify: setup ## read all files of a run and check that they still fit together: make verify DOMAIN=aime
 	@$(TS) verify "$$RUN"

@@ -69,5 +69,20 @@ def adaptive(domain: str, runs: Path, seeds: str, conditions: str, overlay: tupl
     run_experiment(jobs, conditions)
 
 
+@main.command()
+@DOMAIN
+@RUNS
+@OVERLAY
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0))
+@click.option("--tokens", default=96, show_default=True, type=click.IntRange(min=64), help="Of an answer, at most.")
+@click.option("--gpu-gb", default=0.0, type=click.FloatRange(min=0), help="Limit every process to so much GPU memory.")
+def rehearse(domain: str, runs: Path, overlay: tuple[str, ...], seed: int, tokens: int, gpu_gb: float) -> None:
+    """Every stage of a recipe with a random pair of its shape and small budgets -> RUNS/rehearsal-DOMAIN/."""
+    from experiments.rehearse import Budgets
+    from experiments.rehearse import rehearse as run_all
+
+    run_all(domain, runs, seed, overlay, Budgets(tokens=tokens), gpu_gb)
+
+
 if __name__ == "__main__":
     main(prog_name="experiments")

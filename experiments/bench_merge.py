@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import signal
@@ -26,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.io.tensor_writer import TensorWriter
 from safetensors import safe_open
 
+from experiments.random_pair import NOISE, QWEN3_4B, shapes, write_checkpoint
 from thinkswitch_plugin import files
 from thinkswitch_plugin.merging.command import MERGE_OPTIONS
 from thinkswitch_plugin.merging.config import place_models, set_lambda
@@ -37,22 +38,8 @@ from thinkswitch_plugin.merging.tensors import list_tensors
 ROOT = Path(__file__).parents[1]
 
 WEIGHT = 0.8  # λ of every candidate
-NOISE = 0.054  # relative; makes σ ≈ 0.027, the real pair's
-SHARD = 4 * 10**9  # bytes, about what the real checkpoints have
 SPARE = 5 * 10**9  # bytes of disk left free
-VOCABULARY = 151936
-CONFIG = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": VOCABULARY,
-    "tie_word_embeddings": True,
-    "dtype": "bfloat16",
-}
+VOCABULARY = QWEN3_4B["vocab_size"]
 
 READY = "print(f'ready {time.monotonic()} {time.process_time()}', flush=True)"
 READ = """
@@ -129,45 +116,22 @@ MERGES: dict[str, tuple[str, str, tuple[str, ...]]] = {
 }
 
 
-def shapes(layers: int, vocabulary: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of Qwen3-4B's tensors, with a number of layers and a vocabulary."""
-    hidden, ffn, head = 2560, 9728, 128
-    yield "model.embed_tokens.weight", (vocabulary, hidden)
-    for layer in range(layers):
-        prefix = f"model.layers.{layer}."
-        yield from (
-            (prefix + name + ".weight", shape)
-            for name, shape in {
-                "input_layernorm": (hidden,),
-                "mlp.down_proj": (hidden, ffn),
-                "mlp.gate_proj": (ffn, hidden),
-                "mlp.up_proj": (ffn, hidden),
-                "post_attention_layernorm": (hidden,),
-                "self_attn.k_norm": (head,),
-                "self_attn.k_proj": (8 * head, hidden),
-                "self_attn.o_proj": (hidden, 32 * head),
-                "self_attn.q_norm": (head,),
-                "self_attn.q_proj": (32 * head, hidden),
-                "self_attn.v_proj": (8 * head, hidden),
-            }.items()
-        )
-    yield "model.norm.weight", (hidden,)
+def config(layers: int, vocabulary: int = VOCABULARY) -> dict[str, Any]:
+    """Qwen3-4B's config.json with a number of layers and a vocabulary."""
+    return {**QWEN3_4B, "num_hidden_layers": layers, "vocab_size": vocabulary}
+
+
+def size(layers: int, vocabulary: int) -> int:
+    """Bytes of a checkpoint."""
+    none, one = (sum(map(math.prod, shapes(config(n, vocabulary)).values())) for n in (0, 1))
+    return 2 * (none + layers * (one - none))
 
 
 def make_pair(folder: Path, layers: int, vocabulary: int = VOCABULARY) -> tuple[Path, Path]:
-    """Write the two checkpoints; random blocks are used again and again, shifted, to save time."""
-    generator = torch.Generator().manual_seed(0)
-    block, noise = (torch.randn(2**22 + 9, generator=generator) for _ in range(2))
+    """Write the two checkpoints."""
     pair = folder / "instruct", folder / "thinking"
-    for path, scale in zip(pair, (0.0, NOISE), strict=True):
-        writer = TensorWriter(str(path), SHARD)
-        values = (0.02 * (block + scale * noise)).bfloat16()
-        for name, shape in shapes(layers, vocabulary):
-            count = torch.Size(shape).numel()
-            shift = hash(shape) % 1000
-            writer.save_tensor(name, values[shift:].repeat(count // (2**22 - 991) + 1)[:count].view(shape))
-        writer.finalize()
-        files.write_json(path / "config.json", {**CONFIG, "num_hidden_layers": layers, "vocab_size": vocabulary})
+    for path, noise in zip(pair, (0.0, NOISE), strict=True):
+        write_checkpoint(path, config(layers, vocabulary), noise)
     return pair
 
 
@@ -336,12 +300,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path(), help="where a temporary folder is made")
     options = parser.parse_args()
-    size = 2 * sum(torch.Size(shape).numel() for _, shape in shapes(options.layers, options.vocabulary))
+    needed = 5 * size(options.layers, options.vocabulary) + SPARE
     free = shutil.disk_usage(options.folder).free
-    if free < 5 * size + SPARE:
+    if free < needed:
         sys.exit(
             f"bench-merge: {options.folder.resolve()} has {free / 1e9:.0f} GB of free disk and "
-            f"{(5 * size + SPARE) / 1e9:.0f} GB are needed; use --folder, or --layers for a smaller shape."
+            f"{needed / 1e9:.0f} GB are needed; use --folder, or --layers for a smaller shape."
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed then too
     with tempfile.TemporaryDirectory(prefix="bench-merge-", dir=options.folder) as temporary:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import random_pair
 import torch
-
-NOISE = 0.0011  # standard deviation between the two checkpoints: the real pair's σ of about .027
-SHARD = 2 * 10**9  # bytes
 
 Record = Callable[..., None]  # record(case, seconds=…, rate=…, unit=…, allocated=…, reserved=…, note=…)
 
@@ -75,70 +72,29 @@ def tiny(work: Path) -> Setting:
 
 
 def shapes(setting: Setting) -> dict[str, tuple[int, ...]]:
-    """The tensors of a Qwen3 checkpoint with tied embeddings, by name."""
-    hidden, queries, keys = setting.hidden, setting.heads * setting.head, setting.kv_heads * setting.head
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (setting.vocabulary, hidden)}
-    for layer in range(setting.layers):
-        attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
-        found |= {f"{attention}.q_proj.weight": (queries, hidden), f"{attention}.o_proj.weight": (hidden, queries)}
-        found |= {f"{attention}.{n}_proj.weight": (keys, hidden) for n in "kv"}
-        found |= {f"{attention}.{n}_norm.weight": (setting.head,) for n in "qk"}
-        found |= {f"{mlp}.{n}_proj.weight": (setting.ffn, hidden) for n in ("gate", "up")}
-        found |= {f"{mlp}.down_proj.weight": (hidden, setting.ffn)}
-        found |= {f"model.layers.{layer}.{n}_layernorm.weight": (hidden,) for n in ("input", "post_attention")}
-    return found | {"model.norm.weight": (hidden,)}
+    """The tensors of the checkpoint, by name."""
+    return random_pair.shapes(_config(setting))
 
 
-def random_tensors(setting: Setting) -> Iterator[tuple[str, torch.Tensor]]:
-    """Random weights on the device, one tensor at a time: normal with deviation .02, norms 1."""
-    generator = torch.Generator(setting.device).manual_seed(0)
-    for name, shape in shapes(setting).items():
-        if len(shape) == 1:
-            yield name, torch.ones(shape, dtype=setting.dtype, device=setting.device)
-        else:
-            yield name, _normal(shape, setting, generator).mul_(0.02)
+def random_tensors(setting: Setting, noise: float = 0.0) -> Iterator[tuple[str, torch.Tensor]]:
+    """Random weights on the device, one tensor at a time; see `random_pair`."""
+    return random_pair.random_tensors(_config(setting), noise, setting.device)
 
 
 def pair(setting: Setting) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Two checkpoints on the device, as near each other as the real instruct and thinking ones."""
-    first = dict(random_tensors(setting))
-    noise = torch.Generator(setting.device).manual_seed(1)
-    return first, {n: t + _normal(t.shape, setting, noise).mul_(NOISE) for n, t in first.items()}
-
-
-def _normal(shape: tuple[int, ...], setting: Setting, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(shape, dtype=setting.dtype, device=setting.device, generator=generator)
+    return dict(random_tensors(setting)), dict(random_tensors(setting, random_pair.NOISE))
 
 
 def write_checkpoint(setting: Setting) -> None:
     """Write the random checkpoint with a tokenizer of a few words, as transformers and axolotl load it."""
-    from safetensors.torch import save_file
-
-    folder = setting.checkpoint
-    folder.mkdir(parents=True)
-    shard: dict[str, torch.Tensor] = {}
-    places: dict[str, str] = {}
-
-    def write_shard() -> None:
-        file = f"model-{len(set(places.values())) + 1:05d}.safetensors"
-        save_file(shard, str(folder / file), metadata={"format": "pt"})
-        places.update(dict.fromkeys(shard, file))
-        shard.clear()
-
-    for name, tensor in random_tensors(setting):
-        shard[name] = tensor.cpu()
-        if sum(t.nbytes for t in shard.values()) > SHARD:
-            write_shard()
-    write_shard()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    (folder / "config.json").write_text(json.dumps(_config(setting)))
-    _write_tokenizer(folder)
+    random_pair.write_checkpoint(setting.checkpoint, _config(setting), device=setting.device)
+    _write_tokenizer(setting.checkpoint)
 
 
 def _config(setting: Setting) -> dict[str, Any]:
     return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
+        **random_pair.QWEN3_4B,
         "hidden_size": setting.hidden,
         "intermediate_size": setting.ffn,
         "num_hidden_layers": setting.layers,
@@ -147,7 +103,6 @@ def _config(setting: Setting) -> dict[str, Any]:
         "head_dim": setting.head,
         "vocab_size": setting.vocabulary,
         "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
         "dtype": str(setting.dtype).removeprefix("torch."),
     }
 

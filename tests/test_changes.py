@@ -15,7 +15,7 @@ import torch
 from tests.checkpoints import write
 from tests.conftest import ROOT
 from thinkswitch_plugin import files, run
-from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.args import EngineKeys, resolve_seed
 from thinkswitch_plugin.data.task_files import task_files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.loop import begin
@@ -67,8 +67,8 @@ def worker(opened: run.Run, stage: run.Stage, done: list[tuple[str, int]]) -> Ca
         text = hashlib.sha256(read).hexdigest()
         for output in stage.outputs:
             if output.name == "pair.json":
-                folder = Path(".cache/arithmetic/seed-0")
-                files.write_json(output, {mode: {"path": str(folder / mode)} for mode in run.MODES})
+                pair = opened.recipe.keys.pair
+                files.write_json(output, {m: {"path": resolve_seed(getattr(pair, m), 0)} for m in run.MODES})
             elif output.suffix:
                 with files.atomic_file(output) as handle:
                     handle.write(text.encode())
@@ -230,6 +230,19 @@ def test_keep_prunes_old_weights_and_nothing_runs_again(place: Path, keep: str, 
     (place / "runs/arithmetic/.stamps/report.json").unlink()
     assert iterate(3, keep=keep) == [("report", 3)]
     verify(Path("runs/arithmetic"))
+
+
+def test_a_rehearsal_keeps_weights_only_while_a_stage_reads_them(place: Path) -> None:
+    own = Path("runs/arithmetic/own")
+    shutil.copytree(".cache/arithmetic/seed-0", own)
+    for mode in run.MODES:
+        replace(RECIPE, f"{mode}: .cache/arithmetic/seed-{{seed}}/", f"{mode}: {own}/")()
+    pair = [own / mode / "model.safetensors" for mode in run.MODES]
+    iterate(until="rebuild-1", keep="none")
+    assert [path.is_file() for path in pair] == [False, True] and weights(1) == [["instruct"]]
+    assert [name for name, _ in iterate(keep="none")] == ["rebuild", "eval-instruct", "eval-thinking", "report"]
+    assert not any(path.is_file() for path in pair) and weights(1) == [[]]
+    assert iterate(keep="none") == []
 
 
 def test_pruning_takes_no_pair_that_an_unfinished_iteration_reads(place: Path) -> None:

@@ -144,6 +144,7 @@ def test_check_goes_through_everything_and_counts_what_would_stop_the_run(forked
         "prompts:",
         "questions:",
         "budget:",
+        "stages:",
     ]
     assert "  ok    recipe: recipes/aime.yaml passes axolotl's schema" in lines
     assert "983,040 for the pairs (15 prompts × 4 samples × 8192, each iteration)" in done.stdout

@@ -20,7 +20,6 @@ from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.judging.samples import newest, samples_file
-from thinkswitch_plugin.merging.tensors import list_tensors
 
 pytestmark = pytest.mark.slow
 GREEDY = "temperature=0,do_sample=False,max_gen_toks=40"
@@ -108,32 +107,6 @@ def completions(out: Path, name: str) -> dict[int, list[str]]:
 def scores(out: Path, name: str) -> dict[str, float]:
     results = files.read_json(newest(out, "results_*.json"))["results"][name]
     return {metric: value for metric, value in results.items() if isinstance(value, float) and "stderr" not in metric}
-
-
-def test_the_aime_recipe_runs_whole_at_tiny_scale(tiny: Path, data: Path, make: Any, tmp_path: Path) -> None:
-    done = make(
-        "iterate",
-        "DOMAIN=aime",
-        f"OVERLAY={tiny}",
-        "ITERATIONS=1",
-        f"RUNS={tmp_path}",
-        "ENGINE=embedded",
-        THINKSWITCH_DATA=str(data),
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    run = tmp_path / "aime"
-    trained = files.read_yaml(run / "iter-1" / "axolotl.yaml")
-    recipe = files.read_yaml(ROOT / "recipes" / "aime.yaml")
-    for key in ("lora_r", "num_epochs", "learning_rate", "gradient_accumulation_steps", "chunked_cross_entropy"):
-        assert trained[key] == recipe[key]
-    counts = files.read_json(run / "iter-1" / "pairs.json")
-    assert (counts["prompts"], counts["samples"], counts["selection"]) == (15, 60, "vote")
-    assert counts["kept"] + sum(counts["dropped"].values()) == 60
-    report = files.read_json(run / "report.json")
-    assert report["iterations"][1]["instruct"]["n"] == 30
-    assert report["iterations"][1]["merge"]["lambda"] >= 0.8
-    for mode in ("instruct", "thinking"):
-        assert {info.dtype for info in list_tensors(run / "iter-1" / mode).values()} == {"BF16"}
 
 
 def test_the_template_domain_runs_at_once(finished_run: Path, make: Any, tmp_path: Path) -> None:

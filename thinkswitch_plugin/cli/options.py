@@ -75,7 +75,7 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @together(
         click.option(
-            "--keep", default="", envvar="KEEP", help="Iterations that keep their weights: all, last or a number."
+            "--keep", default="", envvar="KEEP", help="Iterations that keep their weights: all, last, none or a number."
         ),
         click.option("--price", default="", envvar="PRICE_PER_HOUR", help="Of an hour of this machine."),
         DATA,

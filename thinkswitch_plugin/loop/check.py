@@ -17,11 +17,12 @@ from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import ThinkSwitchKeys, is_local, resolve_seed
 from thinkswitch_plugin.data import prompts
 from thinkswitch_plugin.data.contamination import require_uncontaminated
-from thinkswitch_plugin.data.task_files import repeats
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.environment import has_cuda, variable, visible_gpus
 from thinkswitch_plugin.errors import ThinkSwitchError, not_fetched
 from thinkswitch_plugin.judging.evaluation import uses_server
+from thinkswitch_plugin.loop import foretell
+from thinkswitch_plugin.loop.foretell import Foretold
 from thinkswitch_plugin.loop.reference import require_reference
 from thinkswitch_plugin.merging.settings import config_difference
 from thinkswitch_plugin.merging.tensors import quantisation, quantised
@@ -43,6 +44,7 @@ MADE = {
     "training": "made for the pair",
     "prompts": "made with the pair",
     "questions": "held out when the pair is made",
+    "stages": "those of a small pair",
 }
 
 
@@ -65,9 +67,10 @@ def check_domain(
     """
     keys = recipe.keys
     counted: dict[str, int] = {}  # the questions by task, once they are loaded
+    known = foretell.foretell(runs, recipe, seed)
     checks: dict[str, Callable[[], str]] = {
         "GPU": lambda: gpu(keys),
-        "memory": lambda: enough(virtual_memory().available, keys.needs.ram_gb, "the recipe needs"),
+        "memory": lambda: memory(keys, known),
         "disk": lambda: enough(files.free_space(runs), keys.needs.disk_gb, "two iterations need"),
         "engine": lambda: engine_found(keys, engine),
         "recipe": lambda: schema(recipe),
@@ -76,7 +79,8 @@ def check_domain(
         "training": lambda: training(recipe, seed),
         "prompts": lambda: rendered_prompts(keys, seed),
         "questions": lambda: questions(recipe, counted, seed),
-        "budget": lambda: budget(keys, iterations, tokens_per_second, counted, price),
+        "budget": lambda: budget(keys, iterations, tokens_per_second, counted, price, known),
+        "stages": lambda: stages(recipe, known, counted, iterations),
     }
     failed = 0
     for title, find in checks.items():
@@ -120,6 +124,13 @@ def gpu(keys: ThinkSwitchKeys) -> str:
     if largest < keys.needs.gpu_gb * MIB_OF_A_GB:
         raise ThinkSwitchError(f"{listed} MiB; the recipe needs {keys.needs.gpu_gb:g} GB")
     return listed.replace("\n", "; ") + " MiB"
+
+
+def memory(keys: ThinkSwitchKeys, known: Foretold | None) -> str:
+    """Free main memory against what the recipe needs, or what a rehearsal of it took."""
+    most = max((cost.memory for cost in known.costs.values()), default=0) if known else 0
+    needed, who = (round(most, 1), "its stages take") if most else (keys.needs.ram_gb, "the recipe needs")
+    return enough(virtual_memory().available, needed, who)
 
 
 def enough(free: float, needed: float, who: str) -> str:
@@ -205,7 +216,7 @@ def described(name: str, revision: str | None, seed: int) -> Path:
         return Path(resolve_seed(name, seed))
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    wanted = ["*config.json", "tokenizer.json", "chat_template.jinja"]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises many types; all mean no access
@@ -236,8 +247,22 @@ def questions(recipe: Recipe, counted: dict[str, int], seed: int = 0) -> str:
     return f"{loaded}; no training prompt is in {'it' if len(counted) == 1 else 'them'}"
 
 
+def stages(recipe: Recipe, known: Foretold | None, questions: dict[str, int], iterations: int) -> str:
+    """The time of every stage, as far as it is known."""
+    if known is None:
+        return (
+            f"not measured on this machine; `make rehearse DOMAIN={recipe.path.stem}` measures them with random weights"
+        )
+    return foretell.describe(known, recipe, questions, iterations)
+
+
 def budget(
-    keys: ThinkSwitchKeys, iterations: int, tokens_per_second: float | None, questions: dict[str, int], per_hour: str
+    keys: ThinkSwitchKeys,
+    iterations: int,
+    tokens_per_second: float | None,
+    questions: dict[str, int],
+    per_hour: str,
+    known: Foretold | None = None,
 ) -> str:
     """Tokens at most, and the time and money that would take, with the basis of the estimate.
 
@@ -254,15 +279,17 @@ def budget(
     }
     judged = keys.evaluation
     for task, number in questions.items() if judged.max_tokens else ():
-        each = min(number, (judged.limit if task == judged.task else judged.guard_limit) or number) * repeats(task)
+        each = foretell.answers(keys, task, number)
         evaluated = 2 + (4 if keys.pair.hybrid else 2) * iterations  # a hybrid in both modes
         what = "evaluating" if task == judged.task else f"the guard {task} on"
         parts[f"for {what} {evaluated} checkpoints ({each} answers × {judged.max_tokens})"] = (
             evaluated * each * (judged.max_tokens or 0)
         )
     total = sum(parts.values())
-    rate = tokens_per_second or GUESSED_TOKENS_PER_SECOND
-    basis = "as you gave it" if tokens_per_second else "a guess, nobody measured this card"
+    found = known.tokens_per_second if known else None
+    rate = tokens_per_second or found or GUESSED_TOKENS_PER_SECOND
+    guess = known.basis if known and found else "a guess, nobody measured this card"
+    basis = "as you gave it" if tokens_per_second else guess
     hours = total / rate / 3600
     price = price_per_hour(per_hour)
     money = f", {price * hours:.2f} at {price:g} an hour" if price else "; set PRICE_PER_HOUR for the money"

@@ -2,8 +2,10 @@
 
 KEEP=all    nothing is deleted (the default)
 KEEP=n      the pairs of the newest n finished iterations keep their weights; KEEP=last is KEEP=1
+KEEP=none   weights go as soon as no stage that is left reads them, the last pair's too: for a rehearsal
 
-Never touched: the starting pair, the newest finished pair, and what a stage that is not done reads.
+Never touched: a starting pair outside the run folder, what a stage that is not done reads, and, but for KEEP=none, the
+starting pair and the newest finished pair.
 Of a pruned checkpoint everything but the weights stays (config, tokenizer, card), and the hash of
 what was deleted, so its stage counts as done and the report can be written again.
 """
@@ -26,8 +28,12 @@ def iterations_kept(text: str) -> int | None:
         return None
     if text == "last":
         return 1
+    if text == "none":
+        return 0
     if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise ThinkSwitchError(f"KEEP={text} is unknown; use all, last, or how many iterations to keep (1 or more).")
+        raise ThinkSwitchError(
+            f"KEEP={text} is unknown; use all, last, none, or how many iterations to keep (1 or more)."
+        )
     return int(text)
 
 
@@ -41,9 +47,11 @@ def prune(run: Run, hashes: Hashes) -> list[Path]:
     unfinished = {stage.iteration for stage in every if stage.key not in done and stage.name != "report"}
     finished = [k for k in range(1, run.iterations + 1) if k not in unfinished]
     pruned = []
-    for k in finished[:-kept]:
+    for k in finished[:-kept] if kept else range(run.iterations + 1):
         for mode in MODES:
-            folder = run.iteration(k) / mode
+            folder = Path(run.checkpoint(mode, k))
+            if not folder.is_relative_to(run.folder):
+                continue
             weights = sorted(folder.glob("*.safetensors"))
             readers = [s for s in every if any(folder == p or folder in p.parents for p in s.inputs)]
             if weights and done >= {s.key for s in readers}:

@@ -1,0 +1,154 @@
+"""What the stages of a run will take: as a rehearsal measured them on this machine, else by stated figures.
+
+A stage takes `fixed` seconds, `unit` seconds for each token at most (or each step of the training), and `memory` GB:
+
+    rehearsal.json   {"hardware": {…}, "pairs": [["Qwen/…", "Qwen/…"], …], "costs": {"generate": {"fixed": 41.0, …}, …}, …}
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from thinkswitch_plugin import environment, files
+from thinkswitch_plugin.args import ThinkSwitchKeys, resolve_seed
+from thinkswitch_plugin.data.task_files import repeats
+from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.recipe import Recipe
+from thinkswitch_plugin.run.progress import duration
+from thinkswitch_plugin.training.layout import rows_of_a_step
+
+FIGURES = "rehearsal.json"
+KV_GB = 2.1  # what a rehearsal on a CPU reserves for the answers under way
+
+
+class Cost(NamedTuple):
+    """Of one stage: seconds whatever the work, seconds a token or a step, GB of memory, GB written."""
+
+    fixed: float
+    unit: float = 0.0
+    memory: float = 1.0
+    written: float = 0.0
+
+
+Costs = Mapping[str, Cost]  # by the names of stages
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """The costs of a machine, and where they are from."""
+
+    costs: Costs
+    basis: str
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the thinking checkpoint, None if that is not known."""
+        unit = self.costs["generate"].unit
+        return 1 / unit if unit else None
+
+    def stages(self, recipe: Recipe, questions: Mapping[str, int]) -> dict[str, tuple[float, Cost]]:
+        """Seconds and cost of each stage of an iteration, by name; see `work`."""
+        return {
+            name: (cost.fixed + cost.unit * work(recipe, name, questions), cost) for name, cost in self.costs.items()
+        }
+
+
+def folder_of(runs: Path, domain: str) -> Path:
+    """Where the rehearsal of a domain lies."""
+    return runs / f"rehearsal-{domain}"
+
+
+def measured(runs: Path, recipe: Recipe) -> Foretold | None:
+    """What a rehearsal of this domain's pair measured on this machine; None if there was none."""
+    path = folder_of(runs, recipe.path.stem) / FIGURES
+    try:
+        found = files.read_json(path)
+        pair = [recipe.keys.pair.instruct, recipe.keys.pair.thinking]
+        if pair not in found["pairs"] or found["hardware"] != environment.hardware():
+            return None
+        costs = {name: Cost(**cost) for name, cost in found["costs"].items()}
+        return Foretold(costs, f"measured on this machine by `make rehearse DOMAIN={recipe.path.stem}`")
+    except (ThinkSwitchError, OSError, KeyError, TypeError):
+        return None
+
+
+def stated(weights: float, rows: int) -> Foretold:
+    """Rough figures of two CPU cores for a pair of checkpoints.
+
+    Args:
+        weights: GB of one checkpoint in bfloat16.
+        rows: that a step of the training learns from.
+    """
+    start, token, vllm = 20 + 2.4 * weights, 0.02 * weights, 2.2 + weights + min(KV_GB, weights / 4)
+    costs = {
+        "pair": Cost(5 + weights),
+        "requests": Cost(2),
+        "generate": Cost(start, token, vllm),
+        "pairs": Cost(2),
+        "train": Cost(15 + 10 * weights, 4.6 * weights * rows, 2 + 1.4 * weights),
+        "merge-lora": Cost(10 + 8.5 * weights, 0, min(2.5, 1 + weights), weights),
+        "rebuild": Cost(start + 14 * weights, token, vllm, weights),
+        "eval-instruct": Cost(start, token, vllm),
+        "eval-thinking": Cost(10 + 4 * weights, token, vllm),
+        "report": Cost(5),
+    }
+    return Foretold(costs, "rough figures of two CPU cores")
+
+
+def foretell(runs: Path, recipe: Recipe, seed: int) -> Foretold | None:
+    """Measured costs, else stated ones for a pair that is here on a machine without a GPU; None if there are neither."""
+    if (found := measured(runs, recipe)) is not None:
+        return found
+    folder = Path(resolve_seed(recipe.keys.pair.instruct, seed))
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9
+    return stated(weights, rows_of_a_step(recipe.axolotl)) if weights and not environment.has_cuda() else None
+
+
+def work(recipe: Recipe, stage: str, questions: Mapping[str, int]) -> float:
+    """Tokens that a stage generates at most, or steps that it trains; 0 for a stage whose time depends on neither.
+
+    Args:
+        questions: of each evaluation task.
+    """
+    keys = recipe.keys
+    asked = keys.prompts.count * keys.sampling.samples
+    longest = keys.sampling.max_tokens + (keys.retry_budget or 0)
+    if stage in ("generate", "rebuild"):
+        return longest * (asked if stage == "generate" else min(asked, keys.rebuild.check_prompts))
+    if stage == "train":
+        kept = asked if keys.labels.selection == "all" else keys.prompts.count
+        epochs = float(recipe.axolotl.get("num_epochs") or 1)
+        steps = math.ceil(kept / rows_of_a_step(recipe.axolotl)) * epochs
+        return min(steps, recipe.axolotl.get("max_steps") or steps)
+    if stage.startswith("eval"):
+        modes = 2 if keys.pair.hybrid else 1
+        return (
+            modes
+            * sum(answers(keys, task, number) for task, number in questions.items())
+            * (keys.evaluation.max_tokens or 0)
+        )
+    return 0
+
+
+def answers(keys: ThinkSwitchKeys, task: str, questions: int) -> int:
+    """How many answers a checkpoint gives to a task with so many questions."""
+    judged = keys.evaluation
+    limit = judged.limit if task == judged.task else judged.guard_limit
+    return min(questions, limit or questions) * repeats(task)
+
+
+def describe(found: Foretold, recipe: Recipe, questions: Mapping[str, int], iterations: int) -> str:
+    """The time of a run and its largest stage, in words."""
+    stages = found.stages(recipe, questions)
+    once = sum(stages[name][0] for name in ("pair", "report", "eval-instruct", "eval-thinking"))
+    each = {name: seconds for name, (seconds, _) in stages.items() if name not in ("pair", "report")}
+    largest = max(found.costs, key=lambda name: found.costs[name].memory)
+    listed = ", ".join(f"{name} {duration(seconds)}" for name, seconds in each.items() if seconds >= 1)
+    return (
+        f"about {duration(once + iterations * sum(each.values()))}, {found.basis}; at most "
+        f"{found.costs[largest].memory:.1f} GB of memory ({largest})\n          an iteration: {listed}"
+    )
