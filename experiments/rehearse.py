@@ -25,7 +25,7 @@ from typing import Any
 from psutil import virtual_memory
 
 from experiments import rehearse_figures, rehearse_form, rehearse_material
-from experiments.rehearse_watch import Watch
+from experiments.rehearse_watch import Watch, gpu_memory
 from thinkswitch_plugin import console, environment, files, places
 from thinkswitch_plugin.data import batch
 from thinkswitch_plugin.engine_args import option_values
@@ -93,34 +93,38 @@ def rehearse(domain: str, runs: Path, seed: int, overlays: tuple[str, ...], budg
 
 
 def _carry_out(recipe: Recipe, outer: Path, shape: rehearse_material.Shape, key: Mapping[str, Any]) -> None:
-    domain, seed = recipe.path.stem, key["seed"]
-    weights = shape.bytes / 1e9
-    budgets = Budgets(**key["budgets"])
-    known = foretell.measured(outer.parent, recipe) or foretell.stated(weights, rows_of_a_step(recipe.axolotl))
-    needs = {
-        "gpu_gb": (key["gpu_gb"] or recipe.keys.needs.gpu_gb) if environment.has_cuda() else 0,
-        "ram_gb": round(max(cost.memory for cost in known.costs.values()), 1),
-        "disk_gb": round(DISK * weights + 1, 1),
-    }
-    begun = (outer / domain).is_dir()  # then part of the disk is taken already
+    domain, seed, weights = recipe.path.stem, key["seed"], shape.bytes / 1e9
+    here, budgets, on_gpu = outer / domain, Budgets(**key["budgets"]), environment.has_cuda()
+    made = rehearse_material.prepare(recipe, shape, here / "rehearsal", seed, budgets.prompts)
+    overlay, changes = outer / "overlay.yaml", derived(recipe, made, budgets, key["gpu_gb"], shape.bytes)
+    foretold = foretell.measured(outer.parent, recipe) or foretell.stated(weights, rows_of_a_step(recipe.axolotl))
+    memory = max(cost.memory for cost in foretold.costs.values())
+
+    def write_overlay() -> Recipe:
+        needs = {
+            "gpu_gb": (key["gpu_gb"] or recipe.keys.needs.gpu_gb) if on_gpu else 0,
+            "ram_gb": recipe.keys.needs.ram_gb if on_gpu else round(memory, 1),
+            "disk_gb": max(1.0, round(DISK * weights + 1 - files.size(here) / 1e9, 1)),  # less what is there already
+        }
+        header = f"What a rehearsal of {recipe.path} changes."
+        files.write_yaml(overlay, {**changes, "thinkswitch": {**changes["thinkswitch"], "needs": needs}}, header=header)
+        return recipe_of(domain, (*map(str, recipe.overlays), str(overlay)))
+
+    told = write_overlay()
+    questions = dict.fromkeys(told.keys.evaluation.tasks, budgets.questions)
     console.say(
-        f"Two random checkpoints of {weights:.1f} GB, {'as before' if begun else 'made first'}, in {outer / domain}"
+        f"A rehearsal of {recipe.path} with two random checkpoints of {weights:.1f} GB: "
+        f"{foretell.describe(foretold, told, questions, 1)}"
     )
-    check.enough(files.free_space(outer) + files.size(outer / domain), needs["disk_gb"], "the rehearsal needs")
-    check.enough(virtual_memory().available, needs["ram_gb"], "its stages take")
-    made = rehearse_material.make(recipe, shape, outer / domain / "rehearsal", seed, budgets.prompts)
-    overlay = outer / "overlay.yaml"
-    changes = derived(recipe, made, budgets, key["gpu_gb"], shape.bytes)
-    changes["thinkswitch"]["needs"] = needs
-    files.write_yaml(overlay, changes, header=f"What a rehearsal of {recipe.path} changes.")
+    check.enough(files.free_space(outer), told.keys.needs.disk_gb, "the rehearsal needs")
+    check.enough(virtual_memory().available, told.keys.needs.ram_gb, "its stages take")
+    made.make_pair(shape)
     _write_form(made.vllm, recipe, made.pair["thinking"], budgets.tokens)
-    told = recipe_of(domain, (*map(str, recipe.overlays), str(overlay)))
-    env = _environment(made, key["gpu_gb"])
+    told, env = write_overlay(), _environment(made, key["gpu_gb"])
     os.environ.update({name: env[name] for name in ("THINKSWITCH_DATA",) if name in env})
-    foretold = foretell.foretell(outer.parent, told, seed) or known
     check.check_domain(told, outer.parent, "vllm", seed, 1, None, "")
     used = _iterate(told, outer, env, seed)
-    figures = rehearse_figures.figures(open_run(outer / domain), recipe.keys.pair, foretold, used)
+    figures = rehearse_figures.figures(open_run(here), recipe.keys.pair, foretold, used)
     files.write_json(outer / foretell.FIGURES, figures)
 
 
@@ -175,9 +179,7 @@ def _write_form(folder: Path, recipe: Recipe, thinking: str, tokens: int) -> Non
 
 def _fraction(gpu_gb: float) -> float:
     """A limit of GPU memory as a share of the GPU's."""
-    import torch
-
-    return min(1.0, gpu_gb * 1e9 / torch.cuda.get_device_properties(0).total_memory)
+    return min(1.0, gpu_gb * 1e9 / (gpu_memory("total") or gpu_gb * 1e9))
 
 
 def _environment(made: rehearse_material.Material, gpu_gb: float) -> dict[str, str]:

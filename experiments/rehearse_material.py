@@ -18,10 +18,11 @@ from thinkswitch_plugin.args import PairKeys, is_local
 from thinkswitch_plugin.data import task_files
 from thinkswitch_plugin.data.prompts import prompts_of_iteration
 from thinkswitch_plugin.demo import words
-from thinkswitch_plugin.demo.tokenizer import CHAT_TEMPLATES, MODES, SPECIAL, THINK_TAGS, Mode
+from thinkswitch_plugin.demo.tokenizer import CHAT_TEMPLATES, SPECIAL, THINK_TAGS
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.loop.check import described
 from thinkswitch_plugin.recipe import Recipe
+from thinkswitch_plugin.run import MODES
 from thinkswitch_plugin.run.stamp import folder_once
 
 # For when the hub cannot be reached, by instruct checkpoint.
@@ -61,10 +62,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Material:
-    """What was made.
+    """What a rehearsal runs on.
 
     Attributes:
-        pair: the folders by mode.
+        pair: the folders by mode; see `make_pair`.
         prompts, axolotl: keys of the recipe that change because the hub did not give prompts or tokenizer.
         data: for THINKSWITCH_DATA; None if the questions can be loaded.
         vllm: a folder for what runs inside vLLM.
@@ -75,6 +76,23 @@ class Material:
     axolotl: dict[str, Any]
     data: Path | None
     vllm: Path
+
+    def make_pair(self, shape: Shape) -> None:
+        """Make the checkpoints, once: their weights may be deleted afterwards."""
+        folders = {Path(name).name: Path(name) for name in self.pair.values()}
+
+        def build(building: Path) -> None:
+            console.say(f"  making {len(folders)} random checkpoints of {shape.bytes / 1e9:.1f} GB")
+            for mode in folders:
+                tokenizer = _tokenizer(shape, mode)
+                noise = random_pair.NOISE if mode == "thinking" else 0.0
+                random_pair.write_checkpoint(building / mode, _with_ids(shape, tokenizer), noise)
+                tokenizer.save_pretrained(building / mode)
+                ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+                files.write_json(building / mode / "generation_config.json", ends)
+
+        key = {"config": dict(shape.config), "modes": list(folders)}
+        folder_once(next(iter(folders.values())).parent, "made.json", key, build)
 
 
 def shape_of(keys: PairKeys, seed: int) -> Shape:
@@ -95,8 +113,8 @@ def shape_of(keys: PairKeys, seed: int) -> Shape:
     return Shape({**config, "dtype": "bfloat16"}, folders if whole else None)
 
 
-def make(recipe: Recipe, shape: Shape, folder: Path, seed: int, prompts: int) -> Material:
-    """Make what is needed, once, in a folder."""
+def prepare(recipe: Recipe, shape: Shape, folder: Path, seed: int, prompts: int) -> Material:
+    """What is needed besides the pair's weights, in a folder."""
     keys = recipe.keys
     changed: dict[str, Any] = {}
     if keys.prompts.hub and not _loads(lambda: prompts_of_iteration(keys.prompts, seed, 1)):
@@ -110,20 +128,7 @@ def make(recipe: Recipe, shape: Shape, folder: Path, seed: int, prompts: int) ->
         for name in DATA_FILES:
             _write_rows(data / f"{name}.jsonl", "questions", 30, novel=True)
         console.say("  the questions cannot be loaded; others take their place")
-    modes: tuple[Mode, ...] = ("hybrid",) if keys.pair.hybrid else MODES
-    pair_folder = folder / "pair"
-
-    def build(building: Path) -> None:
-        console.say(f"  making {len(modes)} random checkpoints of {shape.bytes / 1e9:.1f} GB")
-        for mode in modes:
-            noise = random_pair.NOISE if mode == "thinking" else 0.0
-            random_pair.write_checkpoint(building / mode, _with_ids(shape, tokenizer := _tokenizer(shape, mode)), noise)
-            tokenizer.save_pretrained(building / mode)
-            ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-            files.write_json(building / mode / "generation_config.json", ends)
-
-    folder_once(pair_folder, "made.json", {"config": dict(shape.config), "modes": list(modes)}, build)
-    pair = {str(mode): str(pair_folder / (modes[0] if keys.pair.hybrid else mode)) for mode in MODES}
+    pair = {mode: str(folder / "pair" / ("hybrid" if keys.pair.hybrid else mode)) for mode in MODES}
     axolotl = {} if shape.tokenizers else dict.fromkeys(("eot_tokens", "special_tokens"))
     return Material(pair, changed, axolotl, data, folder / "vllm")
 
@@ -166,11 +171,11 @@ def _with_ids(shape: Shape, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any
     return {**shape.config, **ids}
 
 
-def _tokenizer(shape: Shape, mode: Mode) -> PreTrainedTokenizerBase:
+def _tokenizer(shape: Shape, mode: str) -> PreTrainedTokenizerBase:
     if shape.tokenizers:
         return AutoTokenizer.from_pretrained(shape.tokenizers["instruct" if mode == "hybrid" else mode])
     tokenizer = trained(min(VOCABULARY, shape.config["vocab_size"]))
-    tokenizer.chat_template = CHAT_TEMPLATES[mode]
+    tokenizer.chat_template = CHAT_TEMPLATES[mode]  # type: ignore[index]
     return tokenizer
 
 

@@ -30,11 +30,11 @@ def written(pid: int) -> int:
     return int(dict(line.split(": ") for line in lines)["write_bytes"])
 
 
-def on_gpus() -> int:
-    """Bytes of GPU memory in use, by anyone; 0 without a GPU."""
+def gpu_memory(what: str = "used") -> int:
+    """Bytes of GPU memory in use, by anyone, or `total`; of the largest GPU, 0 without one."""
     if not has_cuda():
         return 0
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", f"--query-gpu=memory.{what}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout
         return max(map(int, answer.split())) * 2**20
@@ -83,7 +83,7 @@ class Watch(threading.Thread):
         found = before or {"memory": 0, "gpu": 0, "written": 0}
         self.figures[name] = {
             "memory": max(found["memory"], memory),
-            "gpu": max(found["gpu"], on_gpus()),
+            "gpu": max(found["gpu"], gpu_memory()),
             "written": found["written"] + wrote,
         }
         if before is None:
