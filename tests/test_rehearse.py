@@ -79,7 +79,7 @@ def test_a_rehearsal_runs_every_stage_and_check_learns_from_it(
     recipe = recipe_of("aime", (str(overlay),))
     known = foretell.foretell(tmp_path, recipe, 0)
     assert known is not None and known.tokens_per_second == pytest.approx(found["tokens_per_second"])
-    assert "measured on this machine" in check.stages(recipe, known, {"thinkswitch_aime": 30}, 2)
+    assert "measured on this machine" in foretell.describe(known, recipe, {"thinkswitch_aime": 30}, 2)
 
 
 def test_an_embedded_domain_needs_no_rehearsal() -> None:
@@ -111,7 +111,7 @@ def test_the_time_of_a_run_follows_from_a_rehearsal(tmp_path: Path) -> None:
     assert stages["generate"][0] == pytest.approx(40 + 15 * 4 * 8192 * 0.01)
     assert stages["train"][0] == pytest.approx(80 + 3 * 8 * 30)  # 15 pairs, 5 a step, 8 epochs
     assert stages["eval-instruct"][0] == pytest.approx(60 + 30 * 8192 * 0.01)
-    assert "at most 13.0 GB of memory (train)" in check.stages(recipe, known, {"thinkswitch_aime": 30}, 2)
+    assert "at most 13.0 GB of memory (train)" in foretell.describe(known, recipe, {"thinkswitch_aime": 30}, 2)
     assert "at 100 tokens/s (measured on this machine" in check.budget(recipe.keys, 2, None, {}, "", known)
     assert "13 GB needed" in check.memory(recipe.keys, known)
 
@@ -121,7 +121,7 @@ def test_figures_of_another_machine_or_pair_do_not_count(tmp_path: Path, changes
     recipe = recipe_of("aime")
     written(tmp_path, recipe, **changes)
     assert foretell.measured(tmp_path, recipe) is None
-    assert "make rehearse DOMAIN=aime" in check.stages(recipe, None, {}, 2)
+    assert "make rehearse DOMAIN=aime" in foretell.describe(None, recipe, {}, 2)
 
 
 def test_the_memory_of_all_processes_is_watched_by_stage(tmp_path: Path) -> None:

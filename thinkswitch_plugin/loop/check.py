@@ -80,7 +80,7 @@ def check_domain(
         "prompts": lambda: rendered_prompts(keys, seed),
         "questions": lambda: questions(recipe, counted, seed),
         "budget": lambda: budget(keys, iterations, tokens_per_second, counted, price, known),
-        "stages": lambda: stages(recipe, known, counted, iterations),
+        "stages": lambda: foretell.describe(known, recipe, counted, iterations),
     }
     failed = 0
     for title, find in checks.items():
@@ -245,15 +245,6 @@ def questions(recipe: Recipe, counted: dict[str, int], seed: int = 0) -> str:
     counted |= require_uncontaminated(chosen, keys.evaluation)
     loaded = "; ".join(f"{task} loads, {number} questions" for task, number in counted.items())
     return f"{loaded}; no training prompt is in {'it' if len(counted) == 1 else 'them'}"
-
-
-def stages(recipe: Recipe, known: Foretold | None, questions: dict[str, int], iterations: int) -> str:
-    """The time of every stage, as far as it is known."""
-    if known is None:
-        return (
-            f"not measured on this machine; `make rehearse DOMAIN={recipe.path.stem}` measures them with random weights"
-        )
-    return foretell.describe(known, recipe, questions, iterations)
 
 
 def budget(

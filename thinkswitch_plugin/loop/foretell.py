@@ -141,8 +141,12 @@ def answers(keys: ThinkSwitchKeys, task: str, questions: int) -> int:
     return min(questions, limit or questions) * repeats(task)
 
 
-def describe(found: Foretold, recipe: Recipe, questions: Mapping[str, int], iterations: int) -> str:
-    """The time of a run and its largest stage, in words."""
+def describe(found: Foretold | None, recipe: Recipe, questions: Mapping[str, int], iterations: int) -> str:
+    """The time of a run and its largest stage, in words, as far as they are known."""
+    if found is None:
+        return (
+            f"not measured on this machine; `make rehearse DOMAIN={recipe.path.stem}` measures them with random weights"
+        )
     stages = found.stages(recipe, questions)
     once = sum(stages[name][0] for name in ("pair", "report", "eval-instruct", "eval-thinking"))
     each = {name: seconds for name, (seconds, _) in stages.items() if name not in ("pair", "report")}
