@@ -6,7 +6,7 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -283,6 +283,12 @@ def write_yaml(path: Path, value: dict[str, Any], header: str = "") -> None:
     text = "".join(f"# {line}\n" for line in header.splitlines())
     text += yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
     write_text(path, text)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a line for each row atomically."""
+    with atomic_file(path) as handle:
+        handle.writelines(map(dumps_line, rows))
 
 
 def dumps_line(row: dict[str, Any]) -> bytes:

@@ -220,3 +220,27 @@ def write_requests(
             handle.write(files.dumps_line(batch.request(f"{prompt_id}-s{sample}", body)))
             count += 1
     return count
+
+
+def ask_in_mode(
+    out: Path,
+    asked: Iterable[tuple[str, str]],
+    checkpoint: str,
+    mode: str,
+    keys: ThinkSwitchKeys,
+    seed: int,
+    more: Mapping[str, Any] | None = None,
+) -> int:
+    """Write the requests that ask a checkpoint prompts as its recipe does; return how many.
+
+    Args:
+        asked: id and text of every prompt.
+        mode: `instruct` or `thinking`; only the latter writes its traces as the recipe says.
+        more: as for `write_requests`.
+    """
+    from transformers import AutoTokenizer
+
+    convention = keys.convention if mode == "thinking" else None
+    how = batch.asked_of(AutoTokenizer.from_pretrained(checkpoint), convention, keys.pair.arguments(mode))
+    turns = ((prompt_id, messages(keys.prompts, text)) for prompt_id, text in asked)
+    return write_requests(out, turns, model=checkpoint, how=how, sampling=keys.sampling, seed=seed, more=more)

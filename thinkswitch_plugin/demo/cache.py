@@ -107,9 +107,7 @@ def ensure(keys: ThinkSwitchKeys, seed: int) -> None:
 
 def _write_prompts(folder: Path, rows: Iterable[dict[str, str]]) -> None:
     """Write `prompts.jsonl`, each row with an id of its own."""
-    with files.atomic_file(folder / "prompts.jsonl") as handle:
-        for number, row in enumerate(rows):
-            handle.write(files.dumps_line({"id": f"p{number:05d}", **row}))
+    files.write_jsonl(folder / "prompts.jsonl", ({"id": f"p{n:05d}", **row} for n, row in enumerate(rows)))
 
 
 def _ensure(folder: Path, wanted: dict[str, Any], witness: Path, what: str, make: Callable[[Path], None]) -> None:

@@ -47,10 +47,7 @@ def repair(path: Path) -> set[str]:
     if whole < path.stat().st_size:
         os.truncate(path, whole)
     if failures:
-        with files.atomic_file(path) as out:
-            for _, row in files.read_jsonl(path):
-                if not row.get("error"):
-                    out.write(files.dumps_line(row))
+        files.write_jsonl(path, (row for _, row in files.read_jsonl(path) if not row.get("error")))
     return done
 
 

@@ -69,7 +69,7 @@ def judge_run(run: Run, judge: str, engine: str, *, mode: str, iteration: int, l
             raise ThinkSwitchError(f"The evaluations of {mode} have no question in common; run `make iterate` again.")
         same = [name for name in shared if new[name] == old[name]]
         rows = [row for name in shared if name not in same for row in asked(judge, name, new[name], old[name])]
-        files.write_text(requests, "".join(files.dumps_line(row).decode() for row in rows))
+        files.write_jsonl(requests, rows)
         if rows:
             generate(requests, generations, judge, servers.choose(engine), keys, log=here / "judge.log", title="judge")
         return result(shared, same, verdicts(generations) if rows else {})

@@ -5,12 +5,14 @@ lm-eval's metrics, the report, sweeps, the switch and `thinkswitch score` all us
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin.conventions import NONE, Convention
-from thinkswitch_plugin.data import answers, batch, traces
+from thinkswitch_plugin.data import answers, batch, pairs, traces
 
 CUT_FROM = 0.99  # of the budget: text seldom encodes to exactly the ids it was decoded from
 
@@ -74,6 +76,19 @@ def final_answer(kind: str, done: traces.Completion, letters: Mapping[str, str] 
     """The final answer of a split completion; of an unfinished one, what it had stated as final."""
     read = answers.extract_unfinished if done.cut else answers.extract
     return read(kind, done.answer, letters)
+
+
+def final_answers(
+    requests: Path, generations: Path, kind: str, convention: Convention | None = None
+) -> Iterator[tuple[str, list[tuple[str | None, int]]]]:
+    """The id of every prompt, with the final answer (None if none can be read) and the tokens of each answered sample.
+
+    Raises `ThinkSwitchError` as `pairs.completions`, whose arguments these are.
+    """
+    every = pairs.completions(requests, generations, convention)
+    for prompt_id, group in itertools.groupby(every, key=lambda one: batch.prompt_id(one.request)):
+        done = [(one.done, one.tokens) for one in group if one.done and one.done.outcome is not traces.Outcome.FAILED]
+        yield prompt_id, [(final_answer(kind, completion), tokens) for completion, tokens in done]
 
 
 def split(text: str) -> traces.Completion:

@@ -9,18 +9,17 @@ gold answer, so the score is called `agreement`. Nobody labels anything.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import ThinkSwitchKeys, resolve_seed
-from thinkswitch_plugin.data import answers, batch, pairs, prompts, task_files
+from thinkswitch_plugin.data import answers, prompts, task_files
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging.verdict import final_answer
+from thinkswitch_plugin.judging.verdict import final_answers
 from thinkswitch_plugin.recipe import Recipe, recipe_of
 from thinkswitch_plugin.run import checkpoint, locked
 from thinkswitch_plugin.run.hashes import Hashes, read_stamp
@@ -79,22 +78,19 @@ def make_reference(domain: str, engine: str, samples: int, overlays: Sequence[st
 
 def answer_questions(keys: ThinkSwitchKeys, teacher: str, engine: str, out: Path, seed: int) -> dict[str, int]:
     """Ask a checkpoint the questions that `keys.prompts` names and write its majority answers to `out`; return counts."""
-    from transformers import AutoTokenizer
-
     work, questions = folder(out), Path(str(keys.prompts.path))
     requests, generations = work / "requests.jsonl", work / "generations.jsonl"
-    how = batch.asked_of(AutoTokenizer.from_pretrained(teacher), keys.convention, keys.pair.arguments("thinking"))
     every, _ = prompts.read_prompts(keys.prompts, seed)
-    turns = [(prompt_id, prompts.messages(keys.prompts, text)) for prompt_id, text in every]
-    prompts.write_requests(requests, turns, model=teacher, how=how, sampling=keys.sampling, seed=seed)
+    prompts.ask_in_mode(requests, every, teacher, "thinking", keys, seed)
     generate(requests, generations, teacher, engine, keys.engine, log=work / "reference.log")
     rows = {str(row.get(keys.prompts.id)): row for _, row in files.read_jsonl(questions)}
     found = list(majorities(requests, generations, keys))
-    with files.atomic_file(out) as handle:
-        for prompt_id, winner, votes in found:
-            if winner is not None:
-                row = {**rows[prompt_id], "answer": winner, "votes": votes, "samples": keys.sampling.samples}
-                handle.write(files.dumps_line(row))
+    answered = (
+        {**rows[prompt_id], "answer": winner, "votes": votes, "samples": keys.sampling.samples}
+        for prompt_id, winner, votes in found
+        if winner is not None
+    )
+    files.write_jsonl(out, answered)
     return {"questions": len(found), "answered": sum(winner is not None for _, winner, _ in found)}
 
 
@@ -104,9 +100,8 @@ def majorities(requests: Path, generations: Path, keys: ThinkSwitchKeys) -> Iter
     Free text has no majority; its first answers are the reference, and a message says what that is worth.
     """
     votes, kind = answers.Votes(), task_files.kind_of_task(keys.evaluation.task) or keys.labels.answer
-    every = pairs.completions(requests, generations, keys.convention)
-    for prompt_id, group in itertools.groupby(every, key=lambda one: batch.prompt_id(one.request)):
-        found = [final_answer(kind, one.done) if one.done else None for one in group]
+    for prompt_id, answered in final_answers(requests, generations, kind, keys.convention):
+        found = [answer for answer, _ in answered]
         votes.count(found)
         winner = answers.majority(found)
         yield prompt_id, winner, found.count(winner) if winner is not None else 0

@@ -64,23 +64,13 @@ def clean_prompts(run: Run, k: int) -> tuple[list[tuple[str, str]], str | None]:
 
 def write_requests(run: Run, k: int) -> dict[str, Any]:
     """Prompts -> `requests.jsonl`, asked of the thinking checkpoint of iteration k − 1."""
-    from transformers import AutoTokenizer
+    from thinkswitch_plugin.data import distributions
+    from thinkswitch_plugin.data.prompts import ask_in_mode
 
-    from thinkswitch_plugin.data import batch, distributions
-    from thinkswitch_plugin.data.prompts import messages, write_requests
-
-    teacher = run.checkpoint("thinking", k - 1)
-    keys = run.recipe.keys
+    teacher, out, keys = run.checkpoint("thinking", k - 1), run.iteration(k) / "requests.jsonl", run.recipe.keys
     prompts, commit = clean_prompts(run, k)
-    count = write_requests(
-        run.iteration(k) / "requests.jsonl",
-        [(prompt_id, messages(keys.prompts, text)) for prompt_id, text in prompts],
-        model=teacher,
-        how=batch.asked_of(AutoTokenizer.from_pretrained(teacher), keys.convention, keys.pair.arguments("thinking")),
-        sampling=keys.sampling,
-        seed=run.seed,
-        more=distributions.request(keys.distribution.top_k) if keys.loss == "distribution" else {},
-    )
+    more = distributions.request(keys.distribution.top_k) if keys.loss == "distribution" else None
+    count = ask_in_mode(out, prompts, teacher, "thinking", keys, run.seed, more)
     console.say(f"  {len(prompts)} prompts, {count} requests")
     return {"prompts": len(prompts), "requests": count, "prompts_revision": commit}
 
@@ -235,13 +225,12 @@ def evaluate(run: Run, k: int, mode: str, served: Served | None = None) -> None:
         guard.require_kept(run, k, name)
 
 
-def report(run: Run, k: int) -> dict[str, Any]:
+def report(run: Run, k: int) -> None:
     """What changed up to iteration k: writes `report.html`, `report.json`, `report.md` and the pictures."""
     from thinkswitch_plugin.report import write_report
 
-    notes = write_report(run)
+    write_report(run)
     cards.complete_cards(run)
-    return notes
 
 
 def require_finished(run: Run, k: int) -> None:

@@ -84,8 +84,7 @@ def label(job: LabelJob, hashes: Hashes) -> dict[str, Any]:
         folds.append(facts)
     rows = [row_of(q, fold_of[q.prompt_id], shares[q.prompt_id], source, keys.certainty) for q in material.questions]
     out = job.work / "labels"
-    with files.atomic_file(out / "labels.jsonl") as handle:
-        handle.writelines(map(files.dumps_line, rows))
+    files.write_jsonl(out / "labels.jsonl", rows)
     counts = Counter(row["label"] for row in rows)
     result: dict[str, Any] = {
         "domain": job.recipe.keys.domain,

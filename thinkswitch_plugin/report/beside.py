@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from thinkswitch_plugin.judging.paired import MORE, p_value
+from thinkswitch_plugin.report import tables
 from thinkswitch_plugin.report.tables import evaluated, interval, percent, points, points_span
 
 
@@ -25,6 +26,18 @@ class Table:
     header: tuple[str, ...]
     rows: list[list[str]]
     words: int
+
+
+def shown(report: dict[str, Any]) -> dict[str, Any]:
+    """What the terminal, `report.md` and the page show of a report."""
+    return {
+        "report": report,
+        "headline": tables.headline(report),
+        "hybrid": tables.about_hybrid(report),
+        "header": tables.header(report),
+        "rows": list(tables.rows(report)),
+        "beside": beside(report),
+    }
 
 
 def beside(report: dict[str, Any]) -> list[Table]:

@@ -169,28 +169,24 @@ def training_losses(run: Run, k: int) -> list[list[float]]:
     return (stamp.get("notes") or {}).get("losses") or []
 
 
-def write_report(run: Run) -> dict[str, Any]:
+def write_report(run: Run) -> None:
     """Write `report.json`, `report.md`, `report.html` and the pictures, and print the headline table."""
-    from thinkswitch_plugin.report import page, pictures, tables, templates, tracking
-    from thinkswitch_plugin.report.beside import beside as tables_beside
+    from thinkswitch_plugin.report import beside, page, pictures, templates, tracking
 
     judged = evaluations(run)
     report = build_report(run, judged)
-    headline, header = tables.headline(report), tables.header(report)
-    rows, beside = list(tables.rows(report)), tables_beside(report)
-    shown = {"headline": headline, "header": header, "rows": rows, "hybrid": tables.about_hybrid(report)}
-    text = templates.markdown("report.md.j2", report=report, beside=beside, **shown)
+    shown = beside.shown(report)
+    text = templates.markdown("report.md.j2", **shown)
     files.write_json(run.folder / "report.json", report)
     files.write_text(run.folder / "report.md", text)
     for name, draw in pictures.OF_REPORT.items():
         pictures.save(draw(report), run.folder / name)
     page.write_page(run, report, judged, run.folder / "report.html")
     title = f"{report['domain']}, seed {report['seed']}: {report['iterations'][0]['instruct']['n']} held-out questions"
-    console.print_table(title, header, rows, left=("checkpoint",))
-    console.say(f"  {headline}")
-    for table in beside:
+    console.print_table(title, shown["header"], shown["rows"], left=("checkpoint",))
+    console.say(f"  {shown['headline']}")
+    for table in shown["beside"]:
         console.print_table(table.title, table.header, table.rows, left=table.header[: table.words])
         console.say(f"  {table.sentence}")
     console.say(f"  {run.folder / 'report.html'}, report.md, report.json")
     tracking.log_report(report, run.recipe.axolotl, run.folder)
-    return {}

@@ -17,9 +17,9 @@ from markupsafe import Markup
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.judging import paired
-from thinkswitch_plugin.report import pictures, search_pictures, tables, templates
+from thinkswitch_plugin.report import pictures, search_pictures, templates
 from thinkswitch_plugin.report import sweeps as of_sweeps
-from thinkswitch_plugin.report.beside import beside
+from thinkswitch_plugin.report.beside import shown
 from thinkswitch_plugin.report.build import Evaluation
 from thinkswitch_plugin.report.charts import inline
 from thinkswitch_plugin.report.questions import BLOCK, Questions
@@ -48,13 +48,8 @@ def content(run: Run, report: dict[str, Any], judged: Sequence[Evaluation]) -> d
     questions = Questions(judged, run.folder)
     style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return {
-        "report": report,
+        **shown(report),
         "modes": MODES,
-        "headline": tables.headline(report),
-        "hybrid": tables.about_hybrid(report),
-        "header": tables.header(report),
-        "rows": list(tables.rows(report)),
-        "beside": beside(report),
         "paired": paired,
         "charts": charts(report),
         "sweeps": list(sweeps(run)),

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import console, files
-from thinkswitch_plugin.data import answers, batch, pairs
+from thinkswitch_plugin.data import answers, batch
 from thinkswitch_plugin.data.formats import POST, PRE, Format
-from thinkswitch_plugin.data.prompts import messages, read_prompts, write_requests
-from thinkswitch_plugin.data.traces import Outcome
+from thinkswitch_plugin.data.prompts import ask_in_mode, read_prompts
 from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.judging.verdict import final_answer
+from thinkswitch_plugin.judging.verdict import final_answers
 from thinkswitch_plugin.run import MODES, Run
 from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.stamp import once
@@ -147,8 +146,7 @@ def label_by_agreement(run: Run, k: int, hashes: Hashes, limit: int | None) -> L
             f"None of the {len(asked)} label prompts has an answer of both checkpoints that can be read; "
             f"see {run.iteration(k) / 'switch'} and `thinkswitch.labels.answer` of the recipe."
         )
-    with files.atomic_file(run.iteration(k) / "switch" / "labels.jsonl") as handle:
-        handle.writelines(map(files.dumps_line, rows))
+    files.write_jsonl(run.iteration(k) / "switch" / "labels.jsonl", rows)
     seen = sum(row["prompt"] in trained for row in rows)
     source = {"source": "the recipe's prompts", "trained_on": seen, "left_out": len(asked) - len(rows)}
     if seen:
@@ -159,17 +157,14 @@ def label_by_agreement(run: Run, k: int, hashes: Hashes, limit: int | None) -> L
 
 def _answers(run: Run, k: int, mode: str, prompts: Prompts, count: int, hashes: Hashes) -> Answers:
     """What one checkpoint answered to the first `count` prompts; instruct is asked once, thinking for every sample."""
-    from transformers import AutoTokenizer
-
-    keys, here = run.recipe.keys, run.iteration(k) / "switch" / mode
-    checkpoint = run.checkpoint(mode, k)
+    keys, here, checkpoint = run.recipe.keys, run.iteration(k) / "switch" / mode, run.checkpoint(mode, k)
     samples = keys.sampling.samples if mode == "thinking" else 1
-    sampling = keys.sampling.model_copy(update={"samples": samples})
+    keys = keys.model_copy(update={"sampling": keys.sampling.model_copy(update={"samples": samples})})
     key = {
         "checkpoint": hashes.of(Path(checkpoint)),
         "prompts": hashlib.sha256(repr(list(prompts)).encode()).hexdigest(),
         "asked_with": keys.prompts.system,
-        "sampling": sampling.model_dump(),
+        "sampling": keys.sampling.model_dump(),
         "trace": keys.trace,
         **keys.pair.asked_with(mode),
         "seed": run.seed,
@@ -179,12 +174,7 @@ def _answers(run: Run, k: int, mode: str, prompts: Prompts, count: int, hashes: 
     requests, answered = here / "requests.jsonl", here / "generations.jsonl"
 
     def write(_resumes: bool) -> dict[str, Any]:
-        convention = keys.convention if mode == "thinking" else None
-        how = batch.asked_of(AutoTokenizer.from_pretrained(checkpoint), convention, keys.pair.arguments(mode))
-        turns = ((prompt_id, messages(keys.prompts, text)) for prompt_id, text in prompts)
-        return {
-            "requests": write_requests(requests, turns, model=checkpoint, how=how, sampling=sampling, seed=run.seed)
-        }
+        return {"requests": ask_in_mode(requests, prompts, checkpoint, mode, keys, run.seed)}
 
     once(here / "key.json", key, (requests,), write, scratch=(answered,), part=None)
     hashes.save()
@@ -199,9 +189,4 @@ def _answers(run: Run, k: int, mode: str, prompts: Prompts, count: int, hashes: 
         title=f"labels: {mode}",
     )
     console.say(f"  {mode}: {report.answered} answered, {report.already_stored} stored before, {report.failed} failed")
-    found: Answers = {}
-    for one in pairs.completions(requests, answered):
-        if one.done and one.done.outcome is not Outcome.FAILED:
-            answer = final_answer(keys.labels.answer, one.done)
-            found.setdefault(batch.prompt_id(one.request), []).append((answer, one.tokens))
-    return found
+    return dict(final_answers(requests, answered, keys.labels.answer))
