@@ -17,7 +17,7 @@ from pathlib import Path
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.judging.figures import summarize
-from thinkswitch_plugin.judging.samples import newest, read_samples
+from thinkswitch_plugin.judging.samples import graded, newest
 from thinkswitch_plugin.merging.config import place_models, set_lambda
 from thinkswitch_plugin.search.sweep import parse_weights
 
@@ -61,7 +61,7 @@ def plain_chain(weights: list[float], out: Path, limit: int | None) -> dict[floa
             *(("--limit", str(limit)) if limit else ()),
         )
         newest(judged, f"samples_{TASK}_*.jsonl")
-        figures = summarize(list(read_samples(judged, TASK, str(PAIR / "instruct"), "digit")))
+        figures = summarize(list(graded(judged, TASK, str(PAIR / "instruct"), "digit")[1]))
         found[weight] = {name: figures[name] for name in FIGURES}
         files.remove(merged)
     return found

@@ -85,7 +85,7 @@ def test_guard_tasks_are_asked_in_the_same_files_and_graded_without_traces(
     assert found[0].tokens == [5], "the trace is paid for; the stop string of the task does not end it"
     kept = list(samples.graded(tmp_path / "out", GUARD, "model", "digit", guard=True)[1])
     assert [s.correct for s in kept] == [[demo.answer(q) == "5"] for q in demo.two_operands()[:3]]
-    assert len(list(samples.read_samples(tmp_path / "out", keys.task, "model", "digit"))) == 2
+    assert len(list(samples.graded(tmp_path / "out", keys.task, "model", "digit")[1])) == 2
 
 
 def test_a_task_without_a_metric_of_right_and_wrong_is_refused(theirs: Callable[..., str], tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_tags_that_are_special_tokens_stay_in_what_lm_eval_grades(way: str, tmp_
     assert [row["resps"] for row in rows] == [[["<think> so </think> 5"]]] * 2
     assert [row["think_ratio"] for row in rows] == [[1, 1], [1, 1]]
     for stored in (True, False):  # by the stored answers, and by the text alone
-        found = figures.summarize(list(samples.read_samples(out, keys.evaluation.task, str(checkpoint), "digit")))
+        found = figures.summarize(list(samples.graded(out, keys.evaluation.task, str(checkpoint), "digit")[1]))
         assert (found["think_ratio"], found["answered"], found["tokens"]) == (1.0, 1.0, 5.0)
         if stored:
             (out / samples.REQUESTS).unlink()
@@ -141,7 +141,7 @@ def test_what_the_token_limit_cut_is_cut_in_lm_evals_metrics_and_in_the_figures(
     keys = keys_for(max_tokens=3)
     evaluate_checkpoint(Subject(str(checkpoint)), out, keys, "embedded", log=tmp_path / "log")
     results = files.read_json(samples.newest(out, "results_*.json"))["results"]["thinkswitch_arithmetic"]
-    found = figures.summarize(list(samples.read_samples(out, keys.evaluation.task, str(checkpoint), "digit")))
+    found = figures.summarize(list(samples.graded(out, keys.evaluation.task, str(checkpoint), "digit")[1]))
     assert (found["truncated"], found["tokens"], found["think_ratio"]) == (1.0, 3.0, 0.0)
     assert results["think_ratio,none"] == 0.0
     (row, *_) = [row for _, row in files.read_jsonl(samples.samples_file(out, keys.evaluation.task))]
@@ -307,7 +307,7 @@ def test_a_server_is_asked_to_keep_special_tokens_and_its_tokens_count(tmp_path:
     with served(bodies) as url:
         evaluate(in_memory(checkpoint, tmp_path / "out", url, "m"), keys, name="m")
     assert [body["skip_special_tokens"] for body in bodies] == [False]
-    (found,) = samples.read_samples(tmp_path / "out", keys.task, str(checkpoint), "digit")
+    (found,) = samples.graded(tmp_path / "out", keys.task, str(checkpoint), "digit")[1]
     assert (found.tokens, found.found) == ([7], ["5"])
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.merging.config import check_config, place_models, set_lambda
+from thinkswitch_plugin.merging.config import place_models, read_config, set_lambda
 from thinkswitch_plugin.merging.method import module_kind
 
 
@@ -50,7 +50,7 @@ def test_bad_parameters_are_refused_before_any_model_is_looked_at(
     config = tmp_path / "merge.yaml"
     files.write_yaml(config, {"merge_method": "thinkswitch", "base_model": "nowhere", "parameters": parameters})
     with pytest.raises(ThinkSwitchError, match=message):
-        check_config(config)
+        read_config(config)
 
 
 @pytest.mark.parametrize(

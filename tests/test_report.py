@@ -42,7 +42,7 @@ def folder_of(run: Path, k: int, mode: str) -> Path:
 
 
 def read(run: Path, k: int = 1, mode: str = "thinking", kind: str = "digit") -> list[figures.Sample]:
-    return list(samples.read_samples(folder_of(run, k, mode), TASK, str(run / "pair" / mode), kind))
+    return list(samples.graded(folder_of(run, k, mode), TASK, str(run / "pair" / mode), kind)[1])
 
 
 def one_by_one(run: Path, k: int, mode: str) -> list[figures.Sample]:
@@ -105,7 +105,7 @@ def test_the_engine_says_how_a_completion_ended_and_the_task_how_its_answer_is_r
 
 
 def test_reading_stored_answers_needs_no_tokenizer(made: Path) -> None:
-    found = samples.read_samples(folder_of(made, 1, "instruct"), TASK, "/nonexistent", "digit")
+    found = samples.graded(folder_of(made, 1, "instruct"), TASK, "/nonexistent", "digit")[1]
     assert len(list(found)) == 130
 
 

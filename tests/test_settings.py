@@ -13,7 +13,7 @@ from tests.test_merging import assert_refused, merge, pair, recipe
 from thinkswitch_plugin import cli, files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import require_compatible
-from thinkswitch_plugin.merging.config import allow, check_config, place_models
+from thinkswitch_plugin.merging.config import allow, place_models, read_config
 from thinkswitch_plugin.merging.in_memory import load, merge_into
 from thinkswitch_plugin.merging.settings import config_difference, resolve
 from thinkswitch_plugin.merging.tensors import require_unquantised
@@ -130,7 +130,7 @@ def test_a_wrong_may_differ_is_refused_before_any_work(tmp_path: Path, may_diffe
     config = {"merge_method": "linear", "models": [{"model": "./instruct"}], "may_differ": may_differ}
     files.write_yaml(tmp_path / "merge.yaml", config)
     with pytest.raises(ThinkSwitchError, match=message):
-        check_config(tmp_path / "merge.yaml")
+        read_config(tmp_path / "merge.yaml")
 
 
 def test_a_setting_that_there_is_not_is_named(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from thinkswitch_plugin.engines.embedded import EmbeddedEngine
 from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.judging.evaluation import evaluate_checkpoint
 from thinkswitch_plugin.judging.figures import summarize
-from thinkswitch_plugin.judging.samples import read_samples
+from thinkswitch_plugin.judging.samples import graded
 from thinkswitch_plugin.perception.training import load_model
 from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.router.make_switch import make_switch
@@ -317,5 +317,5 @@ def test_a_lora_judged_through_vllm_scores_as_in_transformers(exported: Path, tm
         keys = recipe.keys.model_copy(update={"evaluation": judged})
         out = tmp_path / backend
         evaluate_checkpoint(Subject(base, lora=lora), out, keys, "vllm", log=tmp_path / f"{backend}.log")
-        figures.append(summarize(list(read_samples(out, judged.task, str(lora), "digit"))))
+        figures.append(summarize(list(graded(out, judged.task, str(lora), "digit")[1])))
     assert figures[0] == figures[1] and figures[0]["think_ratio"] == 1.0

@@ -130,6 +130,7 @@ def _as_json(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+MODES = ("instruct", "thinking")
 TEMPLATE_KEY = "chat_template_kwargs"  # of the pair, of axolotl's config and of a request to vLLM
 
 

@@ -10,6 +10,7 @@ and each line is carried out by a fork, as if it were a command of its own: what
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import shlex
 import signal
@@ -53,44 +54,33 @@ def stages(plan: str) -> None:
 
 def in_a_fork(words: Sequence[str]) -> int:
     """Carry out a command of ours in a fork of this process; its exit code, as a shell counts it."""
-    parent = os.getpid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until there is someone to pass them on to
-    child = os.fork()
-    if not child:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-        become(words)
+    fork = multiprocessing.get_context("fork").Process(target=become, args=(words, os.getpid()))
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
-        if number != signal.SIGINT:  # a terminal sends that one to the child too
-            os.kill(child, number)
+        if fork.pid and number != signal.SIGINT:  # a terminal sends that one to the fork too
+            os.kill(fork.pid, number)
 
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # until there is someone to pass them on to
+    fork.start()
     before = {sign: signal.signal(sign, pass_on) for sign in ENDING if signal.getsignal(sign) is not signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     try:
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        fork.join()
     finally:
         for sign, handler in before.items():
             signal.signal(sign, handler)
+    code = fork.exitcode or 0
     return code if code >= 0 else 128 - code
 
 
-def become(words: Sequence[str]) -> None:
-    """End this process as the command ends."""
+def become(words: Sequence[str], parent: int) -> None:
+    """Be the command, for as long as the parent lives."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
     sys.argv = ["thinkswitch", *words]
-    code = 1
     try:
         main(list(words))
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except processes.Interrupted as signalled:  # before the command looks after that itself
-        code = 128 + signalled.number
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
-                stream.flush()
-        os._exit(code)
+        sys.exit(128 + signalled.number)

@@ -58,10 +58,10 @@ def judge_merges(
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def merge(arguments: tuple[str, ...]) -> None:
     """Run mergekit-yaml with the merge method `thinkswitch`; takes the same options."""
-    from thinkswitch_plugin.merging.config import check_config
+    from thinkswitch_plugin.merging.config import read_config
 
     if config := next((word for word in arguments if word.endswith((".yaml", ".yml"))), None):
-        check_config(Path(config))  # before the seconds that mergekit takes to import
+        read_config(Path(config))  # before the seconds that mergekit takes to import
     from thinkswitch_plugin.merging.run import command
 
     command.main(args=list(arguments), prog_name="thinkswitch merge", standalone_mode=False)

@@ -13,9 +13,8 @@ from typing import Any
 
 from thinkswitch_plugin.args import PairKeys
 from thinkswitch_plugin.data import traces
-from thinkswitch_plugin.engine_args import TEMPLATE_KEY
+from thinkswitch_plugin.engine_args import MODES, TEMPLATE_KEY
 
-MODES = ("instruct", "thinking")
 # The known switches, with their values by mode.
 SWITCHES: dict[str, dict[str, Any]] = {
     "enable_thinking": {"instruct": False, "thinking": True},

@@ -112,16 +112,9 @@ def read_rows(path: Path) -> Iterator[Row]:
             yield Row.of(row, f"{path}, line {number}")
 
 
-def read_samples(
-    folder: Path, task: str, checkpoint: str, kind: str, convention: Convention | None = None
-) -> Iterator[Sample]:
-    """The graded samples of one evaluation; see `graded`."""
-    return graded(folder, task, checkpoint, kind, convention)[1]
-
-
 def samples_of(folder: Path, keys: ThinkSwitchKeys, checkpoint: str) -> list[Sample]:
     """The graded samples of one evaluation by a domain's task, read as its recipe says; see `graded`."""
-    return list(read_samples(folder, keys.evaluation.task, checkpoint, keys.labels.answer, keys.convention))
+    return list(graded(folder, keys.evaluation.task, checkpoint, keys.labels.answer, keys.convention)[1])
 
 
 def graded(

@@ -15,7 +15,7 @@ from thinkswitch_plugin.environment import has_cuda
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import uses_server
 from thinkswitch_plugin.loop.reference import require_reference
-from thinkswitch_plugin.merging.config import check_config, set_lambda
+from thinkswitch_plugin.merging.config import read_config, set_lambda
 from thinkswitch_plugin.recipe import Recipe, check_axolotl_keys, load_recipe, overlay_path, recipe_of, recipe_path
 from thinkswitch_plugin.run import MODES, NOTHING_MORE, Given, Run, forget_stale, locked, settings_file
 from thinkswitch_plugin.run.folder import Settings, read_settings
@@ -121,9 +121,9 @@ def _check_files(run: Run) -> None:
             )
         prompts_of_iteration(keys.prompts, run.seed, 1)
     require_reference(run.recipe, run.seed)
-    check_config(config)
+    values = read_config(config)
     for weight in (keys.rebuild.lambda_, *keys.rebuild.lambda_steps):
-        set_lambda(files.read_yaml(config), weight, config)
+        set_lambda(values, weight, config)
 
 
 def evaluate_model(domain: str, model: str, engine: str, out: Path, overlays: Sequence[str] = ()) -> None:

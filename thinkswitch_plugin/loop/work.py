@@ -15,7 +15,7 @@ from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.recipe import iteration_config
 from thinkswitch_plugin.report import cards
-from thinkswitch_plugin.run import Run, checkpoint, processes
+from thinkswitch_plugin.run import MODES, Run, checkpoint, processes
 
 if TYPE_CHECKING:
     from thinkswitch_plugin.judging.served import Served
@@ -235,7 +235,7 @@ def report(run: Run, k: int) -> None:
 
 def require_finished(run: Run, k: int) -> None:
     """Raise `ThinkSwitchError` unless iteration k has both checkpoints."""
-    for mode in ("instruct", "thinking"):
+    for mode in MODES:
         if not Path(run.checkpoint(mode, k)).is_dir():
             raise ThinkSwitchError(
                 f"Iteration {k} of {run.folder} has no {mode} checkpoint yet; run `make iterate` first."

@@ -62,8 +62,7 @@ def allow(config: dict[str, Any], may_differ: Mapping[str, str]) -> dict[str, An
 def of_recipe(keys: RebuildKeys) -> tuple[dict[str, Any], Path]:
     """The merge config that a recipe names, checked, with what the recipe lets differ put in; and its file."""
     path = places.find(keys.config)
-    check_config(path)
-    return allow(files.read_yaml(path), keys.may_differ), path
+    return allow(read_config(path), keys.may_differ), path
 
 
 def without_ours(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -130,8 +129,8 @@ def set_lambda(config: dict[str, Any], weight: float, where: Path) -> dict[str, 
     return {**config, "parameters": {**parameters, "lambda": weight}}
 
 
-def check_config(path: Path) -> None:
-    """Refuse a config of another shape than mergekit's, and parameters that it would ignore or find wrong half-way.
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a merge config; refuse another shape than mergekit's, and parameters that it would ignore or find wrong half-way.
 
     Raises `ThinkSwitchError` naming file and field, before any tensor is read.
     """
@@ -139,7 +138,7 @@ def check_config(path: Path) -> None:
     if fault := _fault(config):
         raise ThinkSwitchError(f"{path}: {fault}.")
     if config.get("merge_method") != NAME:
-        return
+        return config
     blocks = [config, *(config.get("slices") or [])]
     for block in blocks:
         for key, value in (block.get("parameters") or {}).items():
@@ -150,6 +149,7 @@ def check_config(path: Path) -> None:
             _check_value(path, key, value)
     if not any("lambda" in (block.get("parameters") or {}) for block in blocks):
         raise ThinkSwitchError(f"{path}: `parameters.lambda` is missing (the weight of the thinking checkpoint).")
+    return config
 
 
 def _check_value(path: Path, key: str, value: Any) -> None:

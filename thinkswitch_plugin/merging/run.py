@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import mergekit.merge
@@ -21,7 +22,7 @@ from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError, first_fault
 from thinkswitch_plugin.merging.architecture import architecture, expected, require_covered, shortened
 from thinkswitch_plugin.merging.compatibility import Allowances, align_compatible
-from thinkswitch_plugin.merging.config import check_config, without_ours
+from thinkswitch_plugin.merging.config import read_config, without_ours
 from thinkswitch_plugin.merging.kernel import all_finite, non_finite
 from thinkswitch_plugin.merging.layout import Aligned
 from thinkswitch_plugin.merging.mergekit_private import NonFiniteOutputError, checked, planning_for, use_layout
@@ -52,18 +53,18 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
     Raises:
         ThinkSwitchError: the config, a checkpoint or OUT is not fit, or mergekit stopped; nothing is at OUT.
     """
-    check_config(config_file)
+    values = read_config(config_file)
     if not options.safe_serialization:
         raise ThinkSwitchError("ThinkSwitch writes safetensors only; leave --no-safe-serialization out.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ThinkSwitchError(f"{out} exists already; delete it or name another folder.")
     register()
     known = {method.spec.name for method in registry.registered_methods()}
-    if (method := files.read_yaml(config_file)["merge_method"]) not in known:
+    if (method := values["merge_method"]) not in known:
         raise ThinkSwitchError(
             f"{config_file}: mergekit has no `merge_method` {method!r}; it has {', '.join(sorted(known))}."
         )
-    config, chosen = _read_config(config_file)
+    config, chosen = _parsed(values, config_file)
     checkpoints = local_checkpoints(config)
     aligned = _check(config, checkpoints, options, chosen)
     for folder in checkpoints:
@@ -99,8 +100,8 @@ def merge(config_file: Path, out: Path, options: MergeOptions) -> None:
         files.remove(partial)
 
 
-def _read_config(path: Path) -> tuple[MergeConfiguration, dict[str, Path]]:
-    own, chosen = without_ours(files.read_yaml(path))
+def _parsed(values: dict[str, Any], path: Path) -> tuple[MergeConfiguration, dict[str, Path]]:
+    own, chosen = without_ours(values)
     try:
         return MergeConfiguration.model_validate(own), chosen
     except ValidationError as error:

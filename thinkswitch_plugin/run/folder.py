@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, Field, ValidationError
 
 from thinkswitch_plugin import files
+from thinkswitch_plugin.engine_args import MODES as MODES
 from thinkswitch_plugin.engine_args import identity
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import processes
@@ -24,7 +25,6 @@ from thinkswitch_plugin.run.hashes import read_stamp
 if TYPE_CHECKING:
     from thinkswitch_plugin.recipe import Recipe
 
-MODES = ("instruct", "thinking")
 # What is evaluated of an iteration, by the name of its folder: a checkpoint, and the mode in which it is asked.
 OWN_MODE = {mode: (mode, mode) for mode in MODES}
 OTHER_MODE = {"instruct-as-thinking": MODES, "thinking-as-instruct": MODES[::-1]}  # of a hybrid

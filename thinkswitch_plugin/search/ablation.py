@@ -18,10 +18,10 @@ from thinkswitch_plugin.judging.evaluation import Sampling
 from thinkswitch_plugin.merging.config import (
     NAME,
     allow,
-    check_config,
     fit_layers,
     named_models,
     place_models,
+    read_config,
     set_lambda,
 )
 from thinkswitch_plugin.merging.settings import layers_of
@@ -101,8 +101,7 @@ def prepare(
     found = [(Path(f"{mode} alone"), set_lambda(alone, w, Path())) for mode, w in (("instruct", 0), ("thinking", 1))]
     roles = pair.roles
     for path in collect(paths):
-        check_config(path)
-        config = allow(fit_layers(files.read_yaml(path), layers), may_differ)
+        config = allow(fit_layers(read_config(path), layers), may_differ)
         if weight is not None and has_lambda(config):
             config = set_lambda(config, weight, path)
         if reason := pair.lacks(named_models(config)):

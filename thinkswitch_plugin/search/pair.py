@@ -135,7 +135,7 @@ class Pair:
             "iteration": self.iteration,
             "seed": self.seed,
             "engine": self.engine,
-            "pair": {name: str(self.roles[name]) for name in ("instruct", "thinking")},
+            "pair": {name: str(self.roles[name]) for name in MODES},
         }
 
 

@@ -23,12 +23,12 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.evaluation import Sampling
 from thinkswitch_plugin.merging.config import of_recipe, place_models, set_lambda
 from thinkswitch_plugin.report import sweeps
+from thinkswitch_plugin.run import MODES
 from thinkswitch_plugin.search import stages
 from thinkswitch_plugin.search.candidates import Bench, Candidate, bench_of, evaluate_all, finished
 from thinkswitch_plugin.search.pair import Pair, Template, few_questions, of_settings, write_results
 
 ELLIPSIS = ("…", "...")
-ENDS = ("instruct", "thinking")
 
 
 def parse_weights(text: str) -> list[float]:
@@ -85,14 +85,14 @@ def sweep(pair: Pair, weights: Sequence[float], sampling: Sequence[Sampling], te
     """
     config, source = of_recipe(pair.keys.rebuild)
     folder = pair.out / ("sweep" + of_settings(pair, template))
-    roles = {name: str(pair.roles[name]) for name in ENDS}
+    roles = {name: str(pair.roles[name]) for name in MODES}
 
     def point(weight: float, drawn: Sampling) -> Candidate:
         identity = set_lambda(config, weight, source)
         name = f"points/lambda-{weight:g}{drawn.slug}{few_questions(pair)}"
         return Candidate(name, place_models(identity, roles), identity, drawn)
 
-    with bench_of(pair, folder, template, ENDS) as bench:
+    with bench_of(pair, folder, template, MODES) as bench:
         asked = [(w, s, point(w, s)) for s, w in itertools.product(sampling, weights)]
         title = f"sweep of {len(asked)} points"
         evaluate_all(bench, [c for _, _, c in asked], title)
