@@ -163,7 +163,7 @@ class LiveVllm:
                 self.close()
                 if attempt + 1 == STARTS:
                     raise ThinkSwitchError(
-                        f"vLLM ended {STARTS} times with the same weights ({error}); its log is {self.log}."
+                        f"vLLM ended {STARTS} times with the same weights; its log is {self.log}. The last time: {error}"
                     ) from None
                 with redirect_stdout(self._shown[0]), redirect_stderr(self._shown[1]):
                     console.say(f"  vLLM ended ({error}); it is started again, and what is missing is asked again")

@@ -65,8 +65,8 @@ class Server:
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(wait)
             raise ThinkSwitchError(
-                f"The engine stopped during its work (exit code {self.process.returncode}); what was finished "
-                f"is kept: run the same command again. Its log, {self.log}, ends with:\n{processes.cause(self.log)}"
+                f"The engine stopped during its work (exit code {self.process.returncode}): {processes.fault(self.log)}; "
+                f"its log is {self.log}. What was finished is kept: run the same command again."
             )
 
 

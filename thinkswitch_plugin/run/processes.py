@@ -21,13 +21,16 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run.progress import Bar, last_tqdm
 
 TAIL_LINES = 15
-CAUSE_LINES, CAUSE_WIDTH = 4, 300
+CAUSE_WIDTH = 300
 # `RuntimeError: no memory`, `torch.OutOfMemoryError: …`, `Killed`; what a process or a time in front of it says aside.
 _NAMES_AN_ERROR = re.compile(
     r"\b[\w.]*(?:Error|Exception)\b: .*|\bValue error, .*|\bKilled\b.*|\bSegmentation fault\b.*"
 )
 # What vLLM and pydantic write beside the error itself.
-_POINTS_AT_ANOTHER = re.compile(r"Engine core initialization failed|\d+ validation errors? for ")
+_POINTS_AT_ANOTHER = re.compile(
+    r"Engine core initialization failed|\d+ validation errors? for |EngineDeadError|Worker failed with error"
+    r"|WorkerProc initialization failed|failed to be inspected|Error raised in subprocess"
+)
 ENGINE_BARS = {"TQDM_MININTERVAL": "0.5"}  # a log of hours must not be a log of bars
 HANDLED: set[int] = set()  # signals that `end_on_signals` has taken over
 HELD_LOCKS: dict[Path, int] = {}  # by folder: descriptors that a supervisor keeps open until its engine has gone
@@ -115,23 +118,12 @@ def tail(log: Path, lines: int = TAIL_LINES) -> str:
     return "\n".join(f"    {line}" for line in _last_lines(log)[-lines:]) or "    (no output)"
 
 
-def cause(log: Path) -> str:
-    """The last lines of a server's log that name an error, indented, without their tracebacks; else its last lines."""
-    return "\n".join(f"    {line}" for line in _errors(log)[-CAUSE_LINES:]) or tail(log, CAUSE_LINES)
-
-
 def fault(log: Path) -> str:
-    """The last error that a server's log names, in one line; else its last line."""
-    return (_errors(log) or _last_lines(log) or ["it wrote nothing"])[-1][:CAUSE_WIDTH].strip().rstrip(".")
-
-
-def _errors(log: Path) -> list[str]:
-    said = {}
-    for line in _last_lines(log):
-        found = _NAMES_AN_ERROR.search(line)
-        if found and not _POINTS_AT_ANOTHER.search(line):
-            said[found.group()] = line[:CAUSE_WIDTH]  # once, whichever process repeats it
-    return list(said.values())
+    """The error that ended a server, as its log names it, in one line; else its last line."""
+    lines = _last_lines(log)
+    named = [found.group() for line in lines if (found := _NAMES_AN_ERROR.search(line))]
+    causes = [error for error in named if not _POINTS_AT_ANOTHER.search(error)]
+    return (causes or named or lines or ["it wrote nothing"])[-1][:CAUSE_WIDTH].strip().rstrip(".")
 
 
 def _last_lines(log: Path) -> list[str]:
