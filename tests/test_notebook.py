@@ -25,6 +25,6 @@ def test_every_cell_runs_on_the_tiny_pair(
         if "parameters" in cell["metadata"].get("tags", ()):
             names |= {"DOMAIN": "arithmetic", "RUNS": finished_run.parent, "QUESTION": "7*3+4*2"}
     shown = capfd.readouterr().out
-    assert "nothing to do" in shown  # the run is finished
+    assert "Nothing to do" in shown  # the run is finished
     assert "iteration 1  instruct" in shown and "tokens per answer" in shown
     assert "questions won" in shown and "thinking (iteration 1)" in shown
