@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -39,6 +40,7 @@ from thinkswitch_plugin.environment import variable
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 STARTS = 3  # of a server for the same weights
+REFUSED = re.compile(r"Worker failed with error '(.+?)(?:\. |', please|$)")  # of a worker that lives: it would do so again
 OF_FOLDER = "start"  # the id of the weights that a server is started with
 MODULE = "thinkswitch_live"  # the name of `live_worker.py` in vLLM's environment
 # Behind the user's own options, so that these count: one guard knows of all requests, and only this machine reaches it.
@@ -215,8 +217,13 @@ class LiveVllm:
                 self._request({"id": weights.id, "source": str(weights.source.absolute())})
             else:
                 self._stream(weights.source, weights.id)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if found := REFUSED.search(str(error)):
+                raise ThinkSwitchError(
+                    f"vLLM cannot load these weights ({found[1]}); its log is {self.log}. "
+                    "Use the in-process engine instead: `thinkswitch.evaluation.backend: hf` in an overlay."
+                ) from None
             raise
 
     def _stream(self, source: Callable[[Send], None], name: str) -> None:
