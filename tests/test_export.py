@@ -30,12 +30,12 @@ from thinkswitch_plugin.export.extract import (
     require_extractable,
 )
 from thinkswitch_plugin.export.job import Base, export, parse_ranks
-from thinkswitch_plugin.export.serve import both_modes
+from thinkswitch_plugin.export.serve import both_modes, recipe_to_serve
 from thinkswitch_plugin.export.table import keeps
 from thinkswitch_plugin.export.template import PROBES, SWITCH, combine, combined_template
 from thinkswitch_plugin.judging.samples import graded
 from thinkswitch_plugin.merging.mergekit_private import extracted_tensors
-from thinkswitch_plugin.recipe import load_recipe
+from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
 from thinkswitch_plugin.search.pair import Pair
 
 RANKS = (4, 32)
@@ -334,6 +334,17 @@ def test_serving_says_what_is_missing(tmp_path: Path) -> None:
     shutil.rmtree(adapter)
     with pytest.raises(ThinkSwitchError, match="is missing; run `make export-loras` again"):
         both_modes(tmp_path, None)
+
+
+def test_a_checkpoint_of_a_run_is_served_by_the_recipe_of_its_run(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "aime" / "iter-1" / "instruct"
+    checkpoint.mkdir(parents=True)
+    assert recipe_to_serve(str(checkpoint), "arithmetic", ()).path.stem == "arithmetic"
+    begun = {"domain": "aime", "recipe": str(recipe_path("aime")), "overlays": [str(overlay_path("24gb"))]}
+    files.write_json(tmp_path / "aime" / "run.json", {**begun, "seed": 0, "engine": "auto", "iterations": 1})
+    assert recipe_to_serve(str(checkpoint), "arithmetic", ()).keys.longest_answer == 32768
+    assert recipe_to_serve(str(checkpoint), "arithmetic", ["cpu"]).keys.longest_answer == 8192
+    assert recipe_to_serve("owner/name", "arithmetic", ()).path.stem == "arithmetic"
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from thinkswitch_plugin.data.answers import Votes
 from thinkswitch_plugin.demo import task as demo
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.loop import check
+from thinkswitch_plugin.loop.reference import require_reference
 
 Write = Callable[[str, Sequence[object]], Path]
 ROWS = [{"question": f"What is {n} times {n + 7}?", "gold": str(n * (n + 7)), "note": 1} for n in range(50)]
@@ -44,13 +45,14 @@ def written(rows: list[dict[str, object]], path: str) -> str:
 def test_what_is_written_passes_the_checks_that_need_no_model(init: Callable[..., Result], name: str, gpu: str) -> None:
     done = init("sums", "--prompts", written(ROWS, name), "--gold", "gold", "--gpu", gpu)
     assert done.exit_code == 0, done.output
-    overlays = [] if gpu == "8gb" else ["24gb"]
-    chosen = " --overlay 24gb" if overlays else ""
-    assert f"thinkswitch iterate --domain sums{chosen}\n" in done.output
-    made = recipe.recipe_of("sums", overlays)
+    assert "thinkswitch check --domain sums\n" in done.output and "thinkswitch iterate --domain sums\n" in done.output
+    made = recipe.recipe_of("sums")
     assert (made.keys.evaluation.task, made.keys.labels.answer, made.keys.prompts.count) == ("sums", "integer", 40)
     assert made.axolotl["gradient_checkpointing"] and made.keys.needs.gpu_gb == (8 if gpu == "8gb" else 24)
     assert "Please reason step by step" in check.rendered_prompts(made.keys)
+    longest = 8192 if gpu == "8gb" else 32768
+    assert (made.keys.sampling.max_tokens, made.keys.evaluation.max_tokens) == (longest, longest)
+    assert task_files.budget("sums") == longest  # one file sets each budget: no overlay wins over it
     text = Path("recipes/sums.yaml").read_text()
     assert "    template: |-\n      {{prompt}}\n\n      Please reason" in text and "aime" not in text.partition("\n")[2]
     assert "chunked_cross_entropy: true       # the logits over" in text  # an unchanged line keeps its comment
@@ -66,16 +68,54 @@ def test_without_gold_answers_the_task_reports_agreement_with_a_reference(init: 
     assert task_files.measures_agreement("sums") and task_files.kind_of_task("sums") == "integer"
     questions, reference = task_files.reference_files("sums")
     assert [set(row) for _, row in files.read_jsonl(questions)] == [{"id", "prompt"}] * 10
+    next_steps = [line.split()[1] for line in done.output.partition("Next:")[2].splitlines() if line]
+    assert next_steps == ["check", "reference", "iterate"]
+    counted: dict[str, int] = {}
+    assert check.questions(made, counted).endswith("no training prompt is in it; reference answers are still missing")
+    assert counted == {"sums": 10}
+    asked = "655,360 for the reference answers, once (10 questions × 8 samples × 8192)"
+    assert asked in check.budget(made.keys, 1, None, counted, "")
     with pytest.raises(
         ThinkSwitchError, match=r"reference.jsonl is not there yet: .* `thinkswitch reference --domain sums`"
     ):
-        check.questions(made, {})
+        require_reference(made, 0)
     files.write_json(reference.with_suffix("") / "reference.json", {"thinking": "another"})
     reference.write_bytes(questions.read_bytes())
     with pytest.raises(
         ThinkSwitchError, match="holds answers of another, which is not the recipe's thinking checkpoint"
     ):
         check.questions(made, {})
+
+
+def test_a_file_of_its_own_is_held_out_and_only_its_rows_need_gold_answers(init: Callable[..., Result]) -> None:
+    prompts_without_gold = written([{"question": row["question"]} for row in ROWS], "rows.csv")
+    own = [{"question": f"Add {n} and {n + 3}, then name the sum!", "gold": str(2 * n + 3)} for n in range(20)] + ROWS[
+        :1
+    ]
+    words = ["--prompts", prompts_without_gold, "--held-out-file", written(own, "own.jsonl"), "--gold", "gold"]
+    assert "--held-out or --held-out-file, not both" in init("sums", *words, "--held-out", "10").output
+    done = init("sums", *words)
+    assert done.exit_code == 0, done.output
+    test = [row for _, row in files.read_jsonl(Path("recipes/sums/test.jsonl"))]
+    assert [row["answer"] for row in test] == [row["gold"] for row in own]
+    kept = {row["prompt"] for _, row in files.read_jsonl(Path("recipes/sums/prompts.jsonl"))}
+    assert kept == {row["question"] for row in ROWS[1:]} and "(1 rows left out" in done.output
+    lacking = init("less", *words[:3], written([{**own[0], "gold": ""}, *own[1:5]], "less.jsonl"), *words[4:])
+    assert "less.jsonl, line 1: the field `gold` is empty; fill it." in lacking.output
+    assert "few.jsonl has 3 questions" in init("few", *words[:3], written(own[:3], "few.jsonl"), *words[4:]).output
+
+
+@pytest.mark.parametrize(
+    ("name", "where"), [("rows.jsonl", "line 4"), ("rows.csv", "row 4"), ("rows.parquet", "row 4")]
+)
+@pytest.mark.parametrize("gold", ["7", 7])
+def test_an_empty_gold_answer_is_named_with_what_to_do(
+    init: Callable[..., Result], name: str, where: str, gold: object
+) -> None:
+    rows = [{"question": f"What is {n} times 7?", "gold": gold if n < 3 else None} for n in range(12)]
+    done = init("sums", "--prompts", written(rows, name), "--gold", "gold")
+    advice = "fill it; or put the rows that have it into a file of their own and name that by --held-out-file."
+    assert f"{name}, {where}: the field `gold` is empty; {advice}" in done.output
 
 
 def test_rows_that_repeat_a_held_out_row_are_left_out_and_counted(init: Callable[..., Result]) -> None:

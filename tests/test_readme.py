@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def commands(text: str) -> list[tuple[str, str]]:
     for line in text.splitlines():
         if line.startswith("```"):
             inside = line == "```sh" and not inside
-        elif line.startswith("#") and not inside:
+        elif line.startswith("## ") and not inside:
             section = line.lstrip("# ")
         elif inside and line.strip() and not line.startswith("#"):
             found.append((section, line.partition("  #")[0].strip()))
@@ -73,7 +74,7 @@ def test_every_command_of_the_first_pages_is_run_by_a_test_or_needs_a_gpu() -> N
 
 
 def test_what_needs_a_gpu_can_at_least_be_planned(command: Any) -> None:
-    words = [line.split() for section, line in on_the_first_pages() if section == NEEDS_A_GPU]
+    words = [shlex.split(line) for section, line in on_the_first_pages() if section == NEEDS_A_GPU]
     assert len(words) >= 4
     for line in words:
         done = command(line[0], "-n", *line[1:])

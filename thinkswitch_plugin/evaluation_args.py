@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from thinkswitch_plugin.engine_args import Keys
 
 OF_GUARD = {"guard", "guard_limit", "guard_margin"}
+REFERENCE_SAMPLES = 8  # answers of the thinking checkpoint to a question without a gold answer
 
 
 class EvaluationKeys(Keys):

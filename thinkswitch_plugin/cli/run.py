@@ -18,6 +18,7 @@ from thinkswitch_plugin.answer_kinds import KINDS
 from thinkswitch_plugin.cli.group import main
 from thinkswitch_plugin.cli.options import DOMAIN, ENGINE, FOLDER, INSTRUCT, OVERLAY, RUNS, SEED, THINKING, number, told
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.evaluation_args import REFERENCE_SAMPLES
 from thinkswitch_plugin.run import MODES, TABLE, Given, execute, locked, open_run
 from thinkswitch_plugin.run.table import Row
 
@@ -79,6 +80,9 @@ def iterate(**options: Any) -> None:
 @click.option("--config", help="Configuration of the dataset on the hub.")
 @click.option("--split", default="train", show_default=True, help="Split of the dataset on the hub.")
 @click.option("--held-out", type=click.IntRange(min=4), help="Rows for the evaluation (default: a fifth, at most 200).")
+@click.option(
+    "--held-out-file", default="", help="The rows for the evaluation, with --gold, instead of a part of --prompts."
+)
 def init(name: str, gpu: str, answer: str | None, **data: Any) -> None:
     """Write a recipe, prompts and an lm-eval task for a domain of your own, called NAME, into the current folder."""
     from thinkswitch_plugin.loop.new_domain import Data, write_domain
@@ -90,7 +94,9 @@ def init(name: str, gpu: str, answer: str | None, **data: Any) -> None:
 @DOMAIN
 @ENGINE
 @OVERLAY
-@click.option("--samples", default=8, show_default=True, type=click.IntRange(min=1), help="Answers a question.")
+@click.option(
+    "--samples", default=REFERENCE_SAMPLES, show_default=True, type=click.IntRange(min=1), help="Answers a question."
+)
 def reference(overlay: tuple[str, ...], **options: Any) -> None:
     """Store the thinking checkpoint's majority answer to each held-out question of a domain without gold answers."""
     from thinkswitch_plugin.loop.reference import make_reference

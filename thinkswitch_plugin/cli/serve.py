@@ -127,10 +127,11 @@ def serve(pair: Any, weight: str, template: Any, switch: bool, **options: Any) -
 
         del options["rank"]
         return serve_live(find_pair(pair), parse_weights(weight)[0], template, **options)
+    from thinkswitch_plugin.export.serve import recipe_to_serve
     from thinkswitch_plugin.export.serve import serve as serve_both
-    from thinkswitch_plugin.recipe import recipe_of
 
-    serve_both(pair.results / "export", keys=recipe_of(pair.domain, pair.overlay).keys, **options)
+    keys = recipe_to_serve(options["model"], pair.domain, pair.overlay).keys
+    serve_both(pair.results / "export", keys=keys, **options)
 
 
 def _serve_switch(pair: Any, router: dict[str, Any], weight: str, *, port: int, extra: Any, **others: Any) -> None:

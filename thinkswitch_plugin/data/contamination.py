@@ -11,7 +11,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from thinkswitch_plugin.args import EvaluationKeys
@@ -131,17 +131,25 @@ def evaluation_questions(task: str, *, asked: bool = False) -> list[str]:
     return [question for question, _ in questions]
 
 
-def require_uncontaminated(prompts: Sequence[tuple[str, str]], keys: EvaluationKeys) -> dict[str, int]:
+def require_uncontaminated(
+    prompts: Sequence[tuple[str, str]], keys: EvaluationKeys, known: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, int]:
     """How many questions the evaluation set has, and those of the guard tasks, by task.
+
+    Args:
+        known: the questions of tasks that lm-eval cannot load yet.
 
     Raises `ThinkSwitchError`, showing the pairs, if a training prompt is in one of them.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return {task: _require_apart(prompts, task, keys) for task in keys.tasks}
+    known = known or {}
+    every = ((task, known[task] if task in known else evaluation_questions(task, asked=True)) for task in keys.tasks)
+    return {task: _require_apart(prompts, task, questions, keys) for task, questions in every}
 
 
-def _require_apart(prompts: Sequence[tuple[str, str]], task: str, keys: EvaluationKeys) -> int:
-    questions = evaluation_questions(task, asked=True)
+def _require_apart(
+    prompts: Sequence[tuple[str, str]], task: str, questions: Sequence[str], keys: EvaluationKeys
+) -> int:
     found = overlaps(prompts, questions, n=keys.contamination_ngram, share=keys.contamination_share)
     if found:
         shown = "\n".join(

@@ -77,7 +77,9 @@ def read_field(keys: PromptKeys, seed: int, field: str) -> dict[str, str]:
     found = {}
     for where, number, row in _rows(keys, seed)[0]:
         value = row.get(field)
-        if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+        if field in row and (value is None or not str(value).strip()):
+            raise ThinkSwitchError(f"{where}: the field `{field}` is empty; fill it.")
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ThinkSwitchError(
                 f"{where}: the field `{field}` is {'missing' if value is None else 'neither text nor a number'}; "
                 f"fields of this row: {', '.join(row)}."

@@ -13,7 +13,8 @@ from thinkswitch_plugin.engines.generate import room_for
 from thinkswitch_plugin.engines.servers import VLLM_ENVIRONMENT, free_port, lora_arguments, vllm_command
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.export.template import SWITCH
-from thinkswitch_plugin.run import MODES, checkpoint
+from thinkswitch_plugin.recipe import Recipe, load_recipe, overlay_path, recipe_of
+from thinkswitch_plugin.run import MODES, checkpoint, run_around
 
 
 def serve(export: Path, model: str, rank: int | None, keys: ThinkSwitchKeys, port: int, extra: Sequence[str]) -> None:
@@ -36,6 +37,14 @@ def serve(export: Path, model: str, rank: int | None, keys: ThinkSwitchKeys, por
     command = [*vllm_command(folder, free_port(port), keys.engine, room), *options, *extra]
     console.say(f"$ {shlex.join(command)}")
     os.execve(command[0], command, {**os.environ, **VLLM_ENVIRONMENT})
+
+
+def recipe_to_serve(model: str, domain: str, overlays: Sequence[str]) -> Recipe:
+    """The recipe whose limits and options a server gets: of the run that a checkpoint lies in, else of the domain."""
+    run = run_around(Path(model)) if model and Path(model).is_dir() else None
+    if run is None:
+        return recipe_of(domain, overlays)
+    return load_recipe(run.recipe.path, tuple(map(overlay_path, overlays)) or run.recipe.overlays)
 
 
 def both_modes(export: Path, rank: int | None) -> tuple[str, list[str]]:

@@ -23,7 +23,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError, not_fetched
 from thinkswitch_plugin.judging.evaluation import uses_server
 from thinkswitch_plugin.loop import foretell
 from thinkswitch_plugin.loop.foretell import Foretold
-from thinkswitch_plugin.loop.reference import require_reference
+from thinkswitch_plugin.loop.reference import asking, require_reference, unanswered
 from thinkswitch_plugin.merging.settings import config_difference
 from thinkswitch_plugin.merging.tensors import quantisation, quantised
 from thinkswitch_plugin.merging.vocabulary import describe_renamed, vocabulary_difference
@@ -99,7 +99,9 @@ def check_domain(
         )
     overlays = " ".join(map(str, recipe.overlays))
     words = (f"OVERLAY='{overlays}'" if overlays else "", f"SEED={seed}" if seed else "")
-    console.say(" ".join(filter(None, (f"Ready: make iterate DOMAIN={domain}", *words))))
+    first = f" --overlay '{overlays}'" if overlays else ""
+    first = f"thinkswitch reference --domain {domain}{first}, then " if unanswered(keys) else ""
+    console.say(" ".join(filter(None, (f"Ready: {first}make iterate DOMAIN={domain}", *words))))
 
 
 def gpu(keys: ThinkSwitchKeys) -> str:
@@ -240,11 +242,16 @@ def rendered_prompts(keys: ThinkSwitchKeys, seed: int = 0) -> str:
 def questions(recipe: Recipe, counted: dict[str, int], seed: int = 0) -> str:
     """The evaluation sets, and that no training prompt is in them; how many questions they have is put into `counted`."""
     keys = recipe.keys
-    require_reference(recipe, seed)
     chosen, _ = prompts.prompts_of_iteration(keys.prompts, seed, 1)
-    counted |= require_uncontaminated(chosen, keys.evaluation)
-    loaded = "; ".join(f"{task} loads, {number} questions" for task, number in counted.items())
-    return f"{loaded}; no training prompt is in {'it' if len(counted) == 1 else 'them'}"
+    known, note = {}, ""
+    if waiting := unanswered(keys):
+        known[keys.evaluation.task] = [text for _, text in prompts.read_prompts(asking(keys.prompts, waiting), seed)[0]]
+        note = "; reference answers are still missing"
+    else:
+        require_reference(recipe, seed)
+    counted |= require_uncontaminated(chosen, keys.evaluation, known)
+    loaded = "; ".join(f"{task} {'has' if task in known else 'loads,'} {n} questions" for task, n in counted.items())
+    return f"{loaded}; no training prompt is in {'it' if len(counted) == 1 else 'them'}{note}"
 
 
 def budget(
@@ -260,22 +267,7 @@ def budget(
     Args:
         questions: of the evaluation set and the guard tasks, by task; none if they could not be loaded, or are not made yet.
     """
-    asked, longest = keys.prompts.count * keys.sampling.samples, keys.sampling.max_tokens
-    again = keys.retry_budget or 0
-    parts = {
-        f"for the pairs ({keys.prompts.count} prompts × {keys.sampling.samples} samples × {longest + again}, each iteration)": (
-            asked * (longest + again) * iterations
-        ),
-        "for trying λ once an iteration": min(asked, keys.rebuild.check_prompts) * (longest + again) * iterations,
-    }
-    judged = keys.evaluation
-    for task, number in questions.items() if judged.max_tokens else ():
-        each = foretell.answers(keys, task, number)
-        evaluated = 2 + (4 if keys.pair.hybrid else 2) * iterations  # a hybrid in both modes
-        what = "evaluating" if task == judged.task else f"the guard {task} on"
-        parts[f"for {what} {evaluated} checkpoints ({each} answers × {judged.max_tokens})"] = (
-            evaluated * each * (judged.max_tokens or 0)
-        )
+    parts = foretell.tokens_at_most(keys, iterations, questions)
     total = sum(parts.values())
     found = known.tokens_per_second if known else None
     rate = tokens_per_second or found or GUESSED_TOKENS_PER_SECOND
@@ -286,7 +278,11 @@ def budget(
     money = f", {price * hours:.2f} at {price:g} an hour" if price else "; set PRICE_PER_HOUR for the money"
     kept = f" Each token of an answer is stored with {keys.distribution.top_k} probabilities, {keys.distribution.top_k * 0.05:.2g} kB."
     kept = kept if keys.loss == "distribution" else ""
-    rest = "Training and merging come" if len(parts) > 2 else "Evaluation, training and merging come"
+    rest = (
+        "Training and merging come"
+        if keys.evaluation.max_tokens and questions
+        else "Evaluation, training and merging come"
+    )
     listed = "\n".join(f"          {tokens:,} {what}" for what, tokens in parts.items())
     return (
         f"at most {total:,} tokens in {iterations} iterations; {hours:.1f} h at {rate:g} tokens/s ({basis}){money}. "

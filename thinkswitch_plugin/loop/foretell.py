@@ -17,6 +17,8 @@ from thinkswitch_plugin import environment, files
 from thinkswitch_plugin.args import ThinkSwitchKeys, resolve_seed
 from thinkswitch_plugin.data.task_files import repeats
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.evaluation_args import REFERENCE_SAMPLES
+from thinkswitch_plugin.loop.reference import unanswered
 from thinkswitch_plugin.recipe import Recipe
 from thinkswitch_plugin.run.progress import duration
 from thinkswitch_plugin.training.layout import rows_of_a_step
@@ -139,6 +141,37 @@ def answers(keys: ThinkSwitchKeys, task: str, questions: int) -> int:
     judged = keys.evaluation
     limit = judged.limit if task == judged.task else judged.guard_limit
     return min(questions, limit or questions) * repeats(task)
+
+
+def tokens_at_most(keys: ThinkSwitchKeys, iterations: int, questions: Mapping[str, int]) -> dict[str, int]:
+    """The tokens that a run generates at most, by what they are for, in words.
+
+    Args:
+        questions: of each evaluation task; none if they could not be loaded, or are not made yet.
+    """
+    asked, longest = keys.prompts.count * keys.sampling.samples, keys.sampling.max_tokens
+    again = keys.retry_budget or 0
+    parts = {
+        f"for the pairs ({keys.prompts.count} prompts × {keys.sampling.samples} samples × {longest + again}, each iteration)": (
+            asked * (longest + again) * iterations
+        ),
+        "for trying λ once an iteration": min(asked, keys.rebuild.check_prompts) * (longest + again) * iterations,
+    }
+    judged = keys.evaluation
+    if unanswered(keys):
+        each = REFERENCE_SAMPLES if keys.sampling.temperature > 0 else 1
+        number = questions.get(judged.task, 0)
+        parts[f"for the reference answers, once ({number} questions × {each} samples × {longest})"] = (
+            number * each * longest
+        )
+    for task, number in questions.items() if judged.max_tokens else ():
+        each = answers(keys, task, number)
+        evaluated = 2 + (4 if keys.pair.hybrid else 2) * iterations  # a hybrid in both modes
+        what = "evaluating" if task == judged.task else f"the guard {task} on"
+        parts[f"for {what} {evaluated} checkpoints ({each} answers × {judged.max_tokens})"] = (
+            evaluated * each * (judged.max_tokens or 0)
+        )
+    return parts
 
 
 def describe(found: Foretold | None, recipe: Recipe, questions: Mapping[str, int], iterations: int) -> str:

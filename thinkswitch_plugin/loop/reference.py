@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from thinkswitch_plugin import console, files
-from thinkswitch_plugin.args import ThinkSwitchKeys, resolve_seed
+from thinkswitch_plugin.args import PromptKeys, ThinkSwitchKeys, resolve_seed
 from thinkswitch_plugin.data import answers, prompts, task_files
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.engines.generate import generate
@@ -52,9 +52,7 @@ def make_reference(domain: str, engine: str, samples: int, overlays: Sequence[st
     work, hashes = folder(out), Hashes(folder(out))
     asked = keys.model_copy(
         update={
-            "prompts": keys.prompts.model_copy(
-                update={"path": str(questions), "hub": None, "outside": None, "shuffle": False}
-            ),
+            "prompts": asking(keys.prompts, questions),
             "sampling": keys.sampling.model_copy(update={"samples": samples if keys.sampling.temperature > 0 else 1}),
         }
     )
@@ -117,17 +115,33 @@ def folder(reference: Path) -> Path:
     return reference.with_suffix("")
 
 
+def asking(keys: PromptKeys, questions: Path) -> PromptKeys:
+    """The keys that ask the questions of a file as a recipe asks its prompts."""
+    return keys.model_copy(update={"path": str(questions), "hub": None, "outside": None, "shuffle": False})
+
+
+def unanswered(keys: ThinkSwitchKeys) -> Path | None:
+    """The questions that `thinkswitch reference` has yet to answer; None if it has, or if the task has gold answers."""
+    if not task_files.measures_agreement(keys.evaluation.task):
+        return None
+    questions, out = task_files.reference_files(keys.evaluation.task)
+    return None if out.is_file() and _made_by(out) else questions
+
+
+def _made_by(reference: Path) -> str | None:
+    return (read_stamp(folder(reference) / STAMP) or {}).get("thinking")
+
+
 def require_reference(recipe: Recipe, seed: int) -> None:
     """Raise `ThinkSwitchError` unless the reference answers, if the task needs them, are those of the recipe's checkpoint."""
     task = recipe.keys.evaluation.task
     if not task_files.measures_agreement(task):
         return
-    _, out = task_files.reference_files(task)
-    made = (read_stamp(folder(out) / STAMP) or {}).get("thinking")
+    out = task_files.reference_files(task)[1]
     command = f"`thinkswitch reference --domain {recipe.keys.domain}`"
-    if not out.is_file() or made is None:
+    if unanswered(recipe.keys):
         raise ThinkSwitchError(f"{out} is not there yet: {task} has no gold answers; run {command} first.")
-    if made != resolve_seed(recipe.keys.pair.thinking, seed):
+    if (made := _made_by(out)) != resolve_seed(recipe.keys.pair.thinking, seed):
         raise ThinkSwitchError(
             f"{out} holds answers of {made}, which is not the recipe's thinking checkpoint; run {command}."
         )

@@ -171,6 +171,11 @@ def open_run(folder: Path, given: Given = NOTHING_MORE) -> Run:
     return Run(folder, recipe, begun.seed, begun.engine, begun.iterations, given)
 
 
+def run_around(path: Path) -> Run | None:
+    """The run that a folder lies in, None if it lies in none."""
+    return next((open_run(folder) for folder in path.resolve().parents if settings_file(folder).is_file()), None)
+
+
 class Settings(BaseModel, strict=True):
     """What a run was begun with: `run.json`."""
 
