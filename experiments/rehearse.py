@@ -213,6 +213,9 @@ def _iterate(told: Recipe, outer: Path, env: Mapping[str, str], seed: int) -> di
     watch.start()
     try:
         code = process.wait()
+    except BaseException:
+        process.terminate()
+        raise
     finally:
         measured = watch.end()
     if code:

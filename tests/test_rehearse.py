@@ -67,7 +67,9 @@ def test_a_rehearsal_runs_every_stage_and_check_learns_from_it(
     form = r"[0-9]{38}</think>\n\n[0-9]{24}\n\n\\boxed\{[0-9]{1,3}\}"
     assert len(answers) == 10 and all(re.match(form, answer["message"]["content"]) for answer in answers)
     assert files.read_json(run / "iter-1/pairs.json")["kept"] == 5
-    assert files.read_json(run / "iter-1/rebuild.json")["sigma"] == pytest.approx(0.027, abs=0.005)
+    assert files.read_json(run / "iter-1/rebuild.json")["sigma"] == pytest.approx(
+        0.027, abs=0.01
+    )  # the norms of a tiny model weigh more
     trained, plain = files.read_yaml(run / "iter-1/axolotl.yaml"), files.read_yaml(ROOT / "recipes/aime.yaml")
     for key in ("lora_r", "num_epochs", "learning_rate", "gradient_accumulation_steps", "chunked_cross_entropy"):
         assert trained[key] == plain[key]
