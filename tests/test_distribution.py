@@ -13,6 +13,7 @@ import pytest
 from axolotl.utils.dict import DictDefault
 from datasets import load_dataset
 
+from experiments.losses import run_losses
 from tests.conftest import ROOT
 from tests.faulty_server import FaultyServer
 from tests.test_pairs import answer, request
@@ -27,7 +28,7 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.plugin import ThinkSwitchPlugin
 from thinkswitch_plugin.pre_thinking import load as load_pre
 from thinkswitch_plugin.recipe import Recipe, iteration_config, load_recipe
-from thinkswitch_plugin.run import Run, stages
+from thinkswitch_plugin.run import Run, open_run, stages
 from thinkswitch_plugin.training import distil
 from thinkswitch_plugin.training.targets import targets
 
@@ -153,6 +154,12 @@ def test_axolotls_kd_trainer_brings_instruct_nearer_to_the_distributions(finishe
     assert config["plugins"][-1] == "axolotl.integrations.kd.KDPlugin"
     losses = distil.train({**config, "logging_steps": 1}, tmp_path, options=(), minimum=1e-4)["losses"]
     assert losses[-1][1] < 0.5 * losses[0][1]
+
+
+@pytest.mark.slow
+def test_losses_are_compared_only_on_a_run_that_has_distributions(finished_run: Path) -> None:
+    with pytest.raises(ThinkSwitchError, match=r"has no distributions, or one sample a prompt; .*make losses"):
+        run_losses(open_run(finished_run))
 
 
 @pytest.mark.parametrize(
