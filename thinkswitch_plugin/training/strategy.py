@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from axolotl.datasets import wrap_dataset_for_tokenized_prompt
 from axolotl.loaders import load_tokenizer
 from axolotl.prompt_strategies.chat_template import load as load_chat_template
 from axolotl.prompt_tokenizers import DatasetWrappingStrategy
+from axolotl.utils.data.wrappers import wrap_dataset_for_tokenized_prompt  # 0.21 cannot import axolotl.datasets first
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError
