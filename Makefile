@@ -76,7 +76,7 @@ endif
 .DEFAULT_GOAL := help
 .PHONY: help submit-slurm setup setup-vllm iterate loop pair check eval report status compare verify clean-run sweep ablate baselines \
 	similarity labels adaptive switch export-loras serve push export-gguf setup-gguf control results rehearse chaos bench-engines bench-sweep bench-live bench-merge bench-export bench-faults bench-cluster \
-	bench-pairs bench-report losses gpu-check screenshots fuzz bad-input traces models lines lint test-fast test
+	bench-hosts bench-slurm bench-servers cost bench-pairs bench-report losses gpu-check screenshots fuzz bad-input traces models lines lint test-fast test
 
 ##@ Run
 
@@ -247,8 +247,20 @@ bench-export: setup ## time and memory of extracting a LoRA from a few layers of
 bench-faults: setup ## send 10,000 requests through a server that fails in every way, and check that each is accounted for once: make bench-faults BENCH="--in-flight 64 4000"
 	@$(VENV)/bin/python -m experiments.bench_faults $(BENCH)
 
-bench-cluster: setup ## compare a sweep on three Ray nodes, one of which is lost, with the same sweep without (needs a run, and ray)
+bench-cluster: setup ## compare a sweep on three Ray nodes, one of which is lost, with the same without (needs a run): make bench-cluster BENCH="--part labels --hosts"
 	@$(VENV)/bin/python -m experiments.bench_cluster --domain "$$DOMAIN" --runs "$$RUNS" $(BENCH)
+
+bench-hosts: setup ## train on two hosts and compare the adapter with that of two processes on one (needs a run, and root)
+	@$(VENV)/bin/python -m experiments.bench_hosts --domain "$$DOMAIN" --runs "$$RUNS" $(BENCH)
+
+bench-slurm: setup ## a sweep as a job array of Slurm, with one of two nodes killed (needs a run, root, and Debian's slurm packages)
+	@$(VENV)/bin/python -m experiments.bench_slurm --domain "$$DOMAIN" --runs "$$RUNS" $(BENCH)
+
+bench-servers: setup setup-vllm ## 500 requests to two vLLM servers, one of which is killed and started again
+	@$(VENV)/bin/python -m experiments.bench_servers $(BENCH)
+
+cost: setup ## what a million prompts cost on paper, from inputs that you give: make cost BENCH="--prompts 1000000 --gpus 100 --price 2"
+	@$(VENV)/bin/python -m experiments.cost $(BENCH)
 
 bench-pairs: setup ## memory and speed of building pairs from 100,000 generations of 20 kB (needs 2.6 GB in TMPDIR)
 	@$(VENV)/bin/python -m experiments.bench_pairs

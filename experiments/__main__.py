@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from thinkswitch_plugin.cli import Group
-from thinkswitch_plugin.cli.options import DOMAIN, ENGINE, FOLDER, OVERLAY, RUNS
+from thinkswitch_plugin.cli.options import CLUSTER, DOMAIN, ENGINE, FOLDER, OVERLAY, RUNS
 from thinkswitch_plugin.run import open_run
 
 
@@ -56,7 +56,10 @@ def results(part: str, runs: tuple[Path, ...]) -> None:
 )
 @click.option("--conditions", default="", help="Some of the controls only, by spaces (default: all).")
 @OVERLAY
-def adaptive(domain: str, runs: Path, seeds: str, conditions: str, overlay: tuple[str, ...], **options: Any) -> None:
+@CLUSTER
+def adaptive(
+    domain: str, runs: Path, seeds: str, conditions: str, overlay: tuple[str, ...], cluster: str, **options: Any
+) -> None:
     """Adaptive thinking with all its controls: labels, training, evaluation, table and picture -> adaptive/."""
     from experiments.adaptive import run_experiment
     from thinkswitch_plugin.perception.label_job import find_job
@@ -66,7 +69,7 @@ def adaptive(domain: str, runs: Path, seeds: str, conditions: str, overlay: tupl
     if not numbers or len(set(numbers)) < len(words):
         raise click.UsageError(f"--seeds {seeds!r}: give different whole numbers, by spaces.")
     jobs = [find_job(domain, runs, seed=number, overlays=overlay, **options) for number in numbers]
-    run_experiment(jobs, conditions)
+    run_experiment(jobs, conditions, cluster)
 
 
 @main.command()

@@ -42,6 +42,7 @@ from thinkswitch_plugin.report.questions import asked_texts
 from thinkswitch_plugin.router.classifier import candidates, describe
 from thinkswitch_plugin.run import locked, versions
 from thinkswitch_plugin.run.checkpoint import MODULE
+from thinkswitch_plugin.run.cluster import scatter
 from thinkswitch_plugin.run.hashes import Hashes
 
 if TYPE_CHECKING:
@@ -95,12 +96,13 @@ def choose_plans(keys: PerceptionKeys, names: str) -> dict[str, Plan]:
     return {name: plan for name, plan in every.items() if name in (*NEEDED, *wanted)}
 
 
-def run_experiment(jobs: Sequence[LabelJob], conditions: str = "") -> dict[str, Any]:
+def run_experiment(jobs: Sequence[LabelJob], conditions: str = "", cluster: str = "") -> dict[str, Any]:
     """Label, train and evaluate for the job of every seed, then write and print the table of all of them.
 
     Args:
         jobs: one a seed, of one domain.
         conditions: see `choose_plans`.
+        cluster: a Ray cluster whose machines each run the experiment of one seed; empty for this machine.
 
     Raises:
         ThinkSwitchError: as `make_labels`, or a training or an evaluation fails; what is done stays done.
@@ -109,11 +111,7 @@ def run_experiment(jobs: Sequence[LabelJob], conditions: str = "") -> dict[str, 
     for job in jobs:
         require_held_out(job)
     with locked(jobs[0].home):
-        seeds = []
-        for number, job in enumerate(jobs, 1):
-            console.say(f"[adaptive] seed {job.seed}, {number} of {len(jobs)}")
-            seeds.append(run_seed(job, planned))
-        result = combine_seeds(jobs, seeds)
+        result = combine_seeds(jobs, run_seeds(jobs, planned, cluster))
         folder = jobs[0].home / "adaptive"
         files.write_json(folder / "adaptive.json", result)
         text = adaptive_results.markdown(result)
@@ -152,8 +150,19 @@ class Seed:
     seconds: float
 
 
+def run_seeds(jobs: Sequence[LabelJob], planned: Mapping[str, Plan], cluster: str) -> list[Seed]:
+    """Every seed, in the order of its job; each writes only into its own folder."""
+    tasks = {f"seed {job.seed}": (job, planned) for job in jobs}
+    if not cluster:
+        return [run_seed(*task) for task in tasks.values()]
+    found: dict[str, Seed] = {}
+    scatter(cluster, run_seed, tasks, found.__setitem__, "seeds")
+    return [found[name] for name in tasks]
+
+
 def run_seed(job: LabelJob, planned: Mapping[str, Plan]) -> Seed:
     """Labels, conditions and evaluations of one seed."""
+    console.say(f"[adaptive] seed {job.seed}")
     hashes = Hashes(job.work)
     facts = label(job, hashes)
     rows = [row for _, row in files.read_jsonl(job.work / "labels" / RATIONALES)]

@@ -1,7 +1,8 @@
 """`make bench-faults`: 10,000 requests through a server that fails; is every one accounted for once?
 
 `BENCH="--in-flight 64 1000 4000"` measures the client instead: its CPU time for each request, with so many of them
-waiting at a server that answers after a fixed time.
+waiting at a server that answers after a fixed time. `BENCH="--shards --requests 100000 --rows-per-file 10000"` kills the
+client again and again while its answers go into several files, and measures how long the repair of one file takes.
 
 The server (faulty_server.py) refuses, stalls, answers 429, 500 and 503, sends half an answer, broken
 JSON, HTML, nothing, text in another encoding, answers twice and out of order, and dies and returns.
@@ -14,10 +15,13 @@ import json
 import multiprocessing
 import random
 import resource
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -27,8 +31,20 @@ from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.data import batch
 from thinkswitch_plugin.engines.generate import generate
+from thinkswitch_plugin.engines.stored import COMPLETE, StoredAnswers, repair
 
 PER_SECOND = 260  # requests that the client sends in a second; a server waits long enough for all to be in flight
+
+
+CLIENT = """
+import sys
+from pathlib import Path
+from thinkswitch_plugin.args import EngineKeys
+from thinkswitch_plugin.engines.generate import generate
+requests, out, url, rows = sys.argv[1:]
+keys = EngineKeys(concurrency=128, rows_per_file=int(rows))
+generate(Path(requests), Path(out), "m", url, keys, log=Path(out).with_name("log"))
+"""
 
 
 def prompts(count: int, seed: int = 0) -> Iterator[str]:
@@ -92,38 +108,38 @@ def run(count: int, folder: Path, keys: EngineKeys, *, die_after: tuple[int, ...
     return result
 
 
-def write_requests(path: Path, texts: Sequence[str]) -> None:
-    """A batch file with one request for each text."""
-    with files.atomic_file(path) as handle:
-        for n, text in enumerate(texts):
-            body = {"model": MODEL, "messages": [{"role": "user", "content": text}], "max_tokens": 10}
-            handle.write(files.dumps_line({"custom_id": f"p{n}", "body": body}))
-
-
 def _serve(pipe: Connection) -> None:
-    """A server in a process of its own, so that its CPU time is not the client's; it ends when something arrives."""
+    """Run a server until something arrives; then send what it saw."""
     with FaultyServer() as server:
         pipe.send(server.url)
         pipe.recv()
         pipe.send((server.most_connections, server.asked.total(), sum(n > 1 for n in server.asked.values())))
 
 
-def load(in_flight: int, count: int, folder: Path) -> dict[str, Any]:
-    """CPU milliseconds of the client for each request, with `in_flight` of them waiting for their answers."""
+@contextmanager
+def server_elsewhere() -> Iterator[tuple[str, Connection]]:
+    """The address of a server in a process of its own, so that its CPU time is not the client's, and a pipe to `_serve`."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()
-    url = ours.recv()
+    try:
+        yield ours.recv(), ours
+    finally:
+        process.kill()
+
+
+def load(in_flight: int, count: int, folder: Path) -> dict[str, Any]:
+    """CPU milliseconds of the client for each request, with `in_flight` of them waiting for their answers."""
     requests, out = folder / f"requests-{in_flight}.jsonl", folder / f"generations-{in_flight}.jsonl"
     write_requests(requests, [f"wait:{in_flight / PER_SECOND:g} {n}" for n in range(count)])
     keys = EngineKeys(concurrency=in_flight, timeout=600)  # type: ignore[call-arg]
-    started, before = time.monotonic(), time.process_time()
-    report = generate(requests, out, MODEL, url, keys, log=folder / "log")
-    spent, seconds = time.process_time() - before, time.monotonic() - started
-    ours.send("end")
-    most, asked, twice = ours.recv()
-    process.join()
+    with server_elsewhere() as (url, pipe):
+        started, before = time.monotonic(), time.process_time()
+        report = generate(requests, out, MODEL, url, keys, log=folder / "log")
+        spent, seconds = time.process_time() - before, time.monotonic() - started
+        pipe.send("end")
+        most, asked, twice = pipe.recv()
     return {
         "in flight": in_flight,
         "requests": count,
@@ -134,6 +150,57 @@ def load(in_flight: int, count: int, folder: Path) -> dict[str, Any]:
         "CPU ms a request": round(1000 * spent / count, 2),
         "seconds": round(seconds, 1),
     }
+
+
+def shards(count: int, rows: int, folder: Path, kills: int = 3) -> dict[str, Any]:
+    """Kill the client while it fills one file in so many, continue to the end, and account for every row."""
+    asked = [f"long {n}" for n in range(count)]
+    requests, out = folder / "requests.jsonl", folder / "generations"
+    write_requests(requests, asked)
+    started, resumed = time.monotonic(), list[float]()
+    with server_elsewhere() as (url, pipe):
+        command = [sys.executable, "-c", CLIENT, str(requests), str(out), url, str(rows)]
+        for kill in range(1, kills + 1):
+            number = count // rows * kill // (kills + 1)
+            with subprocess.Popen(command) as client:
+                while client.poll() is None and not (out / f"{number:05}.jsonl").exists():
+                    time.sleep(0.05)
+                time.sleep(1)
+                client.kill()
+            resumed.append(timed(lambda: StoredAnswers(out, rows)))
+        subprocess.run(command, check=True)
+        pipe.send("end")
+        _, sent, _ = pipe.recv()
+    seconds = time.monotonic() - started
+    result: dict[str, Any] = account(asked, out)
+    parts = files.part_files(out)
+    one = timed(lambda: repair(parts[0]))
+    (out / COMPLETE).unlink()
+    return result | {
+        "files": len(parts),
+        "MB in a file": round(parts[0].stat().st_size / 1e6, 1),
+        "kills": kills,
+        "HTTP requests": sent,
+        "seconds in all": round(seconds, 1),
+        "seconds to repair one file": round(one, 3),
+        "seconds to repair what a kill left, at most": round(max(resumed), 3),
+        "seconds to repair all files": round(timed(lambda: StoredAnswers(out, rows)), 3),
+    }
+
+
+def timed(work: Callable[[], object]) -> float:
+    """The seconds that it takes."""
+    started = time.monotonic()
+    work()
+    return time.monotonic() - started
+
+
+def write_requests(path: Path, texts: Sequence[str]) -> None:
+    """A batch file with one request for each text."""
+    with files.atomic_file(path) as handle:
+        for n, text in enumerate(texts):
+            body = {"model": MODEL, "messages": [{"role": "user", "content": text}], "max_tokens": 10}
+            handle.write(files.dumps_line({"custom_id": f"p{n}", "body": body}))
 
 
 def is_whole(result: dict[str, Any]) -> bool:
@@ -153,6 +220,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--rows-per-file", type=int, default=100_000)
     parser.add_argument("--in-flight", type=int, nargs="+", default=[])
+    parser.add_argument("--shards", action="store_true")
     given = parser.parse_args()
     count = given.requests
     with tempfile.TemporaryDirectory() as temporary:
@@ -163,14 +231,19 @@ def main() -> None:
                 print(line)
             print(json.dumps({"in flight": rows}))
             return
-        keys = EngineKeys(concurrency=128, timeout=5, outage=60, rows_per_file=given.rows_per_file)  # type: ignore[call-arg]
-        deaths = tuple(count * share // 100 for share in (5, 25, 45, 65, 85))
-        result = run(count, Path(temporary), keys, die_after=deaths)
+        if given.shards:
+            result = shards(count, given.rows_per_file, Path(temporary))
+            whole = result["answered"] == count and not result["missing"] + result["twice"] + result["unknown"]
+        else:
+            keys = EngineKeys(concurrency=128, timeout=5, outage=60, rows_per_file=given.rows_per_file)  # type: ignore[call-arg]
+            deaths = tuple(count * share // 100 for share in (5, 25, 45, 65, 85))
+            result = run(count, Path(temporary), keys, die_after=deaths)
+            whole = is_whole(result)
     for name, value in result.items():
         print(f"| {name} | {value} |")
-    result["every request accounted for exactly once"] = is_whole(result)
+    result["every request accounted for exactly once"] = whole
     print(json.dumps(result))
-    if not is_whole(result):
+    if not whole:
         raise SystemExit(1)
 
 

@@ -33,7 +33,7 @@ LAST = (
     "test_adaptive",  # it needs the pair alone, which is there before the finished run
     *("test_resume", "test_vllm", "test_live", "test_real_domains", "test_labels", "test_sweep"),
     *("test_export", "test_hybrid", "test_switch", "test_prompt_embeds", "test_merge_lora", "test_compare"),
-    *("test_distribution", "test_notebook", "test_cli", "test_init", "test_readme", "test_cards"),
+    *("test_cluster", "test_distribution", "test_notebook", "test_cli", "test_init", "test_readme", "test_cards"),
 )
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

@@ -194,6 +194,7 @@ SHAPES: dict[str, Callable[[str], dict[str, object]]] = {
     "float-count": lambda text: shaped(tokens=3.0, content=text),
     "text-count": lambda text: shaped(tokens="3", content=text),
     "no-count": lambda text: shaped(tokens={"of": "many"}, content=text),
+    "long": lambda text: shaped(content=text) | {"padding": "x" * 2000},
     "eos": lambda text: shaped(finish="eos", content=text),
     "null-finish": lambda text: shaped(finish=None, content=text),
     "thinking-parts": lambda text: shaped(content=[{"type": "thinking", "thinking": [part("why")]}, part(text)]),

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import BIN
+from thinkswitch_plugin import files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run import cluster
 
@@ -63,3 +65,23 @@ def test_a_task_that_fails_is_named_with_its_host_and_the_others_are_finished(no
     ):
         cluster.scatter("auto", work, tasks, lambda name, _: found.append(name), "points")
     assert sorted(found) == ["point 1", "point 2"]
+
+
+@pytest.mark.slow
+def test_a_sweep_over_nodes_finds_what_it_finds_on_one_machine_and_then_has_nothing_to_do(
+    nodes: Any, finished_run: Path, forked: Any, tmp_path: Path
+) -> None:
+    def sweep(name: str, *cluster: str) -> tuple[list[dict[str, Any]], str]:
+        words = ["--domain", "arithmetic", "--runs", finished_run.parent, "--lambdas", "0.3 0.8", "--limit", "20"]
+        command = [BIN / "thinkswitch", "sweep", *words, "--out", tmp_path / name, *cluster]
+        done = forked(*command, RAY_ADDRESS=nodes[0].address)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        points = files.read_json(tmp_path / name / "sweep" / "sweep.json")["points"]
+        return [{k: v for k, v in point.items() if k != "seconds"} for point in points], done.stdout + done.stderr
+
+    serial, _ = sweep("serial")
+    spread, _ = sweep("spread", "--cluster", "auto")
+    assert spread == serial and len(serial) == 2
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("spread/sweep/points/*/candidate.json")}
+    assert sweep("spread", "--cluster", "auto")[0] == serial
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps and len(stamps) == 2

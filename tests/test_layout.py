@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from thinkswitch_plugin import environment, files
 from thinkswitch_plugin.engine_args import learning_options
 from thinkswitch_plugin.engines.servers import data_parallel
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.run import processes
 from thinkswitch_plugin.training.layout import spread
 
 CONFIG = {"micro_batch_size": 4, "gradient_accumulation_steps": 3}
@@ -46,6 +49,14 @@ def test_a_step_has_the_same_rows_with_any_number_of_processes(
 def test_processes_that_cannot_share_a_step_are_refused(number: str, reason: str) -> None:
     with pytest.raises(ThinkSwitchError, match=reason):
         spread(CONFIG, ["--launcher", "torchrun", "--", "--nproc_per_node", number])
+
+
+def test_an_engine_finds_the_launchers_of_its_own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    asks = "import shutil; print(shutil.which('torchrun'), shutil.which('accelerate'))"
+    processes.run_logged(["python", "-c", asks], tmp_path / "log", title="which")
+    found = (tmp_path / "log").read_text().split()
+    assert found == [str(Path(sys.executable).with_name(name)) for name in ("torchrun", "accelerate")]
 
 
 def test_all_visible_gpus_train_that_can_share_a_step_and_gpus_takes_the_first(gpus: Any) -> None:

@@ -95,6 +95,26 @@ def test_the_adapter_of_the_tiny_pair_is_merged_as_legacy_does(finished_run: Pat
     assert equal(read(here / "instruct"), legacy(config, tmp_path, here / "adapter"))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("forked_engines")
+def test_two_processes_learn_the_same_steps_as_one_and_their_adapter_merges(finished_run: Path, tmp_path: Path) -> None:
+    config = files.read_yaml(finished_run / "iter-1" / "axolotl.yaml") | {"max_steps": 12, "logging_steps": 1}
+
+    def trained(name: str, *options: str) -> dict[str, Any]:
+        here = tmp_path / name
+        places = {"output_dir": str(here / "adapter"), "dataset_prepared_path": str(here / "prepared")}
+        return distil.train(config | places, here, options=options, minimum=1e-4)
+
+    one = trained("one")
+    two = trained("two", "--launcher", "torchrun", "--", "--standalone", "--nproc_per_node", "2")
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert files.read_yaml(tmp_path / "two" / "axolotl.yaml")["micro_batch_size"] * 2 == config["micro_batch_size"]
+    alone, shared = ([loss for _, loss in notes["losses"]] for notes in (one, two))
+    assert shared[:4] == pytest.approx(alone[:4], rel=1e-3) and shared[-1] < shared[0] / 2
+    work.merge_adapter(tmp_path / "two", config["base_model"], tmp_path / "out")
+    require_compatible(tmp_path / "out", Path(config["base_model"]))
+
+
 def adapter_for(folder: Path, *names: str) -> Path:
     """An adapter with matrices of these names, by the header alone."""
     folder.mkdir()

@@ -21,6 +21,7 @@ Variable = Literal[
     "MAKELEVEL",
     "OPENAI_API_KEY",
     "HF_TOKEN",
+    "PATH",
     "PYTHONPATH",
     "SSL_CERT_FILE",
     "REQUESTS_CA_BUNDLE",

@@ -57,6 +57,11 @@ class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]
 
             require_kept(cfg)
 
+    def load_datasets(self, cfg: Any, preprocess: bool = False) -> None:
+        """Leave the datasets to axolotl; but where there is no accelerator, it would put the model of rank n on number n."""
+        if cfg.device == "cpu" and cfg.world_size > 1:
+            cfg.device_map = None
+
     def pre_model_load(self, cfg: Any) -> None:
         """Seed the adapter's initial weights; refuse a perception module that could not be trained or saved.
 
@@ -93,9 +98,14 @@ class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]
             attach(model, keys, load_tokenizer(cfg))
 
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[TrainerCallback]:
-        """Keep the trainer's log beside the adapter, for the loss in the report; pad all columns of KD on one side."""
+        """Keep the trainer's log beside the adapter, for the loss in the report; pad all columns of KD on one side.
+
+        Every token of a step counts the same, whichever process has it: axolotl takes the mean over processes of their means.
+        """
         if cfg.kd_trainer:  # its collator pads the columns of distributions on the right, whatever the tokenizer does
             trainer.data_collator.tokenizer.padding_side = "right"
+        elif cfg.world_size > 1:  # KD's loss would be divided by all tokens, but not multiplied by the processes
+            trainer.args.average_tokens_across_devices = True
         return [KeepLog()]
 
     def post_train(self, cfg: Any, model: Any) -> None:

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import IO
 
 from thinkswitch_plugin.console import printable, say
+from thinkswitch_plugin.environment import variable
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.run.progress import Bar, last_tqdm
 
@@ -158,13 +159,14 @@ def follow(bar: Bar, log: Path, start: int) -> None:
 def run_logged(command: Sequence[str | Path], log: Path, *, env: Mapping[str, str] | None = None, title: str) -> float:
     """Run an engine's command with its output in `log`; return its seconds.
 
-    A command without a folder is the one of the environment that runs us.
+    A command without a folder is the one of the environment that runs us, and so are those that it starts (`torchrun`).
     What the engine's own progress bars write into the log moves ours.
     Raises `ThinkSwitchError` with the log's end if the command fails.
     """
-    words = [str(word) for word in command]
+    words, ours = [str(word) for word in command], Path(sys.executable).parent
     if "/" not in words[0]:
-        words[0] = str(Path(sys.executable).with_name(words[0]))
+        words[0] = str(ours / words[0])
+        env = {"PATH": os.pathsep.join(filter(None, (str(ours), variable("PATH")))), **(env or {})}
     log.parent.mkdir(parents=True, exist_ok=True)
     say(f"  $ {' '.join(words)}")
     started = time.monotonic()
