@@ -61,7 +61,10 @@ def main() -> None:
     given = vars(parser.parse_args())
     found = cost(given)
     inputs = [[name, f"{given[name]:,.10g}", text] for name, _, text in INPUTS]
-    figures = [[name, formula, f"{value:,.1f} {unit}".strip()] for name, formula, value, unit in found]
+    figures = [
+        [name, formula, f"{value:,.{0 if value >= 1000 else 1}f} {unit}".strip()]
+        for name, formula, value, unit in found
+    ]
     for title, rows in (("input", inputs), ("figure", figures)):
         for line in console.table([title, "", ""], rows):
             print(line)

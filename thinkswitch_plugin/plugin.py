@@ -101,7 +101,14 @@ class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]
         """Keep the trainer's log beside the adapter, for the loss in the report; pad all columns of KD on one side.
 
         Every token of a step counts the same, whichever process has it: axolotl takes the mean over processes of their means.
+
+        Raises `ThinkSwitchError` if several processes would train side by side on the same rows.
         """
+        if cfg.world_size > trainer.accelerator.num_processes:
+            raise ThinkSwitchError(
+                f"{cfg.world_size} processes were started, but accelerate knows of {trainer.accelerator.num_processes}, so each "
+                "would learn from the same rows; on CPUs, set ACCELERATE_USE_CPU=true."
+            )
         if cfg.kd_trainer:  # its collator pads the columns of distributions on the right, whatever the tokenizer does
             trainer.data_collator.tokenizer.padding_side = "right"
         elif cfg.world_size > 1:  # KD's loss would be divided by all tokens, but not multiplied by the processes

@@ -136,6 +136,8 @@ def train(config: dict[str, Any], here: Path, *, options: Sequence[str], minimum
     if not has_cuda():
         command += ["--launcher", "python"]
         env = ENGINE_ENV | {"TORCH_COMPILE_DISABLE": "1"}  # the KD loss needs a C++ compiler, and longer than it saves
+        if world > 1:
+            env["ACCELERATE_USE_CPU"] = "true"  # else each process would learn from all rows, by itself
     command += options
     try:
         processes.run_logged(command, here / "logs" / "train.log", env=env, title="axolotl train")
