@@ -116,7 +116,7 @@ def main() -> None:
     """Print a table, and the same as one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=500)
-    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=64)
     given = parser.parse_args()
     if not CHECKPOINT.is_dir():
         sys.exit("bench-servers: the embedded pair is not there yet; run `make pair` first.")

@@ -110,7 +110,7 @@ def test_two_processes_learn_the_same_steps_as_one_and_their_adapter_merges(fini
     assert (one["processes"], two["processes"]) == (1, 2)
     assert files.read_yaml(tmp_path / "two" / "axolotl.yaml")["micro_batch_size"] * 2 == config["micro_batch_size"]
     alone, shared = ([loss for _, loss in notes["losses"]] for notes in (one, two))
-    assert shared[:4] == pytest.approx(alone[:4], rel=1e-3) and shared[-1] < shared[0] / 2
+    assert shared == pytest.approx(alone, rel=1e-3) and shared[-1] < shared[0] / 2
     work.merge_adapter(tmp_path / "two", config["base_model"], tmp_path / "out")
     require_compatible(tmp_path / "out", Path(config["base_model"]))
 
