@@ -15,7 +15,7 @@ import psutil
 from thinkswitch_plugin import files
 from thinkswitch_plugin.environment import has_cuda
 
-PAUSE = 0.2  # seconds between two looks at least, and nine times as long as a look takes
+PAUSE = 0.2, 2.0  # seconds between two looks: nine times as long as a look takes, but at least and at most these
 
 
 def anonymous(pid: int) -> int:
@@ -63,7 +63,7 @@ class Watch(threading.Thread):
         while not self.ended.is_set():
             began = time.monotonic()
             self.look()
-            self.ended.wait(max(PAUSE, 9 * (time.monotonic() - began)))
+            self.ended.wait(min(max(PAUSE[0], 9 * (time.monotonic() - began)), PAUSE[1]))
 
     def look(self) -> None:
         """Take all figures once."""

@@ -15,11 +15,12 @@ import pytest
 from click.testing import CliRunner
 
 from experiments import __main__ as commands
-from experiments import rehearse_form, rehearse_material
+from experiments import rehearse, rehearse_form, rehearse_material
 from experiments.rehearse_watch import Watch
 from tests.conftest import ROOT
 from thinkswitch_plugin import environment, files
 from thinkswitch_plugin.demo.tokenizer import CHAT_TEMPLATES
+from thinkswitch_plugin.engine_args import option_values
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.loop import check, foretell
 from thinkswitch_plugin.recipe import Recipe, recipe_of
@@ -93,10 +94,10 @@ def written(runs: Path, recipe: Recipe, **changes: Any) -> None:
     """Figures of a rehearsal of a recipe."""
     pair = recipe.keys.pair
     costs = {
-        "generate": {"fixed": 40.0, "unit": 0.01, "memory": 12.0, "written": 0.0},
-        "train": {"fixed": 80.0, "unit": 30.0, "memory": 13.0, "written": 0.3},
-        "eval-instruct": {"fixed": 60.0, "unit": 0.01, "memory": 12.0, "written": 0.0},
-        "eval-thinking": {"fixed": 60.0, "unit": 0.01, "memory": 12.0, "written": 0.0},
+        "generate": {"fixed": 40.0, "unit": 0.01, "memory": 1.2, "written": 0.0},
+        "train": {"fixed": 80.0, "unit": 30.0, "memory": 1.3, "written": 0.3},
+        "eval-instruct": {"fixed": 60.0, "unit": 0.01, "memory": 1.2, "written": 0.0},
+        "eval-thinking": {"fixed": 60.0, "unit": 0.01, "memory": 1.2, "written": 0.0},
         "pair": {"fixed": 2.0, "unit": 0.0, "memory": 1.0, "written": 0.0},
         "report": {"fixed": 5.0, "unit": 0.0, "memory": 1.0, "written": 0.0},
     }
@@ -113,9 +114,9 @@ def test_the_time_of_a_run_follows_from_a_rehearsal(tmp_path: Path) -> None:
     assert stages["generate"][0] == pytest.approx(40 + 15 * 4 * 8192 * 0.01)
     assert stages["train"][0] == pytest.approx(80 + 3 * 8 * 30)  # 15 pairs, 5 a step, 8 epochs
     assert stages["eval-instruct"][0] == pytest.approx(60 + 30 * 8192 * 0.01)
-    assert "at most 13.0 GB of memory (train)" in foretell.describe(known, recipe, {"thinkswitch_aime": 30}, 2)
+    assert "at most 1.3 GB of memory (train)" in foretell.describe(known, recipe, {"thinkswitch_aime": 30}, 2)
     assert "at 100 tokens/s (measured on this machine" in check.budget(recipe.keys, 2, None, {}, "", known)
-    assert "13 GB needed" in check.memory(recipe.keys, known)
+    assert "1.3 GB needed" in check.memory(recipe.keys, known)
 
 
 @pytest.mark.parametrize("changes", [{"hardware": {"cores": 1}}, {"pairs": [["a", "b"]]}, {"costs": {"train": {}}}])
@@ -135,7 +136,9 @@ def test_the_memory_of_all_processes_is_watched_by_stage(tmp_path: Path) -> None
         watch = Watch(process.pid, lambda: "train-1", tmp_path, tmp_path / "used" / "used.json")
         watch.start()
         assert process.stdout is not None and process.stdout.readline()
-        time.sleep(1)
+        deadline = time.monotonic() + 20
+        while watch.figures["disk"] < 10**8 and time.monotonic() < deadline:
+            time.sleep(0.1)
         for below in watch.process.children(recursive=True):
             below.kill()
         process.wait()
@@ -184,6 +187,20 @@ def test_the_shapes_held_here_are_those_of_the_shipped_recipes() -> None:
     assert held == rehearse_material.SHAPES.keys()
     sizes = [rehearse_material.Shape(rehearse_material.SHAPES[name], None).bytes / 2 for name in sorted(held)]
     assert [round(size / 1e9, 2) for size in sizes] == [30.53, 4.02, 8.03]
+
+
+def test_a_limit_of_gpu_memory_reaches_torch_and_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "has_cuda", lambda: True)
+    monkeypatch.setattr(rehearse, "gpu_memory", lambda what: 80 * 10**9)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    made = rehearse_material.Material({"instruct": "a", "thinking": "b"}, {}, {}, None, Path("vllm"))
+    changes = rehearse.derived(recipe_of("aime"), made, rehearse.Budgets(), 8, 10**9)["thinkswitch"]
+    options = changes["engine"]["vllm_args"]
+    assert "fp8_per_tensor" in options and "rehearse_form.Form" in options  # the recipe's own, and ours
+    assert dict(option_values(options))["--gpu-memory-utilization"] == "0.0920"  # 92 % of 8 GB of 80
+    env = rehearse._environment(made, 8)
+    assert env["PYTORCH_CUDA_ALLOC_CONF"] == "per_process_memory_fraction:0.1000"
+    assert changes["prompts"]["count"] == 5 and changes["sampling"]["samples"] == 2
 
 
 def test_the_makefile_rehearses_aime_unless_told_otherwise(command: Any) -> None:
