@@ -114,7 +114,7 @@ def test_an_empty_gold_answer_is_named_with_what_to_do(
 ) -> None:
     rows = [{"question": f"What is {n} times 7?", "gold": gold if n < 3 else None} for n in range(12)]
     done = init("sums", "--prompts", written(rows, name), "--gold", "gold")
-    advice = "fill it; or put the rows that have it into a file of their own and name that by --held-out-file."
+    advice = "fill it, or put the rows that have it into a file of their own and name that file with --held-out-file."
     assert f"{name}, {where}: the field `gold` is empty; {advice}" in done.output
 
 

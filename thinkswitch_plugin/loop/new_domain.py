@@ -164,8 +164,8 @@ def read_golds(data: Data) -> dict[str, str]:
     except ThinkSwitchError as problem:
         if data.held_out_file:
             raise
-        advice = "or put the rows that have it into a file of their own and name that by --held-out-file"
-        raise ThinkSwitchError(f"{str(problem).rstrip('.')}; {advice}.") from None
+        advice = "or put the rows that have it into a file of their own and name that file with --held-out-file"
+        raise ThinkSwitchError(f"{str(problem).rstrip('.')}, {advice}.") from None
 
 
 def prompt_column(data: Data, gold: bool) -> str:
