@@ -40,9 +40,7 @@ from thinkswitch_plugin.environment import variable
 from thinkswitch_plugin.errors import ThinkSwitchError
 
 STARTS = 3  # of a server for the same weights
-REFUSED = re.compile(
-    r"Worker failed with error '(.+?)(?:\. |', please|$)"
-)  # of a worker that lives: it would do so again
+REFUSED = re.compile(r"Worker failed with error '(.+?)(?:\. |', please|$)")  # by a live worker: no use to start again
 OF_FOLDER = "start"  # the id of the weights that a server is started with
 MODULE = "thinkswitch_live"  # the name of `live_worker.py` in vLLM's environment
 # Behind the user's own options, so that these count: one guard knows of all requests, and only this machine reaches it.
