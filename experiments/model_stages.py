@@ -23,6 +23,8 @@ from tests import forked
 from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.engines.ask import Asker, ask_in_order
+from thinkswitch_plugin.engines.replies import Unanswered
+from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import require_compatible
 from thinkswitch_plugin.merging.lora import lora_target
 from thinkswitch_plugin.recipe import Recipe, iteration_config, load_recipe
@@ -97,7 +99,8 @@ def first_tokens(asker: Asker) -> list[str]:
         for q in QUESTIONS[:4]
     ]
     replies = ask_in_order(asker, bodies)
-    assert all(isinstance(reply, dict) for reply in replies), replies
+    if refused := next((reply for reply in replies if isinstance(reply, Unanswered)), None):
+        raise ThinkSwitchError(f"The server answers no request: {refused}.")
     return [str(reply["choices"][0]["message"]["content"]) for reply in replies if isinstance(reply, dict)]
 
 

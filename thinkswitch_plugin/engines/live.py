@@ -221,19 +221,17 @@ class LiveVllm:
             self.close()
             if found := REFUSED.search(str(error)):
                 raise ThinkSwitchError(
-                    f"vLLM cannot load these weights ({found[1]}); its log is {self.log}. "
-                    "Use the in-process engine instead: `thinkswitch.evaluation.backend: hf` in an overlay."
+                    f"vLLM cannot load these weights ({found[1]}); use `thinkswitch.evaluation.backend: hf` in an overlay."
                 ) from None
             raise
 
     def _stream(self, source: Callable[[Send], None], name: str) -> None:
         address = self._private / "weights"
-        posted: Future[None] = Future()
+        posted: Future[dict[str, Any]] = Future()
 
         def post() -> None:
             try:
-                self._request({"id": name, "source": str(address)})
-                posted.set_result(None)
+                posted.set_result(self._request({"id": name, "source": str(address)}))
             except BaseException as error:
                 posted.set_exception(error)
 
