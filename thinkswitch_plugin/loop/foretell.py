@@ -24,7 +24,7 @@ from thinkswitch_plugin.run.progress import duration
 from thinkswitch_plugin.training.layout import rows_of_a_step
 
 FIGURES = "rehearsal.json"
-KV_GB = 2.1  # what a rehearsal on a CPU reserves for the answers under way
+KV_GB = 1.0  # what a rehearsal on a CPU reserves for the answers under way
 
 
 class Cost(NamedTuple):
@@ -86,6 +86,8 @@ def stated(weights: float, rows: int) -> Foretold:
         rows: that a step of the training learns from.
     """
     start, token, vllm = 20 + 2.4 * weights, 0.02 * weights, 2.2 + weights + min(KV_GB, weights / 4)
+    heads = min(3.1, 2.7 * weights)  # copies of a tied embedding, while weights are loaded into a running server too
+    vllm += heads
     costs = {
         "pair": Cost(5 + weights),
         "requests": Cost(2),
