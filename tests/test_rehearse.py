@@ -136,7 +136,7 @@ def test_the_memory_of_all_processes_is_watched_by_stage(tmp_path: Path) -> None
         watch = Watch(process.pid, lambda: "train-1", tmp_path, tmp_path / "used" / "used.json")
         watch.start()
         assert process.stdout is not None and process.stdout.readline()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while watch.figures["disk"] < 10**8 and time.monotonic() < deadline:
             time.sleep(0.1)
         for below in watch.process.children(recursive=True):
