@@ -23,7 +23,6 @@ from urllib.request import urlopen
 
 import psutil
 
-from thinkswitch_plugin import files
 from thinkswitch_plugin.args import EngineKeys, SamplingKeys
 from thinkswitch_plugin.data import batch
 from thinkswitch_plugin.data.prompts import write_requests
@@ -99,7 +98,7 @@ def measure(count: int, tokens: int, folder: Path) -> dict[str, Any]:
         report = generate(requests, out, str(CHECKPOINT), urls, keys, log=folder / "log")
         seconds = time.monotonic() - started
         thread.join()
-        lines = Counter(batch.stored_id(row, out, n) for n, row in files.read_jsonl(out) if not row["error"])
+        lines = Counter(name for name, row in batch.read_stored(out) if not row["error"])
         return {
             "requests": count,
             "answered": report.answered,

@@ -36,6 +36,7 @@ from thinkswitch_plugin.recipe import Recipe, recipe_of
 from thinkswitch_plugin.run import locked, open_run, stamp, versions
 from thinkswitch_plugin.run.execution import work_path
 from thinkswitch_plugin.run.hashes import read_stamp
+from thinkswitch_plugin.run.table import TRACKING
 from thinkswitch_plugin.training.layout import rows_of_a_step
 
 # How an answer of each kind is written; see `answer_kinds`.
@@ -88,7 +89,12 @@ def rehearse(domain: str, runs: Path, seed: int, overlays: tuple[str, ...], budg
         **{"versions": versions(), "hardware": environment.hardware()},
     }
     with locked(outer):
-        stamp.once(outer / ".rehearsed.json", key, (outer / domain,), lambda _: _carry_out(recipe, outer, shape, key))
+        stamp.once(
+            outer / ".rehearsed.json",
+            key,
+            (outer / domain, outer / foretell.FIGURES),
+            lambda _: _carry_out(recipe, outer, shape, key),
+        )
     rehearse_figures.show(files.read_json(outer / foretell.FIGURES), outer)
 
 
@@ -145,6 +151,8 @@ def derived(
     return {
         "base_model": made.pair["instruct"],
         "max_steps": budgets.steps,
+        # neither trackers nor the hub hear of a random pair
+        **{key: None for key in recipe.axolotl if TRACKING.match(key) or key.startswith("hub_")},
         **made.axolotl,
         "thinkswitch": {
             "pair": {**made.pair, "base": None, "revision_instruct": None, "revision_thinking": None},

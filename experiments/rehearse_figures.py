@@ -28,7 +28,9 @@ def figures(run: Run, real: PairKeys, foretold: Foretold, used: Mapping[str, Any
     questions = dict.fromkeys(keys.evaluation.tasks, keys.evaluation.limit or 0)  # a task has more than the limit
     expected = foretold.stages(run.recipe, questions)
     stamps = {stage.key: read_stamp(stamp_path(run, stage)) or {} for stage in stages(run)}
-    speed = stamps["generate", 1]["notes"]["tokens_per_second"]
+    done = stamps["generate", 1]
+    speed = done["notes"]["tokens_per_second"]  # 0 if a rehearsal was stopped between the last answer and the stamp
+    speed = speed or foretell.work(run.recipe, "generate", questions) / max(done["seconds"], 1.0)
     step = seconds_of_training(run.iteration(1) / "logs" / "train.log") / run.recipe.axolotl["max_steps"]
     rows: list[dict[str, Any]] = []
     costs: dict[str, Cost] = {}

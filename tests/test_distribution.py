@@ -116,6 +116,18 @@ def test_a_token_that_the_teacher_did_not_write_is_learnt_as_itself() -> None:
     assert found["target_logprobs"] == [[0.0], [0.0], [0.0], []]
 
 
+def test_what_is_left_of_a_trace_before_the_answer_does_not_stand_for_it() -> None:
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": f"token_id:{token}",
+            "top_logprobs": [{"token": f"token_id:{token}", "logprob": logprob}] * 1
+            + [{"token": "token_id:1", "logprob": 0.0}],
+        }
+
+    trace, answer = [entry(7, -9.0), entry(8, -9.0)], [entry(7, -1.0), entry(8, -1.0)]
+    assert targets([-100, 7, 8], [*trace, *answer]) == targets([-100, 7, 8], answer)
+
+
 def recipe(**keys: Any) -> Recipe:
     loaded = load_recipe(ROOT / "recipes" / "arithmetic.yaml")
     values = loaded.keys.model_dump(by_alias=True, exclude_defaults=True) | {"loss": "distribution", **keys}

@@ -391,7 +391,8 @@ def test_answers_in_several_files_are_resumed_by_reading_only_the_files_that_are
     monkeypatch.setattr("thinkswitch_plugin.engines.stored.repair", lambda path: read.append(path.name) or repair(path))
     server.seen.clear()
     report = generate(requests, out, "m", url(server), keys, log=tmp_path / "log")
-    assert report.already_stored == stored and len(server.seen) == report.answered == 95 - stored
+    asked = {body["messages"][0]["content"] for body in server.seen}  # one may still be of the first generation
+    assert report.already_stored == stored and len(asked) == report.answered == 95 - stored
     assert 1 <= len(read) <= 4 and "00000.jsonl" not in read
     assert [path.name for path in sorted(out.glob("*.jsonl"))] == [f"{n:05}.jsonl" for n in range(10)]
     assert answered_once(out, texts)

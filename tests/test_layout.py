@@ -51,6 +51,15 @@ def test_processes_that_cannot_share_a_step_are_refused(number: str, reason: str
         spread(CONFIG, ["--launcher", "torchrun", "--", "--nproc_per_node", number])
 
 
+def test_distributions_are_learnt_by_one_process_and_a_batch_is_a_number(gpus: Any) -> None:
+    gpus("0,1")
+    assert spread({**CONFIG, "kd_trainer": True}, [])[2] == 1
+    with pytest.raises(ThinkSwitchError, match="works with one"):
+        spread({**CONFIG, "kd_trainer": True}, ["--launcher", "torchrun", "--", "--nproc_per_node", "2"])
+    with pytest.raises(ThinkSwitchError, match="whole numbers"):
+        spread({"micro_batch_size": "two"}, [])
+
+
 def test_an_engine_finds_the_launchers_of_its_own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     asks = "import shutil; print(shutil.which('torchrun'), shutil.which('accelerate'))"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.faulty_server import FaultyServer, completion
+from tests.faulty_server import FaultyServer, completion, shaped
 from tests.report_run import make_run
 from thinkswitch_plugin import cli, files
 from thinkswitch_plugin.data.traces import split
@@ -67,6 +67,10 @@ def test_a_judge_that_prefers_a_place_wins_nothing_and_one_without_a_verdict_is_
         done = judge(made, server, "--limit", "20")
     found = files.read_json(made / "iter-1" / "judge" / "instruct" / "judge.json")
     assert len(found["unread"]) + len(found["tied"]) == 20 and "left out without a verdict" in done.output
+    with FaultyServer(refuse=lambda body: (200, shaped("length", content="<think>[[A]] or [[B]]"))) as server:
+        judge(made, server, "--limit", "10")
+    found = files.read_json(made / "iter-1" / "judge" / "instruct" / "judge.json")
+    assert len(found["unread"]) + len(found["tied"]) == 10 and not found["disagree"]
 
 
 def test_a_judge_that_the_server_does_not_have_is_one_sentence(made: Path) -> None:

@@ -111,7 +111,7 @@ class ThinkSwitchPlugin(BasePlugin):  # type: ignore[misc]
             )
         if cfg.kd_trainer:  # its collator pads the columns of distributions on the right, whatever the tokenizer does
             trainer.data_collator.tokenizer.padding_side = "right"
-        elif cfg.world_size > 1:  # KD's loss would be divided by all tokens, but not multiplied by the processes
+        elif cfg.world_size > 1:
             trainer.args.average_tokens_across_devices = True
         return [KeepLog()]
 

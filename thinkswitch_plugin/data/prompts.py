@@ -49,7 +49,7 @@ def read_prompts(keys: PromptKeys, seed: int) -> tuple[list[tuple[str, str]], st
             raise ThinkSwitchError(f"{where}: the prompt is empty; fill it or delete the row.")
         if token := control_token(text):
             raise ThinkSwitchError(f"{where}: the prompt holds {token!r}, which would end the turn there; remove it.")
-        prompt_id = _prompt_id(keys, row, number)
+        prompt_id = id_of(keys, row, number)
         if prompt_id in seen:
             raise ThinkSwitchError(f"{where}: the id {prompt_id!r} occurs twice; give each row its own.")
         seen.add(prompt_id)
@@ -84,11 +84,12 @@ def read_field(keys: PromptKeys, seed: int, field: str) -> dict[str, str]:
                 f"{where}: the field `{field}` is {'missing' if value is None else 'neither text nor a number'}; "
                 f"fields of this row: {', '.join(row)}."
             )
-        found[_prompt_id(keys, row, number)] = str(value)
+        found[id_of(keys, row, number)] = str(value)
     return found
 
 
-def _prompt_id(keys: PromptKeys, row: dict[str, Any], number: int) -> str:
+def id_of(keys: PromptKeys, row: dict[str, Any], number: int) -> str:
+    """The id of a row of prompts: its own, else the number of the row, which counts from 1."""
     return str(row.get(keys.id, f"p{number - 1:05d}"))
 
 

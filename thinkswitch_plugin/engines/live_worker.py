@@ -110,8 +110,13 @@ def prepare_experts(model: torch.nn.Module) -> None:
     """Have experts packed for the kernels of a CPU at the next reload, as they are at a start.
 
     vLLM 0.32 packs them only with the first weights (`UnquantizedFusedMoEMethod._setup_kernel`): after a reload the
-    kernel would take unpacked weights for packed ones, or the reload would fail if packing pads them.
+    kernel would take unpacked weights for packed ones, or the reload would fail if packing pads them. On a GPU the
+    kernel has to stay, since CUDA graphs hold on to what belongs to it.
     """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
     from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEExperts
 
     for module in model.modules():

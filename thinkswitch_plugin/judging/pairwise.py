@@ -17,7 +17,8 @@ from typing import Any
 
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import EngineKeys
-from thinkswitch_plugin.data import batch
+from thinkswitch_plugin.data import batch, traces
+from thinkswitch_plugin.engine_args import identity
 from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.engines.generate import generate
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -75,7 +76,14 @@ def judge_run(run: Run, judge: str, engine: str, *, mode: str, iteration: int, l
         return result(shared, same, verdicts(generations) if rows else {})
 
     hashes = Hashes(run.folder)
-    key = {"judge": judge, "limit": limit, "prompt": PROMPT, "answers": [hashes.of(path) for path in stored]}
+    asked_how = {"engine": identity(servers.choose(engine)), "max_tokens": MAX_TOKENS, "trace": run.recipe.keys.trace}
+    key = {
+        "judge": judge,
+        "limit": limit,
+        "prompt": PROMPT,
+        **asked_how,
+        "answers": [hashes.of(path) for path in stored],
+    }
     with locked(run.folder):
         found = once(here / "judge.json", key, (requests,), work, scratch=scratch)
     console.say(f"  {mode} of iteration {iteration} against iteration 0, by {judge}: {found['sentence']}")
@@ -108,7 +116,9 @@ def verdicts(generations: Path) -> dict[str, int]:
     found = {}
     for name, line in batch.read_stored(generations, torn_end=True):
         body = batch.completion_body(line)
-        named = VERDICT.findall(str(body["choices"][0]["message"].get("content"))) if body else []
+        choice = body["choices"][0] if body else {}
+        whole = body and traces.finished(choice.get("finish_reason"))  # a trace that was cut may weigh anything
+        named = VERDICT.findall(str(choice["message"].get("content"))) if whole else []
         if named:  # the last one: a judge that thinks may weigh others before
             found[name] = next(values for order, values in ORDERS.items() if name.endswith(order))[named[-1]]
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ def check_domain(
     """
     keys = recipe.keys
     counted: dict[str, int] = {}  # the questions by task, once they are loaded
-    known = foretell.foretell(runs, recipe, seed)
+    known = None
+    with suppress(ThinkSwitchError):  # the line `recipe` names what is wrong
+        known = foretell.foretell(runs, recipe, seed)
     checks: dict[str, Callable[[], str]] = {
         "GPU": lambda: gpu(keys),
         "memory": lambda: memory(keys, known),
@@ -131,6 +134,8 @@ def gpu(keys: ThinkSwitchKeys) -> str:
 def memory(keys: ThinkSwitchKeys, known: Foretold | None) -> str:
     """Free main memory against what the recipe needs, or what a rehearsal of it took."""
     most = max((cost.memory for cost in known.costs.values()), default=0) if known else 0
+    if known and not known.measured:
+        most = max(most, keys.needs.ram_gb)
     needed, who = (round(most, 1), "its stages take") if most else (keys.needs.ram_gb, "the recipe needs")
     return enough(virtual_memory().available, needed, who)
 

@@ -45,6 +45,7 @@ class Foretold:
 
     costs: Costs
     basis: str
+    measured: bool = False
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -73,7 +74,7 @@ def measured(runs: Path, recipe: Recipe) -> Foretold | None:
         if pair not in found["pairs"] or found["hardware"] != environment.hardware():
             return None
         costs = {name: Cost(**cost) for name, cost in found["costs"].items()}
-        return Foretold(costs, f"measured on this machine by `make rehearse DOMAIN={recipe.path.stem}`")
+        return Foretold(costs, f"measured on this machine by `make rehearse DOMAIN={recipe.path.stem}`", measured=True)
     except (ThinkSwitchError, OSError, KeyError, TypeError):
         return None
 
@@ -125,7 +126,10 @@ def work(recipe: Recipe, stage: str, questions: Mapping[str, int]) -> float:
         return longest * (asked if stage == "generate" else min(asked, keys.rebuild.check_prompts))
     if stage == "train":
         kept = asked if keys.labels.selection == "all" else keys.prompts.count
-        epochs = float(recipe.axolotl.get("num_epochs") or 1)
+        try:
+            epochs = float(recipe.axolotl.get("num_epochs") or 1)
+        except (TypeError, ValueError):
+            raise ThinkSwitchError(f"{recipe.path}: `num_epochs` has to be a number.") from None
         steps = math.ceil(kept / rows_of_a_step(recipe.axolotl)) * epochs
         return min(steps, recipe.axolotl.get("max_steps") or steps)
     if stage.startswith("eval"):

@@ -64,6 +64,8 @@ def make_reference(domain: str, engine: str, samples: int, overlays: Sequence[st
             "prompts": asked.prompts.model_dump(),
             "sampling": asked.sampling.model_dump(),
             "answer": task_files.kind_of_task(keys.evaluation.task),
+            "trace": keys.trace,
+            **keys.pair.asked_with("thinking"),
         }
         hashes.save()
         scratch = (work / "requests.jsonl", work / "generations.jsonl")
@@ -81,7 +83,7 @@ def answer_questions(keys: ThinkSwitchKeys, teacher: str, engine: str, out: Path
     every, _ = prompts.read_prompts(keys.prompts, seed)
     prompts.ask_in_mode(requests, every, teacher, "thinking", keys, seed)
     generate(requests, generations, teacher, engine, keys.engine, log=work / "reference.log")
-    rows = {str(row.get(keys.prompts.id)): row for _, row in files.read_jsonl(questions)}
+    rows = {prompts.id_of(keys.prompts, row, n): row for n, (_, row) in enumerate(files.read_jsonl(questions), 1)}
     found = list(majorities(requests, generations, keys))
     answered = (
         {**rows[prompt_id], "answer": winner, "votes": votes, "samples": keys.sampling.samples}

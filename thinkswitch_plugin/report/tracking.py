@@ -46,16 +46,11 @@ def log_report(report: dict[str, Any], keys: dict[str, Any], folder: Path) -> No
     chosen = [name for name, (switch, project, _) in TRACKERS.items() if keys.get(switch) or keys.get(project)]
     if not chosen:
         return
-    from accelerate import PartialState
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-    from axolotl.utils import comet_, mlflow_, trackio_, wandb_
-    from axolotl.utils.dict import DictDefault
-
-    # Server, mode and so on are set as for a training; the id of a training's own run is not.
-    values = DictDefault({key: value for key, value in keys.items() if not key.endswith("_run_id")})
-    for module in (wandb_, mlflow_, trackio_, comet_):
-        getattr(module, f"setup_{module.__name__.rpartition('.')[2]}env_vars")(values)
-    PartialState(cpu=True)
+    try:
+        kinds = _prepared(keys)
+    except Exception as error:  # whatever axolotl's and accelerate's set-up raises
+        console.say(f"  no tracker took the scores ({reason(error)}); `make report` sends them again.")
+        return
     title = f"{report['domain']}-seed-{report['seed']}"
     for name in chosen:
         _, project, word = TRACKERS[name]
@@ -65,9 +60,7 @@ def log_report(report: dict[str, Any], keys: dict[str, Any], folder: Path) -> No
         if name == "trackio" and keys.get("trackio_space_id"):
             options["space_id"] = keys["trackio_space_id"]
         try:
-            tracker = LOGGER_TYPE_TO_CLASS[name](
-                title if name == "tensorboard" else keys.get(project) or "thinkswitch", **options
-            )
+            tracker = kinds[name](title if name == "tensorboard" else keys.get(project) or "thinkswitch", **options)
             tracker.start()
             tracker.store_init_configuration({key: report[key] for key in ("domain", "seed", "engine")})
             for entry in report["iterations"]:
@@ -78,3 +71,18 @@ def log_report(report: dict[str, Any], keys: dict[str, Any], folder: Path) -> No
             console.say(f"  {name} did not take the scores ({reason(error)}); `make report` sends them again.")
         else:
             console.say(f"  scores, λ and times logged to {name} as {title}")
+
+
+def _prepared(keys: dict[str, Any]) -> dict[str, Any]:
+    """accelerate's trackers by name, ready to be started as axolotl's keys say."""
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    from axolotl.utils import comet_, mlflow_, trackio_, wandb_
+    from axolotl.utils.dict import DictDefault
+
+    # Server, mode and so on are set as for a training; the id of a training's own run is not.
+    values = DictDefault({key: value for key, value in keys.items() if not key.endswith("_run_id")})
+    for module in (wandb_, mlflow_, trackio_, comet_):
+        getattr(module, f"setup_{module.__name__.rpartition('.')[2]}env_vars")(values)
+    PartialState(cpu=True)
+    return dict(LOGGER_TYPE_TO_CLASS)

@@ -17,8 +17,11 @@ BATCH, ACCUMULATION = "micro_batch_size", "gradient_accumulation_steps"
 
 
 def rows_of_a_step(config: dict[str, Any]) -> int:
-    """The rows that one step learns from."""
-    return int(config.get(BATCH) or 1) * int(config.get(ACCUMULATION) or 1)
+    """The rows that one step learns from. Raises `ThinkSwitchError` if a key is not a number."""
+    try:
+        return int(config.get(BATCH) or 1) * int(config.get(ACCUMULATION) or 1)
+    except (TypeError, ValueError):
+        raise ThinkSwitchError(f"`{BATCH}` and `{ACCUMULATION}` have to be whole numbers.") from None
 
 
 def _count(options: Sequence[str], name: str, default: int) -> int:
@@ -58,7 +61,12 @@ def shared(config: dict[str, Any], processes: int) -> dict[str, Any] | None:
 
 
 def usable_gpus(config: dict[str, Any]) -> int:
-    """The largest number of visible GPUs that can share the rows of a step; 1 without any."""
+    """The largest number of visible GPUs that can share the rows of a step; 1 without any.
+
+    axolotl's KD trainer (0.19) does not find the output head of a model that is spread over processes.
+    """
+    if config.get("kd_trainer"):
+        return 1
     return max((n for n in range(1, visible_gpus() + 1) if rows_of_a_step(config) % n == 0), default=1)
 
 
@@ -71,6 +79,11 @@ def spread(config: dict[str, Any], options: Sequence[str]) -> tuple[dict[str, An
     """
     if any(LAUNCH_OPTIONS.fullmatch(option_name(word)) for word in options):
         processes = world_size(options)
+        if processes > 1 and config.get("kd_trainer"):
+            raise ThinkSwitchError(
+                f"`thinkswitch.axolotl_args` starts {processes} processes, but axolotl's KD trainer, which `thinkswitch.loss: "
+                "distribution` uses, works with one; remove these options."
+            )
         if (found := shared(config, processes)) is None:
             rows = rows_of_a_step(config)
             raise ThinkSwitchError(

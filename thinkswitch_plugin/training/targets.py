@@ -62,8 +62,10 @@ def targets(labels: Sequence[int], entries: Sequence[Entry], temperature: float 
     """
     trained = [place for place, label in enumerate(labels) if label != -100]
     wrote = [distributions.token_id(one) for one in entries]
-    same = SequenceMatcher(None, wrote, [labels[place] for place in trained], autojunk=False).get_matching_blocks()
-    known = {trained[block.b + i]: entries[block.a + i] for block in same for i in range(block.size)}
+    # From the end, since what comes before the answer may be left of the trace, and say the same.
+    ends = wrote[::-1], [labels[place] for place in reversed(trained)]
+    same = SequenceMatcher(None, *ends, autojunk=False).get_matching_blocks()
+    known = {trained[-1 - block.b - i]: entries[-1 - block.a - i] for block in same for i in range(block.size)}
     likely: list[dict[int, float]] = [{} for _ in labels]
     for place in trained:
         if place:
