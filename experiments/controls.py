@@ -62,9 +62,7 @@ def run_control(run: Run, name: str) -> None:
         out = here / mode
         if name in ("shuffled", "own-answers", "true-labels"):
             files.remove(here)  # a control always begins anew
-            with files.atomic_file(here / "pairs.jsonl") as handle:
-                for row in relabelled(run, name):
-                    handle.write(files.dumps_line(row))
+            files.write_jsonl(here / "pairs.jsonl", relabelled(run, name))
             learn(run, here, "answers")  # other answers than the thinking checkpoint's have no distributions
         elif name == "rounded":
             first = run.iteration(1)

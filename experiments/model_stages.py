@@ -53,11 +53,6 @@ def run_engine(command: Sequence[str | Path], log: Path, *, env: Mapping[str, st
 processes.run_logged = run_engine
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as JSONL."""
-    path.write_bytes(b"".join(map(files.dumps_line, rows)))
-
-
 def recipe_for(instruct: Path) -> Recipe:
     """The recipe of the demo domain, shortened, with the experts that a refusal of it would name."""
     from thinkswitch_plugin.training.reach import find_experts
@@ -110,7 +105,7 @@ def train(model: Model, roles: Roles, folder: Path) -> None:
     recipe = recipe_for(roles["instruct"])
     distil.require_trainable(recipe, str(roles["instruct"]))
     rows = [[{"role": "user", "content": q}, {"role": "assistant", "content": str(len(q))}] for q in QUESTIONS]
-    write_rows(folder / "pairs.jsonl", [{"messages": turns} for turns in rows])
+    files.write_jsonl(folder / "pairs.jsonl", [{"messages": turns} for turns in rows])
     config = iteration_config(
         recipe,
         base_model=str(roles["instruct"]),
@@ -216,7 +211,7 @@ def loop(model: Model, roles: Roles, folder: Path) -> None:
     teach(roles["instruct"], folder / "start" / "instruct", "7<|im_end|>")
     teach(roles["thinking"], folder / "start" / "thinking", "1</think>\n\n8<|im_end|>")
     recipe = recipe_for(roles["instruct"])
-    write_rows(folder / "prompts.jsonl", [{"prompt": question} for question in QUESTIONS])
+    files.write_jsonl(folder / "prompts.jsonl", [{"prompt": question} for question in QUESTIONS])
     own = recipe.keys
     keys = own.model_copy(
         update={

@@ -119,14 +119,14 @@ def prepare(recipe: Recipe, shape: Shape, folder: Path, seed: int, prompts: int)
     changed: dict[str, Any] = {}
     if keys.prompts.hub and not _loads(lambda: prompts_of_iteration(keys.prompts, seed, 1)):
         path = folder / "prompts.jsonl"
-        _write_rows(path, f"prompts-{seed}", 3 * max(8, prompts))
+        files.write_jsonl(path, rows(f"prompts-{seed}", 3 * max(8, prompts)))
         gone = ("hub", "config", "revision", "outside", "split")
         changed = {**dict.fromkeys(gone), "path": str(path), "id": "id"}
     data = None
     if not _loads(lambda: task_files.load(keys.evaluation.task)):
         data = folder / "data"
         for name in DATA_FILES:
-            _write_rows(data / f"{name}.jsonl", "questions", 30, novel=True)
+            files.write_jsonl(data / f"{name}.jsonl", rows("questions", 30, novel=True))
         console.say("  the questions cannot be loaded; others take their place")
     pair = {mode: str(folder / "pair" / ("hybrid" if keys.pair.hybrid else mode)) for mode in MODES}
     axolotl = {} if shape.tokenizers else dict.fromkeys(("eot_tokens", "special_tokens"))
@@ -154,13 +154,6 @@ def rows(name: str, count: int, *, novel: bool = False) -> Iterator[dict[str, An
             **dict.fromkeys(("prompt", "problem"), " ".join(several)),
             **{"question": several[0], "answer": number, "final_decision": ("yes", "no", "maybe")[number % 3]},
         }
-
-
-def _write_rows(path: Path, name: str, count: int, *, novel: bool = False) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with files.atomic_file(path) as handle:
-        for row in rows(name, count, novel=novel):
-            handle.write(files.dumps_line(row))
 
 
 def _with_ids(shape: Shape, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -188,7 +188,8 @@ def test_keys_that_cannot_be_carried_out_are_refused(keys: dict[str, Any], messa
 
 
 def test_vllm_returns_more_if_it_is_told_to() -> None:
-    recipe(distribution={"top_k": 50}, engine={"vllm_args": ["--max-logprobs", "64"]})
+    found = recipe(distribution={"top_k": 50}, engine={"vllm_args": ["--max-logprobs", "64"]})
+    assert found.keys.distribution.top_k == 50
 
 
 @pytest.mark.parametrize(

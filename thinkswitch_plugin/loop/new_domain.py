@@ -89,7 +89,7 @@ def write_domain(name: str, gpu: str, data: Data) -> None:
     train, test, kind, dropped = split(data)
     ending = f"\n\n{ENDINGS[kind]}" if kind in ENDINGS else ""
     for file, part in (("prompts.jsonl", train), ("test.jsonl", test)):
-        files.write_text(rows / file, "".join(files.dumps_line(row).decode() for row in part))
+        files.write_jsonl(rows / file, part)
     text = recipe_text(name, kind, ending, len(train), overlays=[] if gpu == "8gb" else ["24gb"])
     files.write_text(recipe, text)
     budget = load_recipe(recipe).keys.evaluation.max_tokens
