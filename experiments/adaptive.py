@@ -42,7 +42,7 @@ from thinkswitch_plugin.report.questions import asked_texts
 from thinkswitch_plugin.router.classifier import candidates, describe
 from thinkswitch_plugin.run import locked, versions
 from thinkswitch_plugin.run.checkpoint import MODULE
-from thinkswitch_plugin.run.cluster import scatter
+from thinkswitch_plugin.run.cluster import PATIENCE, scatter
 from thinkswitch_plugin.run.hashes import Hashes
 
 if TYPE_CHECKING:
@@ -156,8 +156,14 @@ def run_seeds(jobs: Sequence[LabelJob], planned: Mapping[str, Plan], cluster: st
     if not cluster:
         return [run_seed(*task) for task in tasks.values()]
     found: dict[str, Seed] = {}
-    scatter(cluster, run_seed, tasks, found.__setitem__, "seeds")
+    scatter(cluster, run_seed_alone, tasks, found.__setitem__, "seeds")
     return [found[name] for name in tasks]
+
+
+def run_seed_alone(job: LabelJob, planned: Mapping[str, Plan]) -> Seed:
+    """`run_seed`, after an earlier attempt has left the seed's folder."""
+    with locked(job.work, PATIENCE):
+        return run_seed(job, planned)
 
 
 def run_seed(job: LabelJob, planned: Mapping[str, Plan]) -> Seed:

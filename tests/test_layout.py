@@ -51,6 +51,17 @@ def test_processes_that_cannot_share_a_step_are_refused(number: str, reason: str
         spread(CONFIG, ["--launcher", "torchrun", "--", "--nproc_per_node", number])
 
 
+def test_accelerate_without_a_gpu_is_refused_instead_of_learning_from_a_share_of_each_step(
+    gpus: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "has_cuda", lambda: False)
+    with pytest.raises(ThinkSwitchError, match="torchrun, --, --nproc_per_node, 2"):
+        spread(CONFIG, ["--", "--num-processes", "2"])
+    monkeypatch.setattr(environment, "has_cuda", lambda: True)
+    gpus("0,1")
+    assert spread(CONFIG, ["--", "--num-processes", "2"])[2] == 2
+
+
 def test_distributions_are_learnt_by_one_process_and_a_batch_is_a_number(gpus: Any) -> None:
     gpus("0,1")
     assert spread({**CONFIG, "kd_trainer": True}, [])[2] == 1

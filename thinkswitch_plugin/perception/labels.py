@@ -250,7 +250,8 @@ def evaluate_elsewhere(fold: Fold, form: Format) -> None:
 
     place = fold.here / form
     try:
-        replace(fold, hashes=Hashes(place)).evaluate(form)
+        with locked(place, cluster.PATIENCE):
+            replace(fold, hashes=Hashes(place)).evaluate(form)
     except ThinkSwitchError as error:
         raise cluster.with_log(error, place / "logs" / "train.log") from None
 

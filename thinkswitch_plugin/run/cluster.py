@@ -19,6 +19,8 @@ from thinkswitch_plugin.errors import ThinkSwitchError, first_line
 from thinkswitch_plugin.run import processes
 from thinkswitch_plugin.run.progress import Bar
 
+# Seconds that a second attempt waits for the folder of the first, whose machine was lost but may still be at work.
+PATIENCE = 3600.0
 ATTEMPTS_AFTER_LOSS = 5  # of a task whose machine was lost; one that fails by itself is not repeated
 
 

@@ -84,6 +84,11 @@ def spread(config: dict[str, Any], options: Sequence[str]) -> tuple[dict[str, An
                 f"`thinkswitch.axolotl_args` starts {processes} processes, but axolotl's KD trainer, which `thinkswitch.loss: "
                 "distribution` uses, works with one; remove these options."
             )
+        if processes > 1 and not visible_gpus() and "--launcher" not in dict(option_values(options)):
+            raise ThinkSwitchError(
+                f"`thinkswitch.axolotl_args` starts {processes} processes through accelerate, which needs GPUs; use "
+                f"[--launcher, torchrun, --, --nproc_per_node, {processes}] on this machine."
+            )
         if (found := shared(config, processes)) is None:
             rows = rows_of_a_step(config)
             raise ThinkSwitchError(
