@@ -103,7 +103,7 @@ def _carry_out(recipe: Recipe, outer: Path, shape: rehearse_material.Shape, key:
     here, budgets, on_gpu = outer / domain, Budgets(**key["budgets"]), environment.has_cuda()
     made = rehearse_material.prepare(recipe, shape, here / "rehearsal", seed, budgets.prompts)
     overlay, changes = outer / "overlay.yaml", derived(recipe, made, budgets, key["gpu_gb"], shape.bytes)
-    foretold = foretell.measured(outer.parent, recipe) or foretell.stated(weights, rows_of_a_step(recipe.axolotl))
+    foretold = foretell.measured(outer.parent, recipe) or foretell.stated(weights)
     memory = max(cost.memory for cost in foretold.costs.values())
 
     def write_overlay() -> Recipe:

@@ -31,14 +31,14 @@ def figures(run: Run, real: PairKeys, foretold: Foretold, used: Mapping[str, Any
     done = stamps["generate", 1]
     speed = done["notes"]["tokens_per_second"]  # 0 if a rehearsal was stopped between the last answer and the stamp
     speed = speed or foretell.work(run.recipe, "generate", questions) / max(done["seconds"], 1.0)
-    step = seconds_of_training(run.iteration(1) / "logs" / "train.log") / run.recipe.axolotl["max_steps"]
+    training, steps = seconds_of_training(run.iteration(1) / "logs" / "train.log"), run.recipe.axolotl["max_steps"]
     rows: list[dict[str, Any]] = []
     costs: dict[str, Cost] = {}
     for (name, k), done in stamps.items():
         most = used.get(f"{name}-{k}", {"memory": 0, "gpu": 0, "written": 0})
         memory, gpu, written = (round(most[part] / 1e9, 3) for part in ("memory", "gpu", "written"))
         work = foretell.work(run.recipe, name, questions)
-        unit = step if name == "train" else 1 / speed if work else 0.0
+        unit = 0.0 if not work else training / work if name == "train" else 1 / speed
         before, (seconds, cost) = costs.get(name, Cost(0, 0, 0)), expected[name]
         fixed = max(before.fixed, done["seconds"] - unit * work, 0.0)
         costs[name] = Cost(fixed, unit, max(before.memory, memory), written)
@@ -48,7 +48,7 @@ def figures(run: Run, real: PairKeys, foretold: Foretold, used: Mapping[str, Any
     return {
         "pairs": [[pair.instruct, pair.thinking] for pair in (real, keys.pair)],
         **{"hardware": environment.hardware(), "versions": versions(), "basis": foretold.basis},
-        **{"tokens_per_second": speed, "seconds_a_step": round(step, 2), "disk_gb": round(used["disk"] / 1e9, 2)},
+        **{"tokens_per_second": speed, "seconds_a_step": round(training / steps, 2), "disk_gb": round(used["disk"] / 1e9, 2)},
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         "stages": rows,
         "costs": {name: cost._asdict() for name, cost in costs.items()},

@@ -112,11 +112,13 @@ def test_the_time_of_a_run_follows_from_a_rehearsal(tmp_path: Path) -> None:
     assert known is not None and known.tokens_per_second == pytest.approx(100)
     stages = known.stages(recipe, {"thinkswitch_aime": 30})
     assert stages["generate"][0] == pytest.approx(40 + 15 * 4 * 8192 * 0.01)
-    assert stages["train"][0] == pytest.approx(80 + 3 * 8 * 30)  # 15 pairs, 5 a step, 8 epochs
+    assert stages["train"][0] == pytest.approx(80 + 15 * 8 * 30)  # 15 pairs, 8 epochs
     assert stages["eval-instruct"][0] == pytest.approx(60 + 30 * 8192 * 0.01)
     assert "at most 1.3 GB of memory (train)" in foretell.describe(known, recipe, {"thinkswitch_aime": 30}, 2)
     assert "at 100 tokens/s (measured on this machine" in check.budget(recipe.keys, 2, None, {}, "", known)
     assert "1.3 GB needed" in check.memory(recipe.keys, known)
+    other = foretell.measured(tmp_path, recipe_of("pubmedqa"))
+    assert other is not None and other.costs == known.costs and "DOMAIN=aime`" in other.basis  # it has the same pair
 
 
 @pytest.mark.parametrize("changes", [{"hardware": {"cores": 1}}, {"pairs": [["a", "b"]]}, {"costs": {"train": {}}}])

@@ -1,6 +1,6 @@
 """What the stages of a run will take: as a rehearsal measured them on this machine, else by stated figures.
 
-A stage takes `fixed` seconds, `unit` seconds for each token at most (or each step of the training), and `memory` GB:
+A stage takes `fixed` seconds, `unit` seconds for each token at most (or each row that the training learns from), and `memory` GB:
 
     rehearsal.json   {"hardware": {…}, "pairs": [["Qwen/…", "Qwen/…"], …], "costs": {"generate": {"fixed": 41.0, …}, …}, …}
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +29,7 @@ KV_GB = 1.0  # what a rehearsal on a CPU reserves for the answers under way
 
 
 class Cost(NamedTuple):
-    """Of one stage: seconds whatever the work, seconds a token or a step, GB of memory, GB written."""
+    """Of one stage: seconds whatever the work, seconds a token or a row, GB of memory, GB written."""
 
     fixed: float
     unit: float = 0.0
@@ -66,25 +67,23 @@ def folder_of(runs: Path, domain: str) -> Path:
 
 
 def measured(runs: Path, recipe: Recipe) -> Foretold | None:
-    """What a rehearsal of this domain's pair measured on this machine; None if there was none."""
-    path = folder_of(runs, recipe.path.stem) / FIGURES
-    try:
-        found = files.read_json(path)
-        pair = [recipe.keys.pair.instruct, recipe.keys.pair.thinking]
-        if pair not in found["pairs"] or found["hardware"] != environment.hardware():
-            return None
-        costs = {name: Cost(**cost) for name, cost in found["costs"].items()}
-        return Foretold(costs, f"measured on this machine by `make rehearse DOMAIN={recipe.path.stem}`", measured=True)
-    except (ThinkSwitchError, OSError, KeyError, TypeError):
-        return None
+    """What a rehearsal of this pair measured on this machine, by this domain if there is one; None if there was none."""
+    pair, own = [recipe.keys.pair.instruct, recipe.keys.pair.thinking], folder_of(runs, recipe.path.stem)
+    for folder in (own, *sorted(set(runs.glob(folder_of(Path(), "*").name)) - {own})):
+        with suppress(ThinkSwitchError, OSError, KeyError, TypeError):
+            found = files.read_json(folder / FIGURES)
+            if pair in found["pairs"] and found["hardware"] == environment.hardware():
+                costs = {name: Cost(**cost) for name, cost in found["costs"].items()}
+                domain = folder.name.partition("-")[2]
+                return Foretold(costs, f"measured on this machine by `make rehearse DOMAIN={domain}`", measured=True)
+    return None
 
 
-def stated(weights: float, rows: int) -> Foretold:
+def stated(weights: float) -> Foretold:
     """Rough figures of two CPU cores for a pair of checkpoints.
 
     Args:
         weights: GB of one checkpoint in bfloat16.
-        rows: that a step of the training learns from.
     """
     start, token, vllm = 20 + 2.4 * weights, 0.02 * weights, 2.2 + weights + min(KV_GB, weights / 4)
     heads = min(3.1, 2.7 * weights)  # copies of a tied embedding, while weights are loaded into a running server too
@@ -94,7 +93,7 @@ def stated(weights: float, rows: int) -> Foretold:
         "requests": Cost(2),
         "generate": Cost(start, token, vllm),
         "pairs": Cost(2),
-        "train": Cost(15 + 10 * weights, 4.6 * weights * rows, 2 + 1.4 * weights),
+        "train": Cost(15 + 10 * weights, 4.6 * weights, 2 + 1.4 * weights),
         "merge-lora": Cost(10 + 8.5 * weights, 0, min(2.5, 1 + weights), weights),
         "rebuild": Cost(start + 14 * weights, token, vllm, weights),
         "eval-instruct": Cost(start, token, vllm),
@@ -110,11 +109,11 @@ def foretell(runs: Path, recipe: Recipe, seed: int) -> Foretold | None:
         return found
     folder = Path(resolve_seed(recipe.keys.pair.instruct, seed))
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9
-    return stated(weights, rows_of_a_step(recipe.axolotl)) if weights and not environment.has_cuda() else None
+    return stated(weights) if weights and not environment.has_cuda() else None
 
 
 def work(recipe: Recipe, stage: str, questions: Mapping[str, int]) -> float:
-    """Tokens that a stage generates at most, or steps that it trains; 0 for a stage whose time depends on neither.
+    """Tokens that a stage generates at most, or rows that it learns from; 0 for a stage whose time depends on neither.
 
     Args:
         questions: of each evaluation task.
@@ -130,8 +129,9 @@ def work(recipe: Recipe, stage: str, questions: Mapping[str, int]) -> float:
             epochs = float(recipe.axolotl.get("num_epochs") or 1)
         except (TypeError, ValueError):
             raise ThinkSwitchError(f"{recipe.path}: `num_epochs` has to be a number.") from None
-        steps = math.ceil(kept / rows_of_a_step(recipe.axolotl)) * epochs
-        return min(steps, recipe.axolotl.get("max_steps") or steps)
+        rows = rows_of_a_step(recipe.axolotl)
+        steps = math.ceil(kept / rows) * epochs
+        return rows * min(steps, recipe.axolotl.get("max_steps") or steps)
     if stage.startswith("eval"):
         modes = 2 if keys.pair.hybrid else 1
         return (
