@@ -48,7 +48,11 @@ def figures(run: Run, real: PairKeys, foretold: Foretold, used: Mapping[str, Any
     return {
         "pairs": [[pair.instruct, pair.thinking] for pair in (real, keys.pair)],
         **{"hardware": environment.hardware(), "versions": versions(), "basis": foretold.basis},
-        **{"tokens_per_second": speed, "seconds_a_step": round(training / steps, 2), "disk_gb": round(used["disk"] / 1e9, 2)},
+        **{
+            "tokens_per_second": speed,
+            "seconds_a_step": round(training / steps, 2),
+            "disk_gb": round(used["disk"] / 1e9, 2),
+        },
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         "stages": rows,
         "costs": {name: cost._asdict() for name, cost in costs.items()},

@@ -18,10 +18,11 @@ from thinkswitch_plugin.environment import has_cuda
 PAUSE = 0.2, 2.0  # seconds between two looks: nine times as long as a look takes, but at least and at most these
 
 
-def anonymous(pid: int) -> int:
-    """Bytes of anonymous memory of a process; what forks share is split between them."""
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return sum(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("Pss_Anon:"))
+def anonymous(pid: int, *, shared: bool) -> int:
+    """Bytes of anonymous memory of a process. With `shared`, what forks share is split between them, which takes long to read."""
+    name, field = ("smaps_rollup", "Pss_Anon:") if shared else ("status", "RssAnon:")
+    text = Path(f"/proc/{pid}/{name}").read_text()
+    return sum(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(field))
 
 
 def written(pid: int) -> int:
@@ -67,11 +68,13 @@ class Watch(threading.Thread):
 
     def look(self) -> None:
         """Take all figures once."""
-        memory = wrote = 0
+        most = wrote = 0
+        pids = [self.process.pid]
         with suppress(psutil.NoSuchProcess):
-            for pid in (self.process.pid, *(child.pid for child in self.process.children(recursive=True))):
+            pids += [child.pid for child in self.process.children(recursive=True)]
+            for pid in pids:
                 with suppress(OSError, ValueError, KeyError):  # it has ended
-                    memory += anonymous(pid)
+                    most += anonymous(pid, shared=False)
                     so_far = written(pid)
                     wrote += so_far - self.last.get(pid, 0)
                     self.last[pid] = so_far
@@ -81,6 +84,11 @@ class Watch(threading.Thread):
             return
         before = self.figures.get(name)
         found = before or {"memory": 0, "gpu": 0, "written": 0}
+        memory = 0
+        if most > found["memory"]:  # else it is not a new peak
+            for pid in pids:
+                with suppress(OSError, ValueError):
+                    memory += anonymous(pid, shared=True)
         self.figures[name] = {
             "memory": max(found["memory"], memory),
             "gpu": max(found["gpu"], gpu_memory()),
