@@ -11,19 +11,25 @@ OVERLAY    ?=
 KEEP       ?= all
 KILLS      ?= 10
 SEEDS      ?= 0 1 2
-# Names as short as these may have another meaning in a user's environment: they count on the command line only.
-$(foreach name,A B K OUT LIMIT PART TEMPLATE LAMBDA RANK BASE LABELS TASK REPO YES SWITCH URL,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
+# Names as common as these may have another meaning in a user's environment: they count on the command line only.
+$(foreach name,INSTRUCT THINKING SAMPLES FIRST SECOND ITERATION OUT LIMIT PART MODE LAMBDA RANK BASE FORMATS LABELS TASK REPO YES SWITCH URL,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
 
 # What a setting may contain: `value` reads it before Make would expand a $(shell …) in it.
-SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITER LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR A B K SAMPLING \
-	TEMPLATE TASK LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS COMMIT GPUS CLUSTER \
+SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITERATION LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR INSTRUCT THINKING SAMPLES \
+	SAMPLING MODE FIRST SECOND TASK LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS FORMATS GENERATIONS LABELS SEEDS CONDITIONS COMMIT GPUS CLUSTER \
 	GPU_GB GOAL NODES SBATCH DRYRUN REPO YES SWITCH URL INSTRUCT_URL THINKING_URL
 $(foreach name,$(SETTINGS),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
-# A misspelt setting would be ignored and something else be run.
+# A misspelt setting would be ignored and something else be run. `FORMER_x` is what x is called now.
+FORMER_A := INSTRUCT
+FORMER_B := THINKING
+FORMER_K := SAMPLES
+FORMER_ITER := ITERATION
+FORMER_TEMPLATE := MODE
+FORMER_BASELINES := FORMATS
 KNOWN := $(SETTINGS) QUESTION BENCH COLUMNS ROWS RUN MAKE INSTALLED VENV TS SHELL $(filter THINKSWITCH_% HF_% OMP_% CUDA_% VLLM_% WANDB_%,$(.VARIABLES))
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
-$(foreach name,$(filter-out $(KNOWN),$(GIVEN)),$(error $(name)= is not a setting; $(shell python3 -c 'import difflib, sys; \
-	print("did you mean", (difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1, 0) or ["DOMAIN"])[0] + "=?")' $(name) $(SETTINGS))))
+$(foreach name,$(filter-out $(KNOWN),$(GIVEN)),$(error $(name)= is not a setting; $(if $(FORMER_$(name)),it is called $(FORMER_$(name))= now,$(shell python3 -c 'import difflib, sys; \
+	print("did you mean", (difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1, 0) or ["DOMAIN"])[0] + "=?")' $(name) $(SETTINGS)))))
 # A question is free text: taken as it is, never expanded, and read by the command from the environment.
 override QUESTION := $(value QUESTION)
 HASH := \#
@@ -36,6 +42,7 @@ $(if $(filter grouped-target,$(.FEATURES)),,$(error GNU make $(MAKE_VERSION) is 
 LEFT := $(ITERATIONS)
 $(foreach digit,0 1 2 3 4 5 6 7 8 9,$(eval LEFT := $(subst $(digit),,$(LEFT))))
 $(if $(LEFT),$(error ITERATIONS=$(ITERATIONS) is not a whole number))
+$(if $(filter iterate check,$(MAKECMDGOALS)),$(if $(ITERATION),$(error ITERATION= selects one iteration of a run; the number of iterations is ITERATIONS=)))
 $(if $(filter eval,$(MAKECMDGOALS)),$(if $(MODEL),,$(error MODEL= is missing; name a checkpoint: make eval MODEL=folder DOMAIN=$(DOMAIN))))
 
 VENV := .venv
@@ -49,16 +56,11 @@ PLAN = env -u MAKEFLAGS $(MAKE_COMMAND) -f $(firstword $(MAKEFILE_LIST)) -sn loo
 
 # Settings reach the commands through the environment, never through a shell's command line: THINKSWITCH_<OPTION>
 # stands for an option of `thinkswitch`, and an empty one counts as left out.
-$(foreach name,DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY MODEL SAMPLING TEMPLATE TASK LIMIT OUT LAMBDAS RANK BASE PORT \
-	QUESTION FOLDS BASELINES GENERATIONS LABELS SEEDS CONDITIONS KEEP GPUS GPU_GB CLUSTER YES \
+$(foreach name,DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITERATION INSTRUCT THINKING MODEL SAMPLING SAMPLES MODE TASK LIMIT OUT LAMBDAS RANK BASE PORT \
+	QUESTION FOLDS FORMATS GENERATIONS LABELS SEEDS CONDITIONS KEEP GPUS GPU_GB CLUSTER PRICE_PER_HOUR YES \
 	SWITCH URL INSTRUCT_URL THINKING_URL,$(eval export THINKSWITCH_$(name) = $$($(name))))
-export THINKSWITCH_ITERATION = $(ITER)
-export THINKSWITCH_INSTRUCT = $(A)
-export THINKSWITCH_THINKING = $(B)
-export THINKSWITCH_SAMPLES = $(K)
 export THINKSWITCH_WEIGHT = $(LAMBDA)
-export THINKSWITCH_PRICE = $(PRICE_PER_HOUR)
-export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY KEEP RUN CONTROL COMMIT PART RUN_FOLDERS INPUTS KILLS ITER A B OUT REPO
+export DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY KEEP RUN CONTROL COMMIT PART RUN_FOLDERS INPUTS KILLS ITERATION FIRST SECOND OUT REPO
 unexport RANK  # distributed training gives it a meaning of its own, and engines would read it
 export OMP_NUM_THREADS ?= $(shell nproc)
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -68,8 +70,8 @@ export THINKSWITCH_OWNER := $(shell echo $$PPID)
 endif
 HERE := $(dir $(lastword $(MAKEFILE_LIST)))
 RECIPE := $(firstword $(wildcard recipes/$(DOMAIN).yaml $(HERE)recipes/$(DOMAIN).yaml))
-ifneq ($(shell grep -s '^ *embedded: [^f]' '$(RECIPE)'),)
-# An embedded domain needs no hub, and nothing may be downloaded at run time.
+ifneq ($(shell grep -s '^ *demo: [^f]' '$(RECIPE)'),)
+# A demo domain needs no hub, and nothing may be downloaded at run time.
 export HF_HUB_OFFLINE ?= 1
 endif
 
@@ -96,7 +98,7 @@ $(call both,0) &: $(call stamp,0,pair)
 .PRECIOUS: $(call both,0)
 
 # $(1) is the iteration, $(2) the stamps of the pair that it starts from.
-define ITERATION
+define STAGES
 $(call stamp,$(1),requests): $(2)
 	$(TS) requests "$$$$RUN" $(1)  # task prompts -> requests.jsonl
 $(call stamp,$(1),generate): $(call stamp,$(1),requests)
@@ -116,8 +118,8 @@ endef
 COUNT := 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20
 STEPS := $(wordlist 1,$(ITERATIONS),$(COUNT))
 before = $(words $(wordlist 2,$(1),$(COUNT)))
-$(eval $(call ITERATION,1,$(call both,0)))
-$(foreach k,$(wordlist 2,20,$(STEPS)),$(eval $(call ITERATION,$(k),$(call both,$(call before,$(k))))))
+$(eval $(call STAGES,1,$(call both,0)))
+$(foreach k,$(wordlist 2,20,$(STEPS)),$(eval $(call STAGES,$(k),$(call both,$(call before,$(k))))))
 
 $(RUN)/.stamps/report.json: $(call both,$(lastword $(STEPS)))
 	$(TS) report "$$RUN"  # what changed -> report.html, report.json, report.md, pictures
@@ -143,7 +145,7 @@ report: setup ## write the page, tables and pictures of a finished run again: ma
 	@rm -f "$$RUN/.stamps/report.json"
 	@$(TS) report "$$RUN"
 
-compare: setup ## answers of instruct (before and after) and thinking, side by side: make compare QUESTION='7*3+4*2' ITER=1 OUT=answers.json
+compare: setup ## answers of instruct (before and after) and thinking, side by side: make compare QUESTION='7*3+4*2' ITERATION=1 OUT=answers.json
 	@$(TS) compare "$$RUN"
 
 eval: setup ## evaluate any checkpoint: make eval MODEL=folder DOMAIN=arithmetic
@@ -151,47 +153,47 @@ eval: setup ## evaluate any checkpoint: make eval MODEL=folder DOMAIN=arithmetic
 
 ##@ Tune λ, the weight of the thinking checkpoint
 
-sweep: setup ## score, tokens and think ratio over λ: make sweep ITER=1 LAMBDAS="0 0.1 … 1"; A=folder B=folder; TASK=lm-eval task
+sweep: setup ## score, tokens and think ratio over λ: make sweep ITERATION=1 LAMBDAS="0 0.1 … 1"; INSTRUCT=folder THINKING=folder; TASK=lm-eval task
 	@$(TS) sweep
 
-ablate: setup ## which layers and modules are responsible for thinking: make ablate ITER=1 LAMBDA=0.8
-	@$(TS) judge-merges --name layers merge_configs/layers
-	@$(TS) judge-merges --name modules merge_configs/modules
+ablate: setup ## which layers and modules are responsible for thinking: make ablate ITERATION=1 LAMBDA=0.8
+	@$(TS) eval-merges --name layers merge_configs/layers
+	@$(TS) eval-merges --name modules merge_configs/modules
 
-baselines: setup ## task arithmetic, TIES, DARE, three checkpoints at once, transplant: make baselines ITER=1
-	@$(TS) judge-merges --name baselines merge_configs/slerp.yaml merge_configs/linear.yaml merge_configs/baselines
+baselines: setup ## task arithmetic, TIES, DARE, three checkpoints at once, transplant: make baselines ITERATION=1
+	@$(TS) eval-merges --name baselines merge_configs/slerp.yaml merge_configs/linear.yaml merge_configs/baselines
 
-similarity: setup ## how similar two checkpoints are: make similarity A=folder B=folder OUT=similarity
-	@$(TS) similarity "$$A" "$$B"
+similarity: setup ## how similar two checkpoints are: make similarity FIRST=folder SECOND=folder OUT=similarity
+	@$(TS) similarity "$$FIRST" "$$SECOND"
 
 ##@ Think only where it pays
 
-labels: setup ## find the questions that need thinking, by K-fold cross-validation: make labels DOMAIN=arithmetic FOLDS=5 BASELINES="post pre"
+labels: setup ## find the questions that need thinking, by K-fold cross-validation: make labels DOMAIN=arithmetic FOLDS=5 FORMATS="post pre"
 	@$(TS) labels
 
-# The embedded domain of this experiment, if no other is given.
+# The demo domain of this experiment, if no other is given.
 adaptive: DOMAIN := $(if $(filter file,$(origin DOMAIN)),arithmetic-mixed,$(DOMAIN))
 adaptive: setup ## train one model that decides by itself, with all controls: make adaptive DOMAIN=arithmetic-mixed SEEDS="0 1 2" FOLDS=5 CONDITIONS="no_prompt"
 	@$(VENV)/bin/python -m experiments adaptive
 
-switch: setup ## train a router between instruct and thinking, and evaluate it on held-out questions: make switch ITER=2; LABELS=file LIMIT=n
-	@$(TS) switch "$$RUN" "$${ITER:-1}"
+switch: setup ## train a router between instruct and thinking, and evaluate it on held-out questions: make switch ITERATION=2; LABELS=file LIMIT=n
+	@$(TS) switch "$$RUN" "$${ITERATION:-1}"
 
 ##@ Serve
 
-export-loras: setup ## export instruct and thinking as two LoRAs of one base: make export-loras ITER=1 RANK="8 16 32 64 128"
+export-loras: setup ## export instruct and thinking as two LoRAs of one base: make export-loras ITERATION=1 RANK="8 16 32 64 128"
 	@$(TS) export-loras
 
-serve: setup ## start vLLM with both modes of an export, one checkpoint, or a λ; or the endpoint of the switch: make serve ITER=1; MODEL=folder; LAMBDA=0.5; SWITCH=1 URL=address
+serve: setup ## start vLLM with both modes of an export, one checkpoint, or a λ; or the endpoint of the switch: make serve ITERATION=1; MODEL=folder; LAMBDA=0.5; SWITCH=1 URL=address
 	@$(TS) serve
 
 ##@ Publish
 
 push: export HF_HUB_OFFLINE := 0
-push: setup ## show what would be sent to the hub, and send it with YES=1: make push REPO=owner/name ITER=2 YES=1
+push: setup ## show what would be sent to the hub, and send it with YES=1: make push REPO=owner/name ITERATION=2 YES=1
 	@$(TS) push "$$RUN" "$$REPO"
 
-export-gguf: setup setup-gguf ## convert both checkpoints to GGUF, with Modelfiles for Ollama: make export-gguf DOMAIN=aime ITER=2
+export-gguf: setup setup-gguf ## convert both checkpoints to GGUF, with Modelfiles for Ollama: make export-gguf DOMAIN=aime ITERATION=2
 	@$(TS) export-gguf "$$RUN"
 
 ##@ Run elsewhere

@@ -86,7 +86,7 @@ class Evaluations:
             return {}
 
         self.seconds += once(self.here / f"{name}.json", {"key": key}, (out,), work)["seconds"]
-        return read_columns(out, self.evaluation, self.tokenizer, self.job.recipe.keys.labels.answer, prefix)
+        return read_columns(out, self.evaluation, self.tokenizer, self.job.recipe.keys.answers.kind, prefix)
 
     def soft_prompts(self) -> Tensor:
         """The soft prompts of the held-out questions, (questions, tokens, hidden), as `eval` asked them."""

@@ -1,6 +1,6 @@
 """`make bench-engines`: which engine should answer where vLLM is not installed?
 
-Each candidate answers the same 512 questions of the embedded domain with the same
+Each candidate answers the same 512 questions of the demo domain with the same
 checkpoint, greedy, from a cold start, one after the other on this machine.
 """
 
@@ -104,7 +104,7 @@ CANDIDATES: dict[str, Callable[[Path], None]] = {
 def main() -> None:
     """Print a table, and the same figures as one line of JSON."""
     if not CHECKPOINT.is_dir():
-        sys.exit("bench-engines: no embedded pair yet; run `make pair` first.")
+        sys.exit("bench-engines: no demo pair yet; run `make pair` first.")
     prompts = [(f"p{i}", [{"role": "user", "content": q}]) for i, q in enumerate(task.training_prompts(0, QUESTIONS))]
     sampling = SamplingKeys(temperature=0, max_tokens=64)  # type: ignore[call-arg]
     seconds: dict[str, float] = {}

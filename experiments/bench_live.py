@@ -1,10 +1,10 @@
 """`make bench-live`: λ moved in a running vLLM beside a checkpoint written, and a vLLM started, for every λ.
 
 Both ways answer the same questions at the same points under greedy decoding, one way after the other on this machine,
-for the embedded pair and for a pair of middle size with random bfloat16 weights. All texts have to be equal. A point
+for the demo pair and for a pair of middle size with random bfloat16 weights. All texts have to be equal. A point
 costs what passes before its first question: live, the weights of the point, and its share of the one start; written,
 a merge, a start and a stop. Further parts compare the texts alone: a small mixture of experts; and, if they are named,
-the embedded pair with the weights rounded by vLLM (online quantization) and with two workers (tensor parallelism).
+the demo pair with the weights rounded by vLLM (online quantization) and with two workers (tensor parallelism).
 """
 
 from __future__ import annotations
@@ -82,11 +82,11 @@ def part_of(name: str, place: Path, options: argparse.Namespace) -> Part:
     if name == "experts":
         return Part("mixture of experts", random_pair(place, experts()), 20, 8)
     if name == "rounded":
-        return Part("embedded pair, rounded", PAIR, 20, 64, ROUNDED)
+        return Part("demo pair, rounded", PAIR, 20, 64, ROUNDED)
     if name == "workers":
         apart = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}  # else vLLM wants a NUMA node for each
-        return Part("embedded pair, two workers", PAIR, 20, 64, ("--tensor-parallel-size", "2"), apart)
-    return Part("embedded pair", PAIR, options.questions, 64)
+        return Part("demo pair, two workers", PAIR, 20, 64, ("--tensor-parallel-size", "2"), apart)
+    return Part("demo pair", PAIR, options.questions, 64)
 
 
 @contextmanager
@@ -129,7 +129,7 @@ def middle(parameters: int) -> PretrainedConfig:
 
 
 def experts() -> PretrainedConfig:
-    """A small mixture of experts with the vocabulary of the embedded pair."""
+    """A small mixture of experts with the vocabulary of the demo pair."""
     dense = AutoConfig.from_pretrained(PAIR / "thinking")
     return Qwen3MoeConfig(
         **{name: getattr(dense, name) for name in ("vocab_size", "eos_token_id", "pad_token_id", "head_dim")},
@@ -263,13 +263,13 @@ def main() -> None:
     """Print a table for each part and one line of JSON; exit 1 if a text differs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--parts", nargs="+", default=PARTS[:3], choices=PARTS)
-    parser.add_argument("--lambdas", default="0 0.1 … 1", help="of the embedded pair and of the middle size")
+    parser.add_argument("--lambdas", default="0 0.1 … 1", help="of the demo pair and of the middle size")
     parser.add_argument("--written", default="", help="only these points are written too (default: all)")
     parser.add_argument("--parameters", type=int, default=250_000_000, help="of the middle size")
-    parser.add_argument("--questions", type=int, default=200, help="to the embedded pair")
+    parser.add_argument("--questions", type=int, default=200, help="to the demo pair")
     options = parser.parse_args()
     if not PAIR.is_dir():
-        sys.exit("bench-live: no embedded pair yet; run `make pair` first.")
+        sys.exit("bench-live: no demo pair yet; run `make pair` first.")
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         here = Path(temporary)

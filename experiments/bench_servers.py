@@ -1,6 +1,6 @@
 """`make bench-servers`: 500 requests to two vLLM servers, one of which is killed and started again meanwhile.
 
-Both serve the thinking checkpoint of the embedded pair (`make pair`). Prints whether every request has one stored answer,
+Both serve the thinking checkpoint of the demo pair (`make pair`). Prints whether every request has one stored answer,
 and how many each server answered. Answers go on after their end (`ignore_eos`), so that there is time for a start of vLLM.
 """
 
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     given = parser.parse_args()
     if not CHECKPOINT.is_dir():
-        sys.exit("bench-servers: the embedded pair is not there yet; run `make pair` first.")
+        sys.exit("bench-servers: the demo pair is not there yet; run `make pair` first.")
     with tempfile.TemporaryDirectory() as temporary:
         result = measure(given.requests, given.tokens, Path(temporary))
     for name, value in result.items():

@@ -1,6 +1,6 @@
 """`make bench-sweep`: a sweep in memory beside the plain chain of mergekit-yaml and lm_eval.
 
-Both judge the same points of the embedded pair with the same task under greedy decoding, one
+Both judge the same points of the demo pair with the same task under greedy decoding, one
 after the other on this machine, each from a cold start. The scores have to be equal at
 every point: the sweep merges with mergekit too, only the checkpoint on disk is left out.
 """
@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="only the first so many questions")
     options = parser.parse_args()
     if not PAIR.is_dir():
-        sys.exit("bench-sweep: no embedded pair yet; run `make pair` first.")
+        sys.exit("bench-sweep: no demo pair yet; run `make pair` first.")
     weights = parse_weights(options.lambdas)
     seconds, scores = {}, {}
     with tempfile.TemporaryDirectory() as temporary:

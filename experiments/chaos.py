@@ -1,4 +1,4 @@
-"""`make chaos`: SIGKILL runs of the embedded domain at random instants, each followed by the same command.
+"""`make chaos`: SIGKILL runs of the demo domain at random instants, each followed by the same command.
 
 Half the kills fall uniformly in time; the other half wait until a stage has begun to write, since
 start-up takes most of a stage's time here. Who dies is drawn too:

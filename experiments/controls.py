@@ -117,7 +117,7 @@ def relabelled(run: Run, name: str) -> Iterator[dict[str, Any]]:
         random.Random(run.seed).shuffle(labels)
     elif name == "own-answers":
         labels = own_answers(run, [row["custom_id"] for row in rows_])
-    elif run.recipe.keys.pair.embedded is True:
+    elif run.recipe.keys.pair.demo is True:
         from thinkswitch_plugin.demo import task
 
         labels = [task.answer(row["messages"][0]["content"]) for row in rows_]

@@ -16,7 +16,9 @@ def print_interpolation(folders: list[Path]) -> None:
     """Print every table there is. Raises `ThinkSwitchError` if no folder holds a sweep."""
     sweeps = [files.read_json(path) for folder in folders for path in sorted(folder.glob("iter-*/sweep/sweep.json"))]
     if not sweeps:
-        raise ThinkSwitchError("None of these runs has been swept; run `make sweep ITER=0` and `make sweep ITER=1`.")
+        raise ThinkSwitchError(
+            "None of these runs has been swept; run `make sweep ITERATION=0` and `make sweep ITERATION=1`."
+        )
     first = sweeps[0]["points"][0]
     console.say(f"### Sweeps, {first['n']} questions, {first['k']} sample a question\n")
     console.say("Mean@k in % / think ratio / tokens.\n")

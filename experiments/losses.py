@@ -52,7 +52,7 @@ def run_losses(run: Run) -> None:
                 run.iteration(1) / "requests.jsonl",
                 run.generations(1),
                 here / "pairs.jsonl",
-                labels=type(keys.labels).model_validate({"answer": keys.labels.answer, **SELECTIONS[name]}),
+                keys=type(keys.answers).model_validate({"kind": keys.answers.kind, **SELECTIONS[name]}),
                 convention=keys.convention,
             )
             started = time.monotonic()

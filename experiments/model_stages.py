@@ -216,7 +216,7 @@ def loop(model: Model, roles: Roles, folder: Path) -> None:
     keys = own.model_copy(
         update={
             "pair": own.pair.model_copy(
-                update={"embedded": False, "base": None}
+                update={"demo": False, "base": None}
                 | {mode: str(folder / "start" / mode) for mode in ("instruct", "thinking")}
             ),
             "prompts": own.prompts.model_copy(

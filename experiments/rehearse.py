@@ -70,7 +70,7 @@ def rehearse(domain: str, runs: Path, seed: int, overlays: tuple[str, ...], budg
     Raises `ThinkSwitchError` for a recipe that needs none, a lack of disk or memory, and whatever stops a stage.
     """
     recipe = recipe_of(domain, overlays)
-    if recipe.keys.pair.embedded:
+    if recipe.keys.pair.demo:
         raise ThinkSwitchError(
             f"{recipe.path}: the pair is made on the spot, so `make iterate DOMAIN={domain}` runs it at its own size; "
             "rehearse a recipe whose pair is downloaded, such as aime."
@@ -158,7 +158,7 @@ def derived(
             "pair": {**made.pair, "base": None, "revision_instruct": None, "revision_thinking": None},
             "prompts": {**made.prompts, "count": max(budgets.prompts, min(8, rows_of_a_step(recipe.axolotl)))},
             "sampling": {"samples": min(2, keys.sampling.samples), "max_tokens": budgets.tokens},
-            "labels": {"min_agreement": None, "unfinished": "drop"},
+            "answers": {"min_agreement": None, "unfinished": "drop"},
             "engine": {"vllm_args": options},
             "rebuild": {"check_prompts": budgets.prompts},
             "evaluation": {
@@ -177,7 +177,7 @@ def _write_form(folder: Path, recipe: Recipe, thinking: str, tokens: int) -> Non
     how = batch.asked_of(AutoTokenizer.from_pretrained(thinking), keys.convention, keys.pair.arguments("thinking"))
     close = how.convention.closes[0] if how.convention else "</think>"
     opening = "" if how.opened else f"{how.convention.opens[0] if how.convention else '<think>'}\n"
-    answer = ANSWERS.get(keys.labels.answer, "[0-9]{1,3}")
+    answer = ANSWERS.get(keys.answers.kind, "[0-9]{1,3}")
     words = f"[0-9]{{{tokens // 4}}}\n\n" if answer.startswith(BOXED) else ""
     trace = re.escape(opening) + f"[0-9]{{{tokens * 2 // 5}}}" + re.escape(close)
     folder.mkdir(parents=True, exist_ok=True)

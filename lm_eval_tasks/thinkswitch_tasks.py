@@ -41,7 +41,7 @@ PUBMEDQA_TEST_SHA256 = "406e3b89eff577ed38571eca5a5819734a6f49ac0437d171b6c64e5c
 
 
 def arithmetic_dataset(**arguments: Any) -> dict[str, Any]:
-    """The held-out questions of the embedded domain."""
+    """The held-out questions of the demo domain."""
     from datasets import Dataset
 
     from thinkswitch_plugin.demo import task
@@ -51,7 +51,7 @@ def arithmetic_dataset(**arguments: Any) -> dict[str, Any]:
 
 
 def arithmetic_two_dataset(**arguments: Any) -> dict[str, Any]:
-    """All chains of two operands, which are no questions of the embedded domain: a guard task for it."""
+    """All chains of two operands, which are no questions of the demo domain: a guard task for it."""
     from datasets import Dataset
 
     from thinkswitch_plugin.demo import task

@@ -1,4 +1,4 @@
-"""Shared fixtures: one real run of the embedded domain, which all slow tests use."""
+"""Shared fixtures: one real run of the demo domain, which all slow tests use."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def make(command: Command, forking: Path) -> Command:
 
 @pytest.fixture(scope="session")
 def finished_run(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of one iteration of the embedded domain, by `make iterate`.
+    """The folder of a run of one iteration of the demo domain, by `make iterate`.
 
     Stamps name their files by path, so a copy of it is stale; it can be swept, exported and switched all the same.
     """

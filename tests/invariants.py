@@ -14,7 +14,7 @@ import orjson
 
 from thinkswitch_plugin import recipe
 from thinkswitch_plugin.answer_kinds import KINDS
-from thinkswitch_plugin.args import LabelKeys, PromptKeys
+from thinkswitch_plugin.args import AnswerKeys, PromptKeys
 from thinkswitch_plugin.data import answers, prompts, traces
 from thinkswitch_plugin.data.pairs import PairReport, build_pairs
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -87,8 +87,8 @@ def check_pairs(samples: Sequence[tuple[str, int]], lines: Sequence[Any], select
     generations.write_bytes(b"".join(line if isinstance(line, bytes) else orjson.dumps(line) + b"\n" for line in lines))
     report = PairReport()
     try:
-        labels = LabelKeys.model_validate({"selection": selection, "answer": "integer"})
-        rows = list(build_pairs(requests, generations, labels=labels, report=report))
+        keys = AnswerKeys.model_validate({"selection": selection, "kind": "integer"})
+        rows = list(build_pairs(requests, generations, keys=keys, report=report))
     except ThinkSwitchError as error:
         assert one_sentence(error) and ("generations.jsonl, line " in str(error) or "requests.jsonl" in str(error))
         return

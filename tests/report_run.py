@@ -1,6 +1,6 @@
 """The files of a finished run with random answers, for the tests of the report and `make bench-report`.
 
-The questions are chains of digits and the tokenizers those of the embedded domain; which answers are
+The questions are chains of digits and the tokenizers those of the demo domain; which answers are
 right is drawn, and a few texts are hostile on purpose.
 """
 
@@ -42,7 +42,7 @@ def make_run(
     """Write a run under `folder`, without a report; return its folder.
 
     Args:
-        characters: of a thinking completion; 0 leaves it as short as the embedded domain's.
+        characters: of a thinking completion; 0 leaves it as short as the demo domain's.
         answers: with the stored answers, as the evaluation stage leaves them.
     """
     here = folder / domain

@@ -18,14 +18,14 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 Write = Callable[[str, Sequence[object]], Path]
 
 
-def tokenized(path: Path, trace: str | dict[str, str] = "auto", **labels: Any) -> list[dict[str, Any]]:
+def tokenized(path: Path, trace: str | dict[str, str] = "auto", **answers: Any) -> list[dict[str, Any]]:
     tokenizer = build_tokenizer("instruct")
     cfg = DictDefault(
         {
             "sequence_len": 128,
             "train_on_inputs": False,
             "chat_template": "tokenizer_default",
-            "thinkswitch": {"labels": labels, "trace": trace} if labels or trace != "auto" else None,
+            "thinkswitch": {"answers": answers, "trace": trace} if answers or trace != "auto" else None,
         }
     )
     ds_cfg = DictDefault({"path": str(path), "type": "thinkswitch_plugin.answer_only"})
@@ -77,7 +77,7 @@ def test_selection_of_the_recipe_applies_to_generations(write_jsonl: Write) -> N
     generations = write_jsonl("generations.jsonl", [answer(f"p0-s{i}", f"t</think>{d}") for i, d in enumerate("344")])
     assert len(tokenized(generations)) == 1
     assert len(tokenized(generations, selection="all")) == 3
-    (voted,) = tokenized(generations, selection="vote", answer="digit")
+    (voted,) = tokenized(generations, selection="vote", kind="digit")
     assert "4" in build_tokenizer("instruct").decode([t for t in voted["labels"] if t != -100])
 
 

@@ -58,7 +58,7 @@ def makefile(tmp_path: Path) -> Path:
 def test_a_question_reaches_the_command_as_it_is(makefile: Path, command: Any, question: str, by: str) -> None:
     words = ["make", "compare", "VENV=.venv"]
     if by == "command line":
-        done = command(*words, f"QUESTION={question}", "ITER=2", cwd=makefile)
+        done = command(*words, f"QUESTION={question}", "ITERATION=2", cwd=makefile)
     else:
         done = command(*words, cwd=makefile, QUESTION=question)
     assert done.returncode == 0, done.stderr
@@ -119,7 +119,7 @@ def test_what_is_not_there_names_the_next_command() -> None:
     with pytest.raises(ThinkSwitchError, match="run `make iterate DOMAIN=arithmetic` first, or give two checkpoints"):
         compare.compare(RUN, "1+2")
     iterate(until="train-1")
-    with pytest.raises(ThinkSwitchError, match=r"no finished iteration yet; run `make iterate .* by ITER=0"):
+    with pytest.raises(ThinkSwitchError, match=r"no finished iteration yet; run `make iterate .* by ITERATION=0"):
         compare.compare(RUN, "1+2")
     with pytest.raises(ThinkSwitchError, match=r"has no checkpoint runs/arithmetic/iter-1/instruct; `make status`"):
         compare.compare(RUN, "1+2", iteration=1)

@@ -81,7 +81,7 @@ def domain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     lines = [files.dumps_line(row) for row in rows]
     (tmp_path / "sums.jsonl").write_bytes(b"".join(lines[:20]))
     (tmp_path / "held-out.jsonl").write_bytes(b"".join(lines[20:]))
-    text = "".join(line for line in text.splitlines(keepends=True) if "embedded: true" not in line)
+    text = "".join(line for line in text.splitlines(keepends=True) if "demo: true" not in line)
     text = text.replace("domain: template", "domain: sums").replace("thinkswitch_template", "sums")
     text = text.replace("recipes/template/prompts.jsonl", "sums.jsonl").replace("{{prompt}}", "{{sum}}")
     text = text.replace("count: 64", "count: 8")

@@ -102,7 +102,7 @@ def test_check_names_a_hybrid_and_refuses_a_pair_whose_modes_are_one(tmp_path: P
     folder = checkpoints.write(tmp_path / "hybrid", checkpoints.qwen3(0))
     build_tokenizer("hybrid").save_pretrained(folder)
     recipe = load_recipe(recipe_path("arithmetic-hybrid"))
-    pair = recipe.keys.pair.model_copy(update={"instruct": str(folder), "thinking": str(folder), "embedded": False})
+    pair = recipe.keys.pair.model_copy(update={"instruct": str(folder), "thinking": str(folder), "demo": False})
     assert "is a hybrid" in check_pair(recipe.keys.model_copy(update={"pair": pair}))
     pair = pair.model_copy(update={"chat_template_kwargs": ModeArguments.model_validate({})})
     with pytest.raises(ThinkSwitchError, match="gives the same prompt in both modes; write `chat_template_kwargs"):
@@ -168,7 +168,7 @@ def test_a_report_shows_each_checkpoint_of_a_hybrid_in_both_modes(tmp_path: Path
 
 @pytest.fixture(scope="session")
 def hybrid_run(make: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One iteration of the embedded hybrid with half the prompts and half the questions, by `make iterate`."""
+    """One iteration of the demo hybrid with half the prompts and half the questions, by `make iterate`."""
 
     def iterate(runs: Path) -> None:
         runs.mkdir()
@@ -218,7 +218,7 @@ def test_compare_the_switch_and_a_sweep_ask_in_the_mode_that_is_wanted(
         assert found.reply is not None and (found.reply.trace is not None) == thinks
     for template, ratio in (("instruct", 0.0), ("thinking", 1.0)):
         words = ["--domain", "arithmetic-hybrid", "--runs", hybrid_run.parent, "--iteration", "1", "--lambdas", "1"]
-        words += ["--template", template, "--limit", "20", "--out", tmp_path / template]
+        words += ["--mode", template, "--limit", "20", "--out", tmp_path / template]
         done = forked(BIN / "thinkswitch", "sweep", *words)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         (sweep,) = (tmp_path / template).glob("sweep*/sweep.json")

@@ -47,7 +47,7 @@ def test_what_is_written_passes_the_checks_that_need_no_model(init: Callable[...
     assert done.exit_code == 0, done.output
     assert "thinkswitch check --domain sums\n" in done.output and "thinkswitch iterate --domain sums\n" in done.output
     made = recipe.recipe_of("sums")
-    assert (made.keys.evaluation.task, made.keys.labels.answer, made.keys.prompts.count) == ("sums", "integer", 40)
+    assert (made.keys.evaluation.task, made.keys.answers.kind, made.keys.prompts.count) == ("sums", "integer", 40)
     assert made.axolotl["gradient_checkpointing"] and made.keys.needs.gpu_gb == (8 if gpu == "8gb" else 24)
     assert "Please reason step by step" in check.rendered_prompts(made.keys)
     longest = 8192 if gpu == "8gb" else 32768
@@ -62,7 +62,7 @@ def test_what_is_written_passes_the_checks_that_need_no_model(init: Callable[...
 
 
 def test_without_gold_answers_the_task_reports_agreement_with_a_reference(init: Callable[..., Result]) -> None:
-    done = init("sums", "--prompts", written(ROWS, "rows.jsonl"), "--answer", "integer")
+    done = init("sums", "--prompts", written(ROWS, "rows.jsonl"), "--kind", "integer")
     assert "thinkswitch reference --domain sums\n" in done.output
     made = recipe.recipe_of("sums")
     assert task_files.measures_agreement("sums") and task_files.kind_of_task("sums") == "integer"
@@ -134,7 +134,7 @@ def test_rows_that_repeat_a_held_out_row_are_left_out_and_counted(init: Callable
         (ROWS, ["x", "--gold", "anser"], "no column 'anser'; name one by --gold: question, gold, note."),
         (ROWS, ["x", "--column", "q"], "no column 'q'; name one by --column"),
         ([{"a": "b", "c": "d"}] * 10, [], "several columns that may hold the prompt; name one by --column: a, c."),
-        (ROWS, ["x", "--gold", "gold", "--answer", "decision"], "prompt p00000: the gold answer '0' cannot be read"),
+        (ROWS, ["x", "--gold", "gold", "--kind", "decision"], "prompt p00000: the gold answer '0' cannot be read"),
         (ROWS, ["x", "--held-out", "50"], "--held-out 50 leaves none of the 50 prompts to train on"),
         ([{"prompt": ""}] * 10, [], "rows.jsonl, line 1: the prompt is empty"),
         ([{"prompt": "the same"}] * 10, [], "every prompt repeats one that is held out"),
@@ -169,7 +169,7 @@ def test_a_vote_over_free_text_is_refused_and_over_answers_is_not() -> None:
         free.count([f"Because of {place}.", f"Since {place}.", None])
         short.count([str(place), str(place), "7"])
     with pytest.raises(ThinkSwitchError, match=r"In 4 votes .* no two were alike, so these answers are free text"):
-        free.require_agreement("exact", "set `thinkswitch.labels.selection: first`")
+        free.require_agreement("exact", "set `thinkswitch.answers.selection: first`")
     assert free.free_text("exact") and not free.free_text("integer") and not short.free_text("exact")
     free.require_agreement("integer", "")
     short.require_agreement("exact", "")
@@ -180,7 +180,7 @@ def test_the_reference_is_the_majority_of_a_real_thinking_checkpoint(
     init: Callable[..., Result], finished_run: Path, tmp_path: Path
 ) -> None:
     rows = [{"prompt": f"{n % 10}+{n * 7 % 10}-{n // 10}"} for n in range(20)]
-    assert init("sums", "--prompts", written(rows, "rows.jsonl"), "--answer", "digit").exit_code == 0
+    assert init("sums", "--prompts", written(rows, "rows.jsonl"), "--kind", "digit").exit_code == 0
     pair = files.read_json(finished_run / "iter-0" / "pair.json")
     overlay = {
         "needs": {"gpu_gb": 0},

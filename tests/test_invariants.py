@@ -67,7 +67,7 @@ _yaml = st.recursive(
 
 
 @HERE
-@given(st.sampled_from(("domain", "pair", "prompts", "sampling", "labels", "engine", "rebuild", "evaluation")), _yaml)
+@given(st.sampled_from(("domain", "pair", "prompts", "sampling", "answers", "engine", "rebuild", "evaluation")), _yaml)
 def test_a_recipe_is_read_or_refused_in_one_sentence(section: str, value: Any) -> None:
     values = yaml.safe_load(fuzz.TEMPLATE.read_text(encoding="utf-8"))
     values["thinkswitch"][section] = value

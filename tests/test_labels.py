@@ -30,7 +30,7 @@ from thinkswitch_plugin.engines import servers
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.loop import check
 from thinkswitch_plugin.perception import labels, training
-from thinkswitch_plugin.perception.label_job import LabelJob, find_job, parse_baselines
+from thinkswitch_plugin.perception.label_job import LabelJob, find_job, parse_formats
 from thinkswitch_plugin.perception.label_material import Question, assign_folds, majority_references, read_material
 from thinkswitch_plugin.recipe import load_recipe
 from thinkswitch_plugin.run.hashes import Hashes
@@ -75,7 +75,7 @@ def test_a_question_under_two_ids_lies_in_one_fold() -> None:
 
 
 def recipe_of(tmp_path: Path, **keys: Any) -> Any:
-    """The embedded recipe with other keys under `thinkswitch:`."""
+    """The demo recipe with other keys under `thinkswitch:`."""
     overlay = tmp_path / "keys.overlay.yaml"
     files.write_yaml(overlay, {"thinkswitch": keys})
     return load_recipe(Path("recipes/arithmetic.yaml"), (overlay,))
@@ -93,13 +93,13 @@ def job(tmp_path: Path, write_jsonl: Write) -> LabelJob:
     random.Random(0).shuffle(generations)
     write_jsonl("requests.jsonl", requests)
     return LabelJob(
-        recipe=recipe_of(tmp_path, labels={"selection": "all"}),
+        recipe=recipe_of(tmp_path, answers={"selection": "all"}),
         seed=0,
         engine="embedded",
         home=tmp_path / "home",
         generations=write_jsonl("generations.jsonl", generations),
         folds=2,
-        baselines=(POST,),
+        formats=(POST,),
     )
 
 
@@ -115,8 +115,8 @@ def test_the_majority_of_all_complete_answers_is_the_reference(job: LabelJob) ->
 
 
 def recipe_first(job: LabelJob) -> Any:
-    kept = job.recipe.keys.labels.model_copy(update={"selection": "first"})
-    return job.recipe.keys.model_copy(update={"labels": kept})
+    kept = job.recipe.keys.answers.model_copy(update={"selection": "first"})
+    return job.recipe.keys.model_copy(update={"answers": kept})
 
 
 def test_gold_answers_come_from_the_field_that_the_recipe_names(
@@ -137,7 +137,7 @@ def test_gold_answers_come_from_the_field_that_the_recipe_names(
     with pytest.raises(ThinkSwitchError, match="has no row for the prompt 'p4'"):
         read_material(gold)
     write_jsonl("prompts.jsonl", [*rows[:5], {**rows[5], "right": "several"}])
-    with pytest.raises(ThinkSwitchError, match=r"in which `thinkswitch\.labels\.answer: digit` reads no answer"):
+    with pytest.raises(ThinkSwitchError, match=r"in which `thinkswitch\.answers\.kind: digit` reads no answer"):
         read_material(gold)
 
 
@@ -212,7 +212,7 @@ def test_of_several_answers_a_share_has_to_be_right(share: float, label: str) ->
 
 
 def test_several_answers_are_drawn_and_numbered(job: LabelJob, tmp_path: Path) -> None:
-    several = replace(job, recipe=recipe_of(tmp_path, labels={"selection": "all"}, adaptive={"samples": 3}))
+    several = replace(job, recipe=recipe_of(tmp_path, answers={"selection": "all"}, adaptive={"samples": 3}))
     material = read_material(several)
     fold = labels.Fold(several, 1, material.questions[:1], job.home, Hashes(job.home))
     fold.write(material, {question.prompt_id: 2 for question in material.questions})
@@ -240,7 +240,7 @@ def test_a_conditions_config_is_the_recipes_with_its_rows_its_template_and_no_mo
     ]
     assert (config["num_epochs"], config["seed"], config["chat_template"]) == (2, 5, "tokenizer_default")
     assert config["lora_modules_to_save"] == ["lm_head"] and "lr_groups" not in config
-    assert "perception" not in config["thinkswitch"] and config["thinkswitch"]["labels"] == {"answer": "digit"}
+    assert "perception" not in config["thinkswitch"] and config["thinkswitch"]["answers"] == {"kind": "digit"}
     check.validate(config, "the config")
 
     keys = PerceptionKeys.model_validate({"static": True})
@@ -286,10 +286,10 @@ def test_requests_with_other_stop_strings_are_not_answered_together(tiny: Any) -
 
 
 def test_words_that_are_no_setting_are_refused() -> None:
-    assert parse_baselines("") == parse_baselines("post") == (POST,)
-    assert parse_baselines("pre, post") == parse_baselines("pre") == (POST, PRE)
-    with pytest.raises(ThinkSwitchError, match="'before' is not a baseline; use post, or post and pre"):
-        parse_baselines("post before")
+    assert parse_formats("") == parse_formats("post") == (POST,)
+    assert parse_formats("pre, post") == parse_formats("pre") == (POST, PRE)
+    with pytest.raises(ThinkSwitchError, match="'before' is not a format; use post, or post and pre"):
+        parse_formats("post before")
 
 
 GOOD = [request(f"p{i}", text=f"{i}+1") for i in range(3)]
@@ -307,7 +307,7 @@ ANSWERS = [answer(f"p{i}-s0", f"t\n</think>\n\n{i + 1}") for i in range(3)]
         ({}, GOOD, [answer("p0-s0", "t", finish="length")], "holds no complete answer"),
         ({}, GOOD, [answer("p0-s0", "</think>5")], "holds no complete answer .*1 no_trace"),
         ({}, GOOD, [{"no": "id"}], r"generations\.jsonl, line 1: `custom_id` is missing"),
-        ({"baselines": "both"}, GOOD, ANSWERS, "'both' is not a baseline; use post"),
+        ({"formats": "both"}, GOOD, ANSWERS, "'both' is not a format; use post"),
         ({"engine": "http://127.0.0.1:1/v1"}, GOOD, ANSWERS, "does not have the adapters"),
         ({"generations": "none.jsonl"}, GOOD, ANSWERS, r"none\.jsonl does not exist"),
         ({"generations": ""}, GOOD, ANSWERS, "is not a run folder, so there are no generations .* `make iterate"),
@@ -319,19 +319,19 @@ def test_bad_input_is_one_sentence(
     if requests is not None:
         write_jsonl("requests.jsonl", requests)
     given = {"folds": 2, "engine": "embedded", "generations": str(write_jsonl("generations.jsonl", generations))}
-    # Without `embedded` nothing has to be trained before the files are read.
-    files.write_yaml(tmp_path / "plain.yaml", {"thinkswitch": {"pair": {"embedded": False}}})
+    # Without `demo` nothing has to be trained before the files are read.
+    files.write_yaml(tmp_path / "plain.yaml", {"thinkswitch": {"pair": {"demo": False}}})
     overlays = [str(tmp_path / "plain.yaml")]
     with pytest.raises(ThinkSwitchError, match=message) as refused:
-        baselines = parse_baselines(options.get("baselines", ""))
-        rest = {name: value for name, value in options.items() if name != "baselines"}
+        formats = parse_formats(options.get("formats", ""))
+        rest = {name: value for name, value in options.items() if name != "formats"}
         job = find_job("arithmetic", tmp_path / "runs", seed=0, overlays=overlays, **{**given, **rest})
-        labels.make_labels(replace(job, baselines=baselines))
+        labels.make_labels(replace(job, formats=formats))
     assert "\n" not in str(refused.value)
 
 
 def test_the_command_takes_the_settings_of_make(command: Any, tmp_path: Path) -> None:
-    settings = ("FOLDS=1", "BASELINES=post pre", "GENERATIONS=mine.jsonl")
+    settings = ("FOLDS=1", "FORMATS=post pre", "GENERATIONS=mine.jsonl")
     shown = command("make", "--eval", "show: ; @env", "show", "DOMAIN=arithmetic", *settings).stdout.splitlines()
     assert {f"THINKSWITCH_{setting}" for setting in settings} <= set(shown)
     words = (BIN / "thinkswitch", "labels", "--domain", "arithmetic", "--runs", tmp_path)

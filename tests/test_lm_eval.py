@@ -104,7 +104,7 @@ def simple_evaluate(checkpoint: Path, task: str, out: Path, **model_args: str) -
 
 
 def keys_for(limit: int = 2, **evaluation: Any) -> ThinkSwitchKeys:
-    """The embedded domain's recipe, with few questions answered in process."""
+    """The demo domain's recipe, with few questions answered in process."""
     keys = load_recipe(ROOT / "recipes" / "arithmetic.yaml").keys
     changed = {"limit": limit, "batch_size": "2", "backend": "hf", **evaluation}
     return keys.model_copy(update={"evaluation": keys.evaluation.model_copy(update=changed)})

@@ -1,4 +1,4 @@
-"""One real iteration of the embedded domain: its files, its figures, and the plain tools on them."""
+"""One real iteration of the demo domain: its files, its figures, and the plain tools on them."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def legacy(config: dict[str, Any], here: Path, adapter: Path) -> dict[str, torch
 
 
 def bfloat16_checkpoint(folder: Path) -> Path:
-    """A bfloat16 Qwen3 for the embedded domain, with separate head and embedding, in several shards."""
+    """A bfloat16 Qwen3 for the demo domain, with separate head and embedding, in several shards."""
     tokenizer = build_tokenizer("instruct")
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}

@@ -1,4 +1,4 @@
-"""The embedded domain `arithmetic-mixed`: its questions, its teacher, its files, and its lm-eval task."""
+"""The demo domain `arithmetic-mixed`: its questions, its teacher, its files, and its lm-eval task."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_the_files_are_made_once_and_made_again_when_a_setting_changed(
     assert files.read_json(folder / "settings.json")["noise"] == 0.5
     assert (folder / "generations.jsonl").read_bytes() != before
     (folder / "settings.json").unlink()
-    with pytest.raises(ThinkSwitchError, match="contains files that the embedded domain did not create"):
+    with pytest.raises(ThinkSwitchError, match="contains files that the demo domain did not create"):
         cache.ensure(keys, 3)
 
 

@@ -10,7 +10,7 @@ import pytest
 from experiments import bench_pairs
 from tests.conftest import ROOT
 from thinkswitch_plugin import files
-from thinkswitch_plugin.args import LabelKeys
+from thinkswitch_plugin.args import AnswerKeys
 from thinkswitch_plugin.data.pairs import PairReport, build_pairs, write_pairs
 from thinkswitch_plugin.errors import ThinkSwitchError
 
@@ -38,8 +38,8 @@ def answer(custom_id: str, content: str | None, finish: str | None = "stop", **e
 
 def built(requests: Path, generations: Path, selection: str = "first", **others: float) -> tuple[list[str], PairReport]:
     report = PairReport()
-    labels = LabelKeys.model_validate({"selection": selection, "answer": "digit", **others})
-    rows = build_pairs(requests, generations, labels=labels, report=report)
+    keys = AnswerKeys.model_validate({"selection": selection, "kind": "digit", **others})
+    rows = build_pairs(requests, generations, keys=keys, report=report)
     return [f"{r['custom_id']}={r['messages'][-1]['content']}" for r in rows], report
 
 
@@ -94,14 +94,14 @@ def test_a_prompt_on_which_the_samples_disagree_too_much_is_dropped_by_a_vote_an
     rows, report = built(requests, generations, "vote", min_agreement=least)
     assert rows == ["p0-s1=5"][:kept] and report.prompts_without_pair == 1 - kept
     assert report.dropped == ({"not_selected": 3} if kept else {"samples_disagree": 4})
-    labels = LabelKeys.model_validate({"selection": "vote", "answer": "digit", "min_agreement": least})
+    keys = AnswerKeys.model_validate({"selection": "vote", "kind": "digit", "min_agreement": least})
     if kept:
-        write_pairs(requests, generations, tmp_path / "pairs.jsonl", labels=labels)
+        write_pairs(requests, generations, tmp_path / "pairs.jsonl", keys=keys)
         counts = files.read_json(tmp_path / "pairs.json")
         assert (counts["selection"], counts["min_agreement"]) == ("vote", 0.5)
     else:
-        with pytest.raises(ThinkSwitchError, match=r"4 samples_disagree\); lower `labels.min_agreement`"):
-            write_pairs(requests, generations, tmp_path / "pairs.jsonl", labels=labels)
+        with pytest.raises(ThinkSwitchError, match=r"4 samples_disagree\); lower `answers.min_agreement`"):
+            write_pairs(requests, generations, tmp_path / "pairs.jsonl", keys=keys)
 
 
 def test_a_prompt_with_tags_keeps_its_text_and_gets_its_own_answer(write_jsonl: Write) -> None:

@@ -41,13 +41,13 @@ def tokenizer(student: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(student)
 
 
-def tokenized(tokenizer: Any, path: Path, module: Any, **labels: Any) -> list[dict[str, Any]]:
+def tokenized(tokenizer: Any, path: Path, module: Any, **answers: Any) -> list[dict[str, Any]]:
     cfg = DictDefault(
         {
             "sequence_len": 128,
             "train_on_inputs": False,
             "chat_template": "tokenizer_default",
-            "thinkswitch": {"labels": labels} if labels else None,
+            "thinkswitch": {"answers": answers} if answers else None,
         }
     )
     ds_cfg = DictDefault({"path": str(path), "type": module.__name__})
@@ -96,7 +96,7 @@ def test_a_vote_keeps_the_trace_of_the_sample_it_chose(tokenizer: Any, write_jso
     write_jsonl("requests.jsonl", [request("p0", s) for s in range(3)])
     texts = ["1+2=3</think>3", "2+2=4</think>4", "3+1=4</think>4"]
     generations = write_jsonl("generations.jsonl", [answer(f"p0-s{i}", t) for i, t in enumerate(texts)])
-    (row,) = tokenized(tokenizer, generations, pre_thinking, selection="vote", answer="digit")
+    (row,) = tokenized(tokenizer, generations, pre_thinking, selection="vote", kind="digit")
     assert "<think>\n2+2=4\n</think>\n\n4<|im_end|>" in tokenizer.decode(row["input_ids"])
 
 

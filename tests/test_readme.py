@@ -28,12 +28,12 @@ RUN_BY = {
     "thinkswitch init mine --prompts questions.csv --gold answer --gpu 24gb": (
         "test_init.py::test_what_is_written_passes_the_checks_that_need_no_model"
     ),
-    "make sweep ITER=1": "test_sweep.py::swept",
-    "make ablate ITER=1": "test_sweep.py::test_layers_modules_and_baselines_by_make",
-    "make baselines ITER=1": "test_sweep.py::test_layers_modules_and_baselines_by_make",
-    "make similarity A=instruct B=thinking": "test_readme.py::test_similarity_by_make",
-    "make switch ITER=2": "test_switch.py::switched",
-    "thinkswitch answer --pair runs/arithmetic '7*3+4*2'": "test_switch.py::test_one_question_and_many_in_process",
+    "make sweep ITERATION=1": "test_sweep.py::swept",
+    "make ablate ITERATION=1": "test_sweep.py::test_layers_modules_and_baselines_by_make",
+    "make baselines ITERATION=1": "test_sweep.py::test_layers_modules_and_baselines_by_make",
+    "make similarity FIRST=instruct SECOND=thinking": "test_readme.py::test_similarity_by_make",
+    "make switch ITERATION=2": "test_switch.py::switched",
+    "thinkswitch answer runs/arithmetic '7*3+4*2'": "test_switch.py::test_one_question_and_many_in_process",
     "make adaptive": "test_adaptive.py::small",
     "pip install .": "test_wheel.py::installed",
     "thinkswitch recipes": "test_wheel.py::test_the_wheel_names_every_file_recipe_merge_config_and_task_of_the_checkout",

@@ -35,10 +35,13 @@ def test_recipes_of_the_project_are_valid() -> None:
     ("section", "change", "message"),
     [
         ("rebuild", {"lamda": 0.9}, r"unknown key `thinkswitch.rebuild.lamda`; did you mean `lambda`"),
-        ("labels", {"selection": "best"}, r"`thinkswitch.labels.selection`: .* \(found 'best'\)"),
+        ("answers", {"selection": "best"}, r"`thinkswitch.answers.selection`: .* \(found 'best'\)"),
         ("sampling", {"max_tokens": "many"}, "`thinkswitch.sampling.max_tokens`"),
         ("prompts", {"hub": "a/b"}, "give either `path`"),
         ("prompts", {"a\nb": None}, r"unknown key `thinkswitch.prompts.'a\\nb'`"),
+        ("", {"labels": {}}, "`thinkswitch`: the key `labels` is called `answers` now"),
+        ("answers", {"answer": "digit"}, "`thinkswitch.answers`: the key `answer` is called `kind` now"),
+        ("pair", {"embedded": True}, "`thinkswitch.pair`: the key `embedded` is called `demo` now"),
         ("", {"domian": "x"}, "unknown key `thinkswitch.domian`; did you mean `domain`"),
     ],
 )
@@ -109,7 +112,7 @@ def test_recipes_pass_axolotls_own_schema_as_they_stand(name: str, overlay: str)
     ("section", "problem"),
     [
         ({}, None),
-        ({"perception": {}, "labels": {"answer": "digit"}, "min_adapter_change": 0}, None),
+        ({"perception": {}, "answers": {"kind": "digit"}, "min_adapter_change": 0}, None),
         ({"perception": {"tokens": 2, "static": True}}, None),
         ({"perceptoin": {}}, "thinkswitch.perceptoin"),
         ({"perception": {"tokens": 0}}, "thinkswitch.perception.tokens"),

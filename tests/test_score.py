@@ -128,7 +128,7 @@ def test_a_convention_of_ones_own_is_named_by_what_opens_and_closes_a_trace(
 ) -> None:
     path = write_jsonl("o.jsonl", [{"raw": "[[T]]maybe \\boxed{7}[[/T]]8", "gold": "8"}])
     own = ("--trace-open", "[[T]]", "--trace-close", "[[/T]]", "--rows", tmp_path / "v.jsonl")
-    assert command(BIN / "thinkswitch", "score", "--answer", "integer", *own, path).returncode == 0
+    assert command(BIN / "thinkswitch", "score", "--kind", "integer", *own, path).returncode == 0
     assert [row["answer"] for _, row in files.read_jsonl(tmp_path / "v.jsonl")] == ["8"]
     with pytest.raises(ThinkSwitchError, match="`--trace` is 'harmoni', and the nearest convention is 'harmony'"):
         score.convention_named(["harmoni"], None, None)
@@ -178,7 +178,7 @@ def test_a_task_of_ones_own_needs_one_yaml(tmp_path: Path, monkeypatch: pytest.M
     (tasks / "other.yaml").write_text("task: other\nprocess_results: !function mine.score\n")
     monkeypatch.chdir(tmp_path)
     assert score.kind_of("mine", None) == "integer"
-    with pytest.raises(ThinkSwitchError, match="'other' grades by a function of its own; use `--answer KIND`"):
+    with pytest.raises(ThinkSwitchError, match="'other' grades by a function of its own; use `--kind KIND`"):
         score.kind_of("other", None)
     with pytest.raises(ThinkSwitchError, match="There is no task 'nothing'"):
         score.kind_of("nothing", None)

@@ -173,7 +173,7 @@ def test_a_config_that_cannot_be_made_of_the_pair_is_left_out_with_a_reason() ->
 @pytest.fixture(scope="module")
 def swept(own_run: Path, make: Any) -> Path:
     """A sweep of five points of iteration 1, by Make."""
-    done = make("sweep", "ITER=1", "LAMBDAS=0 0.2 0.5 0.9 1", f"RUNS={own_run.parent}")
+    done = make("sweep", "ITERATION=1", "LAMBDAS=0 0.2 0.5 0.9 1", f"RUNS={own_run.parent}")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return own_run / "iter-1" / "sweep"
 
@@ -243,7 +243,7 @@ def test_merging_in_memory_equals_mergekit_yaml(finished_run: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_layers_modules_and_baselines_by_make(own_run: Path, make: Any) -> None:
     for target in ("ablate", "baselines"):
-        done = make(target, "ITER=1", "LIMIT=60", f"RUNS={own_run.parent}")
+        done = make(target, "ITERATION=1", "LIMIT=60", f"RUNS={own_run.parent}")
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     here = own_run / "iter-1" / "merges"
     layers = files.read_json(here / "layers" / "merges.json")["merges"]
@@ -261,7 +261,7 @@ def test_layers_modules_and_baselines_by_make(own_run: Path, make: Any) -> None:
 
 @pytest.mark.slow
 def test_several_samples_and_sampling_settings_make_several_curves(own_run: Path, make: Any) -> None:
-    words = ["LAMBDAS=0 1", "K=2", "SAMPLING=0.6/0.95 1.0", "LIMIT=20", f"OUT={own_run / 'sampled'}"]
+    words = ["LAMBDAS=0 1", "SAMPLES=2", "SAMPLING=0.6/0.95 1.0", "LIMIT=20", f"OUT={own_run / 'sampled'}"]
     done = make("sweep", *words, f"RUNS={own_run.parent}")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = files.read_json(own_run / "sampled" / "sweep" / "sweep.json")

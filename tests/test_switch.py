@@ -208,7 +208,7 @@ def test_a_router_is_not_judged_by_what_it_has_learnt_from(judged_run: Path, tmp
 
 
 def test_an_iteration_without_evaluation_or_router_names_the_next_command(judged_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ThinkSwitchError, match="make switch DOMAIN=arithmetic ITER=1"):
+    with pytest.raises(ThinkSwitchError, match="make switch DOMAIN=arithmetic ITERATION=1"):
         Switch.open(judged_run, iteration=1)
     with pytest.raises(ThinkSwitchError, match="is not a run folder"):
         Switch.open(tmp_path)
@@ -310,7 +310,7 @@ def test_a_row_that_cannot_be_asked_is_named_before_any_is_asked(
 
 @pytest.mark.parametrize("extra", [[], ["1+2", "--file", "x"], ["1+2", "--threshold", "1.5"]])
 def test_one_question_or_many_but_not_both(judged_run: Path, extra: list[str]) -> None:
-    assert CliRunner().invoke(main, ["answer", "--pair", str(judged_run), *extra]).exit_code == 2
+    assert CliRunner().invoke(main, ["answer", str(judged_run), *extra]).exit_code == 2
 
 
 def test_the_switch_works_beside_a_loop_that_is_at_work(judged_run: Path, server: FaultyServer) -> None:
@@ -373,12 +373,12 @@ def test_one_question_and_many_in_process(switched: Path, command: Any, forked: 
             reply = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": one.question}]})
             text = reply.json()["choices"][0]["message"]["content"]
             assert reply.headers["X-ThinkSwitch-Mode"] == one.mode and text.endswith(one.answer or "")
-    done = forked(TS, "answer", "--pair", switched, questions[0])
+    done = forked(TS, "answer", switched, questions[0])
     assert done.returncode == 0, done.stderr
     assert f"  answer: {found[0].answer}" in done.stdout and f"{found[0].mode} (p(think) = " in done.stdout
     source = tmp_path / "questions.jsonl"
     source.write_text("".join(json.dumps({"question": q}) + "\n" for q in questions))
-    done = command("sh", "-c", f"{TS} answer --pair {switched} - < {source}")
+    done = command("sh", "-c", f"{TS} answer {switched} - < {source}")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [(r["answer"], r["mode"], r["tokens"]) for r in rows] == [(f.answer, f.mode, f.tokens) for f in found]
     assert done.stderr.strip().startswith("24 questions: ")
@@ -386,6 +386,6 @@ def test_one_question_and_many_in_process(switched: Path, command: Any, forked: 
 
 @pytest.mark.slow
 def test_make_switch_hands_its_settings_on(command: Any, finished_run: Path) -> None:
-    done = command("make", "-n", "switch", f"RUNS={finished_run.parent}", "ITER=1", "LABELS=mine.jsonl", "LIMIT=9")
+    done = command("make", "-n", "switch", f"RUNS={finished_run.parent}", "ITERATION=1", "LABELS=mine.jsonl", "LIMIT=9")
     assert done.returncode == 0 and "thinkswitch switch" in done.stdout
     assert (ROOT / "Makefile").read_text().count("\nswitch: setup ## ") == 1

@@ -149,14 +149,14 @@ def keys(**changed: Any) -> ThinkSwitchKeys:
 
 
 def test_a_maker_that_cannot_be_imported_is_named() -> None:
-    with pytest.raises(ThinkSwitchError, match=r"`thinkswitch.pair.embedded` names nowhere:made, which cannot"):
-        cache.ensure(keys(embedded="nowhere:made"), 0)
+    with pytest.raises(ThinkSwitchError, match=r"`thinkswitch.pair.demo` names nowhere:made, which cannot"):
+        cache.ensure(keys(demo="nowhere:made"), 0)
 
 
 def test_a_domain_names_its_own_maker(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
     monkeypatch.setattr(cache, "made_here", lambda keys, seed: made.append(seed), raising=False)
-    cache.ensure(keys(embedded="thinkswitch_plugin.demo.cache:made_here"), 3)
+    cache.ensure(keys(demo="thinkswitch_plugin.demo.cache:made_here"), 3)
     assert made == [3]
 
 
@@ -181,7 +181,7 @@ def test_the_whole_loop_takes_bfloat16_a_bpe_tokenizer_and_tags_of_ordinary_toke
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_bytes(b"".join(files.dumps_line({"prompt": q.prompt}) for q in words.questions("loop", 4)))
     changed = {
-        "pair": {**pair, "base": None, "embedded": False},
+        "pair": {**pair, "base": None, "demo": False},
         "prompts": {"path": str(prompts), "count": 4},
         "sampling": {"max_tokens": 40},
         "needs": {"ram_gb": 1, "disk_gb": 1},

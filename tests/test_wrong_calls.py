@@ -34,7 +34,7 @@ from thinkswitch_plugin.errors import not_fetched
         ("eval-model --domain arithmetic --model ./nowhere", 1, "checkpoint ./nowhere is not a checkpoint folder"),
         ("status runs/arithmatic", 1, "There is no recipe recipes/arithmatic.yaml"),
         ("verify runs/none", 1, "runs/none is not a run folder (no run.json); begin one with"),
-        ("answer --pair runs/arithmetic", 2, "give one question, or many by --file"),
+        ("answer runs/arithmetic", 2, "give one question, or many by --file"),
         ("init mine --prompts none.csv", 1, "none.csv does not exist"),
         ("reference --domain arithmetic", 1, "the task thinkswitch_arithmetic has gold answers and needs no reference"),
     ],
@@ -66,10 +66,15 @@ def test_a_wrong_make_call_is_answered_in_one_sentence(
 
 
 def test_sentences_use_the_words_of_the_command_that_was_typed() -> None:
-    assert as_typed("run `make sweep DOMAIN=aime ITER=1`.") == "run `thinkswitch sweep --domain aime --iteration 1`."
+    assert (
+        as_typed("run `make sweep DOMAIN=aime ITERATION=1`.") == "run `thinkswitch sweep --domain aime --iteration 1`."
+    )
     assert as_typed("`make status DOMAIN=aime`") == "`thinkswitch status runs/aime`"
-    assert as_typed("use A=<instruct>, RUNS=, SEED=0") == "use --instruct <instruct>, --runs, --seed 0"
-    assert as_typed("`make switch DOMAIN=aime ITER=2`, `make pair`") == "`thinkswitch switch runs/aime 2`, `make pair`"
+    assert as_typed("use INSTRUCT=<instruct>, RUNS=, SEED=0") == "use --instruct <instruct>, --runs, --seed 0"
+    assert (
+        as_typed("`make switch DOMAIN=aime ITERATION=2`, `make pair`")
+        == "`thinkswitch switch runs/aime 2`, `make pair`"
+    )
     assert as_typed("run `make setup`.") == "run `make setup`."
 
 
@@ -78,3 +83,35 @@ def test_a_hub_that_cannot_be_reached_is_said_so() -> None:
     assert str(not_fetched("The checkpoint x", error)).startswith(
         "The checkpoint x cannot be downloaded from the hub: the hub cannot be reached;"
     )
+
+
+@pytest.mark.parametrize(
+    ("typed", "code", "now"),
+    [
+        ("judge-merges --domain arithmetic", 2, "Did you mean eval-merges?"),
+        ("sweep --domain arithmetic --template thinking", 2, "No such option --template; use --mode."),
+        ("labels --domain arithmetic --baselines post", 2, "--baselines; use --formats."),
+        ("status runs/arithmetic --price 2", 2, "--price; use --price-per-hour."),
+        ("answer --pair runs/arithmetic 1+2", 2, "--pair; use the argument RUN."),
+        ("score --answer integer rows.jsonl", 2, "--answer; use --kind."),
+    ],
+)
+def test_a_name_that_was_changed_is_refused_with_the_one_it_has_now(typed: str, code: int, now: str) -> None:
+    done = CliRunner().invoke(cli.main, typed.split())
+    assert done.exit_code == code and now in done.output, done.output
+
+
+@pytest.mark.parametrize(
+    ("typed", "sentence"),
+    [
+        ("sweep ITER=1", "ITER= is not a setting; it is called ITERATION= now"),
+        ("sweep A=folder", "A= is not a setting; it is called INSTRUCT= now"),
+        ("sweep K=8", "K= is not a setting; it is called SAMPLES= now"),
+        ("iterate ITERATION=3", "ITERATION= selects one iteration of a run; the number of iterations is ITERATIONS="),
+    ],
+)
+def test_a_setting_that_was_renamed_or_taken_for_another_is_refused(
+    command: Callable[..., subprocess.CompletedProcess[str]], typed: str, sentence: str
+) -> None:
+    done = command("make", "-n", *typed.split(), cwd=ROOT)
+    assert done.returncode == 2 and sentence in done.stderr and len(done.stderr.splitlines()) == 1

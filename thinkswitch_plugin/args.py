@@ -17,8 +17,8 @@ from thinkswitch_plugin.engine_args import TEMPLATE_KEY, Keys, ModeArguments
 from thinkswitch_plugin.engine_args import EngineKeys as EngineKeys
 from thinkswitch_plugin.engine_args import option_name as option_name
 from thinkswitch_plugin.evaluation_args import EvaluationKeys as EvaluationKeys
+from thinkswitch_plugin.loss_args import AnswerKeys as AnswerKeys
 from thinkswitch_plugin.loss_args import DistributionKeys
-from thinkswitch_plugin.loss_args import LabelKeys as LabelKeys
 
 
 class PairKeys(Keys):
@@ -31,9 +31,9 @@ class PairKeys(Keys):
     )
     revision_instruct: str | None = Field(None, description="Hub commit or tag to pin.")
     revision_thinking: str | None = Field(None, description="Hub commit or tag to pin.")
-    embedded: bool | str = Field(
+    demo: bool | str = Field(
         False,
-        description="Make the pair at these two paths first: true is the tiny pair of digits; or a function "
+        description="Make a demo pair at these two paths first: true is the tiny pair of digits; or a function "
         "`package.module:function`, called with these keys and the seed.",
     )
     chat_template_kwargs: ModeArguments = ModeArguments()  # type: ignore[call-arg]
@@ -181,7 +181,7 @@ class AdaptiveKeys(Keys):
 class PluginKeys(Keys):
     """The keys that the plugin itself reads: all that a plain axolotl recipe needs."""
 
-    labels: LabelKeys = LabelKeys()  # type: ignore[call-arg]
+    answers: AnswerKeys = AnswerKeys()  # type: ignore[call-arg]
     trace: str | dict[str, str] = Field(
         "auto",
         description="How the thinking checkpoint writes its trace: `auto` (by its chat template, else any convention "
@@ -229,15 +229,15 @@ class ThinkSwitchKeys(PluginKeys):
 
     @property
     def longest_answer(self) -> int:
-        """The largest token budget that the recipe gives a completion."""
-        return max(self.evaluation.max_tokens or 0, self.sampling.max_tokens)
+        """The largest token budget that the recipe gives a completion, second tries included."""
+        return max(self.evaluation.max_tokens or 0, self.sampling.max_tokens, self.retry_budget or 0)
 
     @property
     def retry_budget(self) -> int | None:
         """Token budget of the second try for a cut completion; None if there is none."""
-        if self.labels.unfinished == "drop":
+        if self.answers.unfinished == "drop":
             return None
-        return self.labels.retry_max_tokens or 2 * self.sampling.max_tokens
+        return self.answers.retry_max_tokens or 2 * self.sampling.max_tokens
 
     @model_validator(mode="after")
     def _distributions_are_returned(self) -> ThinkSwitchKeys:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 
 def option_name(word: str) -> str:
@@ -83,10 +84,21 @@ def learning_options(words: list[str]) -> list[str]:
     return [word for word in _without(words, lambda name: bool(LAUNCH_OPTIONS.fullmatch(name))) if word != "--"]
 
 
+FORMER = {"labels": "answers", "answer": "kind", "embedded": "demo"}  # keys by the names that they no longer have
+
+
 class Keys(BaseModel):
     """A section of a recipe: a key that is not known is an error."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_former_name(cls, values: Any) -> Any:
+        for former, now in FORMER.items():
+            if isinstance(values, dict) and former in values and now in cls.model_fields:
+                raise PydanticCustomError("renamed", f"the key `{former}` is called `{now}` now")
+        return values
 
 
 # The request fields that the loop may send beside `model` and `messages`.

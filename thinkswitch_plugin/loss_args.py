@@ -1,4 +1,4 @@
-"""The keys under `thinkswitch.labels` and `thinkswitch.distribution`: which answers are learnt, and what of them."""
+"""The keys under `thinkswitch.answers` and `thinkswitch.distribution`: which answers are learnt, and what of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MOST_TOKENS = 20  # that vLLM, unless it is told otherwise, and hosted endpoints
 KD_PLUGIN = "axolotl.integrations.kd.KDPlugin"
 
 
-class LabelKeys(Keys):
+class AnswerKeys(Keys):
     """Which completions become training pairs."""
 
     selection: Literal["first", "all", "vote"] = Field(
@@ -25,7 +25,7 @@ class LabelKeys(Keys):
         le=1,
         description="With `vote`: drop a prompt if a smaller share of its complete samples gives the majority answer.",
     )
-    answer: Literal[tuple(KINDS)] = Field(  # type: ignore[valid-type]
+    kind: Literal[tuple(KINDS)] = Field(  # type: ignore[valid-type]
         "exact", description="How a final answer is read, for `vote` and for grading; see docs/grading.md."
     )
     unfinished: Literal["drop", "retry"] = Field(
@@ -34,7 +34,7 @@ class LabelKeys(Keys):
     retry_max_tokens: int | None = Field(None, gt=0, description="Budget of the second try (default: twice the first).")
 
     @model_validator(mode="after")
-    def _agreement_is_of_a_vote(self) -> LabelKeys:
+    def _agreement_is_of_a_vote(self) -> AnswerKeys:
         if self.min_agreement is not None and self.selection != "vote":
             raise ValueError("`min_agreement` needs `selection: vote`; set that, or remove `min_agreement`")
         return self

@@ -120,6 +120,8 @@ def explain(error: ValidationError) -> str:
         return f"unknown key `{field}`{_did_you_mean(first['loc'])}."
     if first["type"] == "missing":
         return f"`{field}` is missing."
+    if first["type"] == "renamed":
+        return f"`{field}`: {first['msg']}."
     return f"`{field}`: {first['msg'].removeprefix('Value error, ')} (found {shown(first['input'])})."
 
 

@@ -22,7 +22,7 @@ NO_GPU_MEMORY = (
 SECTIONS = {
     "Run": ("init", "check", "iterate", "reference", "recipes", "keys"),
     "Look": ("status", "compare", "judge", "eval-model", "score"),
-    "Tune λ, the weight of the thinking checkpoint": ("sweep", "judge-merges", "merge", "similarity"),
+    "Tune λ, the weight of the thinking checkpoint": ("sweep", "eval-merges", "merge", "similarity"),
     "Think only where it pays": ("switch", "answer", "labels"),
     "Serve": ("export-loras", "serve", "serve-lambda"),
     "Publish": ("push", "export-gguf"),
@@ -32,10 +32,20 @@ STAGES = "The stages of `iterate`, each by itself on a run folder"
 # Make targets whose command has another name, and those whose command takes the run's folder.
 RENAMED = {"eval": "eval-model"}
 OF_FOLDER = ("status", "verify", "compare", "report", "switch")
-POSITIONAL = {"switch": ("ITER",), "similarity": ("A", "B")}
+POSITIONAL = {"switch": ("ITERATION",), "similarity": ("FIRST", "SECOND")}
 NOT_ALIKE = ("pair", "eval")  # stages, which the targets of these names begin a run for
-OPTIONS = {"A": "instruct", "B": "thinking", "K": "samples", "ITER": "iteration", "PRICE_PER_HOUR": "price"}
-SETTINGS = (*OPTIONS, "DOMAIN", "RUNS", "SEED", "ENGINE", "ITERATIONS", "OVERLAY", "KEEP", "MODEL", "OUT", "TASK")
+SETTINGS = (
+    *("DOMAIN", "RUNS", "SEED", "ENGINE", "ITERATIONS", "ITERATION", "OVERLAY", "KEEP", "MODEL", "OUT", "TASK"),
+    *("INSTRUCT", "THINKING", "SAMPLES", "MODE", "FORMATS", "PRICE_PER_HOUR"),
+)
+# Options by the names that they no longer have.
+FORMER = {
+    "--template": "--mode",
+    "--baselines": "--formats",
+    "--price": "--price-per-hour",
+    "--pair": "the argument RUN",
+    "--answer": "--kind",
+}
 PREFIX = "THINKSWITCH"  # of the environment variables that stand for options
 
 
@@ -68,7 +78,7 @@ def typed_make() -> bool:
 
 def option(setting: str) -> str:
     """The option that a setting of Make is."""
-    return OPTIONS.get(setting, setting.lower().replace("_", "-"))
+    return setting.lower().replace("_", "-")
 
 
 def as_typed(sentence: str) -> str:
@@ -151,6 +161,11 @@ class Group(click.Group):
         except processes.Interrupted as signal:
             click.echo("\nthinkswitch: stopped; run the same command again to continue.", err=True)
             ctx.exit(128 + signal.number)
+        except click.NoSuchOption as error:
+            if now := FORMER.get(error.option_name):
+                said = f"No such option {error.option_name}; use {now}."
+                raise click.NoSuchOption(error.option_name, said, ctx=error.ctx) from None
+            raise
         except Exception as error:
             sentence = sentence_of(error)
             if sentence is None or debug:

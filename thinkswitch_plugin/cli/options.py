@@ -77,12 +77,12 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--keep", default="", envvar="KEEP", help="Iterations that keep their weights: all, last, none or a number."
         ),
-        click.option("--price", default="", envvar="PRICE_PER_HOUR", help="Of an hour of this machine."),
+        click.option("--price-per-hour", default="", envvar="PRICE_PER_HOUR", help="Of this machine."),
         DATA,
     )
     @functools.wraps(function)
-    def call(*, keep: str, price: str, data: str, **others: Any) -> None:
-        function(given=Given(keep=keep, price=price, data=data), **others)
+    def call(*, keep: str, price_per_hour: str, data: str, **others: Any) -> None:
+        function(given=Given(keep=keep, price=price_per_hour, data=data), **others)
 
     return call
 
@@ -131,12 +131,12 @@ def _with_pair(function: Callable[..., Any], fixed: Mapping[str, Any] | None = N
     return call
 
 
-TEMPLATE = click.option(
-    "--template",
+MODE = click.option(
+    "--mode",
     type=click.Choice(["instruct", "thinking"]),
     default="instruct",
     show_default=True,
-    help="Checkpoint that gives tokenizer and chat template; the thinking one may open the trace and so hide the transition.",
+    help="Mode in which it is asked: with this checkpoint's tokenizer and chat template. Those of thinking may open the trace and so hide the transition.",
 )
 
 # How candidates made of the pair are asked.
@@ -146,7 +146,7 @@ of_candidates = together(
         default="",
         help="Another lm-eval task than the recipe's, with that task's token budget: thinkswitch_ifeval, gsm8k, …",
     ),
-    TEMPLATE,
+    MODE,
     click.option("--sampling", default="", help='Temperature/top-p, such as "0.6/0.95 0.7/0.8".'),
     click.option("--samples", type=number, help="k samples a question (default: the task's own)."),
 )

@@ -76,18 +76,18 @@ def iterate(**options: Any) -> None:
 @click.option("--prompts", required=True, help="JSONL, CSV or Parquet file with a prompt a row, or a hub dataset.")
 @click.option("--column", default="", help="Column with the prompt (default: prompt, problem or question).")
 @click.option("--gold", default="", help="Column with the right answer; without one, agreement is evaluated.")
-@click.option("--answer", type=click.Choice(list(KINDS)), help="How a final answer is read (default: as --gold shows).")
+@click.option("--kind", type=click.Choice(list(KINDS)), help="How a final answer is read (default: as --gold shows).")
 @click.option("--config", help="Configuration of the dataset on the hub.")
 @click.option("--split", default="train", show_default=True, help="Split of the dataset on the hub.")
 @click.option("--held-out", type=click.IntRange(min=4), help="Rows for the evaluation (default: a fifth, at most 200).")
 @click.option(
     "--held-out-file", default="", help="The rows for the evaluation, with --gold, instead of a part of --prompts."
 )
-def init(name: str, gpu: str, answer: str | None, **data: Any) -> None:
+def init(name: str, gpu: str, kind: str | None, **data: Any) -> None:
     """Write a recipe, prompts and an lm-eval task for a domain of your own, called NAME, into the current folder."""
     from thinkswitch_plugin.loop.new_domain import Data, write_domain
 
-    write_domain(name, gpu, Data(answer=answer or "", **data))
+    write_domain(name, gpu, Data(kind=kind or "", **data))
 
 
 @main.command()

@@ -14,10 +14,10 @@ from thinkswitch_plugin.cli.options import (
     DOMAIN,
     ENGINE,
     FOLDER,
+    MODE,
     OVERLAY,
     RUNS,
     SEED,
-    TEMPLATE,
     number,
     of_pair,
     of_served,
@@ -53,7 +53,7 @@ def switch(run: Path, iteration: int, labels: Path | None, limit: int | None) ->
 
 
 @main.command()
-@click.option("--pair", required=True, type=FOLDER, help="A finished run with a router: RUNS/DOMAIN.")
+@click.argument("run", type=FOLDER)
 @click.option(
     "--iteration", type=click.IntRange(min=0), help="Iteration of the pair (default: the last one with a router)."
 )
@@ -61,8 +61,8 @@ def switch(run: Path, iteration: int, labels: Path | None, limit: int | None) ->
 @click.option("--file", "source", default="", help="Many questions: JSONL with `question`, a row each.")
 @click.option("--out", type=FOLDER, help="File for the answers to --file (default: standard output).")
 @click.argument("question", default="")
-def answer(pair: Path, source: str, out: Path | None, question: str, **options: Any) -> None:
-    """Answer QUESTION by instruct or by thinking, as the run's router decides; `-` reads JSONL from standard input.
+def answer(run: Path, source: str, out: Path | None, question: str, **options: Any) -> None:
+    """Answer QUESTION by instruct or by thinking, as the router of RUN decides; `-` reads JSONL from standard input.
 
     A question that begins with a minus sign goes behind `--`.
     """
@@ -72,7 +72,7 @@ def answer(pair: Path, source: str, out: Path | None, question: str, **options: 
     source = STDIN if question == STDIN else source
     if bool(source) == bool(question.strip() and question != STDIN):
         raise click.UsageError("give one question, or many by --file (or `-` for standard input).")
-    switch = Switch.open(pair, **options)
+    switch = Switch.open(run, **options)
     if source:
         answer_file(switch, source, out)
     else:
@@ -106,10 +106,10 @@ def export_loras(pair: Any, rank: str, base: str) -> None:
 @click.option(
     "--lambda", "weight", default="", help="Serve the pair interpolated at this λ, which `serve-lambda` moves."
 )
-@TEMPLATE
+@MODE
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(min=0, max=65535), help="0: any free one.")
 @click.argument("extra", metavar="ARGUMENTS", nargs=-1, type=click.UNPROCESSED)
-def serve(pair: Any, weight: str, template: Any, switch: bool, **options: Any) -> None:
+def serve(pair: Any, weight: str, mode: Any, switch: bool, **options: Any) -> None:
     """Serve both modes of an export from one copy of the weights, by vLLM, to this machine only.
 
     ARGUMENTS are further options of vLLM; they come last, so they count. With --switch, an endpoint asks instruct or
@@ -126,7 +126,7 @@ def serve(pair: Any, weight: str, template: Any, switch: bool, **options: Any) -
         from thinkswitch_plugin.search.sweep import parse_weights
 
         del options["rank"]
-        return serve_live(find_pair(pair), parse_weights(weight)[0], template, **options)
+        return serve_live(find_pair(pair), parse_weights(weight)[0], mode, **options)
     from thinkswitch_plugin.export.serve import recipe_to_serve
     from thinkswitch_plugin.export.serve import serve as serve_both
 
@@ -165,15 +165,15 @@ def serve_lambda(pair: Any, weight: float) -> None:
 @ENGINE
 @OVERLAY
 @click.option("--folds", type=int, help="K of the cross-validation (default: the recipe's).")
-@click.option("--baselines", default="post", show_default=True, help='What is trained: "post", or "post pre".')
+@click.option("--formats", default="post", show_default=True, help='What is trained: "post", or "post pre".')
 @click.option(
     "--generations", default="", help="Another generations.jsonl, with its requests.jsonl in the same folder."
 )
 @CLUSTER
-def labels(domain: str, overlay: tuple[str, ...], baselines: str, cluster: str, **options: Any) -> None:
+def labels(domain: str, overlay: tuple[str, ...], formats: str, cluster: str, **options: Any) -> None:
     """Find the questions that need thinking, by K-fold cross-validation -> adaptive/seed-N/labels/."""
-    from thinkswitch_plugin.perception.label_job import find_job, parse_baselines
+    from thinkswitch_plugin.perception.label_job import find_job, parse_formats
     from thinkswitch_plugin.perception.labels import make_labels
 
-    formats = parse_baselines(baselines)
-    make_labels(replace(find_job(domain, overlays=overlay, **options), baselines=formats, cluster=cluster))
+    trained = parse_formats(formats)
+    make_labels(replace(find_job(domain, overlays=overlay, **options), formats=trained, cluster=cluster))

@@ -18,24 +18,24 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 @of_pair
 @of_candidates
 @click.option("--lambdas", default="0 0.1 … 1", show_default=True, help="Weights of the thinking checkpoint.")
-def sweep(pair: Any, template: Any, sampling: str, samples: int | None, lambdas: str) -> None:
+def sweep(pair: Any, mode: Any, sampling: str, samples: int | None, lambdas: str) -> None:
     """Interpolate a pair at many λ, evaluate each point, find the stages and the sweet spot -> sweep/."""
     from thinkswitch_plugin.search.pair import find_pair
     from thinkswitch_plugin.search.sweep import parse_sampling, parse_weights
     from thinkswitch_plugin.search.sweep import sweep as run_sweep
 
     weights, drawn = parse_weights(lambdas), parse_sampling(sampling, samples)
-    run_sweep(find_pair(pair), weights, drawn, template)
+    run_sweep(find_pair(pair), weights, drawn, mode)
 
 
-@main.command("judge-merges")
+@main.command("eval-merges")
 @of_pair
 @of_candidates
 @click.option("--name", required=True, help="Folder under merges/ for the results.")
 @click.option("--lambda", "weight", default="", help="λ put into every config that has one.")
 @click.argument("configs", nargs=-1, required=True, type=FOLDER)
-def judge_merges(
-    pair: Any, template: Any, sampling: str, samples: int | None, name: str, weight: str, configs: tuple[Path, ...]
+def eval_merges(
+    pair: Any, mode: Any, sampling: str, samples: int | None, name: str, weight: str, configs: tuple[Path, ...]
 ) -> None:
     """Evaluate merge configs (YAML files, or folders of them) on one pair -> merges/NAME/."""
     from thinkswitch_plugin.search.ablation import judge_configs
@@ -48,7 +48,7 @@ def judge_merges(
         raise click.UsageError(f"--name {name}: give a name, not a path.")
     if len(drawn) > 1:
         raise click.UsageError("--sampling: give one setting here.")
-    judge_configs(find_pair(pair), configs, name=name, weight=chosen, sampling=drawn[0], template=template)
+    judge_configs(find_pair(pair), configs, name=name, weight=chosen, sampling=drawn[0], template=mode)
 
 
 @main.command(
@@ -85,7 +85,7 @@ def similarity(first: str, second: str, domain: str, runs: Path, iteration: int 
     Pictures are written too.
     """
     if not (first and second):
-        raise click.UsageError("name two checkpoints: make similarity A=folder B=folder")
+        raise click.UsageError("name two checkpoints: make similarity FIRST=folder SECOND=folder")
     from thinkswitch_plugin.run import checkpoint
     from thinkswitch_plugin.run.folder import of_run
 
@@ -98,7 +98,7 @@ def similarity(first: str, second: str, domain: str, runs: Path, iteration: int 
 
 @main.command()
 @click.option("--task", help="Read answers as this lm-eval task does: aime, pubmedqa, …, or a file of lm_eval_tasks/.")
-@click.option("--answer", type=click.Choice(list(KINDS)), help="Read answers as this kind, instead of --task.")
+@click.option("--kind", type=click.Choice(list(KINDS)), help="Read answers as this kind, instead of --task.")
 @click.option("--rows", type=FOLDER, help="Write one verdict a row, in the order of the input.")
 @click.option(
     "--trace",
@@ -111,7 +111,7 @@ def similarity(first: str, second: str, domain: str, runs: Path, iteration: int 
 @click.argument("file", type=FOLDER)
 def score(
     task: str | None,
-    answer: str | None,
+    kind: str | None,
     rows: Path | None,
     trace: tuple[str, ...],
     trace_open: str | None,
@@ -122,14 +122,14 @@ def score(
     from thinkswitch_plugin.data.batch import Asked
     from thinkswitch_plugin.judging.score import convention_named, kind_of, score_file
 
-    if (task is None) == (answer is None):
-        raise click.UsageError("Give either --task or --answer.")
+    if (task is None) == (kind is None):
+        raise click.UsageError("Give either --task or --kind.")
     names = [name for name in trace if name not in ("inline", "opened")]
     try:
-        kind, convention = kind_of(task, answer), convention_named(names, trace_open, trace_close)
+        read_as, convention = kind_of(task, kind), convention_named(names, trace_open, trace_close)
     except ThinkSwitchError as error:
         raise click.UsageError(str(error)) from None
-    score_file(kind, file, rows, Asked("opened" in trace, convention))
+    score_file(read_as, file, rows, Asked("opened" in trace, convention))
 
 
 @main.command()

@@ -26,7 +26,7 @@ def exact(text: str) -> str | None:
 
 
 def digit(text: str) -> str | None:
-    """The text if it is one digit and nothing else (the embedded domain)."""
+    """The text if it is one digit and nothing else (the demo domain)."""
     text = text.strip()
     return text if re.fullmatch(r"[0-9]", text) else None
 

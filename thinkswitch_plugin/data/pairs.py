@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from thinkswitch_plugin import files
-from thinkswitch_plugin.args import LabelKeys
+from thinkswitch_plugin.args import AnswerKeys
 from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.data import answers, batch, distributions, formats, messages
 from thinkswitch_plugin.data.batch import Asked
@@ -38,7 +38,7 @@ CONTROL = "control_token"
 NO_TRACE = "no_trace"
 REPEATS = "answer_repeats_trace"
 BEGINNING = 100  # characters of a completion that are shown
-FIRST = LabelKeys()  # type: ignore[call-arg]
+FIRST = AnswerKeys()  # type: ignore[call-arg]
 FEWEST_TRACES = 0.1  # of the completions that came to an end; with fewer, the traces must be of a kind we do not know
 
 
@@ -76,7 +76,7 @@ def build_pairs(
     requests: Path,
     generations: Path,
     *,
-    labels: LabelKeys = FIRST,
+    keys: AnswerKeys = FIRST,
     keep_trace: bool = False,
     convention: Convention | None = None,
     report: PairReport,
@@ -89,7 +89,7 @@ def build_pairs(
             the completion is read.
         generations: its batch output, in any order. Of several lines with one id the first that is no
             failure counts; a torn last line is left out.
-        labels: which samples become pairs: the `first` complete one, `all`, or by `vote` (the first complete one
+        keys: which samples become pairs: the `first` complete one, `all`, or by `vote` (the first complete one
             that gives the majority answer, which at least the share `min_agreement` of the complete ones must give).
         keep_trace: give each pair its `trace`, and drop those that `formats` cannot write.
         convention: how the recipe says that traces are written; None leaves it to each request.
@@ -113,9 +113,9 @@ def build_pairs(
             else:
                 report.dropped[outcome] += 1
         texts = [str(done.answer) for _, done in complete]
-        chosen, reason = select(texts, labels)
-        if labels.selection == "vote":
-            votes.count([answers.extract(labels.answer, text) for text in texts])
+        chosen, reason = select(texts, keys)
+        if keys.selection == "vote":
+            votes.count([answers.extract(keys.kind, text) for text in texts])
         if len(complete) > len(chosen):
             report.dropped[reason] += len(complete) - len(chosen)
         report.kept += len(chosen)
@@ -128,7 +128,7 @@ def build_pairs(
                 yield {"messages": turns, **ids, "trace": done.trace}
             else:
                 yield {"messages": turns, **ids, **distributions.of_pair(one.request, one.stored, done)}
-    votes.require_agreement(labels.answer, "set `thinkswitch.labels.selection: first`")
+    votes.require_agreement(keys.kind, "set `thinkswitch.answers.selection: first`")
 
 
 class AnsweredRequest(NamedTuple):
@@ -241,16 +241,16 @@ def judge(done: Completion, how: Asked, *, keep_trace: bool = False) -> str:
     return Outcome.COMPLETE
 
 
-def select(complete: Sequence[str], labels: LabelKeys) -> tuple[Sequence[int], str]:
+def select(complete: Sequence[str], keys: AnswerKeys) -> tuple[Sequence[int], str]:
     """The places of those complete answers of one prompt that become pairs, and why the others do not."""
-    if labels.selection == "vote":
-        found = [answers.extract(labels.answer, answer) for answer in complete]
+    if keys.selection == "vote":
+        found = [answers.extract(keys.kind, answer) for answer in complete]
         winner = answers.majority(found)
         if winner is None:
             return [], NO_MAJORITY
-        agrees = found.count(winner) >= (labels.min_agreement or 0) * len(found)
+        agrees = found.count(winner) >= (keys.min_agreement or 0) * len(found)
         return ([found.index(winner)], NOT_CHOSEN) if agrees else ([], DISAGREE)
-    return range(len(complete))[: None if labels.selection == "all" else 1], NOT_CHOSEN
+    return range(len(complete))[: None if keys.selection == "all" else 1], NOT_CHOSEN
 
 
 def write_pairs(
@@ -258,7 +258,7 @@ def write_pairs(
     generations: Path,
     out: Path,
     *,
-    labels: LabelKeys = FIRST,
+    keys: AnswerKeys = FIRST,
     keep_trace: bool = False,
     convention: Convention | None = None,
 ) -> PairReport:
@@ -271,7 +271,7 @@ def write_pairs(
         rows = build_pairs(
             requests,
             generations,
-            labels=labels,
+            keys=keys,
             keep_trace=keep_trace,
             convention=convention,
             report=report,
@@ -281,12 +281,12 @@ def write_pairs(
         if report.kept == 0 and report.dropped[DISAGREE]:
             raise ThinkSwitchError(
                 f"{generations}: the samples of no prompt agree enough ({report.summary()}); lower "
-                "`labels.min_agreement` in the recipe, or increase `sampling.samples`."
+                "`answers.min_agreement` in the recipe, or increase `sampling.samples`."
             )
         if report.kept == 0:
             raise ThinkSwitchError(
                 f"{generations} holds no complete answer ({report.summary()}); "
                 "increase `sampling.max_tokens` in the recipe, or check the file."
             )
-    files.write_json(out.with_suffix(".json"), {**report.as_json(), **labels.selecting()})
+    files.write_json(out.with_suffix(".json"), {**report.as_json(), **keys.selecting()})
     return report

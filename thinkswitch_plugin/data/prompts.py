@@ -64,9 +64,9 @@ def read_prompts(keys: PromptKeys, seed: int) -> tuple[list[tuple[str, str]], st
 
 
 def made_with_pair(keys: ThinkSwitchKeys) -> bool:
-    """Whether the prompts of an embedded domain are made together with its pair, so that they need not be there yet."""
+    """Whether the prompts of a demo domain are made together with its pair, so that they need not be there yet."""
     cached = (keys.prompts.path or "").startswith(".cache/")
-    return isinstance(keys.pair.embedded, str) or (keys.pair.embedded and cached)
+    return isinstance(keys.pair.demo, str) or (keys.pair.demo and cached)
 
 
 def read_field(keys: PromptKeys, seed: int, field: str) -> dict[str, str]:

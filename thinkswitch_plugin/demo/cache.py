@@ -1,4 +1,4 @@
-"""Make what the embedded domains need once and keep it.
+"""Make what the demo domains need once and keep it.
 
 .cache/arithmetic/seed-0/{instruct,thinking,base,prompts.jsonl}
 .cache/arithmetic-mixed/seed-0/{requests.jsonl,generations.jsonl,prompts.jsonl}
@@ -79,17 +79,17 @@ def ensure_hybrid(keys: ThinkSwitchKeys, seed: int) -> None:
 
 
 def ensure(keys: ThinkSwitchKeys, seed: int) -> None:
-    """Make what an embedded recipe names: its pair, and training files where `adaptive.generations` names them.
+    """Make what a demo recipe names: its pair, and training files where `adaptive.generations` names them.
 
-    What is there with these settings is kept. If `embedded` names a function, that is called with `keys` and `seed`
+    What is there with these settings is kept. If `demo` names a function, that is called with `keys` and `seed`
     instead. Raises `ThinkSwitchError` if a folder holds something else, or there is no such function.
     """
-    if isinstance(keys.pair.embedded, str):
+    if isinstance(keys.pair.demo, str):
         try:
-            maker = pkgutil.resolve_name(keys.pair.embedded)
+            maker = pkgutil.resolve_name(keys.pair.demo)
         except (ValueError, ImportError, AttributeError) as error:
             raise ThinkSwitchError(
-                f"`thinkswitch.pair.embedded` names {keys.pair.embedded}, which cannot be imported ({reason(error)}); "
+                f"`thinkswitch.pair.demo` names {keys.pair.demo}, which cannot be imported ({reason(error)}); "
                 "write `package.module:function`."
             ) from None
         maker(keys, seed)
@@ -118,8 +118,8 @@ def _ensure(folder: Path, wanted: dict[str, Any], witness: Path, what: str, make
             return
         if folder.exists() and any(folder.iterdir()) and not (folder / SETTINGS).is_file():
             raise ThinkSwitchError(
-                f"{folder} contains files that the embedded domain did not create; move them away, or set another "
-                f"folder for the {what} in the recipe (without `embedded: true`, the checkpoints in that folder are used)."
+                f"{folder} contains files that the demo domain did not create; move them away, or set another "
+                f"folder for the {what} in the recipe (without `demo: true`, the checkpoints in that folder are used)."
             )
         console.say(f"  making the {what} in {folder}, once; later runs use it again")
         folder_once(folder, SETTINGS, wanted, make, (witness,))

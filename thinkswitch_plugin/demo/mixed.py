@@ -1,4 +1,4 @@
-"""The embedded domain `arithmetic-mixed`: chains of 2 to 6 operands that differ in what they need, not in length only.
+"""The demo domain `arithmetic-mixed`: chains of 2 to 6 operands that differ in what they need, not in length only.
 
 question  7*3+4*2-5      four operands and more: *easy* where one of the last two steps is `*0`, else *hard*;
           7*3+4*0-5      half of each length are easy. Two and three operands: *short*.

@@ -58,7 +58,7 @@ def find_pair(wanted: PairOptions) -> Pair:
     Raises `ThinkSwitchError` as `search.find_pair` does, or if only one of the two is given.
     """
     if bool(wanted.instruct) != bool(wanted.thinking):
-        raise ThinkSwitchError("Give both checkpoints, A=<instruct> B=<thinking>, or neither for those of a run.")
+        raise ThinkSwitchError("Give both checkpoints, INSTRUCT=folder THINKING=folder, or neither for those of a run.")
     subject = search.find_pair(wanted)
     if not subject.of_run:
         return subject
@@ -240,7 +240,7 @@ class Job:
             "task": self.task,
             "data": subject.data,
             **keys.pair.asked_with(mode),
-            "answer": keys.labels.answer,
+            "answer": keys.answers.kind,
             "server": uses_server(keys.evaluation, subject.engine),
         }
         store = judged.with_name(f"{judged.name}.json")

@@ -86,7 +86,7 @@ def compare(
     if run is None and not (instruct and thinking):
         raise ThinkSwitchError(
             f"{folder} is not a run folder; run `make iterate DOMAIN={folder.name}` first, "
-            "or give two checkpoints: A=<instruct> B=<thinking>."
+            "or give two checkpoints: INSTRUCT=folder THINKING=folder."
         )
     recipe = run.recipe if run else recipe_of(folder.name, overlays)
     text, empty = prompts.as_asked(recipe.keys.prompts, question)
@@ -144,7 +144,7 @@ def last_finished(run: Run) -> int:
             return k
     raise ThinkSwitchError(
         f"{run.folder} has no finished iteration yet; run `make iterate DOMAIN={run.recipe.keys.domain}` first, "
-        "or compare the starting pair by ITER=0."
+        "or compare the starting pair by ITERATION=0."
     )
 
 

@@ -210,7 +210,7 @@ def load_task(keys: EvaluationKeys, sampling: Sampling, prefix: str = "", stop: 
         generation["max_gen_toks"] = keys.max_tokens
     if (sampling.samples or 1) > 1 and not generation.get("do_sample"):
         raise ThinkSwitchError(
-            f"{keys.task} decodes greedily, so K={sampling.samples} samples would be {sampling.samples} times the same "
+            f"{keys.task} decodes greedily, so SAMPLES={sampling.samples} would give {sampling.samples} times the same "
             "answer; give a temperature too, such as SAMPLING=0.6/0.95."
         )
     if stop:

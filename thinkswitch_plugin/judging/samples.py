@@ -114,7 +114,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def samples_of(folder: Path, keys: ThinkSwitchKeys, checkpoint: str) -> list[Sample]:
     """The graded samples of one evaluation by a domain's task, read as its recipe says; see `graded`."""
-    return list(graded(folder, keys.evaluation.task, checkpoint, keys.labels.answer, keys.convention)[1])
+    return list(graded(folder, keys.evaluation.task, checkpoint, keys.answers.kind, keys.convention)[1])
 
 
 def graded(

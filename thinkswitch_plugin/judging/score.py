@@ -1,4 +1,4 @@
-"""Grade saved outputs again, without generating: `thinkswitch score --task aime FILE`, or `--answer integer`.
+"""Grade saved outputs again, without generating: `thinkswitch score --task aime FILE`, or `--kind integer`.
 
 A row of the input is one of
 
@@ -141,14 +141,14 @@ def kind_of(task: str | None, answer: str | None) -> str:
     if place is None:
         known = sorted({p.stem.removeprefix("thinkswitch_") for f in folders for p in f.glob("thinkswitch_*.yaml")})
         raise ThinkSwitchError(
-            f"There is no task {task!r}; use one of {', '.join(known)}, a file of lm_eval_tasks/, or `--answer KIND`."
+            f"There is no task {task!r}; use one of {', '.join(known)}, a file of lm_eval_tasks/, or `--kind KIND`."
             if known
-            else f"There is no task {task!r}, as no task files are installed; use `--answer KIND`."
+            else f"There is no task {task!r}, as no task files are installed; use `--kind KIND`."
         )
     kind = task_files.kind_of_task(*place)
     if kind is None:
         raise ThinkSwitchError(
-            f"The task {task!r} grades by a function of its own; use `--answer KIND` to grade its outputs."
+            f"The task {task!r} grades by a function of its own; use `--kind KIND` to grade its outputs."
         )
     return kind
 
@@ -205,7 +205,7 @@ def score_file(kind: str, path: Path, rows: Path | None, how: batch.Asked) -> No
     console.say("\n".join(console.table([path.name, "rows", "of graded"], body)))
     if counts["gold not read"]:
         console.say(
-            f"Not graded: completions whose gold answer cannot be read as `{kind}`; `--answer` chooses another kind."
+            f"Not graded: completions whose gold answer cannot be read as `{kind}`; `--kind` chooses another kind."
         )
     if trace_removed(path):
         console.say(

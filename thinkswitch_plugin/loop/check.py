@@ -88,7 +88,7 @@ def check_domain(
     failed = 0
     for title, find in checks.items():
         try:
-            on_the_spot = prompts.made_with_pair(keys) if title in ("prompts", "questions") else keys.pair.embedded
+            on_the_spot = prompts.made_with_pair(keys) if title in ("prompts", "questions") else keys.pair.demo
             made = MADE.get(title) if on_the_spot else None
             console.say(f"  ok    {title}: {made or find()}")
         except ThinkSwitchError as problem:

@@ -124,7 +124,7 @@ def work(recipe: Recipe, stage: str, questions: Mapping[str, int]) -> float:
     if stage in ("generate", "rebuild"):
         return longest * (asked if stage == "generate" else min(asked, keys.rebuild.check_prompts))
     if stage == "train":
-        kept = asked if keys.labels.selection == "all" else keys.prompts.count
+        kept = asked if keys.answers.selection == "all" else keys.prompts.count
         try:
             epochs = float(recipe.axolotl.get("num_epochs") or 1)
         except (TypeError, ValueError):

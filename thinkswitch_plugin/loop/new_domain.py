@@ -46,7 +46,7 @@ class Data:
         prompts: a JSONL, CSV or Parquet file, or a dataset on the hub.
         column: holds the prompt; empty if its name says so.
         gold: the column with the right answers; empty if there are none.
-        answer: how a final answer is read, a key of `KINDS`; empty if the right answers show it.
+        kind: how a final answer is read, a key of `KINDS`; empty if the right answers show it.
         config, split: of a dataset on the hub.
         held_out: rows for the evaluation; None for a fifth of them, at most 200.
         held_out_file: the rows for the evaluation, in a file of their own with the same columns; empty for a part of `prompts`.
@@ -55,7 +55,7 @@ class Data:
     prompts: str
     column: str = ""
     gold: str = ""
-    answer: str = ""
+    kind: str = ""
     config: str | None = None
     split: str = "train"
     held_out: int | None = None
@@ -123,12 +123,10 @@ def split(data: Data) -> tuple[list[dict[str, str]], list[dict[str, str]], str, 
     if len(found) < FEWEST:
         raise ThinkSwitchError(f"{data.prompts} has {len(found)} prompts; give at least {FEWEST}.")
     golds = read_golds(judged) if data.gold else {}
-    kind = data.answer or guessed_kind(list(golds.values()))
+    kind = data.kind or guessed_kind(list(golds.values()))
     for prompt_id, value in golds.items():
         if answers.gold(kind, value) is None:
-            raise ThinkSwitchError(
-                f"{judged.prompts}, prompt {prompt_id}: {answers.unread(kind, value)}; use --answer."
-            )
+            raise ThinkSwitchError(f"{judged.prompts}, prompt {prompt_id}: {answers.unread(kind, value)}; use --kind.")
     if not data.held_out_file:
         held = data.held_out or min(MOST_HELD_OUT, max(FEWEST_HELD_OUT, len(found) // 5))
         if held >= len(found):
@@ -197,9 +195,9 @@ def guessed_kind(golds: list[str]) -> str:
 def recipe_text(name: str, kind: str, ending: str, count: int, overlays: Sequence[str] = ()) -> str:
     """The recipe of `aime` with these overlays, for a GPU, and the prompts, the answers and the task of a domain."""
     source = places.find(f"{places.RECIPES}/{GPU_RECIPE}.yaml")
-    ours: dict[str, Any] = {"domain": name, "labels": {"answer": kind}, "evaluation": {"task": name}}
+    ours: dict[str, Any] = {"domain": name, "answers": {"kind": kind}, "evaluation": {"task": name}}
     if kind == "exact":  # a vote over free text has no majority
-        ours = overlay(ours, {"labels": {"selection": "first"}, "sampling": {"samples": 1}})
+        ours = overlay(ours, {"answers": {"selection": "first"}, "sampling": {"samples": 1}})
     plain = f"runs/{name}/plain-axolotl"
     changes = {"output_dir": f"{plain}/adapter", "dataset_prepared_path": f"{plain}/prepared", "thinkswitch": ours}
     values = files.read_yaml(source)

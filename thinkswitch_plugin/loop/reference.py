@@ -43,7 +43,7 @@ def make_reference(domain: str, engine: str, samples: int, overlays: Sequence[st
             f"{recipe.path}: the task {keys.evaluation.task} has gold answers and needs no reference."
         )
     questions, out = task_files.reference_files(keys.evaluation.task)
-    if keys.pair.embedded:
+    if keys.pair.demo:
         from thinkswitch_plugin.demo import cache
 
         cache.ensure(keys, seed)
@@ -99,7 +99,7 @@ def majorities(requests: Path, generations: Path, keys: ThinkSwitchKeys) -> Iter
 
     Free text has no majority; its first answers are the reference, and a message says what that is worth.
     """
-    votes, kind = answers.Votes(), task_files.kind_of_task(keys.evaluation.task) or keys.labels.answer
+    votes, kind = answers.Votes(), task_files.kind_of_task(keys.evaluation.task) or keys.answers.kind
     for prompt_id, answered in final_answers(requests, generations, kind, keys.convention):
         found = [answer for answer, _ in answered]
         votes.count(found)

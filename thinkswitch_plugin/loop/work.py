@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 def prepare_pair(run: Run, _k: int = 0) -> None:
-    """Download (or, for the embedded domain, train) the starting pair and check that the two belong together.
+    """Download (or, for the demo domain, train) the starting pair and check that the two belong together.
 
     Writes `iter-0/pair.json`: name, folder and hub commit of both checkpoints.
     """
     from thinkswitch_plugin.merging.compatibility import Allowances, require_compatible
 
     keys = run.recipe.keys.pair
-    if keys.embedded:
+    if keys.demo:
         from thinkswitch_plugin.demo import cache
 
         cache.ensure(run.recipe.keys, run.seed)
@@ -41,7 +41,7 @@ def prepare_pair(run: Run, _k: int = 0) -> None:
         found[mode] = {"name": name, "path": str(folder), "revision": commit}
     allowed = Allowances(may_differ=tuple(run.recipe.keys.rebuild.may_differ))
     require_compatible(Path(found["instruct"]["path"]), Path(found["thinking"]["path"]), allowed)
-    if not keys.embedded:
+    if not keys.demo:
         from thinkswitch_plugin.training import distil
 
         distil.require_switch(keys, {mode: found[mode]["path"] for mode in found})
@@ -100,12 +100,12 @@ def build_pairs(run: Run, k: int) -> dict[str, Any]:
     """Traces removed: `generations.jsonl` -> `pairs.jsonl` and the counts in `pairs.json`."""
     from thinkswitch_plugin.data.pairs import write_pairs
 
-    labels, here = run.recipe.keys.labels, run.iteration(k)
+    here = run.iteration(k)
     report = write_pairs(
         here / "requests.jsonl",
         run.generations(k),
         here / "pairs.jsonl",
-        labels=labels,
+        keys=run.recipe.keys.answers,
         convention=run.recipe.keys.convention,
     )
     console.say(f"  {report.summary()}")

@@ -22,7 +22,7 @@ class LabelJob:
     Attributes:
         home: RUNS/DOMAIN, which is locked.
         generations: batch output of a thinking checkpoint, `requests.jsonl` beside it.
-        baselines: the formats that are trained; the label needs post-thinking alone.
+        formats: of the baselines that are trained; the label needs post-thinking alone.
         cluster: a Ray cluster whose machines train the baselines; empty for this machine.
     """
 
@@ -32,7 +32,7 @@ class LabelJob:
     home: Path
     generations: Path
     folds: int
-    baselines: tuple[Format, ...] = (POST,)
+    formats: tuple[Format, ...] = (POST,)
     cluster: str = ""
 
     @property
@@ -46,11 +46,11 @@ class LabelJob:
         return self.generations.with_name("requests.jsonl")
 
 
-def parse_baselines(text: str) -> tuple[Format, ...]:
-    """`BASELINES="post pre"` as formats, post first. Raises `ThinkSwitchError` for any other word."""
+def parse_formats(text: str) -> tuple[Format, ...]:
+    """`FORMATS="post pre"` as formats, post first. Raises `ThinkSwitchError` for any other word."""
     words = text.replace(",", " ").split() or [POST]
     if unknown := [word for word in words if word not in TYPES]:
-        raise ThinkSwitchError(f'BASELINES="{text}": {unknown[0]!r} is not a baseline; use post, or post and pre.')
+        raise ThinkSwitchError(f'FORMATS="{text}": {unknown[0]!r} is not a format; use post, or post and pre.')
     return (POST, PRE) if PRE in words else (POST,)
 
 
@@ -64,7 +64,7 @@ def find_job(
     folds: int | None = None,
     generations: str = "",
 ) -> LabelJob:
-    """The job for a domain's recipe: its settings checked, its generations found (or made, if embedded).
+    """The job for a domain's recipe: its settings checked, its generations found (or made, for a demo domain).
 
     Args:
         folds: K; None takes the recipe's.
@@ -91,7 +91,7 @@ def find_job(
     named = generations or (resolve_seed(keys.generations, seed) if keys.generations else "")
     found = Path(named) if named else _of_run(run, home, name, seed)
     job = LabelJob(recipe, seed, chosen, home, found, count)
-    if recipe.keys.pair.embedded:
+    if recipe.keys.pair.demo:
         from thinkswitch_plugin.demo.cache import ensure
 
         ensure(recipe.keys, seed)

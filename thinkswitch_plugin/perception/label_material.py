@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from thinkswitch_plugin.args import LabelKeys, resolve_seed
+from thinkswitch_plugin.args import AnswerKeys, resolve_seed
 from thinkswitch_plugin.data import answers, batch, pairs
 from thinkswitch_plugin.data.prompts import read_field
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -70,7 +70,7 @@ def read_material(job: LabelJob) -> Material:
         job.requests,
         job.generations,
         rationales,
-        labels=keys.labels,
+        keys=keys.answers,
         keep_trace=True,
         convention=keys.convention,
     )
@@ -93,12 +93,12 @@ def read_material(job: LabelJob) -> Material:
 
 def majority_references(job: LabelJob) -> dict[str, str]:
     """The majority of all complete answers to each question (the earliest of equals); none if none can be read."""
-    labels, convention = job.recipe.keys.labels, job.recipe.keys.convention
+    kind, convention = job.recipe.keys.answers.kind, job.recipe.keys.convention
     read: dict[str, list[str | None]] = {}
     report = pairs.PairReport()
-    every = LabelKeys.model_validate({"selection": "all"})
-    for row in pairs.build_pairs(job.requests, job.generations, labels=every, convention=convention, report=report):
-        read.setdefault(row["prompt_id"], []).append(answers.extract(labels.answer, row["messages"][-1]["content"]))
+    every = AnswerKeys.model_validate({"selection": "all"})
+    for row in pairs.build_pairs(job.requests, job.generations, keys=every, convention=convention, report=report):
+        read.setdefault(row["prompt_id"], []).append(answers.extract(kind, row["messages"][-1]["content"]))
     majorities = ((prompt_id, answers.majority(found)) for prompt_id, found in read.items())
     return {prompt_id: winner for prompt_id, winner in majorities if winner is not None}
 
@@ -119,11 +119,11 @@ def gold_references(job: LabelJob, prompts: Mapping[str, Any]) -> dict[str, str]
                 f"{where} has no row for the prompt {prompt_id!r} of {job.requests}, so its right answer is not known; "
                 "use the prompts these generations were made of, or leave `thinkswitch.adaptive.gold` out."
             )
-        read = answers.gold(keys.labels.answer, rows[prompt_id])
+        read = answers.gold(keys.answers.kind, rows[prompt_id])
         if read is None:
             raise ThinkSwitchError(
                 f"{where}: `{field}` of the prompt {prompt_id!r} is {rows[prompt_id][:80]!r}, in which "
-                f"`thinkswitch.labels.answer: {keys.labels.answer}` reads no answer; correct one of the two."
+                f"`thinkswitch.answers.kind: {keys.answers.kind}` reads no answer; correct one of the two."
             )
         found[prompt_id] = read
     return found

@@ -76,7 +76,7 @@ def label(job: LabelJob, hashes: Hashes) -> dict[str, Any]:
     for fold in every:
         number = fold.number
         facts: dict[str, Any] = {"fold": number, "questions": len(fold.questions)}
-        for form in job.baselines:
+        for form in job.formats:
             found, facts[form] = fold.evaluate(form)
             seconds += facts[form]["seconds"]
             for prompt_id, share in found.items():
@@ -199,7 +199,7 @@ class Fold:
         )
         self.hashes.save()
         read = dict(completions(place / "generations.jsonl"))
-        kind, reference = job.recipe.keys.labels.answer, {q.prompt_id: q.reference for q in self.questions}
+        kind, reference = job.recipe.keys.answers.kind, {q.prompt_id: q.reference for q in self.questions}
         verdicts: dict[str, list[bool]] = {}
         for _, request in batch.read_requests(self.here / "requests.jsonl"):
             prompt_id = batch.prompt_id(request)
@@ -240,7 +240,7 @@ def train_in_cluster(job: LabelJob, folds: Sequence[Fold]) -> None:
     """Have every baseline trained and asked on some machine of the cluster; each has a folder of its own."""
     from thinkswitch_plugin.run import cluster
 
-    tasks = {f"fold {fold.number}, {form}": (fold, form) for fold in folds for form in job.baselines}
+    tasks = {f"fold {fold.number}, {form}": (fold, form) for fold in folds for form in job.formats}
     cluster.scatter(job.cluster, evaluate_elsewhere, tasks, lambda name, _: None, "folds")
 
 

@@ -104,7 +104,7 @@ def condition_config(recipe: Recipe, condition: Condition, here: Path) -> dict[s
     config["chat_template"] = "tokenizer_default"  # the student's own, whatever the recipe sets for the pair
     # What the plugin itself reads, as in any axolotl recipe.
     keys: dict[str, Any] = {
-        "labels": recipe.keys.labels.model_dump(exclude_defaults=True),
+        "answers": recipe.keys.answers.model_dump(exclude_defaults=True),
         "min_adapter_change": recipe.keys.min_adapter_change,
     }
     if condition.perception is not None:

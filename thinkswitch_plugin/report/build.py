@@ -51,7 +51,7 @@ def evaluations(run: Run) -> list[Evaluation]:
         for name, (mode, _) in run.evaluated(k).items():
             folder = run.iteration(k) / "eval" / name
             how, samples = graded(
-                folder, keys.evaluation.task, run.checkpoint(mode, k), keys.labels.answer, keys.convention
+                folder, keys.evaluation.task, run.checkpoint(mode, k), keys.answers.kind, keys.convention
             )
             path = samples_file(folder, keys.evaluation.task)
             found.append(Evaluation(k, name, path, how, list(samples)))

@@ -144,7 +144,7 @@ def label_by_agreement(run: Run, k: int, hashes: Hashes, limit: int | None) -> L
     if not rows:
         raise ThinkSwitchError(
             f"None of the {len(asked)} label prompts has an answer of both checkpoints that can be read; "
-            f"see {run.iteration(k) / 'switch'} and `thinkswitch.labels.answer` of the recipe."
+            f"see {run.iteration(k) / 'switch'} and `thinkswitch.answers.kind` of the recipe."
         )
     files.write_jsonl(run.iteration(k) / "switch" / "labels.jsonl", rows)
     seen = sum(row["prompt"] in trained for row in rows)
@@ -189,4 +189,4 @@ def _answers(run: Run, k: int, mode: str, prompts: Prompts, count: int, hashes: 
         title=f"labels: {mode}",
     )
     console.say(f"  {mode}: {report.answered} answered, {report.already_stored} stored before, {report.failed} failed")
-    return dict(final_answers(requests, answered, keys.labels.answer))
+    return dict(final_answers(requests, answered, keys.answers.kind))

@@ -164,7 +164,7 @@ def stored_switch(run: Run, k: int) -> tuple[Router, float]:
     folder = run.iteration(k) / "switch"
     if not ((folder / "router.skops").is_file() and (folder / "switch.json").is_file()):
         raise ThinkSwitchError(
-            f"{folder} has no router yet; train one first: make switch DOMAIN={run.recipe.keys.domain} ITER={k}"
+            f"{folder} has no router yet; train one first: make switch DOMAIN={run.recipe.keys.domain} ITERATION={k}"
         )
     return Router.load(folder / "router.skops"), float(files.read_json(folder / "switch.json")["threshold"]["value"])
 

@@ -130,7 +130,7 @@ class Switch:
             run: its folder, RUNS/DOMAIN.
             iteration: whose pair and router; None is the last one that has a router.
             threshold: think if p(think) is at least this; None is the default that `make switch` chose.
-            url: a running server that answers for both modes, such as `make serve ITER=2` starts.
+            url: a running server that answers for both modes, such as `make serve ITERATION=2` starts.
             instruct_url, thinking_url: a running server for one mode; a mode without one answers in process.
 
         Raises:

@@ -125,7 +125,9 @@ class Row:
 
 
 def _pair(run: Run, k: int) -> Stage:
-    values = {"pair": run.recipe.keys.pair.model_dump(exclude={"base"}), "seed": run.seed}
+    pair = run.recipe.keys.pair.model_dump(exclude={"base"})
+    pair["embedded"] = pair.pop("demo")  # the key's former name, so that older runs go on
+    values = {"pair": pair, "seed": run.seed}
     needs = tuple(Path(run.checkpoint(mode, k)) for mode in MODES)
     return Stage("pair", k, (), (run.iteration(k) / "pair.json",), values, needs=needs)
 
@@ -150,13 +152,13 @@ def _requests(run: Run, k: int) -> Stage:
 
 
 def _generate(run: Run, k: int) -> Stage:
-    here, labels = run.iteration(k), run.recipe.keys.labels
+    here, learnt = run.iteration(k), run.recipe.keys.answers
     inputs = (here / "requests.jsonl", Path(run.checkpoint("thinking", k - 1)))
     answering, server = run.answering, run.recipe.keys.engine.server.changing_answers()
     values = {
         "engine": [*answering, server] if server and addresses(run.engine) else answering,
-        "unfinished": labels.unfinished,
-        "retry_max_tokens": labels.retry_max_tokens,
+        "unfinished": learnt.unfinished,
+        "retry_max_tokens": learnt.retry_max_tokens,
     }
     return Stage("generate", k, inputs, (run.generations(k),), values, resume_on=("engine",))
 
@@ -164,7 +166,7 @@ def _generate(run: Run, k: int) -> Stage:
 def _pairs(run: Run, k: int) -> Stage:
     here, keys = run.iteration(k), run.recipe.keys
     inputs, outputs = (here / "requests.jsonl", run.generations(k)), ("pairs.jsonl", "pairs.json")
-    values = {**keys.labels.selecting(), "answer": keys.labels.answer, "trace": keys.trace}
+    values = {**keys.answers.selecting(), "answer": keys.answers.kind, "trace": keys.trace}
     return Stage("pairs", k, inputs, tuple(here / n for n in outputs), values)
 
 
@@ -221,7 +223,7 @@ def _evaluate(run: Run, k: int, mode: str) -> Stage:
 def _report(run: Run, k: int) -> Stage:
     evaluated = (run.iteration(j) / "eval" / name for j in range(k + 1) for name in run.evaluated(j))
     counted = (run.iteration(j) / name for j in range(1, k + 1) for name in ("pairs.json", "rebuild.json"))
-    values = {"iterations": k, "price": run.given.price, "answer": run.recipe.keys.labels.answer}
+    values = {"iterations": k, "price": run.given.price, "answer": run.recipe.keys.answers.kind}
     outputs = tuple(run.folder / name for name in REPORT_FILES)
     return Stage("report", k, (*evaluated, *counted, *sweep_files(run), *control_files(run)), outputs, values)
 
@@ -229,7 +231,7 @@ def _report(run: Run, k: int) -> Stage:
 # fmt: off
 TABLE: tuple[Row, ...] = (
     Row("pair", "pair", "prepare_pair", "pair",
-        "Download (or train, for the embedded domain) the starting pair and check that the two belong together.", _pair),
+        "Download (or train, for the demo domain) the starting pair and check that the two belong together.", _pair),
     Row("requests", "iteration", "write_requests", "generate", "Task prompts -> requests.jsonl.", _requests),
     Row("generate", "iteration", "answer_requests", "generate",
         "The thinking checkpoint answers -> generations.jsonl.", _generate),

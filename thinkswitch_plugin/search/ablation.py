@@ -111,7 +111,7 @@ def prepare(
         found.append((path, config))
     if len(found) == 2:
         raise ThinkSwitchError(
-            "None of these merge configs can be applied to this pair; use ITER= of a run with finished iterations."
+            "None of these merge configs can be applied to this pair; use ITERATION= of a run with finished iterations."
         )
     return found, roles
 

@@ -119,7 +119,7 @@ class Bench:
             "template": self.mode,
             "evaluation": self.keys.evaluation.changing_figures(),
             "task": self.task,
-            "answer": self.keys.labels.answer,
+            "answer": self.keys.answers.kind,
             **as_metadata(self.keys.convention),
             **self.keys.pair.asked_with(self.mode),
             "server": self.served,

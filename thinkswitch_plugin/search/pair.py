@@ -110,7 +110,7 @@ class Pair:
             if name not in self.roles:
                 hint = {
                     "base": "name the common ancestor as `thinkswitch.pair.base` in the recipe",
-                    "instruct-0": "the instruct checkpoint that a run started from: use ITER= of a run",
+                    "instruct-0": "the instruct checkpoint that a run started from: use ITERATION= of a run",
                 }.get(name, "models are called ./instruct, ./thinking, ./instruct-0 and ./base")
                 return f"there is no ./{name}; {hint}"
         if "instruct-0" in named and self.roles["instruct-0"] == self.roles["instruct"]:
@@ -164,7 +164,7 @@ def find_pair(options: PairOptions) -> Pair:
     else:
         raise ThinkSwitchError(
             f"{options.folder} is not a run folder; run `make iterate DOMAIN={options.domain}` first (`make pair` for "
-            "ITER=0), or give any two checkpoints: A=<instruct> B=<thinking>."
+            "ITERATION=0), or give any two checkpoints: INSTRUCT=folder THINKING=folder."
         )
     changes: dict[str, Any] = {"limit": options.limit} if options.limit else {}
     if options.task:
@@ -180,7 +180,7 @@ def find_pair(options: PairOptions) -> Pair:
     if roles["instruct"].resolve() == roles["thinking"].resolve():
         raise ThinkSwitchError(
             f"Both checkpoints are {roles['instruct']}, so there is nothing between them; of a hybrid's run, choose an "
-            "iteration from 1 on (ITER=1)."
+            "iteration from 1 on (ITERATION=1)."
         )
     iteration = options.iteration if options.of_run else None
     home = options.folder if options.of_run else options.results

@@ -1,7 +1,7 @@
 """What the axolotl dataset types `answer_only`, `pre_thinking` and `post_thinking` share.
 
 A file of pairs is used as it is. A `generations.jsonl` (vLLM's batch output, with the `requests.jsonl` it
-answers beside it) is turned into the same pairs by the same function, as `thinkswitch.labels` of the recipe
+answers beside it) is turned into the same pairs by the same function, as `thinkswitch.answers` of the recipe
 says. Rendering and labels are axolotl's own `chat_template`: only the assistant's turn and its end token
 carry a loss.
 """
@@ -24,7 +24,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import get_temporary_cache_files_directory
 
 from thinkswitch_plugin import conventions
-from thinkswitch_plugin.args import LabelKeys
+from thinkswitch_plugin.args import AnswerKeys
 from thinkswitch_plugin.data import formats, pairs, traces
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.training.contract import require_contract
@@ -79,7 +79,7 @@ def strategy(tokenizer: Any, cfg: Any, ds_cfg: Any, *, form: formats.Format | No
     if form:
         options["split_thinking"] = False  # it would hand the trace to the template, which may leave it away
     keys = cfg.get("thinkswitch") or {}
-    labels = LabelKeys.model_validate(keys.get("labels") or {})
+    selecting = AnswerKeys.model_validate(keys.get("answers") or {})
     trace = keys.get("trace") or "auto"
     if fault := conventions.fault(trace, "`thinkswitch.trace`"):
         raise ThinkSwitchError(f"{fault}.")
@@ -91,7 +91,7 @@ def strategy(tokenizer: Any, cfg: Any, ds_cfg: Any, *, form: formats.Format | No
     chat_template = load_chat_template(tokenizer, cfg, options)
     temperature = float(cfg.get("kd_temperature") or 1.0) if cfg.get("kd_trainer") else None
     convention = conventions.from_key(trace)
-    return Completions(chat_template, tokenizer, str(options.get("path")), labels, convention, form, temperature)
+    return Completions(chat_template, tokenizer, str(options.get("path")), selecting, convention, form, temperature)
 
 
 @dataclass(eq=False)
@@ -105,7 +105,7 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
     chat_template: Any
     tokenizer: Any
     path: str
-    labels: LabelKeys
+    keys: AnswerKeys
     convention: conventions.Convention | None
     form: formats.Format | None
     temperature: float | None = None
@@ -172,7 +172,7 @@ class Completions(DatasetWrappingStrategy):  # type: ignore[misc]
             for row in pairs.build_pairs(
                 generations.with_name("requests.jsonl"),
                 generations,
-                labels=self.labels,
+                keys=self.keys,
                 keep_trace=self.form is not None,
                 convention=self.convention,
                 report=report,
