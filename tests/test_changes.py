@@ -120,7 +120,7 @@ RECIPE = "recipes/arithmetic.yaml"
             replace("lm_eval_tasks/thinkswitch_tasks.py", "def ", "\ndef "),
             {"eval-0", "requests", *AFTER_REQUESTS},
         ),
-        (replace(RECIPE, "answer: digit", "answer: integer"), AFTER_GENERATE),
+        (replace(RECIPE, "kind: digit", "kind: integer"), AFTER_GENERATE),
         (replace(RECIPE, "output_dir: runs", "output_dir: elsewhere"), set()),
         (replace(RECIPE, "# greedy", "# greedily"), set()),
         (replace(RECIPE, "adapter: qlora", "adapter: qlora\nwandb_project: x\nuse_trackio: true"), set()),

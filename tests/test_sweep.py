@@ -135,7 +135,7 @@ def test_a_sweep_of_no_run_and_no_pair_is_one_sentence(command: Any, tmp_path: P
     assert (
         done.returncode == 1
         and "is not a run folder" in done.stderr
-        and "--instruct <instruct> --thinking <thinking>" in done.stderr
+        and "--instruct folder --thinking folder" in done.stderr
     )
     assert len(done.stderr.strip().splitlines()) == 1 and list(tmp_path.iterdir()) == []
     for text in ("many", "²", "0", "-1", "1.5"):
