@@ -35,7 +35,7 @@ from thinkswitch_plugin.export.table import keeps
 from thinkswitch_plugin.export.template import PROBES, SWITCH, combine, combined_template
 from thinkswitch_plugin.judging.samples import graded
 from thinkswitch_plugin.merging.mergekit_private import extracted_tensors
-from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_path
+from thinkswitch_plugin.recipe import load_recipe, overlay_path, recipe_of, recipe_path
 from thinkswitch_plugin.search.pair import Pair
 
 RANKS = (4, 32)
@@ -334,6 +334,14 @@ def test_serving_says_what_is_missing(tmp_path: Path) -> None:
     shutil.rmtree(adapter)
     with pytest.raises(ThinkSwitchError, match="is missing; run `make export-loras` again"):
         both_modes(tmp_path, None)
+
+
+def test_a_server_has_room_for_a_second_try_of_a_cut_answer(tmp_path: Path) -> None:
+    files.write_yaml(tmp_path / "retry.yaml", {"thinkswitch": {"answers": {"unfinished": "retry"}}})
+    keys = recipe_of("aime", [str(tmp_path / "retry.yaml")]).keys
+    assert (keys.sampling.max_tokens, keys.retry_budget, keys.longest_answer) == (8192, 16384, 16384)
+    keys.answers.retry_max_tokens = 12000
+    assert keys.longest_answer == 12000
 
 
 def test_a_checkpoint_of_a_run_is_served_by_the_recipe_of_its_run(tmp_path: Path) -> None:

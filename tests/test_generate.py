@@ -150,13 +150,14 @@ def test_a_cut_answer_is_asked_once_more_with_a_larger_budget(
     assert all(r["response"]["body"]["choices"][0]["finish_reason"] == "stop" for _, r in files.read_jsonl(out))
 
 
-def test_a_cut_answer_is_kept_where_the_larger_budget_gets_none(
-    server: Answering, write_jsonl: Write, tmp_path: Path
+def test_a_cut_answer_is_kept_where_the_larger_budget_gets_none_and_the_reason_is_printed(
+    server: Answering, write_jsonl: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     requests = write_jsonl("requests.jsonl", requests_for(["refused when longer", "short"]))
     out = tmp_path / "generations.jsonl"
     report = generate(requests, out, "m", url(server), KEYS, retry_max_tokens=40, log=tmp_path / "log")
-    assert (report.answered, report.retried, report.failed) == (2, 1, 0)
+    assert (report.answered, report.retried, report.retries_failed, report.failed) == (2, 1, 1, 0)
+    assert "1 of 1 second tries with 40 tokens failed, and these answers stay cut; the last:" in capsys.readouterr().out
     (cut, _) = sorted((row for _, row in files.read_jsonl(out)), key=lambda row: row["custom_id"])
     assert cut["response"]["body"]["choices"][0]["finish_reason"] == "length"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from thinkswitch_plugin import files
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import EngineKeys
 from thinkswitch_plugin.data import batch, distributions
 from thinkswitch_plugin.data.traces import LENGTH
@@ -51,6 +51,7 @@ class GenerationReport:
     already_stored: int = 0
     answered: int = 0
     retried: int = 0
+    retries_failed: int = 0
     failed: int = 0
     tokens: int = 0
     tokens_per_second: float = 0.0
@@ -118,6 +119,11 @@ def generate(
         answers = Arrivals(stored, report, bar, retry_max_tokens)
         asker.ask(pending(requests, stored, limit, options.get("without", ())), answers.store)
         report.tokens_per_second = round(report.tokens / max(bar.elapsed, 1e-9), 1)
+    if report.retries_failed:
+        console.say(
+            f"  {report.retries_failed} of {report.retried} second tries with {retry_max_tokens} tokens failed, and these answers "
+            f"stay cut; the last: {answers.last_problem}"
+        )
     if report.failed * 2 > report.requests:
         raise ThinkSwitchError(
             f"{report.failed} of {report.requests} requests failed; the last: {answers.last_problem}. "
@@ -152,6 +158,8 @@ class Arrivals:
                 self.last_problem = str(reply)
                 self._write(request, None, {"message": str(reply), "type": type(reply).__name__})
                 return None
+            self.report.retries_failed += 1
+            self.last_problem = str(reply)
             reply = cut  # an answer all the same, and counted as cut
         elif cut is None and self.retry_max_tokens and reply["choices"][0].get("finish_reason") == LENGTH:
             self.report.retried += 1
