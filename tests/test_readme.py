@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +47,62 @@ RUN_BY = {
     "thinkswitch score --task aime outputs.jsonl": "test_score.py::test_rows_of_every_format_are_judged_in_order",
 }
 
+# What runs a command of the other pages, whatever its options.
+RUN_AT_ALL = {
+    "make setup": ".ci/run",  # `make test` needs these four
+    "make setup-vllm": ".ci/run",
+    "make setup-gguf": ".ci/run",
+    "make lint": ".ci/run",
+    "make labels": "test_labels.py::labelled",
+    "make export-loras": "conftest.py::exported",
+    "make serve": "test_vllm.py::both",
+    "make push": "test_push.py::test_a_killed_push_continues_and_sends_nothing_twice",
+    "make export-gguf": "test_gguf.py::test_a_gguf_loads_and_answers_as_its_checkpoint",
+    "make rehearse": "test_rehearse.py::test_a_rehearsal_runs_every_stage_and_check_learns_from_it",
+    "make chaos": "test_resume.py::test_a_kill_of_every_kind_changes_nothing",
+    "make gpu-check": "test_gpu_check.py::test_the_tiny_check_prints_a_table_and_the_same_as_json",
+    "thinkswitch eval-merges": "test_sweep.py::test_layers_modules_and_baselines_by_make",
+    "thinkswitch export-gguf": "test_gguf.py::options",
+    "thinkswitch serve-lambda": "test_live.py::test_lambda_is_moved_from_another_process_by_what_its_user_alone_can_read",
+    "thinkswitch judge": "test_pairwise.py::judge",
+    "make check": "test_cli.py::test_check_finds_the_embedded_domains_ready",
+    "thinkswitch reference": "test_init.py::test_the_reference_is_the_majority_of_a_real_thinking_checkpoint",
+    "python": "test_conventions.py::test_the_document_holds_the_table",  # `-c` and `-m pytest` in CONTRIBUTING.md
+    "python3": "test_gpu_check.py::test_the_tiny_check_prints_a_table_and_the_same_as_json",
+    "ray": "test_cluster.py::nodes",
+    "vllm": "test_vllm.py::test_a_vllm_of_the_users_own_gives_the_embedded_engines_pairs_whoever_opens_the_trace",
+    "curl": "test_vllm.py::test_the_requests_of_the_documentation",
+}
+# Commands that no test runs, and why.
+NOT_RUN = {
+    "make test-fast": "a part of `make test`",
+    "make models": "takes hours; test_models.py tests a few architectures",
+    "make results": "needs the runs of several seeds",
+    "hf": "needs the hub",
+    "ollama": "needs Ollama",
+    "ssh": "needs another machine",
+    "pre-commit": "a git hook for contributors",
+    "export": "a secret of the user",
+    **dict.fromkeys((".", "less", "tmux"), "of the shell"),
+}
+
 
 def commands(text: str) -> list[tuple[str, str]]:
-    """(section, command without its comment) of every line of a shell block."""
+    """(section, command without its comment) of every command in a shell block; it may go over several lines."""
     found = []
-    section, inside = "", False
+    section, inside, begun = "", False, ""
     for line in text.splitlines():
         if line.startswith("```"):
             inside = line == "```sh" and not inside
         elif line.startswith("## ") and not inside:
             section = line.lstrip("# ")
         elif inside and line.strip() and not line.startswith("#"):
-            found.append((section, line.partition("  #")[0].strip()))
+            begun += line.partition("  #")[0].strip()
+            if begun.endswith("\\") or begun.count("'") % 2:
+                begun = begun.removesuffix("\\") + " "
+            else:
+                found.append((section, begun))
+                begun = ""
     return found
 
 
@@ -120,12 +165,36 @@ def test_merge_as_readme_says_it(finished_run: Path, forked: Any, tmp_path: Path
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_every_thinkswitch_command_of_the_examples_exists_with_its_options() -> None:
+def of_every_page() -> Iterator[list[str]]:
+    """The words of every command that a page shows; programs without their folder, and without what the shell reads."""
+    for page in PAGES:
+        for _, typed in commands((ROOT / page).read_text(encoding="utf-8")):
+            lexer = shlex.shlex(typed, posix=True, punctuation_chars=";&<>")
+            lexer.whitespace_split, lexer.commenters = True, ""
+            words = re.split(r"\0(?:;|&&)\0", "\0".join(lexer))
+            for command in words:
+                program, *rest = re.split(r"\0[<>]\0", command)[0].split("\0")
+                yield [program.rpartition("/")[2] or program, *rest]
+
+
+def named(words: list[str]) -> str:
+    """Which command it is: its program, with the target of Make or the command of ours."""
+    return " ".join(words[:2]) if words[0] in ("make", "thinkswitch") else words[0]
+
+
+def test_every_command_of_every_page_is_run_by_a_test_or_needs_what_no_test_has() -> None:
+    known = {named(shlex.split(line)) for line in RUN_BY} | set(RUN_AT_ALL)
+    known |= {name.replace("make ", "thinkswitch ") for name in known}  # a target runs the command of its name
+    assert {named(words) for words in of_every_page()} - known == set(NOT_RUN)
+    for runner in RUN_AT_ALL.values():
+        file, _, name = runner.partition("::")
+        assert not name or f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), runner
+
+
+def test_every_thinkswitch_command_of_every_page_is_read_by_its_command() -> None:
     from thinkswitch_plugin.cli import main
 
-    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("examples/*.md")))
-    typed = [line.split() for _, line in commands(text) if line.startswith("thinkswitch ")]
-    assert len(typed) >= 6
-    for _, name, *words in typed:
-        known = {option for parameter in main.commands[name].params for option in parameter.opts}
-        assert {word for word in words if word.startswith("--")} <= known, name
+    typed = [words[1:] for words in of_every_page() if words[0] == "thinkswitch"]
+    assert len(typed) >= 40
+    for name, *words in typed:
+        main.commands[name].make_context(name, words)  # raises if an option is unknown, or a value cannot be read

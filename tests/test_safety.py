@@ -64,7 +64,7 @@ def test_a_misspelt_or_missing_setting_is_refused_before_anything_runs(
 
 
 def test_every_setting_that_the_documents_and_the_makefile_name_is_known(command: Any) -> None:
-    text = "\n".join(path.read_text() for path in (*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "Makefile"))
+    text = "\n".join(path.read_text() for path in (*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), ROOT / "Makefile"))
     lines = re.findall(r"make (?:-n )?[a-z][a-z-]*((?: [A-Z_]+=\S*)+)", text)
     names = {name for line in lines for name in re.findall(r" ([A-Z_]+)=", line)}
     assert {"DOMAIN", "COLUMNS", "TASK", "LAMBDA"} <= names
