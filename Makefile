@@ -219,13 +219,15 @@ verify: setup ## read all files of a run and check that they still fit together:
 control: setup ## run a control experiment on iteration 1: make control CONTROL=shuffled|own-answers|true-labels|undistilled|rounded
 	@$(VENV)/bin/python -m experiments control "$$CONTROL" "$$RUN"
 
-losses: setup ## compare loss: answers with distribution, each with first, all, vote, and a vote with a margin: make losses DOMAIN=arithmetic SEEDS="0 1 2"
+# The overlay of a domain has a teacher that is often wrong, and a guard task.
+losses: setup ## compare the losses (answers, distribution, on-policy) and the selections of pairs, with all controls: make losses DOMAIN=arithmetic SEEDS="0 1 2"
 	@set --; for seed in $$THINKSWITCH_SEEDS; do set -- "$$@" "$$RUNS/losses-$$seed/$$DOMAIN"; \
-		$(MAKE_COMMAND) --no-print-directory iterate ITERATIONS=1 SEED="$$seed" RUNS="$$RUNS/losses-$$seed" OVERLAY="$$OVERLAY experiments/losses.overlay.yaml" \
+		$(MAKE_COMMAND) --no-print-directory iterate ITERATIONS=1 SEED="$$seed" RUNS="$$RUNS/losses-$$seed" \
+			OVERLAY="experiments/losses.overlay.yaml $(wildcard experiments/losses-$(DOMAIN).overlay.yaml) $$OVERLAY" \
 		&& $(VENV)/bin/python -m experiments control losses "$$RUNS/losses-$$seed/$$DOMAIN" || exit 1; done; \
-	$(VENV)/bin/python -m experiments results -- "$$@"
+	$(VENV)/bin/python -m experiments results --part losses -- "$$@"
 
-results: setup ## print the tables of docs/results.md, or of docs/interpolation.md with PART=interpolation: make results RUN_FOLDERS="runs/arithmetic runs-1/arithmetic"
+results: setup ## print the tables of docs/results.md, docs/interpolation.md (PART=interpolation) or docs/losses.md (PART=losses): make results RUN_FOLDERS="runs/arithmetic runs-1/arithmetic"
 	@$(VENV)/bin/python -m experiments results --part "$${PART:-loop}" -- $$RUN_FOLDERS
 
 chaos: setup ## kill runs with SIGKILL at random times and compare them with an undisturbed run: make chaos KILLS=10

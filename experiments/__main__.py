@@ -31,14 +31,18 @@ def control(name: str, run: Path) -> None:
 
 
 @main.command()
-@click.option("--part", type=click.Choice(["loop", "interpolation"]), default="loop", show_default=True)
+@click.option("--part", type=click.Choice(["loop", "interpolation", "losses"]), default="loop", show_default=True)
 @click.argument("runs", type=FOLDER, nargs=-1, required=True)
 def results(part: str, runs: tuple[Path, ...]) -> None:
-    """Print tables of several finished runs as Markdown: iterations and controls, or sweeps and merges."""
+    """Print tables of several finished runs as Markdown: iterations and controls, sweeps and merges, or losses."""
     if part == "loop":
         from experiments.controls import print_results
 
         print_results(list(runs))
+    elif part == "losses":
+        from experiments.losses_table import print_losses
+
+        print_losses(runs)
     else:
         from experiments.interpolation_results import print_interpolation
 

@@ -10,7 +10,8 @@ rounded       the adapter merged by axolotl's default, which rounds every matrix
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ from thinkswitch_plugin.judging.samples import samples_of
 from thinkswitch_plugin.loop import work
 from thinkswitch_plugin.merging.command import write_merge
 from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
+from thinkswitch_plugin.recipe import iteration_config
 from thinkswitch_plugin.report import header, parts_table, rows
-from thinkswitch_plugin.run import MODES, Run, locked, open_run
+from thinkswitch_plugin.run import MODES, Run, locked, open_run, processes
 from thinkswitch_plugin.run.checkpoint import Subject
 from thinkswitch_plugin.run.hashes import Hashes
 from thinkswitch_plugin.run.table import control_files
+from thinkswitch_plugin.training.distil import ENGINE_ENV, adapter_change, require_moved
 
 NAMES = {
     "shuffled": ("instruct", "labels shuffled among prompts"),
@@ -86,18 +89,34 @@ def run_control(run: Run, name: str) -> None:
         console.say("  `make report` puts it beside the run")
 
 
-def learn(run: Run, here: Path, loss: str) -> None:
-    """Train the starting instruct checkpoint on `here/pairs.jsonl` with a loss, and merge it as `here/instruct`."""
+def learn(run: Run, here: Path, loss: str, **more: Any) -> None:
+    """Train the starting instruct checkpoint on `here/pairs.jsonl` with a loss, and merge it as `here/instruct`.
+
+    Args:
+        loss: as the recipe's key has it, or `on-policy`, which learns from `here/rationales.jsonl`; see `on_policy`.
+        more: keys of axolotl on top of the recipe's.
+    """
     parent, keys = run.checkpoint("instruct", 0), run.recipe.keys
-    learning = replace(run, recipe=replace(run.recipe, keys=keys.model_copy(update={"loss": loss})))
-    work.train_adapter(learning, pairs=here / "pairs.jsonl", base_model=parent, here=here)
+    by_axolotl = "answers" if loss == "on-policy" else loss
+    recipe = replace(run.recipe, keys=keys.model_copy(update={"loss": by_axolotl}), axolotl=run.recipe.axolotl | more)
+    learning = replace(run, recipe=recipe)
+    if loss == "on-policy":
+        about = {"teacher": run.checkpoint("thinking", 0), TEMPLATE_KEY: keys.pair.arguments("thinking")}
+        files.write_json(here / "on-policy.json", about)
+        config = iteration_config(recipe, base_model=parent, pairs=here / "rationales.jsonl", here=here, seed=run.seed)
+        files.write_yaml(here / "axolotl.yaml", config)
+        command: list[str | Path] = [sys.executable, "-m", "experiments.on_policy", here]
+        processes.run_logged(command, here / "logs" / "train.log", env=ENGINE_ENV, title="on-policy distillation")
+        require_moved(adapter_change(here / "adapter"), keys.min_adapter_change, here / "adapter")
+    else:
+        work.train_adapter(learning, pairs=here / "pairs.jsonl", base_model=parent, here=here)
     work.merge_adapter(here, parent, here / "instruct", on_cpu=keys.merge_on == "cpu")
 
 
 def judge(run: Run, here: Path, mode: str, title: str, **more: Any) -> None:
-    """Evaluate the checkpoint `here/MODE` of a control as the run's own, and write `here/result.json`."""
+    """Evaluate the checkpoint `here/MODE` of a control as the run's own, guard tasks included; write `here/result.json`."""
     name, out, keys = here.name, here / mode, run.recipe.keys
-    subject = Subject(str(out), keys.pair.arguments(mode))
+    subject = Subject(str(out), keys.pair.arguments(mode), guards=tuple(keys.evaluation.guard))
     evaluate_checkpoint(subject, here / "eval" / mode, keys, run.engine, log=here / "logs" / f"{name}.log")
     figures = summarize(samples_of(here / "eval" / mode, keys, str(out)))
     beside = Hashes(run.folder).of(run.iteration(1) / mode)  # of any other checkpoint the report leaves it out
@@ -117,17 +136,8 @@ def relabelled(run: Run, name: str) -> Iterator[dict[str, Any]]:
         random.Random(run.seed).shuffle(labels)
     elif name == "own-answers":
         labels = own_answers(run, [row["custom_id"] for row in rows_])
-    elif run.recipe.keys.pair.demo is True:
-        from thinkswitch_plugin.demo import task
-
-        labels = [task.answer(row["messages"][0]["content"]) for row in rows_]
     else:
-        known = read_field(run.recipe.keys.prompts, run.seed, "answer")
-        if lost := next((row["prompt_id"] for row in rows_ if row["prompt_id"] not in known), None):
-            raise ThinkSwitchError(
-                f"The prompts no longer hold {lost}, which iteration 1 was trained on; run `make iterate` first."
-            )
-        labels = [known[row["prompt_id"]] for row in rows_]
+        labels = true_labels(run, rows_)
     if empty := sum(not label.strip() for label in labels):
         console.say(f"  {empty} of {len(labels)} answers are empty and left out")
     for row, label in zip(rows_, labels, strict=True):
@@ -135,6 +145,20 @@ def relabelled(run: Run, name: str) -> Iterator[dict[str, Any]]:
             continue
         messages = [*row["messages"][:-1], {"role": "assistant", "content": label}]
         yield {**row, "messages": messages}
+
+
+def true_labels(run: Run, pairs: Sequence[dict[str, Any]]) -> list[str]:
+    """The right answer to each of these pairs of iteration 1. Raises `ThinkSwitchError` if one is not known."""
+    if run.recipe.keys.pair.demo is True:
+        from thinkswitch_plugin.demo import task
+
+        return [task.answer(row["messages"][0]["content"]) for row in pairs]
+    known = read_field(run.recipe.keys.prompts, run.seed, "answer")
+    if lost := next((row["prompt_id"] for row in pairs if row["prompt_id"] not in known), None):
+        raise ThinkSwitchError(
+            f"The prompts no longer hold {lost}, which iteration 1 was trained on; run `make iterate` first."
+        )
+    return [known[row["prompt_id"]] for row in pairs]
 
 
 def own_answers(run: Run, wanted: list[str]) -> list[str]:
@@ -180,7 +204,6 @@ def print_results(folders: list[Path]) -> None:
                     f"{100 * found['mean@k']:.1f} % ({low:.1f}–{high:.1f})",
                     f"{found['think_ratio']:.3f}",
                     f"{found['tokens']:.1f}",
-                    *(str(found.get(name, "")) for name in ("pairs", "seconds")),
                 ]
             )
     if controls:
@@ -194,7 +217,5 @@ def print_results(folders: list[Path]) -> None:
             "control's accuracy (95 %)",
             "think ratio",
             "tokens",
-            "pairs",
-            "seconds to train and merge",
         ]
         console.say("\n".join(console.table(names, controls)))

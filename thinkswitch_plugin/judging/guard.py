@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from thinkswitch_plugin import files
+from thinkswitch_plugin.args import ThinkSwitchKeys
 from thinkswitch_plugin.data.task_files import kind_of_task
 from thinkswitch_plugin.data.traces import LENGTH
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -27,13 +28,18 @@ def against_start(run: Run, k: int, name: str) -> dict[str, dict[str, Any]]:
 
     Raises `ThinkSwitchError` if an evaluation is missing or damaged.
     """
+
+    def of(j: int, evaluated: str, task: str) -> list[Sample]:
+        folder, (mode, _) = run.iteration(j) / "eval" / evaluated, run.evaluated(j)[evaluated]
+        return samples_of_guard(folder, task, run.recipe.keys, run.checkpoint(mode, j))
+
     _, asked_as = run.evaluated(k)[name]
     found = {}
     for task in run.recipe.keys.evaluation.guard:
-        now = samples_of_guard(run, k, name, task)
+        now = of(k, name, task)
         found[task] = summarize(now)
         if k:
-            found[task]["paired"] = paired.compare(samples_of_guard(run, 0, asked_as, task), now)
+            found[task]["paired"] = paired.compare(of(0, asked_as, task), now)
     return found
 
 
@@ -53,12 +59,13 @@ def require_kept(run: Run, k: int, name: str) -> None:
             )
 
 
-def samples_of_guard(run: Run, k: int, name: str, task: str) -> list[Sample]:
-    """The graded samples of a guard task. Raises `ThinkSwitchError` if they are missing or damaged."""
-    mode, _ = run.evaluated(k)[name]
-    folder, keys = run.iteration(k) / "eval" / name, run.recipe.keys
+def samples_of_guard(folder: Path, task: str, keys: ThinkSwitchKeys, checkpoint: str) -> list[Sample]:
+    """The graded samples of a guard task in the folder of an evaluation; see `samples.graded`.
+
+    Raises `ThinkSwitchError` if they are missing or damaged.
+    """
     if kind := kind_of_task(task):
-        return list(graded(folder, task, run.checkpoint(mode, k), kind, keys.convention, guard=True)[1])
+        return list(graded(folder, task, checkpoint, kind, keys.convention, guard=True)[1])
     return by_lm_eval(folder, task)
 
 
