@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.trainer.utils import pad
 
-from thinkswitch_plugin import files
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import ThinkSwitchKeys
 from thinkswitch_plugin.data import formats
 from thinkswitch_plugin.engine_args import TEMPLATE_KEY
@@ -158,6 +158,7 @@ def trainer_of(here: Path) -> OnPolicyTrainer:
     then learns nothing more.
     """
     os.environ.update(ENGINE_ENV)  # before axolotl is imported, which would report its use
+    console.fetch_no_code()
     without_gpu_kernels()
     from axolotl.cli.config import load_cfg
     from axolotl.train import setup_model_and_tokenizer

@@ -94,13 +94,17 @@ def test_a_prompt_on_which_the_samples_disagree_too_much_is_dropped_by_a_vote_an
     rows, report = built(requests, generations, "vote", min_agreement=least)
     assert rows == ["p0-s1=5"][:kept] and report.prompts_without_pair == 1 - kept
     assert report.dropped == ({"not_selected": 3} if kept else {"samples_disagree": 4})
+    assert report.disagreed == ["p0"][kept:]
     keys = AnswerKeys.model_validate({"selection": "vote", "kind": "digit", "min_agreement": least})
     if kept:
         write_pairs(requests, generations, tmp_path / "pairs.jsonl", keys=keys)
         counts = files.read_json(tmp_path / "pairs.json")
-        assert (counts["selection"], counts["min_agreement"]) == ("vote", 0.5)
+        assert (counts["selection"], counts["min_agreement"], "disagreed" in counts) == ("vote", 0.5, False)
     else:
-        with pytest.raises(ThinkSwitchError, match=r"4 samples_disagree\); lower `answers.min_agreement`"):
+        with pytest.raises(
+            ThinkSwitchError,
+            match=r"4 samples_disagree; prompts .* `min_agreement`: 1 \(p0\)\); lower `answers.min_agreement`",
+        ):
             write_pairs(requests, generations, tmp_path / "pairs.jsonl", keys=keys)
 
 

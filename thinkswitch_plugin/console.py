@@ -34,6 +34,11 @@ def printable(text: str) -> str:
     return "".join(c for c in unstyle(text) if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
+def some(names: Sequence[str], most: int = 5) -> str:
+    """How many names there are, and the first of them: `7 (p00003, p00008, …)`."""
+    return f"{len(names)} ({', '.join(names[:most])}{', …' if len(names) > most else ''})"
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A Markdown table as lines."""
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]

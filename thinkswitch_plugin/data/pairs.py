@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from thinkswitch_plugin import files
+from thinkswitch_plugin import console, files
 from thinkswitch_plugin.args import AnswerKeys
 from thinkswitch_plugin.conventions import Convention
 from thinkswitch_plugin.data import answers, batch, distributions, formats, messages
@@ -51,6 +51,7 @@ class PairReport:
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     prompts_without_pair: int = 0
+    disagreed: list[str] = field(default_factory=list)  # ids of the prompts that `min_agreement` dropped
     unwrapped: int = 0  # answers taken out of `<answer>…</answer>` and the like
     duplicates: int = 0  # further lines for an id that is stored already
     unknown_ids: int = 0  # lines for an id that nobody asked
@@ -61,6 +62,7 @@ class PairReport:
         parts = (
             (f"{self.kept} of {self.samples} samples kept", True),
             (f"dropped: {reasons}", reasons),
+            (f"prompts dropped by `min_agreement`: {console.some(self.disagreed)}", self.disagreed),
             (f"{self.unwrapped} answers unwrapped", self.unwrapped),
             (f"{self.duplicates} lines left out whose id is stored twice", self.duplicates),
             (f"{self.unknown_ids} lines left out whose id nobody asked", self.unknown_ids),
@@ -68,8 +70,9 @@ class PairReport:
         return "; ".join(text for text, there in parts if there)
 
     def as_json(self) -> dict[str, Any]:
-        """The counts as plain values."""
-        return {**vars(self), "dropped": dict(sorted(self.dropped.items()))}
+        """The counts as plain values; ``disagreed`` only if there are any."""
+        found = {**vars(self), "dropped": dict(sorted(self.dropped.items()))}
+        return {name: value for name, value in found.items() if name != "disagreed" or value}
 
 
 def build_pairs(
@@ -102,7 +105,7 @@ def build_pairs(
         raise ThinkSwitchError(f"{generations} does not exist; generate it first.")
     found = completions(requests, generations, convention, report)
     votes = answers.Votes()
-    for _, group in itertools.groupby(found, key=lambda one: batch.prompt_id(one.request)):
+    for prompt, group in itertools.groupby(found, key=lambda one: batch.prompt_id(one.request)):
         report.prompts += 1
         complete: list[tuple[AnsweredRequest, Completion]] = []
         for one in group:
@@ -116,6 +119,8 @@ def build_pairs(
         chosen, reason = select(texts, keys)
         if keys.selection == "vote":
             votes.count([answers.extract(keys.kind, text) for text in texts])
+        if reason == DISAGREE:
+            report.disagreed.append(prompt)
         if len(complete) > len(chosen):
             report.dropped[reason] += len(complete) - len(chosen)
         report.kept += len(chosen)

@@ -80,7 +80,7 @@ def build_report(run: Run, judged: Sequence[Evaluation]) -> dict[str, Any]:
                 entry[mode][asked_as] = summarize(samples[k, name])
         if k > 0:
             pairs, rebuilt = files.read_json(here / "pairs.json"), files.read_json(here / "rebuild.json")
-            shown = ("prompts", "samples", "kept", "dropped", "selection", "min_agreement")
+            shown = ("prompts", "samples", "kept", "dropped", "disagreed", "selection", "min_agreement")
             entry["pairs"] = {key: pairs[key] for key in shown if key in pairs}
             entry["merge"] = rebuilt
             entry["paired"] = {

@@ -25,6 +25,7 @@ def environment(*, html: bool = False) -> Environment:
         "interval": tables.interval,
         "points": tables.points,
         "span": tables.points_span,
+        "some": console.some,
         "table": lambda rows, header: "\n".join(console.table(header, rows)),
     }
     return found
