@@ -154,7 +154,7 @@ def test_every_file_of_the_report_is_written_and_the_same_again(written: Path) -
     assert {name: (written / name).read_bytes() for name in REPORT_FILES} == first
 
 
-def test_finished_controls_are_shown_beside_the_run_until_its_checkpoint_is_made_again(
+def test_finished_controls_are_shown_beside_the_run_until_its_checkpoint_is_made_again_and_dropped_prompts_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make_run(tmp_path, questions=60, iterations=1)
@@ -165,7 +165,11 @@ def test_finished_controls_are_shown_beside_the_run_until_its_checkpoint_is_made
     beside = Hashes(folder).of(folder / "iter-1" / "instruct")
     about = {"control": "shuffled", "mode": "instruct", "title": "labels <shuffled>", "beside": beside}
     files.write_json(here / "result.json", {**about, **figures_})
+    counts = files.read_json(folder / "iter-1" / "pairs.json")
+    files.write_json(folder / "iter-1" / "pairs.json", counts | {"disagreed": [f"p{n}" for n in range(7)]})
     write_report(run)
+    for name in ("report.md", "report.html"):
+        assert "prompts whose samples disagree: 7 (p0, p1, p2, p3, p4, …)" in (folder / name).read_text()
     (found,) = files.read_json(folder / "report.json")["controls"]
     one = files.read_json(folder / "report.json")["iterations"][1]["instruct"]
     assert found["paired"]["difference"] == pytest.approx(figures_["mean@k"] - one["mean@k"])
