@@ -77,6 +77,7 @@ RUN_AT_ALL = {
 NOT_RUN = {
     "make test-fast": "a part of `make test`",
     "make models": "takes hours; test_models.py tests a few architectures",
+    "make losses": "takes most of an hour; test_losses.py and test_on_policy.py test its parts",
     "make results": "needs the runs of several seeds",
     "hf": "needs the hub",
     "ollama": "needs Ollama",
