@@ -58,6 +58,11 @@ def test_makes_targets_are_the_stamps_of_the_table(opened: Run, command: Any) ->
         (opened.folder / "away").rename(stamp_path(opened, stage))
 
 
+def test_a_pair_made_before_its_key_was_renamed_is_not_made_again(opened: Run) -> None:
+    values = next(stage for stage in stages(opened) if stage.name == "pair").values["pair"]
+    assert values["embedded"] is True and "demo" not in values
+
+
 def test_a_plan_of_make_is_carried_out_line_by_line_until_one_fails(forked: Any, tmp_path: Path) -> None:
     plan = 'recipes  # what there is\nverify "$RUN"\nrecipes\n'
     done = forked(BIN / "thinkswitch", "stages", THINKSWITCH_PLAN=plan, RUN=str(tmp_path / "none"))
