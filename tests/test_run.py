@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from thinkswitch_plugin import files, run
+from thinkswitch_plugin import files, places, run
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.loop import begin
 
@@ -123,6 +123,19 @@ def test_another_overlay_for_the_same_folder_is_refused_and_none_means_the_same(
         begin.begin_run("arithmetic", runs, 0, "embedded", 1, ["cpu"])
     other = begin.begin_run("arithmetic", runs / "b", 0, "embedded", 1, ["cpu"])
     assert begin.begin_run("arithmetic", runs / "b", 0, "embedded", 1).recipe.overlays == other.recipe.overlays
+
+
+def test_a_run_names_files_of_the_package_so_that_another_installation_finds_them(
+    fresh: run.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = fresh.folder.parent.absolute() / "c"
+    monkeypatch.chdir(tmp_path)  # where the recipe is found in the package only
+    folder = begin.begin_run("arithmetic", runs, 0, "embedded", 1, ["cpu"]).folder
+    begun = files.read_json(folder / "run.json")
+    assert (begun["recipe"], begun["overlays"]) == ("recipes/arithmetic.yaml", ["recipes/cpu.overlay.yaml"])
+    assert run.open_run(folder).recipe.path.is_absolute()
+    monkeypatch.chdir(places.HOME)
+    assert begin.begin_run("arithmetic", runs, 0, "embedded", 1, ["cpu"]).recipe.path == Path(begun["recipe"])
 
 
 def test_nothing_is_written_for_a_domain_that_does_not_exist(tmp_path: Path) -> None:

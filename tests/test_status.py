@@ -60,11 +60,11 @@ def test_adaptive_work_is_shown_beside_a_run_and_without_one(capsys: pytest.Capt
         "conditions/adaptive/axolotl.yaml",
     ):
         files.write_json(RUN / "adaptive" / "seed-0" / name, {})
-    expected = "  adaptive     seed-0: labels begun, folds answered: 1; judged pre_only; begun adaptive"
+    expected = "  adaptive     seed-0: labels begun, folds answered: 1; evaluated pre_only; begun adaptive"
     assert shown(capsys) == [expected]
     (RUN / "adaptive" / "seed-0" / "labels" / "labels.jsonl").touch()
     iterate(2, until="train-1")
-    assert "  adaptive     seed-0: labels; judged pre_only; begun adaptive" in shown(capsys)
+    assert "  adaptive     seed-0: labels; evaluated pre_only; begun adaptive" in shown(capsys)
 
 
 def test_a_run_half_way_says_what_is_done_and_left_and_is_not_touched(capsys: pytest.CaptureFixture[str]) -> None:

@@ -141,7 +141,7 @@ def test_the_verdict_follows_its_rule() -> None:
     assert found["worse"] == [[1 / 7, 1 / 7]] and found["better"] == [[3 / 7, 4 / 7], [6 / 7, 6 / 7]]
     assert found["sentence"] == (
         "The router is worse than the random mix with the same share of thinking at 14 % (outside the 95 % band), "
-        "and better between 43 and 57 % and at 86 %. Lowest and highest difference, judged from 0 to 100 % "
+        "and better between 43 and 57 % and at 86 %. Lowest and highest difference, compared from 0 to 100 % "
         "thinking: -6.0 points at 14 % thinking, +15.5 points at 57 % thinking."
     )
     few = curve.verdict(curve.curve(drawn(39)))

@@ -22,6 +22,11 @@ def find(path: str | Path) -> Path:
     return there if there.exists() and not here.exists() else here
 
 
+def named(path: Path) -> str:
+    """A path as `find` takes it, also where the package is installed somewhere else."""
+    return str(path.relative_to(HOME) if path.is_relative_to(HOME) else path)
+
+
 def names(folder: str, ending: str) -> list[str]:
     """The names, without their ending, of a folder's files, ours among them; sorted."""
     found = (path.name for place in (Path(folder), HOME / folder) for path in place.glob(f"*{ending}"))

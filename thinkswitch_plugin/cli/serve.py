@@ -150,9 +150,9 @@ def _serve_switch(pair: Any, router: dict[str, Any], weight: str, *, port: int, 
 
 @main.command("serve-lambda")
 @of_served
-@click.argument("weight", type=float)
+@click.argument("weight", metavar="LAMBDA", type=float)
 def serve_lambda(pair: Any, weight: float) -> None:
-    """Change λ of a server started by `serve --lambda` to WEIGHT, without a restart."""
+    """Change λ of a server started by `serve --lambda` to LAMBDA, without a restart."""
     from thinkswitch_plugin.export.live import move_lambda
 
     move_lambda(pair.results, weight)

@@ -42,7 +42,7 @@ def begin_run(
     path = recipe_path(domain)
     folder = runs / domain
     before = read_settings(settings_file(folder)) if settings_file(folder).is_file() else None
-    recipe = _recipe_of_run(path, folder, before, [str(overlay_path(name)) for name in overlays])
+    recipe = _recipe_of_run(path, folder, before, [places.named(overlay_path(name)) for name in overlays])
     chosen = before.engine if before and engine == "auto" else servers.choose(engine)
     if before and (before.seed, identity(before.engine)) != (seed, identity(chosen)):
         raise ThinkSwitchError(
@@ -60,8 +60,8 @@ def begin_run(
     with locked(run.folder):
         settings = Settings(
             domain=domain,
-            recipe=str(path),
-            overlays=[str(p) for p in recipe.overlays],
+            recipe=places.named(path),
+            overlays=[places.named(p) for p in recipe.overlays],
             seed=seed,
             engine=chosen,
             iterations=iterations,
@@ -78,12 +78,13 @@ def begin_run(
 
 
 def _recipe_of_run(path: Path, folder: Path, before: Settings | None, overlays: list[str]) -> Recipe:
-    extra = overlays or (before.overlays if before else [])
-    if before and before.overlays != extra:
+    begun = [places.named(Path(name)) for name in before.overlays] if before else []
+    extra = overlays or begun
+    if before and begun != extra:
         raise ThinkSwitchError(
             f"{folder} was begun with OVERLAY='{' '.join(before.overlays)}'; use another folder for this run: RUNS=."
         )
-    recipe = load_recipe(path, tuple(map(Path, extra)))
+    recipe = load_recipe(path, tuple(map(places.find, extra)))
     if recipe.keys.domain != folder.name:
         raise ThinkSwitchError(
             f"{path}: `thinkswitch.domain` is {recipe.keys.domain!r}, but the file is named {folder.name}; make the two the same."

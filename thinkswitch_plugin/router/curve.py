@@ -184,7 +184,7 @@ def verdict(points: Sequence[dict[str, Any]], by: By = "share") -> dict[str, Any
         for end, p in (("lowest", min(seen, key=lambda p: p[name])), ("highest", max(seen, key=lambda p: p[name])))
     }
     what = f"the random mix with the same {'share of thinking' if by == 'share' else 'mean tokens'}"
-    span = f"judged from {100 * shares[0]:.0f} to {100 * shares[-1]:.0f} % thinking"
+    span = f"compared from {100 * shares[0]:.0f} to {100 * shares[-1]:.0f} % thinking"
     if worse:
         text = f"The router is worse than {what} {_as_words(worse)} (outside the 95 % band)"
         text += f", and better {_as_words(better)}." if better else "."

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, Field, ValidationError
 
-from thinkswitch_plugin import files
+from thinkswitch_plugin import files, places
 from thinkswitch_plugin.engine_args import MODES as MODES
 from thinkswitch_plugin.engine_args import identity
 from thinkswitch_plugin.errors import ThinkSwitchError
@@ -167,7 +167,7 @@ def open_run(folder: Path, given: Given = NOTHING_MORE) -> Run:
     if not path.is_file():
         raise ThinkSwitchError(f"{folder} is not a run folder (no run.json); begin one with `make iterate DOMAIN=…`.")
     begun = read_settings(path)
-    recipe = load_recipe(Path(begun.recipe), tuple(map(Path, begun.overlays)))
+    recipe = load_recipe(places.find(begun.recipe), tuple(map(places.find, begun.overlays)))
     return Run(folder, recipe, begun.seed, begun.engine, begun.iterations, given)
 
 

@@ -122,7 +122,7 @@ def adaptive_lines(folder: Path) -> Iterator[str]:
         conditions = sorted(path for path in seed.glob("conditions/*") if path.is_dir())
         judged = [path.name for path in conditions if (path / "eval.json").is_file()]
         begun = [path.name for path in conditions if path.name not in judged]
-        parts += [f"judged {', '.join(judged)}"] * bool(judged) + [f"begun {', '.join(begun)}"] * bool(begun)
+        parts += [f"evaluated {', '.join(judged)}"] * bool(judged) + [f"begun {', '.join(begun)}"] * bool(begun)
         yield f"  {'adaptive':12} {seed.name}: {'; '.join(parts)}"
     if (written := folder / "adaptive" / "adaptive.md").is_file():
         yield f"  {'':12} last table: {written}"
