@@ -70,6 +70,11 @@ THINKING = click.option(
 )
 
 
+PRICE = click.option(
+    "--price-per-hour", default="", envvar="PRICE_PER_HOUR", help="Of this machine, for cost estimates and the report."
+)
+
+
 def told(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command what runs are told besides their settings, as `given`."""
 
@@ -77,7 +82,7 @@ def told(function: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--keep", default="", envvar="KEEP", help="Iterations that keep their weights: all, last, none or a number."
         ),
-        click.option("--price-per-hour", default="", envvar="PRICE_PER_HOUR", help="Of this machine."),
+        PRICE,
         DATA,
     )
     @functools.wraps(function)

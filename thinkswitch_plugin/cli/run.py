@@ -16,7 +16,19 @@ import click
 from thinkswitch_plugin import console, places
 from thinkswitch_plugin.answer_kinds import KINDS
 from thinkswitch_plugin.cli.group import main
-from thinkswitch_plugin.cli.options import DOMAIN, ENGINE, FOLDER, INSTRUCT, OVERLAY, RUNS, SEED, THINKING, number, told
+from thinkswitch_plugin.cli.options import (
+    DOMAIN,
+    ENGINE,
+    FOLDER,
+    INSTRUCT,
+    OVERLAY,
+    PRICE,
+    RUNS,
+    SEED,
+    THINKING,
+    number,
+    told,
+)
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.evaluation_args import REFERENCE_SAMPLES
 from thinkswitch_plugin.run import MODES, TABLE, Given, execute, locked, open_run
@@ -61,6 +73,7 @@ for name, group in groupby(TABLE, lambda row: row.command):
 @click.option("--iterations", default=2, show_default=True, type=click.IntRange(min=1, max=20))
 @click.option("--overlay", default="", help="Overlays to apply to the recipe: names or paths, separated by spaces.")
 @click.option("--keep", default="all", show_default=True, help="Iterations that keep their weights: all, last or n.")
+@PRICE
 def iterate(**options: Any) -> None:
     """Run the whole method, or continue it after a kill or a change: `make iterate`, from any folder."""
     if shutil.which("make") is None:

@@ -290,6 +290,6 @@ def budget(
     )
     listed = "\n".join(f"          {tokens:,} {what}" for what, tokens in parts.items())
     return (
-        f"at most {total:,} tokens in {iterations} iterations; {hours:.1f} h at {rate:g} tokens/s ({basis}){money}. "
+        f"at most {total:,} tokens in {iterations} iteration{'s' * (iterations != 1)}; {hours:.1f} h at {rate:g} tokens/s ({basis}){money}. "
         f"{rest} on top.{kept}\n{listed}"
     )
