@@ -72,6 +72,18 @@ def test_every_setting_that_the_documents_and_the_makefile_name_is_known(command
     assert done.returncode == 0, done.stderr
 
 
+def test_a_setting_of_make_has_the_name_of_the_option_that_it_becomes() -> None:
+    from experiments.__main__ import main as experiments
+    from thinkswitch_plugin.cli import main
+
+    (listed,) = re.findall(
+        r"foreach name,([A-Z_ \\\n\t]+),\$\(eval export THINKSWITCH_", (ROOT / "Makefile").read_text()
+    )
+    commands = (main, *main.commands.values(), *experiments.commands.values())
+    options = {str(option.name).upper() for command in commands for option in command.params}
+    assert set(listed.replace("\\", " ").split()) <= options
+
+
 def test_settings_of_the_engines_and_questions_with_an_equals_sign_pass(command: Any) -> None:
     done = command("make", "--dry-run", "compare", "QUESTION=is a=b and c=d?", "OMP_NUM_THREADS=1", "HF_TOKEN=x")
     assert done.returncode == 0, done.stderr
