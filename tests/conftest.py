@@ -20,6 +20,8 @@ from tests import forked as forks
 ROOT = Path(__file__).resolve().parent.parent
 BIN = ROOT / ".venv" / "bin"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# vLLM's engine and its worker in one process, as on one GPU: on a CPU it would start two, each with imports of its own.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 for _name in [name for name in os.environ if name.startswith("THINKSWITCH_")]:
     del os.environ[_name]  # what a `make test` around the tests would tell the commands that they run
 # The same examples every time, however slow the machine; `make fuzz` looks further.
@@ -37,6 +39,12 @@ LAST = (
 )
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Import skops first: it searches every loaded module for scipy's functions, and transformers' for a long time."""
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        import skops.io  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -117,14 +125,15 @@ def make(command: Command, forking: Path) -> Command:
 
 
 @pytest.fixture(scope="session")
-def finished_run(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_run(make: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of one iteration of the demo domain, by `make iterate`.
 
+    Its engines are forks; test_resume makes the same run in processes of their own, and compares the two.
     Stamps name their files by path, so a copy of it is stale; it can be swept, exported and switched all the same.
     """
 
     def iterate(runs: Path) -> None:
-        done = command("make", "iterate", "ITERATIONS=1", f"RUNS={runs}", "ENGINE=embedded", timeout=1800)
+        done = make("iterate", "ITERATIONS=1", f"RUNS={runs}", "ENGINE=embedded", timeout=1800)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
     return once(tmp_path_factory, "runs", iterate) / "arithmetic"

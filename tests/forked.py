@@ -23,6 +23,7 @@ from pathlib import Path
 
 # Modules that take long to import; if one is missing, the command imports what it needs itself.
 ENGINES = [
+    "skops.io",  # first: it searches what is loaded already, and transformers for a long time
     *("torch", "transformers", "peft", "datasets", "lm_eval.tasks", "mergekit.merge"),
     *("axolotl.train", "axolotl.cli.train", "axolotl.core.builders", "axolotl.cli.merge_lora"),
 ]

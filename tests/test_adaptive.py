@@ -225,7 +225,8 @@ def small(tmp_path_factory: pytest.TempPathFactory, forked: Command) -> tuple[Pa
     cache.ensure_pair(0, *(Path(f".cache/arithmetic/seed-0/{mode}") for mode in ("instruct", "thinking")))
     folder = tmp_path_factory.mktemp("small")
     mixed.write_training_files(folder, 0, count=400)
-    overlay: dict[str, Any] = {"num_epochs": 4, "thinkswitch": {"evaluation": {"limit": 60, "batch_size": "30"}}}
+    few = {"evaluation": {"limit": 60, "batch_size": "30"}, "adaptive": {"samples": 2}}
+    overlay: dict[str, Any] = {"num_epochs": 2, "thinkswitch": few}
     files.write_yaml(folder / "small.overlay.yaml", overlay)
     words = [
         *(BIN / "python", "-m", "experiments", "adaptive", "--domain", "arithmetic-mixed"),

@@ -77,6 +77,7 @@ def adapted(run: Path) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_engines")
 def test_llama_and_r1_go_through_the_whole_loop(
     llama_r1: tuple[Path, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,6 +93,7 @@ def test_llama_and_r1_go_through_the_whole_loop(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_engines")
 def test_qwen3_30b_goes_through_the_whole_loop_with_its_experts(data: Path, tmp_path: Path) -> None:
     pair = paper_pairs.qwen3_30b(tmp_path / "pair")
     run = whole_loop("aime", f"qwen3-30b {overlay(tmp_path, pair)}", tmp_path, data)

@@ -169,6 +169,7 @@ def test_weights_that_are_not_those_of_the_package_are_refused(tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_engines")
 def test_the_whole_loop_takes_bfloat16_a_bpe_tokenizer_and_tags_of_ordinary_tokens(tmp_path: Path) -> None:
     pair = {}
     for mode, completion in (("instruct", "5"), ("thinking", "1.</think>7")):
