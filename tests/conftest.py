@@ -20,6 +20,8 @@ from tests import forked as forks
 ROOT = Path(__file__).resolve().parent.parent
 BIN = ROOT / ".venv" / "bin"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Read when axolotl is imported, which in a fork is before it has its environment.
+os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")
 # vLLM's engine and its worker in one process, as on one GPU: on a CPU it would start two, each with imports of its own.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 for _name in [name for name in os.environ if name.startswith("THINKSWITCH_")]:

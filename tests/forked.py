@@ -100,6 +100,7 @@ def ask(address: str, words: Sequence[str]) -> int:
 def _run(words: list[str], cwd: Path, env: dict[str, str], out: Path, err: Path, executable: str) -> None:
     """The work of a fork: become the command."""
     gc.freeze()  # to collect garbage among what was loaded before would copy all of it
+    multiprocessing.set_start_method("fork", force=True)  # as in a command; else a DataLoader loads all engines again
     with suppress(ImportError):
         from multiprocess import context  # `datasets` would spawn a process that loads the engines again
 

@@ -173,7 +173,10 @@ def hybrid_run(make: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def iterate(runs: Path) -> None:
         runs.mkdir()
         guard = {"guard": ["thinkswitch_arithmetic_two"], "guard_limit": 60, "guard_margin": 0.9}
-        half = {"thinkswitch": {"prompts": {"count": 256}, "evaluation": {"limit": 200, **guard}}}
+        half = {
+            "pad_to_sequence_len": False,
+            "thinkswitch": {"prompts": {"count": 256}, "evaluation": {"limit": 200, **guard}},
+        }
         files.write_yaml(runs / "half.yaml", half)
         words = ("DOMAIN=arithmetic-hybrid", "ITERATIONS=1", "ENGINE=embedded", f"OVERLAY={runs / 'half.yaml'}")
         done = make("iterate", *words, f"RUNS={runs}", timeout=1800)

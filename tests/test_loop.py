@@ -18,6 +18,7 @@ from thinkswitch_plugin.data.traces import has_tag
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.judging.samples import newest
 from thinkswitch_plugin.run import open_run, stages
+from thinkswitch_plugin.training import distil
 
 pytestmark = pytest.mark.slow
 
@@ -100,19 +101,19 @@ def test_another_seed_in_the_same_folder_is_refused(finished_run: Path, command:
     assert done.returncode != 0 and "was begun with SEED=0" in done.stderr and "RUNS=" in done.stderr
 
 
+@pytest.mark.usefixtures("forked_engines")
 def test_plain_axolotl_trains_an_iterations_config_to_the_same_adapter(
     finished_run: Path, forked: Any, tmp_path: Path
 ) -> None:
-    config = files.read_yaml(finished_run / "iter-1" / "axolotl.yaml")
-    config |= {"output_dir": str(tmp_path / "adapter"), "dataset_prepared_path": str(tmp_path / "prepared")}
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(config))
-    done = forked(BIN / "axolotl", "train", path, "--launcher", "python", AXOLOTL_DO_NOT_TRACK="1")
+    loop, plain = tmp_path / "loop", tmp_path / "plain"
+    config = files.read_yaml(finished_run / "iter-1" / "axolotl.yaml") | {"max_steps": 12}
+    places = {"output_dir": str(loop / "adapter"), "dataset_prepared_path": str(loop / "prepared")}
+    distil.train(config | places, loop, options=(), minimum=1e-4)
+    places = {"output_dir": str(plain / "adapter"), "dataset_prepared_path": str(plain / "prepared")}
+    files.write_yaml(plain / "recipe.yaml", config | places)
+    done = forked(BIN / "axolotl", "train", plain / "recipe.yaml", "--launcher", "python")
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    first, again = (
-        load_file(str(folder / "adapter_model.safetensors"))
-        for folder in (finished_run / "iter-1" / "adapter", tmp_path / "adapter")
-    )
+    first, again = (load_file(str(folder / "adapter" / "adapter_model.safetensors")) for folder in (loop, plain))
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -126,7 +127,7 @@ def test_axolotl_stops_when_the_adapter_did_not_move(finished_run: Path, forked:
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(config))
-    done = forked(BIN / "axolotl", "train", path, "--launcher", "python", AXOLOTL_DO_NOT_TRACK="1")
+    done = forked(BIN / "axolotl", "train", path, "--launcher", "python")
     assert done.returncode != 0 and "the adapter did not move" in done.stdout + done.stderr
 
 

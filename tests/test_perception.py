@@ -451,7 +451,7 @@ def write(recipe: dict[str, Any], folder: Path, **changes: Any) -> Path:
 def trained(recipe: dict[str, Any], forked: Command) -> Path:
     """The adapter that `axolotl train` leaves."""
     path = write(recipe, Path(recipe["output_dir"]).parent)
-    done = forked(BIN / "axolotl", "train", path, "--launcher", "python", AXOLOTL_DO_NOT_TRACK="1")
+    done = forked(BIN / "axolotl", "train", path, "--launcher", "python")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return Path(recipe["output_dir"])
 
@@ -459,7 +459,7 @@ def trained(recipe: dict[str, Any], forked: Command) -> Path:
 @pytest.fixture(scope="module")
 def merged(recipe: dict[str, Any], trained: Path, forked: Command) -> Path:
     """What `axolotl merge-lora` makes of it."""
-    done = forked(BIN / "axolotl", "merge-lora", trained.parent / "recipe.yaml", AXOLOTL_DO_NOT_TRACK="1")
+    done = forked(BIN / "axolotl", "merge-lora", trained.parent / "recipe.yaml")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return trained / "merged"
 
@@ -497,11 +497,11 @@ def test_axolotls_default_merge_is_refused_before_and_its_checkpoint_after(
     recipe: dict[str, Any], trained: Path, forked: Command, tmp_path: Path
 ) -> None:
     path = write(recipe, tmp_path, merge_method=None)
-    done = forked(BIN / "axolotl", "merge-lora", path, AXOLOTL_DO_NOT_TRACK="1")
+    done = forked(BIN / "axolotl", "merge-lora", path)
     assert done.returncode != 0 and "`thinkswitch.perception` needs `merge_method: legacy`" in done.stderr
     # Without our plugin nobody stops it.
     path = write(recipe, tmp_path, merge_method=None, plugins=None, thinkswitch=None, lora_model_dir=str(trained))
-    done = forked(BIN / "axolotl", "merge-lora", path, "--output-dir", tmp_path, AXOLOTL_DO_NOT_TRACK="1")
+    done = forked(BIN / "axolotl", "merge-lora", path, "--output-dir", tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for refused in (load, lambda folder: checkpoint.resolve(str(folder), None, "evaluated")):
         with pytest.raises(ThinkSwitchError, match=r"no perception module.*`merge_method: legacy`"):
@@ -521,5 +521,5 @@ def test_a_recipe_that_would_lose_the_module_is_refused(
     recipe: dict[str, Any], changes: dict[str, Any], message: str, forked: Command, tmp_path: Path
 ) -> None:
     path = write(recipe, tmp_path, **changes, output_dir=str(tmp_path / "out"))
-    done = forked(BIN / "axolotl", "train", path, "--launcher", "python", AXOLOTL_DO_NOT_TRACK="1")
+    done = forked(BIN / "axolotl", "train", path, "--launcher", "python")
     assert done.returncode != 0 and message in done.stderr, done.stderr[-3000:]

@@ -240,7 +240,7 @@ def test_plain_axolotl_trains_with_each_dataset_type(
         **dict.fromkeys(("bf16", "fp16", "tf32", "lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False),
     }
     files.write_yaml(tmp_path / "recipe.yaml", recipe)
-    done = forked(BIN / "axolotl", "train", tmp_path / "recipe.yaml", "--launcher", "python", AXOLOTL_DO_NOT_TRACK="1")
+    done = forked(BIN / "axolotl", "train", tmp_path / "recipe.yaml", "--launcher", "python")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     (prepared,) = {p.parent for p in (tmp_path / "prepared").rglob("*.arrow")}

@@ -51,8 +51,9 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_adapter(
     finished_run: Path, tmp_path: Path, forked_engines: None
 ) -> None:
     overlay = tmp_path / "save.yaml"
-    overlay.write_text("save_strategy: epoch\n")
-    here = tmp_path / "here"
+    overlay.write_text("num_epochs: 2\nsave_strategy: epoch\n")
+    whole, here = tmp_path / "whole", tmp_path / "here"
+    assert train(finished_run, whole, overlay)["resumed_from"] is None
     words = [BIN / "python", "-c", TRAIN, finished_run, here, overlay]
     first = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 300
@@ -67,7 +68,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_adapter(
         time.sleep(0.01)
     assert str(train(finished_run, here, overlay)["resumed_from"]).startswith("checkpoint-")
     name = "adapter/adapter_model.safetensors"
-    assert differing_tensors(finished_run / "iter-1" / name, here / name) == 0
+    assert differing_tensors(whole / name, here / name) == 0
 
 
 def test_a_finished_run_verifies_and_its_cards_say_where_it_comes_from(finished_run: Path, command: Any) -> None:

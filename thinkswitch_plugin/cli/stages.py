@@ -27,13 +27,13 @@ from thinkswitch_plugin.environment import has_cuda
 from thinkswitch_plugin.run import processes
 from thinkswitch_plugin.run.supervise import PR_SET_PDEATHSIG
 
-# Between them they import torch, transformers, mergekit and lm-eval.
-IMPORTED = (
-    "thinkswitch_plugin.engines.embedded",
-    "thinkswitch_plugin.merging.holding",
-    "thinkswitch_plugin.judging.model",
-    "lm_eval.tasks",
-)
+# What a command imports that takes long, before the first of its forks.
+ASKING = ("thinkswitch_plugin.engines.embedded", "thinkswitch_plugin.judging.model", "lm_eval.tasks")
+IMPORTED = {
+    **dict.fromkeys(("pair", "requests", "generate", "eval"), ASKING),
+    **dict.fromkeys(("train", "merge-lora"), ("torch",)),
+    "rebuild": ("thinkswitch_plugin.engines.embedded", "thinkswitch_plugin.merging.holding"),
+}
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -43,11 +43,11 @@ def stages(plan: str) -> None:
     """Carry out the lines of a plan, each in a fork of this process; stop at the first that fails."""
     lines = (shlex.split(line, comments=True) for line in plan.splitlines())
     waiting = [[os.path.expandvars(word) for word in words] for words in lines if words]
-    if len(waiting) > 1 and not has_cuda():  # a process that has seen a GPU cannot use it in its forks
-        for name in IMPORTED:
+    shared = len(waiting) > 1 and not has_cuda()  # a process that has seen a GPU cannot use it in its forks
+    for words in waiting:
+        for name in IMPORTED.get(words[0], ()) if shared else ():
             with suppress(ModuleNotFoundError):  # the stage that needs it says so
                 import_module(name)
-    for words in waiting:
         if code := in_a_fork(words):
             sys.exit(code)
 
