@@ -26,7 +26,7 @@ def anonymous(pid: int, *, shared: bool) -> int:
 
 
 def written(pid: int) -> int:
-    """Bytes that a process has written to disks so far."""
+    """Bytes that a process has written to disks so far, with its children that have ended."""
     lines = Path(f"/proc/{pid}/io").read_text().splitlines()
     return int(dict(line.split(": ") for line in lines)["write_bytes"])
 
@@ -56,7 +56,7 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.process, self.stage, self.folder, self.path = psutil.Process(process), stage, folder, path
         self.figures: dict[str, Any] = files.read_json(path) if path.is_file() else {"disk": 0}
-        self.last: dict[int, int] = {}  # bytes written by process
+        self.written = 0  # bytes so far
         self.ended = threading.Event()
 
     def run(self) -> None:
@@ -68,16 +68,15 @@ class Watch(threading.Thread):
 
     def look(self) -> None:
         """Take all figures once."""
-        most = wrote = 0
+        most = total = 0
         pids = [self.process.pid]
         with suppress(psutil.NoSuchProcess):
             pids += [child.pid for child in self.process.children(recursive=True)]
             for pid in pids:
                 with suppress(OSError, ValueError, KeyError):  # it has ended
                     most += anonymous(pid, shared=False)
-                    so_far = written(pid)
-                    wrote += so_far - self.last.get(pid, 0)
-                    self.last[pid] = so_far
+                    total += written(pid)
+        wrote, self.written = max(0, total - self.written), max(total, self.written)
         with suppress(OSError):  # a file has gone meanwhile
             self.figures["disk"] = max(self.figures["disk"], files.size(self.folder))
         if (name := self.stage()) is None:

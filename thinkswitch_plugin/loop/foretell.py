@@ -85,7 +85,7 @@ def stated(weights: float) -> Foretold:
     Args:
         weights: GB of one checkpoint in bfloat16.
     """
-    start, token, vllm = 20 + 2.4 * weights, 0.02 * weights, 2.2 + weights + min(KV_GB, weights / 4)
+    start, token, vllm = 25 + 3.5 * weights, 0.03 * weights, 2.2 + weights + min(KV_GB, weights / 4)
     heads = min(3.1, 2.7 * weights)  # copies of a tied embedding, while weights are loaded into a running server too
     vllm += heads
     costs = {
@@ -93,7 +93,7 @@ def stated(weights: float) -> Foretold:
         "requests": Cost(2),
         "generate": Cost(start, token, vllm),
         "pairs": Cost(2),
-        "train": Cost(15 + 10 * weights, 4.6 * weights, 2 + 1.4 * weights),
+        "train": Cost(15 + 10 * weights, 9.0 * weights, 1.5 + 0.8 * weights),
         "merge-lora": Cost(10 + 8.5 * weights, 0, min(2.5, 1 + weights), weights),
         "rebuild": Cost(start + 14 * weights, token, vllm, weights),
         "eval-instruct": Cost(start, token, vllm),

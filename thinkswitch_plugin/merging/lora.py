@@ -12,9 +12,12 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.merging.compatibility import list_weights
 from thinkswitch_plugin.merging.tensors import list_file, list_tensors, reading
 from thinkswitch_plugin.run.checkpoint import ADAPTER_WEIGHTS, MODULE
+from thinkswitch_plugin.run.progress import Bar
 
 # How axolotl's `legacy` merge is told the dtype to write, by the name that safetensors has for it.
 DTYPE_KEYS: dict[str, dict[str, bool]] = {"BF16": {"bfloat16": True}, "F16": {"float16": True}, "F32": {}}
+
+FILE_BYTES = 10**9  # of weights in one file, as the recipes' merges write them
 
 
 def merge_config(config: dict[str, Any], adapter: Path, parent: Path) -> dict[str, Any]:
@@ -53,6 +56,31 @@ def merges_by_shard(adapter: Path, parent: Path) -> bool:
         and not any(re.search(r"\.experts\.\d+\.", name) for name in stored)
         and all(lora_target(name) in stored for name in list_file(adapter / ADAPTER_WEIGHTS))
     )
+
+
+def in_small_files(parent: Path, folder: Path) -> Path:
+    """A checkpoint whose files axolotl, which holds one of them at a time, can hold: `parent`, or a copy in `folder`.
+
+    Raises `ThinkSwitchError` if the disk is too small for the copy.
+    """
+    stored = list_tensors(parent)
+    sizes = Counter[Path]({info.file: info.file.stat().st_size for info in stored.values()})
+    if max(sizes.values()) <= 2 * FILE_BYTES:
+        return parent
+    from mergekit.io.tensor_writer import TensorWriter
+
+    files.require_space(folder.parent, sizes.total(), f"A copy of {parent} in smaller files")
+    writer, bar = TensorWriter(str(folder), max_shard_size=FILE_BYTES), Bar(len(stored), "smaller files", unit="tensor")
+    with reading() as read:
+        for info in stored.values():
+            writer.save_tensor(info.name, read(info))
+            bar.update(1)
+        writer.finalize()
+    bar.close()
+    for file in parent.iterdir():
+        if file.is_file() and "safetensors" not in file.name:
+            files.link(file, folder / file.name)
+    return folder
 
 
 def lora_target(name: str) -> str | None:
