@@ -10,26 +10,26 @@ ENGINE     ?= auto
 OVERLAY    ?=
 KEEP       ?= all
 KILLS      ?= 10
-SEEDS      ?= 0 1 2
+SEEDS      ?= 0 1 2# Short forms: `make sweep ITER=1 A=instruct B=thinking K=8`.
+SHORT      := A B K ITER
+
 # Names as common as these may have another meaning in a user's environment: they count on the command line only.
-$(foreach name,INSTRUCT THINKING SAMPLES FIRST SECOND ITERATION OUT LIMIT PART MODE LAMBDA RANK BASE FORMATS LABELS TASK REPO YES SWITCH URL,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
+$(foreach name,$(SHORT) INSTRUCT THINKING SAMPLES FIRST SECOND ITERATION OUT LIMIT PART MODE LAMBDA RANK BASE FORMATS LABELS TASK REPO YES SWITCH URL,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
 
 # What a setting may contain: `value` reads it before Make would expand a $(shell …) in it.
 SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITERATION LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR INSTRUCT THINKING SAMPLES \
 	SAMPLING MODE FIRST SECOND TASK LIMIT OUT PART RUN_FOLDERS INPUTS KEEP KILLS RANK BASE PORT FOLDS FORMATS GENERATIONS LABELS SEEDS CONDITIONS COMMIT GPUS CLUSTER \
 	GPU_GB GOAL NODES SBATCH DRYRUN REPO YES SWITCH URL INSTRUCT_URL THINKING_URL
-$(foreach name,$(SETTINGS),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
+$(foreach name,$(SETTINGS) $(SHORT),$(if $(findstring $$,$(value $(name))),$(error $(name)= holds a dollar sign; write the value itself)))
 # A misspelt setting would be ignored and something else be run. `FORMER_x` is what x is called now.
-FORMER_A := INSTRUCT
-FORMER_B := THINKING
-FORMER_K := SAMPLES
-FORMER_ITER := ITERATION
 FORMER_TEMPLATE := MODE
 FORMER_BASELINES := FORMATS
-KNOWN := $(SETTINGS) QUESTION BENCH COLUMNS ROWS RUN MAKE INSTALLED VENV TS SHELL $(filter THINKSWITCH_% HF_% OMP_% CUDA_% VLLM_% WANDB_%,$(.VARIABLES))
+KNOWN := $(SETTINGS) $(SHORT) QUESTION BENCH COLUMNS ROWS RUN MAKE INSTALLED VENV TS SHELL $(filter THINKSWITCH_% HF_% OMP_% CUDA_% VLLM_% WANDB_%,$(.VARIABLES))
 GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 $(foreach name,$(filter-out $(KNOWN),$(GIVEN)),$(error $(name)= is not a setting; $(if $(FORMER_$(name)),it is called $(FORMER_$(name))= now,$(shell python3 -c 'import difflib, sys; \
 	print("did you mean", (difflib.get_close_matches(sys.argv[1].upper(), sys.argv[2:], 1, 0) or ["DOMAIN"])[0] + "=?")' $(name) $(SETTINGS)))))
+$(foreach pair,ITERATION-ITER SAMPLES-K INSTRUCT-A THINKING-B FIRST-A SECOND-B,$(foreach name,$(firstword $(subst -, ,$(pair))),\
+	$(eval override $(name) := $$(or $$($(name)),$$($(lastword $(subst -, ,$(pair))))))))
 # A question is free text: taken as it is, never expanded, and read by the command from the environment.
 override QUESTION := $(value QUESTION)
 HASH := \#
@@ -219,11 +219,12 @@ verify: setup ## read all files of a run and check that they still fit together:
 control: setup ## run a control experiment on iteration 1: make control CONTROL=shuffled|own-answers|true-labels|undistilled|rounded
 	@$(VENV)/bin/python -m experiments control "$$CONTROL" "$$RUN"
 
+LOSSES_OVERLAYS := experiments/losses.overlay.yaml $(wildcard experiments/losses-$(DOMAIN).overlay.yaml)
 # The overlay of a domain has a teacher that is often wrong, and a guard task.
 losses: setup ## compare the losses (answers, distribution, on-policy) and the selections of pairs, with all controls: make losses DOMAIN=arithmetic SEEDS="0 1 2"
 	@set --; for seed in $$THINKSWITCH_SEEDS; do set -- "$$@" "$$RUNS/losses-$$seed/$$DOMAIN"; \
 		$(MAKE_COMMAND) --no-print-directory iterate ITERATIONS=1 SEED="$$seed" RUNS="$$RUNS/losses-$$seed" \
-			OVERLAY="experiments/losses.overlay.yaml $(wildcard experiments/losses-$(DOMAIN).overlay.yaml) $$OVERLAY" \
+			OVERLAY="$(LOSSES_OVERLAYS) $$OVERLAY" \
 		&& $(VENV)/bin/python -m experiments control losses "$$RUNS/losses-$$seed/$$DOMAIN" || exit 1; done; \
 	$(VENV)/bin/python -m experiments results --part losses -- "$$@"
 

@@ -84,6 +84,21 @@ def test_a_setting_of_make_has_the_name_of_the_option_that_it_becomes() -> None:
     assert set(listed.replace("\\", " ").split()) <= options
 
 
+def test_short_forms_stand_for_their_settings(command: Any) -> None:
+    show = ("make", "-pn", "sweep", "ITER=2", "K=8", "A=one#(1)", "B=two", "SECOND=three")
+    found = command(*show).stdout
+    names = {
+        "ITERATION": "2",
+        "SAMPLES": "8",
+        "INSTRUCT": "one#(1)",
+        "THINKING": "two",
+        "FIRST": "one#(1)",
+        "SECOND": "three",
+    }
+    for name, value in names.items():
+        assert f"\n{name} := {value.replace('#', chr(92) + '#')}\n" in found or f"\n{name} := {value}\n" in found, name
+
+
 def test_settings_of_the_engines_and_questions_with_an_equals_sign_pass(command: Any) -> None:
     done = command("make", "--dry-run", "compare", "QUESTION=is a=b and c=d?", "OMP_NUM_THREADS=1", "HF_TOKEN=x")
     assert done.returncode == 0, done.stderr

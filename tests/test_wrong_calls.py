@@ -104,9 +104,8 @@ def test_a_name_that_was_changed_is_refused_with_the_one_it_has_now(typed: str, 
 @pytest.mark.parametrize(
     ("typed", "sentence"),
     [
-        ("sweep ITER=1", "ITER= is not a setting; it is called ITERATION= now"),
-        ("sweep A=folder", "A= is not a setting; it is called INSTRUCT= now"),
-        ("sweep K=8", "K= is not a setting; it is called SAMPLES= now"),
+        ("labels BASELINES=post", "BASELINES= is not a setting; it is called FORMATS= now"),
+        ("iterate ITER=3", "ITERATION= selects one iteration of a run; the number of iterations is ITERATIONS="),
         ("iterate ITERATION=3", "ITERATION= selects one iteration of a run; the number of iterations is ITERATIONS="),
     ],
 )
