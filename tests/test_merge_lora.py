@@ -155,6 +155,13 @@ def test_the_method_is_the_one_that_leaves_nothing_out(
         assert config["bfloat16"] is True, "the parent's dtype, whatever the training computed in"
 
 
+def test_an_adapter_that_was_trained_when_keys_had_former_names_is_merged_all_the_same() -> None:
+    former = {"labels": {"answer": "digit"}, "domain": "arithmetic"}
+    assert lora.read_by_merge({"adapter": "lora", "thinkswitch": former}) == {"adapter": "lora"}
+    kept: dict[str, Any] = {"adapter": "lora", "thinkswitch": {"perception": {"tokens": 4}}}
+    assert lora.read_by_merge({**kept, "thinkswitch": former | kept["thinkswitch"]}) == kept
+
+
 def test_a_single_shard_with_an_index_keeps_its_index(tmp_path: Path) -> None:
     parent = write_checkpoint(tmp_path / "parent", qwen3(0))
     (parent / "model.safetensors").rename(parent / "model-00001-of-00001.safetensors")

@@ -158,13 +158,19 @@ def merge_adapter(
         on_cpu: keep the GPU out of it, where its memory cannot hold the model.
         rounded: use axolotl's default merge, which passes every matrix through NF4.
     """
-    from thinkswitch_plugin.merging.lora import in_small_files, merge_config, require_same_layout, restore
+    from thinkswitch_plugin.merging.lora import (
+        in_small_files,
+        merge_config,
+        read_by_merge,
+        require_same_layout,
+        restore,
+    )
     from thinkswitch_plugin.training import distil
 
     building = files.temporary_sibling(out.with_name(f"{out.name}-merge"))
     files.remove(building)
     config, adapter = here / "merge-lora.yaml", here / "adapter"
-    trained = files.read_yaml(here / "axolotl.yaml")
+    trained = read_by_merge(files.read_yaml(here / "axolotl.yaml"))
     told = {**trained, "merge_method": "memory_efficient"} if rounded else merge_config(trained, adapter, Path(parent))
     if told["merge_method"] == "memory_efficient":
         told["base_model"] = str(in_small_files(Path(parent), building / "parent"))

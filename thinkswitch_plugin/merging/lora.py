@@ -20,6 +20,13 @@ DTYPE_KEYS: dict[str, dict[str, bool]] = {"BF16": {"bfloat16": True}, "F16": {"f
 FILE_BYTES = 10**9  # of weights in one file, as the recipes' merges write them
 
 
+def read_by_merge(trained: dict[str, Any]) -> dict[str, Any]:
+    """The config of a training without the keys of ours that no merge reads; an older run's may have former names."""
+    ours = {key: value for key, value in (trained.get("thinkswitch") or {}).items() if key == "perception"}
+    rest = {key: value for key, value in trained.items() if key != "thinkswitch"}
+    return rest | ({"thinkswitch": ours} if ours else {})
+
+
 def merge_config(config: dict[str, Any], adapter: Path, parent: Path) -> dict[str, Any]:
     """The config with which `axolotl merge-lora` merges an adapter in full precision, in the dtype of its parent.
 
