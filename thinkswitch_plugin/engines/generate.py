@@ -119,11 +119,7 @@ def generate(
         answers = Arrivals(stored, report, bar, retry_max_tokens)
         asker.ask(pending(requests, stored, limit, options.get("without", ())), answers.store)
         report.tokens_per_second = round(report.tokens / max(bar.elapsed, 1e-9), 1)
-    if report.retries_failed:
-        console.say(
-            f"  {report.retries_failed} of {report.retried} second tries with {retry_max_tokens} tokens failed, and these answers "
-            f"stay cut; the last: {answers.last_problem}"
-        )
+    answers.say_retries_failed()
     if report.failed * 2 > report.requests:
         raise ThinkSwitchError(
             f"{report.failed} of {report.requests} requests failed; the last: {answers.last_problem}. "
@@ -171,6 +167,14 @@ class Arrivals:
             reply = _with_distributions(request, reply)
         self._write(request, {"status_code": 200, "request_id": str(reply.get("id")), "body": reply}, None)
         return None
+
+    def say_retries_failed(self) -> None:
+        """Print how many second tries got no answer, and why; a server may have too short a context for them."""
+        if self.report.retries_failed:
+            console.say(
+                f"  {self.report.retries_failed} of {self.report.retried} second tries with {self.retry_max_tokens} tokens "
+                f"failed, and these answers stay cut; the last: {self.last_problem}"
+            )
 
     def _write(self, request: Request, response: dict[str, Any] | None, error: dict[str, Any] | None) -> None:
         name = request["custom_id"]
