@@ -212,6 +212,20 @@ def test_pairs_whose_distributions_are_missing_or_of_another_tokenizer_are_refus
         tokenized(write_jsonl("pairs.jsonl", [{**pair, **row}]), kd_trainer=True)
 
 
+def test_an_id_above_those_of_the_tokenizer_in_an_answer_has_no_text_and_keeps_its_distribution(
+    write_jsonl: Write,
+) -> None:
+    padding = distributions.entry(len(TOKENIZER) + 3, "", [(len(TOKENIZER) + 3, -2.0), (4, -0.2)])
+    wrote = [*entries("7")[:1], padding, *entries("9<|im_end|>")]  # at a high temperature a model may write such an id
+    pair = {"messages": [{"role": "user", "content": "2+3"}, {"role": "assistant", "content": "79"}]}
+    (row,) = tokenized(write_jsonl("pairs.jsonl", [{**pair, "logprobs": wrote}]), kd_trainer=True)
+    known = [ids for ids in row["target_token_ids"] if ids]
+    assert [ids[0] for ids in known] == [
+        row["input_ids"][place] for place, label in enumerate(row["labels"]) if label != -100
+    ]
+    assert all(len(ids) == 2 for ids in known)
+
+
 def test_stored_answers_without_distributions_are_named_by_their_line(write_jsonl: Write, tmp_path: Path) -> None:
     requests = write_jsonl("requests.jsonl", [asked("p0"), asked("p1")])
     rows = [answered("p0-s0", "2+3=5</think>5"), answer("p1-s0", "2+3=5</think>5")]

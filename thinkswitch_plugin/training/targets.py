@@ -97,8 +97,8 @@ def require_targets(row: dict[str, Any], tokenizer: Any, where: str) -> None:
         ids = [distributions.token_id(one) for one in entries]
     except ValueError as problem:
         raise ThinkSwitchError(f"{where}: `logprobs` cannot be used: {problem}; build the pairs again.") from None
-    known = max(ids) < len(tokenizer)
-    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False) if known else "ids that it does not have"
+    # A model may write an id above those of its tokenizer, whose vocabulary it pads; no text belongs to it.
+    text = tokenizer.decode([one for one in ids if one < len(tokenizer)], clean_up_tokenization_spaces=False)
     if answer not in text:
         raise ThinkSwitchError(
             f"{where}: the tokens of `logprobs` are {text[:60]!r} to the tokenizer that is trained, and not the answer "
