@@ -226,7 +226,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, forked: Command) -> tuple[Pa
     folder = tmp_path_factory.mktemp("small")
     mixed.write_training_files(folder, 0, count=400)
     few = {"evaluation": {"limit": 60, "batch_size": "30"}, "adaptive": {"samples": 2}}
-    overlay: dict[str, Any] = {"num_epochs": 2, "pad_to_sequence_len": False, "thinkswitch": few}
+    overlay: dict[str, Any] = {"num_epochs": 4, "pad_to_sequence_len": False, "thinkswitch": few}
     files.write_yaml(folder / "small.overlay.yaml", overlay)
     words = [
         *(BIN / "python", "-m", "experiments", "adaptive", "--domain", "arithmetic-mixed"),
