@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,9 +19,11 @@ from thinkswitch_plugin.data import prompts
 from thinkswitch_plugin.data.batch import Asked
 from thinkswitch_plugin.demo import task
 from thinkswitch_plugin.errors import ThinkSwitchError
+from thinkswitch_plugin.recipe import load_recipe
 from thinkswitch_plugin.router import classifier
 from thinkswitch_plugin.router.agreement import label_of, prompts_to_label, read_labels
 from thinkswitch_plugin.router.classifier import Router, describe, threshold_that_keeps, train
+from thinkswitch_plugin.router.make_switch import make_switch
 from thinkswitch_plugin.run import Run, open_run
 
 Write = Callable[[str, Sequence[object]], Path]
@@ -146,6 +149,16 @@ def test_too_few_of_one_label_is_a_sentence() -> None:
         train(texts, [i < 3 for i in range(60)], seed=0)
     with pytest.raises(ThinkSwitchError, match="Only 0 of 60 label prompts do not need it"):
         train(texts, [True] * 60, seed=0)
+
+
+def test_a_router_whose_packages_are_missing_is_refused_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "skops.io", None)
+    run = Run(tmp_path, load_recipe(ROOT / "recipes" / "arithmetic.yaml"), 0, "embedded", 1)
+    for work in (lambda: train(*questions(60), seed=0), lambda: Router.load(tmp_path), lambda: make_switch(run, 1)):
+        with pytest.raises(ThinkSwitchError, match="the router needs scikit-learn and skops; run `make setup`"):
+            work()
 
 
 def test_a_router_that_is_written_and_read_says_the_same(trained: classifier.Trained, tmp_path: Path) -> None:

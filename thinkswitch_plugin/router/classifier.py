@@ -33,9 +33,19 @@ CONSTANT = "constant"
 HIGHEST = 1 - 1e-9  # so that threshold 1 never thinks
 # What skops does not know by itself and a router may hold: the MLP's optimizer, private in scikit-learn 1.9.
 ALLOWED = ("sklearn.neural_network._stochastic_optimizers.AdamOptimizer",)
-MISSING = (
-    "the router needs scikit-learn and skops; run `make setup`, or `pip install '.[loop]'` in a clone of the project."
-)
+
+
+def require_installed() -> None:
+    """Import what makes and reads a router; once transformers is loaded, skops takes four times as long (0.16).
+
+    Raises `ThinkSwitchError` if it is not installed.
+    """
+    try:
+        import skops.io  # noqa: F401
+    except ImportError:
+        raise ThinkSwitchError(
+            "the router needs scikit-learn and skops; run `make setup`, or `pip install '.[loop]'` in a clone of the project."
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -63,11 +73,10 @@ class Router:
     @classmethod
     def load(cls, path: Path) -> Router:
         """Read a router. Raises `ThinkSwitchError` for any other file, or one that holds anything else."""
-        try:
-            import sklearn
-            from skops.io import get_untrusted_types, loads
-        except ImportError:
-            raise ThinkSwitchError(f"{path}: {MISSING}") from None
+        require_installed()
+        import sklearn
+        from skops.io import get_untrusted_types, loads
+
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -175,12 +184,11 @@ def train(prompts: Sequence[str], needs_thinking: Sequence[bool], seed: int) -> 
     A prompt that occurs more than once lies in one fold.
     Raises `ThinkSwitchError` if there is too little of one of the two labels to learn from.
     """
-    try:
-        from sklearn.calibration import calibration_curve
-        from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
-        from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
-    except ImportError:
-        raise ThinkSwitchError(MISSING) from None
+    require_installed()
+    from sklearn.calibration import calibration_curve
+    from sklearn.metrics import brier_score_loss, log_loss, roc_auc_score
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+
     y = np.asarray(needs_thinking, dtype=int)
     for label, what in ((1, "need thinking"), (0, "do not need it")):
         if (count := len({p for p, found in zip(prompts, y, strict=True) if found == label})) < 2 * FOLDS:

@@ -30,7 +30,7 @@ from thinkswitch_plugin.report.pictures import switch_title
 from thinkswitch_plugin.report.tables import percent, points, points_span
 from thinkswitch_plugin.router import curve
 from thinkswitch_plugin.router.agreement import Labels, label_by_agreement, read_labels
-from thinkswitch_plugin.router.classifier import Router, Trained, threshold_that_keeps, train
+from thinkswitch_plugin.router.classifier import Router, Trained, require_installed, threshold_that_keeps, train
 from thinkswitch_plugin.run import MODES, Run, locked, versions
 from thinkswitch_plugin.run.hashes import Hashes
 
@@ -49,10 +49,11 @@ def make_switch(run: Run, k: int, *, labels_file: Path | None = None, limit: int
         limit: at most so many label prompts.
 
     Raises:
-        ThinkSwitchError: the iteration is not finished or not evaluated, or the labels are too few.
+        ThinkSwitchError: the iteration is not finished or not evaluated, the labels are too few, or skops is not installed.
     """
     from thinkswitch_plugin.report.pictures import save, switch_picture
 
+    require_installed()  # before any prompt is answered
     work.require_finished(run, k)
     folder = run.iteration(k) / "switch"
     started = time.monotonic()
