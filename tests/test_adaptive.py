@@ -243,7 +243,8 @@ def small(tmp_path_factory: pytest.TempPathFactory, forked: Command) -> tuple[Pa
 def test_labels_training_and_evaluation_at_reduced_size(small: Any) -> None:
     folder, _ = small
     result = files.read_json(folder / "adaptive.json")
-    assert sum(result["labels"][0].values()) == 400 and result["reference_from"] == "majority"
+    (labels,) = result["labels"]
+    assert sum(labels.values()) == 400 and all(labels.values()) and result["reference_from"] == "majority"
     assert result["questions"] == 60 and result["swap"]["questions"] == 60
     found = result["conditions"]
     assert found["pre_only"]["think_share"] > 0.9 and found["forced_pre"]["think_share"] == 1.0
