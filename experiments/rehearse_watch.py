@@ -57,6 +57,7 @@ class Watch(threading.Thread):
         self.process, self.stage, self.folder, self.path = psutil.Process(process), stage, folder, path
         self.figures: dict[str, Any] = files.read_json(path) if path.is_file() else {"disk": 0}
         self.written = 0  # bytes so far
+        self.most: dict[str, int] = {}  # bytes of memory by stage, what forks share counted for each
         self.ended = threading.Event()
 
     def run(self) -> None:
@@ -84,7 +85,8 @@ class Watch(threading.Thread):
         before = self.figures.get(name)
         found = before or {"memory": 0, "gpu": 0, "written": 0}
         memory = 0
-        if most > found["memory"]:  # else it is not a new peak
+        if most > self.most.get(name, 0):  # else it is not a new peak
+            self.most[name] = most
             for pid in pids:
                 with suppress(OSError, ValueError):
                     memory += anonymous(pid, shared=True)
