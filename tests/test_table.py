@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from tests.conftest import BIN, ROOT
 from thinkswitch_plugin import cli
+from thinkswitch_plugin.cli import stages as stage_commands
 from thinkswitch_plugin.loop import work
 from thinkswitch_plugin.recipe import load_recipe
 from thinkswitch_plugin.report import pictures
@@ -69,6 +70,18 @@ def test_a_plan_of_make_is_carried_out_line_by_line_until_one_fails(forked: Any,
     assert done.returncode == 1 and done.stdout.count("arithmetic-mixed") == 1
     assert f"{tmp_path / 'none'} is not a run folder" in done.stderr and len(done.stderr.splitlines()) == 1
     assert forked(BIN / "thinkswitch", "stages").returncode == 0  # nothing is left to do
+
+
+def test_what_takes_long_to_import_is_imported_before_the_first_stage_that_needs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(stage_commands, "has_cuda", lambda: False)
+    monkeypatch.setattr(stage_commands, "import_module", done.append)
+    monkeypatch.setattr(stage_commands, "in_a_fork", lambda words: done.append(" ".join(words)))
+    CliRunner().invoke(cli.main, ["stages", "--plan", "pairs run 1\nrebuild run 1\n"], catch_exceptions=False)
+    assert done == ["pairs run 1", *stage_commands.IMPORTED["rebuild"], "rebuild run 1"]
+    assert stage_commands.IMPORTED.keys() <= {row.command for row in TABLE}
 
 
 def test_make_has_rules_for_as_many_iterations_as_a_run_may_have() -> None:
