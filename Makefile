@@ -10,7 +10,8 @@ ENGINE     ?= auto
 OVERLAY    ?=
 KEEP       ?= all
 KILLS      ?= 10
-SEEDS      ?= 0 1 2# Short forms: `make sweep ITER=1 A=instruct B=thinking K=8`.
+SEEDS      ?= 0 1 2
+# Short forms: `make sweep ITER=1 A=instruct B=thinking K=8`.
 SHORT      := A B K ITER
 
 # Names as common as these may have another meaning in a user's environment: they count on the command line only.
