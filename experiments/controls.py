@@ -10,8 +10,9 @@ rounded       the adapter merged by axolotl's default, which rounds every matrix
 from __future__ import annotations
 
 import random
+import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from thinkswitch_plugin.merging.command import write_merge
 from thinkswitch_plugin.merging.config import allow, place_models, set_lambda
 from thinkswitch_plugin.recipe import iteration_config
 from thinkswitch_plugin.report import header, parts_table, rows
+from thinkswitch_plugin.report.tables import interval, percent
 from thinkswitch_plugin.run import MODES, Run, locked, open_run, processes
 from thinkswitch_plugin.run.checkpoint import Subject
 from thinkswitch_plugin.run.hashes import Hashes
@@ -178,12 +180,38 @@ def own_answers(run: Run, wanted: list[str]) -> list[str]:
     return [without_end(text) for text in said]
 
 
+def over_seeds(reports: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A row for each checkpoint that every run evaluated: mean, standard deviation and range over the runs."""
+    found = []
+    for k in range(min(len(report["iterations"]) for report in reports)):
+        for mode in MODES:
+            scores, tokens = ([report["iterations"][k][mode][of] for report in reports] for of in ("mean@k", "tokens"))
+            spread = f"{percent(statistics.mean(scores))} ± {100 * statistics.stdev(scores):.1f}"
+            reach = interval([min(scores), max(scores)])
+            found.append(
+                [str(k), mode, spread, reach, f"{statistics.mean(tokens):.1f} ± {statistics.stdev(tokens):.1f}"]
+            )
+    return found
+
+
+def print_over_seeds(reports: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """One table of means for each domain, the key, that several runs have."""
+    for domain, several in reports.items():
+        if len(several) > 1:
+            seeds = ", ".join(str(report["seed"]) for report in several)
+            console.say(f"### {domain}: mean ± standard deviation over the seeds {seeds}\n")
+            names = ["iteration", "checkpoint", "accuracy", "lowest–highest", "tokens"]
+            console.say("\n".join(console.table(names, over_seeds(several))) + "\n")
+
+
 def print_results(folders: list[Path]) -> None:
-    """The headline table of every run and one table of all controls, as Markdown."""
+    """The headline table of every run, the mean over the seeds of a domain, and one table of all controls, as Markdown."""
     controls = []
+    reports: dict[str, list[dict[str, Any]]] = {}
     for folder in folders:
         run = open_run(folder)
         report = files.read_json(folder / "report.json")
+        reports.setdefault(run.recipe.keys.domain, []).append(report)
         n = report["iterations"][0]["instruct"]["n"]
         console.say(f"### Seed {report['seed']}, {n} held-out questions, engine {report['engine']}\n")
         console.say("\n".join(console.table(header(report), rows(report))) + "\n")
@@ -206,6 +234,7 @@ def print_results(folders: list[Path]) -> None:
                     f"{found['tokens']:.1f}",
                 ]
             )
+    print_over_seeds(reports)
     if controls:
         console.say("### Controls\n")
         names = [

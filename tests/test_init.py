@@ -50,6 +50,9 @@ def test_what_is_written_passes_the_checks_that_need_no_model(init: Callable[...
     assert (made.keys.evaluation.task, made.keys.answers.kind, made.keys.prompts.count) == ("sums", "integer", 40)
     assert made.axolotl["gradient_checkpointing"] and made.keys.needs.gpu_gb == (8 if gpu == "8gb" else 24)
     assert "Please reason step by step" in check.rendered_prompts(made.keys)
+    rows, requests = (8, 16) if gpu == "several" else (5, 8)
+    assert made.axolotl["micro_batch_size"] * made.axolotl["gradient_accumulation_steps"] == rows
+    assert made.keys.engine.concurrency == requests
     longest = 8192 if gpu == "8gb" else 32768
     assert (made.keys.sampling.max_tokens, made.keys.evaluation.max_tokens) == (longest, longest)
     assert task_files.budget("sums") == longest  # one file sets each budget: no overlay wins over it
@@ -59,6 +62,13 @@ def test_what_is_written_passes_the_checks_that_need_no_model(init: Callable[...
     assert "# for 15 pairs" in text and "longer traces are cut" not in text  # a line that occurs twice keeps none
     if (name, gpu) == ("rows.jsonl", "8gb"):  # lm-eval's import
         assert check.questions(made, {}) == "sums loads, 10 questions; no training prompt is in it"
+
+
+def test_letters_are_choices_and_columns_with_options_are_named_as_left_out(init: Callable[..., Result]) -> None:
+    rows = [{"question": f"Which is {n}?", "A": "1", "B": "2", "gold": "AB"[n % 2]} for n in range(20)]
+    done = init("letters", "--prompts", written(rows, "letters.csv"), "--gold", "gold")
+    assert "letters.csv: A, B look like the options of a question and are left out" in done.output
+    assert recipe.recipe_of("letters").keys.answers.kind == "choice"
 
 
 def test_without_gold_answers_the_task_reports_agreement_with_a_reference(init: Callable[..., Result]) -> None:

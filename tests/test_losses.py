@@ -97,3 +97,15 @@ def test_every_condition_has_the_steps_of_the_runs_own_training_and_its_labels_a
     rows = [{"messages": [{"content": q}, {"content": a}], "prompt_id": q} for q, a in pairs]
     files.write_jsonl(tmp_path / "pairs.jsonl", rows)
     assert losses.labels_right(run, tmp_path / "pairs.jsonl") == 0.75
+
+
+def test_several_seeds_get_a_row_with_their_mean_and_spread() -> None:
+    from experiments.controls import over_seeds
+
+    def report(score: float, iterations: int) -> dict[str, object]:
+        one = {"mean@k": score, "tokens": 10 * score}
+        return {"iterations": [{"instruct": one, "thinking": one}] * iterations}
+
+    rows = over_seeds([report(0.5, 2), report(0.6, 1), report(0.7, 2)])
+    figures = ["60.0 % ± 10.0", "50.0–70.0", "6.0 ± 1.0"]
+    assert rows == [["0", "instruct", *figures], ["0", "thinking", *figures]]

@@ -24,7 +24,9 @@ from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.recipe import load_recipe, overlay, overlay_path, require_domain_name
 
 GPU_RECIPE, GPU_TASK, TASK = "aime", "thinkswitch_aime", "thinkswitch_template"
-GUESSED_KINDS = ("decision", "choice", "integer")  # in this order; what none of them reads is compared as it stands
+OVERLAYS: dict[str, list[str]] = {"8gb": [], "24gb": ["24gb"], "several": ["24gb", "several"]}  # by `--gpu`
+OPTIONS = {*"abcdefghij", "options", "choices"}  # columns that hold the options of a multiple-choice question
+GUESSED_KINDS = ("choice", "decision", "integer")  # in this order; what none of them reads is compared as it stands
 ENDINGS = {
     "decision": "Please reason step by step, and put your final answer (yes, no or maybe) within \\boxed{}.",
     "choice": "Please reason step by step, and put the letter of your final answer within \\boxed{}.",
@@ -90,7 +92,7 @@ def write_domain(name: str, gpu: str, data: Data) -> None:
     ending = f"\n\n{ENDINGS[kind]}" if kind in ENDINGS else ""
     for file, part in (("prompts.jsonl", train), ("test.jsonl", test)):
         files.write_jsonl(rows / file, part)
-    text = recipe_text(name, kind, ending, len(train), overlays=[] if gpu == "8gb" else ["24gb"])
+    text = recipe_text(name, kind, ending, len(train), overlays=OVERLAYS[gpu])
     files.write_text(recipe, text)
     budget = load_recipe(recipe).keys.evaluation.max_tokens
     files.write_text(task, task_text(name, kind, ending, rows / "test.jsonl", bool(data.gold), budget))
@@ -183,6 +185,11 @@ def prompt_column(data: Data, gold: bool) -> str:
             raise ThinkSwitchError(f"{data.prompts} has {fault}; name one by {option}: {', '.join(row)}.")
     if not re.fullmatch(r"[A-Za-z_]\w*", str(column)):
         raise ThinkSwitchError(f"{data.prompts}: rename the column {column!r} to letters, digits and `_`.")
+    if left_out := [name for name in row if name.lower() in OPTIONS and name not in (column, data.gold)]:
+        console.say(
+            f"  {data.prompts}: {', '.join(left_out)} look like the options of a question and are left out; "
+            "put them into the text of the prompt"
+        )
     return str(column)
 
 
