@@ -15,7 +15,7 @@ SEEDS      ?= 0 1 2
 SHORT      := A B K ITER
 
 # Names as common as these may have another meaning in a user's environment: they count on the command line only.
-$(foreach name,$(SHORT) INSTRUCT THINKING SAMPLES FIRST SECOND ITERATION OUT LIMIT PART MODE LAMBDA RANK BASE FORMATS LABELS TASK REPO YES SWITCH URL,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
+$(foreach name,A B K INSTRUCT THINKING SAMPLES FIRST SECOND OUT LIMIT PART MODE LAMBDA RANK BASE FORMATS LABELS TASK REPO YES SWITCH URL,$(if $(filter environment,$(origin $(name))),$(eval $(name) :=)))
 
 # What a setting may contain: `value` reads it before Make would expand a $(shell …) in it.
 SETTINGS := DOMAIN ITERATIONS RUNS SEED ENGINE OVERLAY ITERATION LAMBDAS LAMBDA MODEL CONTROL PRICE_PER_HOUR INSTRUCT THINKING SAMPLES \

@@ -122,7 +122,7 @@ def judge(run: Run, here: Path, mode: str, title: str, **more: Any) -> None:
     evaluate_checkpoint(subject, here / "eval" / mode, keys, run.engine, log=here / "logs" / f"{name}.log")
     figures = summarize(samples_of(here / "eval" / mode, keys, str(out)))
     beside = Hashes(run.folder).of(run.iteration(1) / mode)  # of any other checkpoint the report leaves it out
-    about = {"control": name, "mode": mode, "title": title, "beside": beside}
+    about = {"control": name, "mode": mode, "title": title, "beside": beside, "tasks": keys.evaluation.tasks}
     files.write_json(here / "result.json", {**about, **more, **figures})
     low, high = figures["ci95"]
     console.say(f"  {title}: {100 * figures['mean@k']:.1f} % ({100 * low:.1f}–{100 * high:.1f})")

@@ -60,10 +60,14 @@ def run_losses(run: Run) -> None:
 
 
 def finished(run: Run, here: Path) -> bool:
-    """Whether a condition or control has its result, and the run's iteration 1 is still the one that it was made of."""
+    """Whether a condition or control has its result: of the run's present iteration 1, tasks and number of steps."""
     if not (here / "result.json").is_file():
         return False
     result = files.read_json(here / "result.json")
+    if result.get("tasks") != [*run.recipe.keys.evaluation.tasks]:
+        return False
+    if here.name not in CONTROLS and result.get("cost") != equal_cost(run):
+        return False
     return bool(result["beside"] == Hashes(run.folder).of(run.iteration(1) / result["mode"]))
 
 
@@ -106,16 +110,23 @@ def do_condition(run: Run, here: Path, loss: str, selection: str) -> None:
     else:
         learn(run, here, loss, **equal_cost(run))
         log = here / "logs" / "train.log"
-    more = {"pairs": counted.kept, "dropped": counted.as_json()["dropped"], "labels_right": labels_right(run, pairs)}
+    more = {
+        "cost": equal_cost(run),
+        "pairs": counted.kept,
+        "dropped": counted.as_json()["dropped"],
+        "labels_right": labels_right(run, pairs),
+    }
     judge(run, here, "instruct", title, **more, seconds=round(seconds_of_training(log), 1))
 
 
-def equal_cost(run: Run) -> dict[str, int]:
+def equal_cost(run: Run) -> dict[str, Any]:
     """The keys of axolotl with which every condition has as many steps as the run's own training of iteration 1."""
     axolotl, kept = run.recipe.axolotl, files.read_json(run.iteration(1) / "pairs.json")["kept"]
     steps = math.ceil(kept * float(axolotl.get("num_epochs") or 1) / rows_of_a_step(axolotl))
-    if axolotl.keys() & {"warmup_steps", "warmup_ratio"}:
+    if "warmup_steps" in axolotl:
         return {"max_steps": steps}
+    if "warmup_ratio" in axolotl:
+        return {"max_steps": steps, "warmup_ratio": None, "warmup_steps": int(float(axolotl["warmup_ratio"]) * steps)}
     return {"max_steps": steps, "warmup_steps": min(int(0.03 * steps), 100)}  # axolotl's default, of these steps
 
 

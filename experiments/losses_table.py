@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.losses import CONTROLS, LOSSES, SELECTIONS
+from experiments.losses import CONTROLS, LOSSES, SELECTIONS, finished
 from thinkswitch_plugin import console, files
 from thinkswitch_plugin.errors import ThinkSwitchError
 from thinkswitch_plugin.judging.figures import Sample, summarize
@@ -46,6 +46,10 @@ def conditions(run: Run) -> dict[str, Condition]:
             if name in CONTROLS:
                 continue
             raise ThinkSwitchError(f"{path} does not exist; `make losses` goes on from what is there.")
+        if not finished(run, path.parent):
+            raise ThinkSwitchError(
+                f"{path} is of an earlier iteration 1, or of other tasks; `make losses` makes it again."
+            )
         about = files.read_json(path)
 
         def folder(run: Run, name: str = name) -> Path:

@@ -59,7 +59,7 @@ class OnPolicyTrainer(GKDTrainer):  # type: ignore[misc]
                 attention_mask=torch.cat([inputs["teacher_attention_mask"], mask], dim=1),
             )
         before = slice(-answer.shape[1] - 1, -1)  # the logits at a place are of the token after it
-        loss = self.generalized_jsd_loss(
+        loss = self.softened**2 * self.generalized_jsd_loss(  # axolotl's KD loss is scaled so, which TRL's is not
             student.logits[:, before], teacher.logits[:, before], labels, beta=self.beta, temperature=self.softened
         )
         return (loss, student) if return_outputs else loss

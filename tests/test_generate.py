@@ -157,7 +157,7 @@ def test_a_cut_answer_is_kept_where_the_larger_budget_gets_none_and_the_reason_i
     out = tmp_path / "generations.jsonl"
     report = generate(requests, out, "m", url(server), KEYS, retry_max_tokens=40, log=tmp_path / "log")
     assert (report.answered, report.retried, report.retries_failed, report.failed) == (2, 1, 1, 0)
-    assert "1 of 1 second tries with 40 tokens failed, and these answers stay cut; the last:" in capsys.readouterr().out
+    assert "1 of 1 retries with 40 tokens failed; those answers stay cut. The last:" in capsys.readouterr().out
     (cut, _) = sorted((row for _, row in files.read_jsonl(out)), key=lambda row: row["custom_id"])
     assert cut["response"]["body"]["choices"][0]["finish_reason"] == "length"
 

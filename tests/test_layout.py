@@ -38,8 +38,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     ],
 )
 def test_a_step_has_the_same_rows_with_any_number_of_processes(
-    options: list[str], processes: int, each: tuple[int, int]
+    gpus: Any, options: list[str], processes: int, each: tuple[int, int]
 ) -> None:
+    gpus("0")
     config, kept, found = spread(CONFIG, options)
     assert (found, kept) == (processes, options)
     assert (config["micro_batch_size"], config["gradient_accumulation_steps"]) == each
@@ -57,6 +58,8 @@ def test_accelerate_without_a_gpu_is_refused_instead_of_learning_from_a_share_of
     monkeypatch.setattr(environment, "has_cuda", lambda: False)
     with pytest.raises(ThinkSwitchError, match="torchrun, --, --nproc_per_node, 2"):
         spread(CONFIG, ["--", "--num-processes", "2"])
+    with pytest.raises(ThinkSwitchError, match="needs GPUs"):
+        spread(CONFIG, ["--launcher", "accelerate", "--", "--num_processes", "2"])
     monkeypatch.setattr(environment, "has_cuda", lambda: True)
     gpus("0,1")
     assert spread(CONFIG, ["--", "--num-processes", "2"])[2] == 2

@@ -27,7 +27,9 @@ def finish(folder: Path, name: str, mode: str = "instruct", good: int = 1) -> No
     write_samples(here / "eval" / mode / "guard", task.two_operands()[:200], 1, good, mode, 0, GUARD)
     store_answers(here / "eval" / mode, mode, GUARD)
     beside = Hashes(folder).of(folder / "iter-1" / mode)
-    about = {"control": name, "mode": mode, "title": name, "beside": beside}
+    run = open_run(folder)
+    tasks, cost = list(run.recipe.keys.evaluation.tasks), losses.equal_cost(run)
+    about = {"control": name, "mode": mode, "title": name, "beside": beside, "tasks": tasks, "cost": cost}
     files.write_json(here / "result.json", {**about, "pairs": 500, "seconds": 20.4, "labels_right": 0.7})
 
 

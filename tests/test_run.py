@@ -132,10 +132,27 @@ def test_a_run_names_files_of_the_package_so_that_another_installation_finds_the
     monkeypatch.chdir(tmp_path)  # where the recipe is found in the package only
     folder = begin.begin_run("arithmetic", runs, 0, "embedded", 1, ["cpu"]).folder
     begun = files.read_json(folder / "run.json")
-    assert (begun["recipe"], begun["overlays"]) == ("recipes/arithmetic.yaml", ["recipes/cpu.overlay.yaml"])
+    assert (begun["recipe"], begun["overlays"]) == (
+        "package:recipes/arithmetic.yaml",
+        ["package:recipes/cpu.overlay.yaml"],
+    )
     assert run.open_run(folder).recipe.path.is_absolute()
     monkeypatch.chdir(places.HOME)
-    assert begin.begin_run("arithmetic", runs, 0, "embedded", 1, ["cpu"]).recipe.path == Path(begun["recipe"])
+    assert begin.begin_run("arithmetic", runs, 0, "embedded", 1, ["cpu"]).recipe.path == Path("recipes/arithmetic.yaml")
+
+
+def test_a_file_in_the_current_folder_is_not_taken_for_the_recipe_of_a_run(
+    fresh: run.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = fresh.folder.parent.absolute() / "d"
+    monkeypatch.chdir(tmp_path)
+    folder = begin.begin_run("arithmetic", runs, 0, "embedded", 1).folder
+    text = (places.HOME / "recipes" / "arithmetic.yaml").read_text()
+    files.write_text(tmp_path / "recipes" / "arithmetic.yaml", text.replace("lora_r:", "lora_r: 1  #"))
+    assert run.open_run(folder).recipe.axolotl["lora_r"] != 1
+    files.write_json(folder / "run.json", files.read_json(folder / "run.json") | {"recipe": "recipes/mine.yaml"})
+    with pytest.raises(ThinkSwitchError, match=r"recipes/mine\.yaml"):  # of another folder
+        run.open_run(folder)
 
 
 def test_nothing_is_written_for_a_domain_that_does_not_exist(tmp_path: Path) -> None:

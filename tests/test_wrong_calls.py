@@ -91,6 +91,7 @@ def test_a_hub_that_cannot_be_reached_is_said_so() -> None:
         ("judge-merges --domain arithmetic", 2, "Did you mean eval-merges?"),
         ("sweep --domain arithmetic --template thinking", 2, "No such option --template; use --mode."),
         ("labels --domain arithmetic --baselines post", 2, "--baselines; use --formats."),
+        ("sweep --price 2", 2, "No such option '--price'"),
         ("status runs/arithmetic --price 2", 2, "--price; use --price-per-hour."),
         ("answer --pair runs/arithmetic 1+2", 2, "--pair; use the argument RUN."),
         ("score --answer integer rows.jsonl", 2, "--answer; use --kind."),

@@ -84,7 +84,7 @@ def learning_options(words: list[str]) -> list[str]:
     return [word for word in _without(words, lambda name: bool(LAUNCH_OPTIONS.fullmatch(name))) if word != "--"]
 
 
-FORMER = {"labels": "answers", "answer": "kind", "embedded": "demo"}  # keys by the names that they no longer have
+FORMER = {"labels": "answers", "answer": "kind", "embedded": "demo"}  # former names of keys
 
 
 class Keys(BaseModel):

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parent
 SHIPPED = PACKAGE / "shipped"  # in an installed wheel only; pyproject.toml says what it holds
 HOME = SHIPPED if SHIPPED.is_dir() else PACKAGE.parent
 RECIPES, TASKS, MERGE_CONFIGS = "recipes", "lm_eval_tasks", "merge_configs"
+OURS = "package:"
 CPU_OVERLAY = f"{RECIPES}/cpu.overlay.yaml"
 VLLM_PYTHON = ".venv-vllm/bin/python"  # made by `make setup-vllm`; vLLM cannot share axolotl's environment
 
@@ -23,8 +24,13 @@ def find(path: str | Path) -> Path:
 
 
 def named(path: Path) -> str:
-    """A path as `find` takes it, also where the package is installed somewhere else."""
-    return str(path.relative_to(HOME) if path.is_relative_to(HOME) else path)
+    """A name for `opened`: of a file of ours, wherever the package is installed; of others, their path."""
+    return f"{OURS}{path.relative_to(HOME)}" if path.is_relative_to(HOME) else str(path)
+
+
+def opened(name: str) -> Path:
+    """The file that `named` names; a file of the same name in the current folder is not taken for ours."""
+    return HOME / name.removeprefix(OURS) if name.startswith(OURS) else Path(name)
 
 
 def names(folder: str, ending: str) -> list[str]:

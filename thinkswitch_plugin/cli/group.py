@@ -36,9 +36,9 @@ POSITIONAL = {"switch": ("ITERATION",), "similarity": ("FIRST", "SECOND")}
 NOT_ALIKE = ("pair", "eval")  # stages, which the targets of these names begin a run for
 SETTINGS = (
     *("DOMAIN", "RUNS", "SEED", "ENGINE", "ITERATIONS", "ITERATION", "OVERLAY", "KEEP", "MODEL", "OUT", "TASK"),
-    *("INSTRUCT", "THINKING", "SAMPLES", "MODE", "FORMATS", "PRICE_PER_HOUR"),
+    *("INSTRUCT", "THINKING", "FIRST", "SECOND", "SAMPLES", "MODE", "FORMATS", "PRICE_PER_HOUR"),
 )
-# Options by the names that they no longer have.
+# Former names of options.
 FORMER = {
     "--template": "--mode",
     "--baselines": "--formats",
@@ -162,7 +162,9 @@ class Group(click.Group):
             click.echo("\nthinkswitch: stopped; run the same command again to continue.", err=True)
             ctx.exit(128 + signal.number)
         except click.NoSuchOption as error:
-            if now := FORMER.get(error.option_name):
+            known = {name for option in error.ctx.command.params for name in option.opts} if error.ctx else set()
+            now = FORMER.get(error.option_name, "")
+            if known & {now, now.rpartition(" ")[2].lower()}:
                 said = f"No such option {error.option_name}; use {now}."
                 raise click.NoSuchOption(error.option_name, said, ctx=error.ctx) from None
             raise

@@ -137,6 +137,7 @@ class Arrivals:
     bar: Bar
     retry_max_tokens: int | None = None
     last_problem: str = ""
+    last_failed_retry: str = ""
     retried: dict[str, dict[str, Any]] = field(default_factory=dict)  # cut answers that are being asked again
 
     def store(self, request: Request, reply: Reply) -> Request | None:
@@ -155,7 +156,7 @@ class Arrivals:
                 self._write(request, None, {"message": str(reply), "type": type(reply).__name__})
                 return None
             self.report.retries_failed += 1
-            self.last_problem = str(reply)
+            self.last_failed_retry = str(reply)
             reply = cut  # an answer all the same, and counted as cut
         elif cut is None and self.retry_max_tokens and reply["choices"][0].get("finish_reason") == LENGTH:
             self.report.retried += 1
@@ -169,11 +170,11 @@ class Arrivals:
         return None
 
     def say_retries_failed(self) -> None:
-        """Print how many second tries got no answer, and why; a server may have too short a context for them."""
+        """Print how many retries got no answer, and why; a server's context may be too short for them."""
         if self.report.retries_failed:
             console.say(
-                f"  {self.report.retries_failed} of {self.report.retried} second tries with {self.retry_max_tokens} tokens "
-                f"failed, and these answers stay cut; the last: {self.last_problem}"
+                f"  {self.report.retries_failed} of {self.report.retried} retries with {self.retry_max_tokens} tokens "
+                f"failed; those answers stay cut. The last: {self.last_failed_retry}"
             )
 
     def _write(self, request: Request, response: dict[str, Any] | None, error: dict[str, Any] | None) -> None:

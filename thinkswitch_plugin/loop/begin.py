@@ -78,13 +78,13 @@ def begin_run(
 
 
 def _recipe_of_run(path: Path, folder: Path, before: Settings | None, overlays: list[str]) -> Recipe:
-    begun = [places.named(Path(name)) for name in before.overlays] if before else []
-    extra = overlays or begun
-    if before and begun != extra:
+    begun = [places.opened(name) for name in before.overlays] if before else []
+    extra = [places.opened(name) for name in overlays] or begun
+    if before and [file.resolve() for file in begun] != [file.resolve() for file in extra]:
         raise ThinkSwitchError(
             f"{folder} was begun with OVERLAY='{' '.join(before.overlays)}'; use another folder for this run: RUNS=."
         )
-    recipe = load_recipe(path, tuple(map(places.find, extra)))
+    recipe = load_recipe(path, tuple(extra))
     if recipe.keys.domain != folder.name:
         raise ThinkSwitchError(
             f"{path}: `thinkswitch.domain` is {recipe.keys.domain!r}, but the file is named {folder.name}; make the two the same."

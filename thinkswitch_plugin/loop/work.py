@@ -181,6 +181,7 @@ def merge_adapter(
         env=distil.ENGINE_ENV | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}),
         title="axolotl merge-lora",
     )
+    files.write_yaml(config, {**told, "base_model": parent})  # so that it merges again without the copy
     with files.atomic_folder(out) as folder:
         for file in (building / "merged").iterdir():
             file.replace(folder / file.name)

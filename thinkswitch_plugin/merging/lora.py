@@ -72,11 +72,13 @@ def in_small_files(parent: Path, folder: Path) -> Path:
     """
     stored = list_tensors(parent)
     sizes = Counter[Path]({info.file: info.file.stat().st_size for info in stored.values()})
-    if max(sizes.values()) <= 2 * FILE_BYTES:
+    largest = max(info.elements for info in stored.values()) * 4  # bytes at most; a tensor is not split
+    if max(sizes.values()) <= max(2 * FILE_BYTES, largest):
         return parent
     from mergekit.io.tensor_writer import TensorWriter
 
-    files.require_space(folder.parent, sizes.total(), f"A copy of {parent} in smaller files")
+    what = f"The merge, with a copy of {parent} in smaller files,"
+    files.require_space(folder.parent, 2 * sizes.total(), what)
     writer, bar = TensorWriter(str(folder), max_shard_size=FILE_BYTES), Bar(len(stored), "smaller files", unit="tensor")
     with reading() as read:
         for info in stored.values():

@@ -167,7 +167,7 @@ def open_run(folder: Path, given: Given = NOTHING_MORE) -> Run:
     if not path.is_file():
         raise ThinkSwitchError(f"{folder} is not a run folder (no run.json); begin one with `make iterate DOMAIN=…`.")
     begun = read_settings(path)
-    recipe = load_recipe(places.find(begun.recipe), tuple(map(places.find, begun.overlays)))
+    recipe = load_recipe(places.opened(begun.recipe), tuple(map(places.opened, begun.overlays)))
     return Run(folder, recipe, begun.seed, begun.engine, begun.iterations, given)
 
 

@@ -84,7 +84,8 @@ def spread(config: dict[str, Any], options: Sequence[str]) -> tuple[dict[str, An
                 f"`thinkswitch.axolotl_args` starts {processes} processes, but axolotl's KD trainer, which `thinkswitch.loss: "
                 "distribution` uses, works with one; remove these options."
             )
-        if processes > 1 and not visible_gpus() and "--launcher" not in dict(option_values(options)):
+        through = dict(option_values(options)).get("--launcher", "accelerate")
+        if processes > 1 and through == "accelerate" and not visible_gpus():
             raise ThinkSwitchError(
                 f"`thinkswitch.axolotl_args` starts {processes} processes through accelerate, which needs GPUs; use "
                 f"[--launcher, torchrun, --, --nproc_per_node, {processes}] on this machine."
