@@ -157,7 +157,6 @@ def trainer_of(here: Path) -> OnPolicyTrainer:
     Its student answers in training mode: on a CPU, bitsandbytes repacks the weights of a model in evaluation mode, which
     then learns nothing more.
     """
-    os.environ.update(ENGINE_ENV)  # before axolotl is imported, which would report its use
     console.fetch_no_code()
     without_gpu_kernels()
     from axolotl.cli.config import load_cfg
@@ -195,4 +194,5 @@ def train(trainer: OnPolicyTrainer, adapter: Path) -> list[float]:
 
 
 if __name__ == "__main__":
+    os.environ.update(ENGINE_ENV)  # before axolotl is imported, which would report its use
     train(trainer_of(Path(sys.argv[1])), Path(sys.argv[1]) / "adapter")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ RUN_AT_ALL = {
 # Commands that no test runs, and why.
 NOT_RUN = {
     "make test-fast": "a part of `make test`",
+    "make pair": "the first stage of `make iterate`",
     "make models": "takes hours; test_models.py tests a few architectures",
     "make losses": "takes most of an hour; test_losses.py and test_on_policy.py test its parts",
     "make results": "needs the runs of several seeds",
@@ -84,7 +86,8 @@ NOT_RUN = {
     "ssh": "needs another machine",
     "pre-commit": "a git hook for contributors",
     "export": "a secret of the user",
-    **dict.fromkeys((".", "less", "tmux"), "of the shell"),
+    "srun": "needs Slurm",
+    **dict.fromkeys((".", "cp", "less", "tmux"), "of the shell"),
 }
 
 
@@ -174,7 +177,8 @@ def of_every_page() -> Iterator[list[str]]:
             lexer.whitespace_split, lexer.commenters = True, ""
             words = re.split(r"\0(?:;|&&)\0", "\0".join(lexer))
             for command in words:
-                program, *rest = re.split(r"\0[<>]\0", command)[0].split("\0")
+                typed_words = re.split(r"\0[<>]\0", command)[0].split("\0")
+            program, *rest = dropwhile(lambda word: re.match(r"[A-Z_]+=", word), typed_words)
                 yield [program.rpartition("/")[2] or program, *rest]
 
 
