@@ -178,7 +178,7 @@ def of_every_page() -> Iterator[list[str]]:
             words = re.split(r"\0(?:;|&&)\0", "\0".join(lexer))
             for command in words:
                 typed_words = re.split(r"\0[<>]\0", command)[0].split("\0")
-            program, *rest = dropwhile(lambda word: re.match(r"[A-Z_]+=", word), typed_words)
+                program, *rest = dropwhile(lambda word: re.match(r"[A-Z_]+=", word), typed_words)
                 yield [program.rpartition("/")[2] or program, *rest]
 
 
