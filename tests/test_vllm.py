@@ -145,9 +145,8 @@ def wait_for(found: Callable[[], object], process: subprocess.Popen[bytes]) -> N
 
 
 def test_a_sweep_through_vllm_scores_as_in_memory_though_it_is_killed_and_then_its_server(
-    finished_run: Path, tmp_path: Path, forked: Any, monkeypatch: pytest.MonkeyPatch
+    finished_run: Path, tmp_path: Path, forked: Any
 ) -> None:
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # engine and worker as two processes, as users have them
     overlay = tmp_path / "server.overlay.yaml"
     files.write_yaml(overlay, {"thinkswitch": {"evaluation": {"backend": "server"}}})
     pair = files.read_json(finished_run / "iter-0" / "pair.json")

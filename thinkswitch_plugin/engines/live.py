@@ -240,7 +240,7 @@ class LiveVllm:
             stack.callback(address.unlink, missing_ok=True)
             listener.bind(str(address))
             listener.listen()
-            listener.settimeout(0.1)
+            listener.settimeout(0.5)
             expected = self._request()["workers"]
             threading.Thread(target=post, daemon=True).start()
             workers: list[socket.socket] = []
@@ -249,8 +249,10 @@ class LiveVllm:
                 if posted.done():
                     posted.result()
                     raise EngineGoneError("the workers of vLLM did not take the weights")
-                with suppress(TimeoutError):
+                try:
                     workers.append(connections.enter_context(listener.accept()[0]))
+                except TimeoutError:
+                    self._request(place="/health")  # an engine that has ended never connects
             for worker in workers:
                 worker.settimeout(self.keys.start_timeout)
             sender = Sender(workers)
