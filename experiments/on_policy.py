@@ -14,7 +14,6 @@ like any other. Beside that config, in one folder:
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +31,6 @@ from thinkswitch_plugin.data import formats
 from thinkswitch_plugin.engine_args import TEMPLATE_KEY
 from thinkswitch_plugin.environment import has_cuda, without_gpu_kernels
 from thinkswitch_plugin.errors import ThinkSwitchError
-from thinkswitch_plugin.training.distil import ENGINE_ENV
 
 CONFIG, RATIONALES, ABOUT = "axolotl.yaml", "rationales.jsonl", "on-policy.json"
 LONGEST = 2  # times the tokens of the teacher's longest answer are what the student may write
@@ -194,5 +192,4 @@ def train(trainer: OnPolicyTrainer, adapter: Path) -> list[float]:
 
 
 if __name__ == "__main__":
-    os.environ.update(ENGINE_ENV)  # before axolotl is imported, which would report its use
     train(trainer_of(Path(sys.argv[1])), Path(sys.argv[1]) / "adapter")

@@ -36,12 +36,16 @@ def _count(options: Sequence[str], name: str, default: int) -> int:
     return int(largest)
 
 
+def _launcher(options: Sequence[str]) -> str:
+    return dict(option_values(options)).get("--launcher", "accelerate")
+
+
 def world_size(options: Sequence[str]) -> int:
     """How many processes `axolotl train` starts with options that name a launcher or what it is to do.
 
     Raises `ThinkSwitchError` for a number that cannot be read.
     """
-    launcher = dict(option_values(options)).get("--launcher", "accelerate")
+    launcher = _launcher(options)
     if launcher == "python":
         return 1
     if launcher == "torchrun":
@@ -84,8 +88,7 @@ def spread(config: dict[str, Any], options: Sequence[str]) -> tuple[dict[str, An
                 f"`thinkswitch.axolotl_args` starts {processes} processes, but axolotl's KD trainer, which `thinkswitch.loss: "
                 "distribution` uses, works with one; remove these options."
             )
-        through = dict(option_values(options)).get("--launcher", "accelerate")
-        if processes > 1 and through == "accelerate" and not visible_gpus():
+        if processes > 1 and _launcher(options) == "accelerate" and not visible_gpus():
             raise ThinkSwitchError(
                 f"`thinkswitch.axolotl_args` starts {processes} processes through accelerate, which needs GPUs; use "
                 f"[--launcher, torchrun, --, --nproc_per_node, {processes}] on this machine."
